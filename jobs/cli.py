@@ -1,0 +1,53 @@
+"""What every job shares: `--config`, dotted overrides, `--help` with every field, errors without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable
+
+from pipeline.config import Config, describe_fields, load_config
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
+    """A parser with `--config` and overrides; `summary` is the job module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{job}",
+        description=textwrap.dedent(summary or "").strip(),
+        epilog=field_reference(),
+        formatter_class=_Help,
+    )
+    parser.add_argument("--config", required=True, help="YAML file, or the name of one in jobs/configs")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a field of the configuration")
+    return parser
+
+
+def parsed_config(args: argparse.Namespace) -> Config:
+    """The configuration that the arguments of a `job_parser` name."""
+    return load_config(args.config, args.overrides)
+
+
+def field_reference() -> str:
+    """Every field of the configuration with type, default, meaning and unit."""
+    lines = ["configuration fields (key, type, default, meaning):"]
+    for key, kind, default, meaning in describe_fields():
+        lines.append(f"  {key}  [{kind}]  default {default}" if default != "(required)" else f"  {key}  [{kind}]  required")
+        lines.extend(textwrap.wrap(meaning, width=104, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def run_job(main: Callable[[], None]) -> None:
+    """Run a job's main; what a user can mend ends it with one message and exit code 2, not a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
