@@ -209,7 +209,7 @@ class ClusterConfig(Section):
     cpus_per_worker: Positive | None = None
     """CPUs of each worker; null shares the cluster's CPUs out evenly"""
     storage: str = "runs"
-    """folder or address, reachable from every node, under which a run's folder with its checkpoints lies"""
+    """folder, the same on every node, under which each run has its own folder with checkpoints and report"""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """how often a lost worker is replaced before the run fails; -1 is always"""
 
@@ -302,7 +302,7 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
 
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every field in which two configurations differ."""
-    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    before, after = dict(flattened(old.model_dump(mode="json"))), dict(flattened(new.model_dump(mode="json")))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
@@ -404,9 +404,10 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every value in a tree of mappings."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+            yield from flattened(value, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, tree

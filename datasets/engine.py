@@ -1,0 +1,104 @@
+"""FFCV's reader, memory map and pipeline, without what FFCV does to the process that uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numba
+import numba.typed
+import numpy as np
+import torch
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep the thread counts of torch and numba: FFCV sets both when it is imported and when a loader is built."""
+    torch_threads = torch.get_num_threads()
+    numba_threads = numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(torch_threads)
+        numba.set_num_threads(numba_threads)
+
+
+@contextmanager
+def _plain_dictionaries() -> Iterator[None]:
+    """FFCV keeps two constants in a numba dictionary that takes 3 seconds to compile; a plain one serves as well."""
+    compiled = numba.typed.Dict
+    numba.typed.Dict = dict
+    try:
+        yield
+    finally:
+        numba.typed.Dict = compiled
+
+
+with _undisturbed(), _plain_dictionaries():
+    from ffcv.loader import Loader
+    from ffcv.pipeline import Compiler, PipelineSpec
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.operation import Operation
+    from ffcv.pipeline.state import State
+    from ffcv.traversal_order.base import TraversalOrder
+
+__all__ = ["AllocationQuery", "Engine", "Operation", "State", "TraversalOrder"]
+
+Memory = dict[str, Any]
+"""One slot of a ring: for each field, the array or tuple of arrays that its decoder fills, one row a sample."""
+
+
+class Engine:
+    """A beton with its decoders: an FFCV loader of which everything but the iteration is used.
+
+    FFCV's decoders are built as plain Python functions that call kernels which are kept compiled on disk, because FFCV
+    itself compiles them anew in every process. `run` may be called from many threads at once.
+    """
+
+    def __init__(self, beton: Path, order: TraversalOrder, decoders: Mapping[str, Operation]):
+        compiling = Compiler.is_enabled
+        Compiler.set_enabled(False)
+        try:
+            with _undisturbed():
+                self._loader = Loader(
+                    str(beton),
+                    batch_size=1,
+                    num_workers=1,
+                    os_cache=True,
+                    order=order,
+                    seed=0,  # unused; left out, FFCV draws one from numpy's global generator
+                    drop_last=False,
+                    pipelines={name: PipelineSpec(name, decoder=decoder) for name, decoder in decoders.items()},
+                )
+        finally:
+            Compiler.set_enabled(compiling)
+        manager = self._loader.memory_manager
+        # Python sets of half a kilobyte a sample, which only FFCV's own quasi-random order reads.
+        manager.sample_to_pages = manager.page_to_samples = manager.ptr_to_size = None
+        self._storage = manager.schedule_epoch([])
+        self._storage.__enter__()
+        self._nodes = {name: node.id for name, node in self._loader.graph.leaf_nodes.items()}
+
+    def allocate(self, batch_size: int, num_slots: int) -> list[Memory]:
+        """Memory for `num_slots` batches of up to `batch_size` samples, pinned where there is a GPU."""
+        allocated = self._loader.graph.allocate_memory(batch_size, num_slots)["operation"]
+        return [{name: _select(allocated[node], slot) for name, node in self._nodes.items()} for slot in range(num_slots)]
+
+    def run(self, views: np.ndarray, memory: Memory, rows: slice) -> None:
+        """Decode `views[rows]` into the same rows of `memory`."""
+        arguments = {f"memory_{self._nodes[name]}": _select(arrays, rows) for name, arrays in memory.items()}
+        arguments |= {f"shared_memory_{node}": None for node in self._nodes.values()}
+        stages, _ = self._loader.code
+        for stage, _ in stages:
+            stage(
+                batch_indices=views[rows],
+                metadata=self._loader.reader.metadata,
+                storage_state=self._storage.state,
+                **arguments,
+            )
+
+
+def _select(arrays: Any, rows: int | slice) -> Any:
+    return tuple(array[rows] for array in arrays) if isinstance(arrays, tuple) else arrays[rows]

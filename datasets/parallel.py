@@ -1,0 +1,70 @@
+"""Run a function over chunks of work in processes, results in the order of the work."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+CHUNKS_AHEAD = 3
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def map_ordered(function: Callable[[Work], Result], work: Iterable[Work], num_processes: int) -> Iterator[Result]:
+    """Yield `function(item)` for every item of `work`, in order, computed by `num_processes` processes.
+
+    At most CHUNKS_AHEAD results for each process wait to be taken, so memory does not grow with the work. The
+    processes are spawned, never forked, because the caller may have threads. One process means this one.
+
+    Raises:
+        ChildProcessError: a process died, for instance because memory ran out.
+    """
+    if num_processes == 1:
+        yield from map(function, work)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_process)
+    remaining = iter(work)
+    pending: deque[Future[Result]] = deque()
+    try:
+        while True:
+            pending.extend(
+                pool.submit(function, item) for item in islice(remaining, CHUNKS_AHEAD * num_processes - len(pending))
+            )
+            if not pending:
+                return
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"one of {num_processes} processes died; if memory ran out, set data.num_processes to fewer"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_process() -> None:
+    # Ctrl-C reaches the whole process group; the parent alone decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A killed parent closes nothing that the pool's processes wait for, so they would wait for ever.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

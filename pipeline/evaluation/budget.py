@@ -1,0 +1,91 @@
+"""Accuracy against cost without retraining: a bias b * cost_j on the predictor's logits, swept exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pipeline.models.cost import Costs
+
+
+def biased_choice(predictor_logits_NR: np.ndarray, costs: Costs, bias: float) -> np.ndarray:
+    """(N,): argmax_j(logits_j + bias * C_j); `bias` is in logits per GFLOP, above 0 spends more, below 0 less."""
+    return (predictor_logits_NR.astype(np.float64) + bias * np.asarray(costs.backbone_gflops)).argmax(axis=1)
+
+
+def budget_curve(
+    predictor_logits_NR: np.ndarray, correct_NR: np.ndarray, costs: Costs, max_points: int = 101
+) -> list[dict[str, Any]]:
+    """Every trade that a bias can reach, cheapest first, thinned to about `max_points` evenly spaced in cost.
+
+    Exact: as the bias grows, an image's choice climbs the upper envelope of its R lines logit_j + b * C_j. All images'
+    crossings, sorted, give the whole curve by cumulative sums; no grid of biases is tried.
+
+    Returns:
+        Points of `bias_per_gflop`, `top1`, `mean_gflops` (predictor included) and `shares` (per resolution). The point
+        of bias 0 is the routed network itself and always among them.
+    """
+    N, R = correct_NR.shape
+    gflops_R = np.asarray(costs.backbone_gflops)
+    start_N, bias_E, image_E, before_E, after_E = _switches(predictor_logits_NR.astype(np.float64), gflops_R)
+    order_E = np.argsort(bias_E, kind="stable")
+    bias_E, image_E, before_E, after_E = (array[order_E] for array in (bias_E, image_E, before_E, after_E))
+    gain_E = correct_NR[image_E, after_E].astype(np.int64) - correct_NR[image_E, before_E]
+    right_S = np.concatenate([[0], np.cumsum(gain_E)]) + correct_NR[np.arange(N), start_N].sum()
+    moves_ER = np.eye(R, dtype=np.int64)[after_E] - np.eye(R, dtype=np.int64)[before_E]
+    counts_SR = np.concatenate([np.zeros((1, R), np.int64), np.cumsum(moves_ER, axis=0)])
+    counts_SR += np.bincount(start_N, minlength=R)
+    gflops_S = counts_SR @ gflops_R / N + costs.predictor_gflops
+    reachable_T, bias_T = _states(bias_E)
+    keep_T = _thin(gflops_S[reachable_T], bias_T, max_points)
+    return [
+        {
+            "bias_per_gflop": float(bias),
+            "top1": float(right_S[state] / N),
+            "mean_gflops": float(gflops_S[state]),
+            "shares": (counts_SR[state] / N).tolist(),
+        }
+        for state, bias in zip(reachable_T[keep_T], bias_T[keep_T], strict=True)
+    ]
+
+
+def _switches(logits_NR: np.ndarray, gflops_R: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Choices at bias -infinity (N,), then of each switch: its bias, image, and resolution before and after, each (E,).
+
+    At equal biased logits the dearer resolution is chosen.
+    """
+    N, R = logits_NR.shape
+    start_N = np.where(gflops_R == gflops_R.min(), logits_NR, -np.inf).argmax(axis=1)
+    rows, current, reached = np.arange(N), start_N, np.full(N, -np.inf)
+    found = [(np.zeros(0), *(np.zeros(0, np.int64) for _ in range(3)))]
+    for _ in range(R - 1):
+        gap = gflops_R - gflops_R[current][:, None]
+        lead = logits_NR[rows, current][:, None] - logits_NR[rows]
+        bias = np.divide(lead, gap, out=np.full(gap.shape, np.inf), where=gap > 0)
+        first = bias.min(axis=1)
+        after = np.where(bias == first[:, None], gflops_R, -np.inf).argmax(axis=1)
+        going = np.isfinite(first)
+        # An envelope's crossings ascend; rounding must not turn two of one image round.
+        reached = np.maximum(first, reached)[going]
+        found.append((reached, rows[going], current[going], after[going]))
+        rows, current = rows[going], after[going]
+    return start_N, *(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+
+def _states(bias_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """States between switches of different bias: how many switches are behind each, and a bias that lies in it."""
+    if len(bias_E) == 0:
+        return np.zeros(1, np.int64), np.zeros(1)
+    edge_T = np.unique(bias_E)
+    behind_T = np.concatenate([[0], np.searchsorted(bias_E, edge_T, side="right")])
+    bias_T = np.concatenate([[edge_T[0] - 1], (edge_T[:-1] + edge_T[1:]) / 2, [edge_T[-1] + 1]])
+    bias_T[np.searchsorted(edge_T, 0, side="right")] = 0
+    return behind_T, bias_T
+
+
+def _thin(gflops_T: np.ndarray, bias_T: np.ndarray, max_points: int) -> np.ndarray:
+    """Positions of about `max_points` states evenly spaced in cost, with both ends and bias 0."""
+    wanted = np.linspace(gflops_T[0], gflops_T[-1], max_points)
+    nearest = np.searchsorted(gflops_T, wanted).clip(0, len(gflops_T) - 1)
+    return np.unique([0, *nearest, len(gflops_T) - 1, *np.flatnonzero(bias_T == 0)])

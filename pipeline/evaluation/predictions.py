@@ -1,0 +1,203 @@
+"""What a model answers for every validation image, at every candidate resolution: all that evaluation needs."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from pipeline.models.drnet import DRNet
+
+FORMAT = 1
+_ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR")
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Logits of N images at R candidate resolutions over K classes, with the predictor's logits.
+
+    Args:
+        resolutions: the candidates' sides in pixels; axis R of the arrays follows them.
+        labels_N: true classes, int64 in [0, K).
+        indices_N: each image's position in the validation beton, int64.
+        logits_NRK: the backbone's logits at each resolution, float32, finite.
+        predictor_logits_NR: the predictor's logits over the resolutions, float32, finite.
+
+    Raises:
+        ValueError: naming every shape, dtype or value that does not fit.
+    """
+
+    resolutions: tuple[int, ...]
+    labels_N: np.ndarray
+    indices_N: np.ndarray
+    logits_NRK: np.ndarray
+    predictor_logits_NR: np.ndarray
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError(f"predictions do not fit together: {'; '.join(problems)}")
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits_NRK.shape[2]
+
+    @cached_property
+    def classes_NR(self) -> np.ndarray:
+        """The class that each resolution answers, int64."""
+        return self.logits_NRK.argmax(axis=2)
+
+    @cached_property
+    def correct_NR(self) -> np.ndarray:
+        """Whether each resolution is right, bool."""
+        return self.classes_NR == self.labels_N[:, None]
+
+    @cached_property
+    def chosen_N(self) -> np.ndarray:
+        """Index of the resolution that the predictor chooses (argmax, without noise), int64."""
+        return self.predictor_logits_NR.argmax(axis=1)
+
+    def save(self, path: Path) -> None:
+        """Write one .npz file, atomically."""
+        partial = path.with_name(f".{path.name}.partial")
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        with partial.open("wb") as file:
+            np.savez(file, format=np.int64(FORMAT), resolutions=np.asarray(self.resolutions), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Predictions:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: it is not a whole file of this format.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if (found := int(file["format"])) != FORMAT:
+                    raise ValueError(f"its format is {found}, this version reads {FORMAT}")
+                return cls(tuple(file["resolutions"].tolist()), *(file[name] for name in _ARRAYS))
+        except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a predictions file: {error}; evaluate the model again") from error
+
+    def _problems(self) -> Iterator[str]:
+        """Shapes first: what comes after makes sense only where they fit."""
+        N, R = len(self.labels_N), len(self.resolutions)
+        if R == 0:
+            yield "there is no resolution"
+        if self.logits_NRK.ndim != 3:
+            yield f"logits have shape {self.logits_NRK.shape}, expected (N, R, K)"
+            return
+        K = self.logits_NRK.shape[2]
+        expected = {
+            "labels_N": ((N,), np.int64),
+            "indices_N": ((N,), np.int64),
+            "logits_NRK": ((N, R, K), np.float32),
+            "predictor_logits_NR": ((N, R), np.float32),
+        }
+        for name, (shape, dtype) in expected.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != dtype:
+                yield f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
+        if N and self.labels_N.dtype == np.int64 and not 0 <= self.labels_N.min() <= self.labels_N.max() < K:
+            yield f"labels run from {self.labels_N.min()} to {self.labels_N.max()}, expected 0 to {K - 1}"
+        for name in ("logits_NRK", "predictor_logits_NR"):
+            array = getattr(self, name)
+            # Minimum and maximum are NaN where any value is: no temporary of the size of the logits.
+            if array.size and not np.isfinite([array.min(), array.max()]).all():
+                rows = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+                yield f"{name} is NaN or infinite for {len(rows)} images, the first at index {self.indices_N[rows[0]]}"
+
+
+def collect_predictions(model: DRNet, batches: Iterable) -> Predictions:
+    """Run every image at every resolution and through the predictor, in eval mode and without gradients.
+
+    Each layer's training flag is as before afterwards. Empty batches are skipped; without any image, the result has
+    N = 0 and K = 1, which `merge` leaves out.
+
+    Args:
+        batches: with `images` (side -> uint8 (n, side, side, 3)), `labels` and `indices` (n,), on any device.
+    """
+    device = next(model.parameters()).device
+    labels, indices, logits, predictor = [], [], [], []
+    with _evaluating(model), torch.inference_mode():
+        for batch in batches:
+            if len(batch.labels) == 0:
+                continue
+            images = {side: pixels.to(device, non_blocking=True) for side, pixels in batch.images.items()}
+            static = [model.static_logits(images, index) for index in range(len(model.resolutions))]
+            logits.append(torch.stack(static, dim=1).float().cpu().numpy())
+            predictor.append(model.predictor_logits(images).float().cpu().numpy())
+            # Copies: the loader may reuse the batch's memory.
+            labels.append(batch.labels.cpu().numpy().astype(np.int64))
+            indices.append(batch.indices.cpu().numpy().astype(np.int64))
+    R = len(model.resolutions)
+    if not labels:
+        labels, indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        logits, predictor = [np.zeros((0, R, 1), np.float32)], [np.zeros((0, R), np.float32)]
+    arrays = (np.concatenate(parts) for parts in (labels, indices, logits, predictor))
+    return Predictions(tuple(model.resolutions), *arrays)
+
+
+def merge(parts: Sequence[Predictions], num_images: int | None = None) -> Predictions:
+    """Put the ranks' predictions together, sorted by index.
+
+    Args:
+        num_images: how many images the validation set has; None trusts the largest index.
+
+    Raises:
+        ValueError: parts of different models, an image that occurs twice, or one that is missing.
+    """
+    filled = [part for part in parts if part.num_images]
+    if not filled:
+        raise ValueError("there are no predictions to merge: every part is empty")
+    kinds = sorted({(part.resolutions, part.num_classes) for part in filled})
+    if len(kinds) > 1:
+        listing = ", ".join(f"{list(resolutions)} px with {K} classes" for resolutions, K in kinds)
+        raise ValueError(f"predictions of different models cannot be merged: {listing}")
+    indices_N = np.concatenate([part.indices_N for part in filled])
+    _check_complete(indices_N, num_images)
+    order_N = np.argsort(indices_N)
+    joined = (np.concatenate([getattr(part, name) for part in filled])[order_N] for name in _ARRAYS)
+    return Predictions(filled[0].resolutions, *joined)
+
+
+def _check_complete(indices_N: np.ndarray, num_images: int | None) -> None:
+    count = int(indices_N.max()) + 1 if num_images is None else num_images
+    outside = indices_N[(indices_N < 0) | (indices_N >= count)]
+    if len(outside):
+        raise ValueError(f"predictions name image {outside[0]}, but the validation set has indices 0 to {count - 1}")
+    times = np.bincount(indices_N, minlength=count)
+    for found, what in ((times > 1, "predicted more than once"), (times == 0, "missing")):
+        if found.any():
+            first = ", ".join(str(index) for index in np.flatnonzero(found)[:5])
+            raise ValueError(f"{found.sum()} of {count} images are {what}, the first: {first}; evaluate again")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside, every layer's own flag is as before: a frozen backbone may differ from its model."""
+    flags = [(layer, layer.training) for layer in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer, flag in flags:
+            layer.training = flag

@@ -1,0 +1,121 @@
+"""Intervals, paired tests and baselines, computed from what is right at which resolution. NumPy and SciPy only.
+
+Everything works on `correct_NR` (bool, is image n right at resolution j) and `chosen_N` (the resolution that the
+predictor chose), never on logits. Accuracies are fractions of 1, costs GFLOPs (1e9 multiply-adds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+from scipy.stats import binomtest
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Accuracies and shares of B bootstrap resamples of the validation images."""
+
+    static_BR: np.ndarray
+    routed_B: np.ndarray
+    shares_BR: np.ndarray
+
+
+def accuracy(num_right: int, num_images: int) -> Estimate:
+    """Share of right answers with Wilson's score interval."""
+    interval = binomtest(num_right, num_images).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(num_right / num_images, float(interval.low), float(interval.high))
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of McNemar's test, from how many images only one of two classifiers gets right."""
+    discordant = only_first + only_second
+    return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+
+
+def paired_difference(only_first: int, only_second: int, num_images: int) -> Estimate:
+    """Difference of two accuracies on the same images, first minus second.
+
+    The interval is the adjusted Wald interval of Bonett and Price (2012), which keeps its coverage where few images
+    differ; it is centred on the adjusted difference and cut at -1 and 1.
+    """
+    first, second = (only_first + 1) / (num_images + 2), (only_second + 1) / (num_images + 2)
+    centre = first - second
+    margin = float(ndtri((1 + CONFIDENCE) / 2)) * ((first + second - centre**2) / (num_images + 2)) ** 0.5
+    value = (only_first - only_second) / num_images
+    return Estimate(value, max(-1.0, centre - margin), min(1.0, centre + margin))
+
+
+def oracle_choice(correct_NR: np.ndarray, gflops_R: Sequence[float]) -> np.ndarray:
+    """(N,): the cheapest resolution at which each image is right; where it is right at none, the cheapest."""
+    cheapest_first_R = np.argsort(gflops_R, kind="stable")
+    return cheapest_first_R[np.argmax(correct_NR[:, cheapest_first_R], axis=1)]
+
+
+def shares(chosen_N: np.ndarray, num_resolutions: int) -> np.ndarray:
+    """(R,): the share of images at each resolution."""
+    return np.bincount(chosen_N, minlength=num_resolutions) / len(chosen_N)
+
+
+def line_neighbours(gflops_R: Sequence[float], at_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The static resolutions on both sides of given costs; there must be at least two.
+
+    Returns:
+        Index of the cheaper, index of the dearer, weight of the dearer in [0, 1], each (B,). A cost beyond the dearest
+        resolution gives it the weight 1; one below the cheapest gives the weight 0.
+    """
+    order_R = np.argsort(gflops_R, kind="stable")
+    costs_R = np.asarray(gflops_R, dtype=np.float64)[order_R]
+    upper_B = np.clip(np.searchsorted(costs_R, at_B, side="left"), 1, len(costs_R) - 1)
+    span_B = costs_R[upper_B] - costs_R[upper_B - 1]
+    weight_B = np.divide(at_B - costs_R[upper_B - 1], span_B, out=np.ones(np.shape(at_B)), where=span_B > 0)
+    return order_R[upper_B - 1], order_R[upper_B], np.clip(weight_B, 0, 1)
+
+
+def line_accuracy(gflops_R: Sequence[float], static_BR: np.ndarray, at_B: np.ndarray) -> np.ndarray:
+    """(B,): accuracy on the straight line between the neighbouring static resolutions, at cost `at_B`.
+
+    It is what sending images to the two neighbours at random would reach for the same FLOPs.
+    """
+    lower_B, upper_B, weight_B = line_neighbours(gflops_R, at_B)
+    rows_B = np.arange(len(static_BR))
+    return (1 - weight_B) * static_BR[rows_B, lower_B] + weight_B * static_BR[rows_B, upper_B]
+
+
+def resample(correct_NR: np.ndarray, chosen_N: np.ndarray, seed: int = 0, num_resamples: int = RESAMPLES) -> Resamples:
+    """Bootstrap over images.
+
+    Images with equal (choice, right at which resolutions) are exchangeable, so drawing the counts of these patterns
+    from a multinomial is the same as drawing the images, and takes no longer for more images.
+    """
+    N, R = correct_NR.shape
+    pattern_NC = np.column_stack([chosen_N, correct_NR])
+    pattern_PC, counts_P = np.unique(pattern_NC, axis=0, return_counts=True)
+    chosen_P, correct_PR = pattern_PC[:, 0], pattern_PC[:, 1:].astype(np.float64)
+    routed_P = correct_PR[np.arange(len(chosen_P)), chosen_P]
+    columns_PC = np.column_stack([correct_PR, routed_P, np.eye(R)[chosen_P]])
+    generator = np.random.default_rng(seed)
+    sizes = [min(_CHUNK, num_resamples - start) for start in range(0, num_resamples, _CHUNK)]
+    means_BC = np.concatenate([generator.multinomial(N, counts_P / N, size) @ columns_PC for size in sizes]) / N
+    return Resamples(means_BC[:, :R], means_BC[:, R], means_BC[:, R + 1 :])
+
+
+def percentile_interval(value: float, values_B: np.ndarray) -> Estimate:
+    """`value` with the bootstrap's percentile interval."""
+    low, high = np.quantile(values_B, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(value), float(low), float(high))

@@ -1,0 +1,99 @@
+"""The backbone: a torchvision classification network, or our small one, with a private batch norm per resolution."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+
+import torchvision
+from torch import Tensor, nn
+
+from pipeline.models.meta import meta_forward, meta_images
+from pipeline.models.resolution_norm import keep_resolution, make_resolution_aware
+from pipeline.models.small_resnet import SmallResNet
+from pipeline.models.weights import load_weights
+
+SMALL_RESNET = "small_resnet"
+_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
+_PROBE_SIDES = (224, 160)
+
+
+class ResolutionBackbone(nn.Module):
+    """One network for R candidate resolutions: convolutions and classifier shared, each batch norm private.
+
+    Args:
+        network: a classification network with BatchNorm2d, (N, 3, H, W) -> (N, K); taken over and changed in place.
+        num_resolutions: R.
+    """
+
+    def __init__(self, network: nn.Module, num_resolutions: int):
+        super().__init__()
+        self.num_resolutions = num_resolutions
+        # A plain list: the layers are registered inside `network` and must not appear twice in the state dict.
+        self._norms = make_resolution_aware(network, num_resolutions)
+        self.network = network
+
+    def forward(self, images: Tensor, resolution_index: int) -> Tensor:
+        """Logits (N, K) of images (N, 3, H, W), normalised with the batch norms of candidate `resolution_index`."""
+        self.select(resolution_index)
+        return self.network(images)
+
+    def select(self, resolution_index: int) -> None:
+        """Make one candidate's batch norms active; raises ValueError for an index outside [0, R)."""
+        if not 0 <= resolution_index < self.num_resolutions:
+            raise ValueError(f"resolution index {resolution_index} is not in 0..{self.num_resolutions - 1}")
+        for norm in self._norms:
+            norm.active = resolution_index
+
+    def at(self, resolution_index: int) -> nn.Module:
+        """An independent copy of the network with the plain BatchNorm2d of one candidate, for export and cost."""
+        self.select(resolution_index)
+        network = copy.deepcopy(self.network)
+        keep_resolution(network, resolution_index)
+        return network
+
+
+def build_backbone(
+    name: str, num_classes: int, num_resolutions: int, *, width: float = 1.0, weights: str | None = None
+) -> ResolutionBackbone:
+    """Build a resolution-aware backbone by name.
+
+    Args:
+        name: `small_resnet`, or a torchvision classification model with BatchNorm2d that takes images of any size.
+        num_classes: K; the classifier has this many outputs.
+        num_resolutions: R.
+        width: channel multiplier of `small_resnet`.
+        weights: a state-dict file of the plain network, or the name of one of torchvision's weights for it, such as
+            `IMAGENET1K_V2`; every candidate's batch norm starts from the same values. None is random.
+
+    Raises:
+        ValueError: the name, the width or the weights do not fit.
+    """
+    network = SmallResNet(num_classes, width) if name == SMALL_RESNET else _torchvision(name, num_classes, width)
+    if weights is not None:
+        load_weights(network, name, weights)
+    return ResolutionBackbone(network, num_resolutions)
+
+
+def _torchvision(name: str, num_classes: int, width: float) -> nn.Module:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [SMALL_RESNET, *known], n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"give {SMALL_RESNET} or a torchvision model"
+        raise ValueError(f"{name!r} is not a known backbone; {hint}")
+    if width != 1:
+        raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
+    if name in _AUXILIARY_OUTPUTS:
+        raise ValueError(f"backbone {name} has auxiliary outputs while training; choose one with a single output")
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
+        raise ValueError(
+            f"backbone {name} has no BatchNorm2d, which dynamic resolution needs; "
+            "choose one that has, such as resnet50, mobilenet_v2, efficientnet_b0 or regnet_y_400mf"
+        )
+    for side in _PROBE_SIDES:
+        try:
+            meta_forward(network, meta_images(side))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ValueError(f"backbone {name} does not take images of {side} px, only of a fixed size") from error
+    return network

@@ -1,0 +1,84 @@
+"""The dynamic resolution network: backbone, resolution predictor, and the normalisation of their input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.models.backbone import ResolutionBackbone, build_backbone
+from pipeline.models.predictor import Predictor, build_predictor
+
+
+class DRNet(nn.Module):
+    """Backbone and predictor over R candidate resolutions (Zhu et al., NeurIPS 2021).
+
+    It holds no policy: which resolution an image is run at is decided by who calls it.
+
+    Args:
+        backbone, predictor: built for `len(resolutions)` candidates.
+        resolutions: candidate sides in pixels; resolution index j means `resolutions[j]`.
+        predictor_size: side of the predictor's input, pixels.
+        mean, std: of the data's RGB channels, on the scale 0..1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: ResolutionBackbone,
+        predictor: Predictor,
+        resolutions: Sequence[int],
+        predictor_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        super().__init__()
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean {list(mean)} and std {list(std)} must have 3 values each, std above 0")
+        self.backbone = backbone
+        self.predictor = predictor
+        self.resolutions = tuple(resolutions)
+        self.predictor_size = predictor_size
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The image sides that a batch must hold: candidates and predictor's input, largest first."""
+        return tuple(sorted({*self.resolutions, self.predictor_size}, reverse=True))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(x / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels_last, on the model's device."""
+        scale = (255 * self.std).reciprocal().view(1, 3, 1, 1)
+        bias = (-self.mean / self.std).view(1, 3, 1, 1)
+        # NHWC seen as NCHW is channels_last already: the float copy keeps the layout and is then changed in place.
+        pixels = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        return pixels.mul_(scale).add_(bias)
+
+    def predictor_logits(self, images: Mapping[int, Tensor]) -> Tensor:
+        """Logits (N, R) over the candidates, from `images[predictor_size]`, uint8 (N, S, S, 3)."""
+        return self.predictor(self.normalize(images[self.predictor_size]))
+
+    def static_logits(self, images: Mapping[int, Tensor], resolution_index: int) -> Tensor:
+        """Class logits (N, K) of the whole batch at one candidate, from `images[resolutions[resolution_index]]`."""
+        return self.backbone(self.normalize(images[self.resolutions[resolution_index]]), resolution_index)
+
+
+def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> DRNet:
+    """Build the network that `config` describes, on the CPU, from the global random state.
+
+    Raises:
+        ValueError: backbone, weights or predictor do not fit.
+    """
+    num_resolutions = len(config.resolutions)
+    backbone = build_backbone(
+        config.backbone, num_classes, num_resolutions, width=config.backbone_width, weights=config.weights
+    )
+    predictor = build_predictor(
+        config.predictor.architecture, num_resolutions, width=config.predictor.width, dropout=config.predictor.dropout
+    )
+    return DRNet(backbone, predictor, config.resolutions, config.predictor.input_size, mean, std)

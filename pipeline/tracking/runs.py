@@ -1,0 +1,172 @@
+"""The one MLflow run of a run folder: what describes it, and finding or making it on a server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+
+from pipeline.config import Config, flattened
+from pipeline.files import write_atomically
+from pipeline.tracking.journal import now_ms
+from pipeline.tracking.store import PROJECT_FOLDER, experiment_id, redacted
+
+if TYPE_CHECKING:
+    from datasets.beton import Manifest
+
+DESCRIPTION_FILE = "tracking.json"
+KEY_TAG, STAGE_TAG, DESCRIBED_TAG = "drnet.run_key", "drnet.stage", "drnet.described"
+PARENT_TAG, COMMIT_TAG, DIRTY_TAG = "mlflow.parentRunId", "mlflow.source.git.commit", "drnet.git_dirty"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an MLflow run is made from, kept in the run's folder: the server may not be there when the run begins."""
+
+    key: str
+    """names the run on every server, however often it restarts"""
+    started_ms: int
+    name: str
+    experiment: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    dataset: dict[str, str]
+    config: str
+    """the configuration as YAML"""
+
+    @classmethod
+    def load(cls, folder: Path) -> Description:
+        """Raises ValueError where the folder belongs to no tracked run."""
+        path = folder / DESCRIPTION_FILE
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist; train the run first (python -m jobs.train)") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and the next start makes a new one") from None
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / DESCRIPTION_FILE, json.dumps(asdict(self), indent=1))
+
+
+def describe_run(config: Config, folder: Path, manifest: Manifest) -> Description:
+    """Describe the run as it is now; key and first start stay those of the run's folder. Writes tracking.json."""
+    before = Description.load(folder) if (folder / DESCRIPTION_FILE).exists() else None
+    tree = config.model_dump(mode="json")
+    if config.tracking.uri:
+        tree["tracking"]["uri"] = redacted(config.tracking.uri)
+    description = Description(
+        key=before.key if before else uuid.uuid4().hex,
+        started_ms=before.started_ms if before else now_ms(),
+        name=config.name,
+        experiment=config.tracking.experiment,
+        tags={"drnet.run_folder": str(folder), **git_tags(PROJECT_FOLDER)},
+        params={key: _param(value) for key, value in flattened(tree)},
+        dataset=_dataset(config, manifest),
+        config=yaml.safe_dump(tree, sort_keys=False),
+    )
+    description.save(folder)
+    return description
+
+
+def find_or_create_run(client: MlflowClient, uri: str, description: Description) -> tuple[str, bool]:
+    """The id of the run, and whether it had to be made; one that was left half described is completed.
+
+    Raises:
+        TrackingError: the experiment was deleted.
+        MlflowException: the server cannot be reached, or refuses.
+    """
+    experiment = experiment_id(client, uri, description.experiment)
+    found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{description.key}'")
+    run = next((run for run in found if PARENT_TAG not in run.data.tags), None)
+    created = run is None
+    if run is None:
+        tags = {KEY_TAG: description.key, **description.tags}
+        run = client.create_run(experiment, description.started_ms, tags, description.name)
+    run_id = run.info.run_id
+    if DESCRIBED_TAG not in run.data.tags:
+        params = [Param(key, value) for key, value in description.params.items()]
+        for start in range(0, len(params), MAX_PARAMS_TAGS_PER_BATCH):
+            client.log_batch(run_id, params=params[start : start + MAX_PARAMS_TAGS_PER_BATCH])
+        context = InputTag("mlflow.data.context", "training")
+        client.log_inputs(run_id, [DatasetInput(Dataset(**description.dataset), [context])])
+        client.log_text(run_id, description.config, "config.yaml")
+        client.set_tag(run_id, DESCRIBED_TAG, "true")
+    elif not created:
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in description.tags.items()])
+    return run_id, created
+
+
+def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_ms: int) -> str:
+    """The id of the child run of a stage; the child is RUNNING, and the run's other children are ended.
+
+    Raises:
+        MlflowException: the server cannot be reached, or refuses.
+    """
+    parent = client.get_run(run_id)
+    stage_id = None
+    for child in children(client, run_id):
+        if child.data.tags.get(STAGE_TAG) == stage:
+            stage_id = child.info.run_id
+            if child.info.status != "RUNNING":
+                client.update_run(stage_id, status="RUNNING")
+        elif child.info.status == "RUNNING":
+            client.set_terminated(child.info.run_id, "FINISHED", started_ms)
+    if stage_id is None:
+        tags = {PARENT_TAG: run_id, STAGE_TAG: stage}
+        name = f"{parent.info.run_name} {stage}"
+        stage_id = client.create_run(parent.info.experiment_id, started_ms, tags, name).info.run_id
+    return stage_id
+
+
+def children(client: MlflowClient, run_id: str) -> list[Any]:
+    """The stages' runs below a run."""
+    experiment = client.get_run(run_id).info.experiment_id
+    return list(client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{run_id}'"))
+
+
+def git_tags(folder: Path) -> dict[str, str]:
+    """Commit of the source and whether it was changed since; empty outside a git repository or without git."""
+    try:
+        commit, status = (
+            subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {COMMIT_TAG: commit, DIRTY_TAG: str(bool(status)).lower()}
+
+
+def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
+    """The manifest as the fields of an MLflow dataset."""
+    profile = {
+        "classes": len(manifest.classes),
+        "images": {name: split.count for name, split in manifest.splits.items()},
+        "sha256": {name: split.sha256 for name, split in manifest.splits.items()},
+        "source_digest": manifest.source_digest,
+        "skipped": len(manifest.skipped),
+    }
+    return {
+        "name": manifest.dataset,
+        "digest": manifest.digest,
+        "source_type": "local",
+        "source": json.dumps({"uri": str(config.data.folder.resolve())}),
+        "profile": json.dumps(profile),
+    }
+
+
+def _param(value: Any) -> str:
+    """A value as MLflow shows it, no longer than it accepts."""
+    text = str(value)
+    return text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"

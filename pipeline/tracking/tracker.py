@@ -1,0 +1,205 @@
+"""One MLflow run for one training run, however often either side dies.
+
+The driver opens the run and closes it; rank 0 logs in between. Everything is written to the journal in the run's folder
+first and sent from there, so a server that is slow, down or restarted costs no training time and no value.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from pipeline.config import Config
+from pipeline.tracking.delivery import Delivery
+from pipeline.tracking.journal import (
+    Journal,
+    Record,
+    artifacts_record,
+    metric_values,
+    metrics_record,
+    now_ms,
+    opened_record,
+    status_record,
+)
+from pipeline.tracking.runs import describe_run
+from pipeline.tracking.store import TrackingError, explanation, redacted, tracking_uri
+
+if TYPE_CHECKING:
+    from datasets.beton import Manifest
+
+CLOSE_SECONDS = 5.0
+_FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 1.0, 60.0
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """A run as the driver hands it to workers."""
+
+    uri: str
+    """the MLflow server or store"""
+    folder: Path
+    """the run's folder, with its journal"""
+    run_id: str | None
+    """None where the server could not be reached; the run is made there when it answers"""
+
+
+def open_run(config: Config, folder: Path, manifest: Manifest) -> RunHandle:
+    """Find or make the MLflow run of a run folder, and send what an earlier sitting left in the journal.
+
+    A server that does not answer is one warning: the run is made when it does.
+
+    Raises:
+        TrackingError: the address is of no known kind, or the experiment was deleted.
+    """
+    uri = tracking_uri(config)
+    describe_run(config, folder, manifest)
+    Journal(folder).append(opened_record())
+    return _send_now(uri, folder)
+
+
+def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> None:
+    """End the run and send everything; what cannot be sent stays in the journal. Raises nothing but OSError.
+
+    Args:
+        status: FINISHED, FAILED or KILLED.
+        artifacts: a folder to upload under its own name, where it exists.
+    """
+    journal = Journal(handle.folder)
+    if artifacts is not None and artifacts.exists():
+        journal.append(artifacts_record(str(artifacts.resolve()), artifacts.name))
+    journal.append(status_record(status))
+    try:
+        _send_now(handle.uri, handle.folder)
+    except TrackingError as error:
+        _logger.warning("%s", error)
+
+
+def replay(config: Config, folder: Path) -> RunHandle:
+    """Send what the journal of a run folder still holds; without a call to the server where that is nothing.
+
+    Raises:
+        ValueError: the folder belongs to no tracked run.
+        TrackingError: the address is of no known kind, or the experiment was deleted.
+    """
+    return _send_now(tracking_uri(config), folder)
+
+
+def _send_now(uri: str, folder: Path) -> RunHandle:
+    delivery = Delivery(uri, folder)
+    try:
+        delivery.send()
+    except TrackingError:
+        raise
+    except Exception as error:  # whatever a client or a file system can raise: training does without MLflow
+        _logger.warning(
+            "%s Going on without it: %d records wait in %s and are sent when it answers.",
+            explanation(error, uri),
+            delivery.num_pending,
+            delivery.journal.path,
+        )
+    return RunHandle(uri, folder, delivery.run_id)
+
+
+class RunLogger:
+    """What rank 0 logs with: to the journal at once, to the server from a thread. It never ends the training.
+
+    After a restart, values that were logged before it are not logged again.
+    """
+
+    def __init__(self, handle: RunHandle):
+        self._journal = Journal(handle.folder)
+        self._logged = _logged_values(self._journal)
+        self._since_ms = now_ms()
+        self._wake, self._closing = threading.Event(), threading.Event()
+        delivery = Delivery(handle.uri, handle.folder, handle.run_id)
+        self._thread = threading.Thread(target=self._deliver, args=(delivery,), name="mlflow-delivery", daemon=True)
+        self._thread.start()
+
+    def metrics(self, stage: str | None, values: Mapping[str, float], step: int) -> None:
+        """Log values of a stage's step; None is the whole run. Anything `float` takes, NaN and infinity included."""
+        numbers = {key: float(value) for key, value in values.items()}
+        fresh = {key: number for key, number in numbers.items() if (stage, key, step, str(number)) not in self._logged}
+        if fresh:
+            self._write(metrics_record(stage, fresh, step, self._since_ms))
+        self._since_ms = now_ms()
+
+    def close(self) -> None:
+        """Stop; waits at most `CLOSE_SECONDS` for what is still to be sent, the driver sends the rest."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(CLOSE_SECONDS)
+
+    def _write(self, record: Record) -> None:
+        try:
+            self._journal.append(record)
+        except OSError as error:
+            _logger.warning("%s cannot be written, values are lost: %s (%.300s)", self._journal.path, error, record)
+        self._wake.set()
+
+    def _deliver(self, delivery: Delivery) -> None:
+        """The thread: send when woken; after a failure again, each time later."""
+        retry_seconds = _FIRST_RETRY_SECONDS
+        failing = False
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            closing = self._closing.is_set()
+            try:
+                delivery.send()
+            except Exception as error:  # see _send_now
+                if not failing:
+                    _logger.warning("%s Values are kept and sent later.", explanation(error, delivery.uri))
+                failing = True
+                self._closing.wait(retry_seconds)
+                retry_seconds = min(2 * retry_seconds, _LAST_RETRY_SECONDS)
+                self._wake.set()
+            else:
+                if failing:
+                    _logger.warning("MLflow at %s answers again; everything kept was sent.", redacted(delivery.uri))
+                failing, retry_seconds = False, _FIRST_RETRY_SECONDS
+            if closing:
+                return
+
+
+def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
+    """(stage, key, step, value) of every value in the journal; as text, for NaN equals nothing."""
+    return {
+        (record["stage"], key, record["step"], str(value))
+        for _, record in journal.read()
+        if record["kind"] == "metrics"
+        for key, value in metric_values(record).items()
+    }
+
+
+@contextmanager
+def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
+    """Record CPU, memory, network and GPU use of this node inside. Failure is a warning; it waits for no server."""
+    if handle.run_id is None:
+        yield
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_monitor, args=(handle, node, ended), name="system-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(CLOSE_SECONDS)
+
+
+def _monitor(handle: RunHandle, node: str, ended: threading.Event) -> None:
+    try:
+        monitor = SystemMetricsMonitor(handle.run_id, resume_logging=True, node_id=node, tracking_uri=handle.uri)
+        monitor.start()
+        ended.wait()
+        monitor.finish()
+    except Exception as error:
+        _logger.warning("system metrics of %s are not recorded: %s", node, error)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.models.resolution_norm import (
+    ResolutionBatchNorm2d,
+    keep_resolution,
+    make_resolution_aware,
+    select_resolution,
+)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, eps=1e-3, momentum=0.3),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)),
+    )
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_copies_start_from_the_values_and_settings_of_the_norm_they_replace():
+    module = network()
+    with torch.no_grad():
+        module[1].weight.uniform_()
+        module[1].running_mean.uniform_()
+    original = copy.deepcopy(module[1])
+    make_resolution_aware(module, 3)
+    assert isinstance(module[1], ResolutionBatchNorm2d)
+    assert isinstance(module[2][2], ResolutionBatchNorm2d)
+    for norm in module[1].norms:
+        assert (norm.eps, norm.momentum) == (1e-3, 0.3)
+        for name, value in original.state_dict().items():
+            assert torch.equal(norm.state_dict()[name], value)
+
+
+def test_only_the_active_copy_moves_and_gets_gradients():
+    module = network()
+    layers = make_resolution_aware(module, 3)
+    before = [copy.deepcopy(layer.norms.state_dict()) for layer in layers]
+    select_resolution(module, 1)
+    module(images(4, 3, 8, 8)).square().sum().backward()
+    for layer, old in zip(layers, before, strict=True):
+        for name, value in layer.norms.state_dict().items():
+            if "running" in name or "num_batches" in name:
+                assert torch.equal(value, old[name]) != name.startswith("1."), name
+        assert [norm.weight.grad is not None for norm in layer.norms] == [False, True, False]
+
+
+def test_statistics_of_each_resolution_equal_those_of_a_network_that_saw_this_resolution_alone():
+    aware, alone = network(), None
+    alone = [copy.deepcopy(aware) for _ in range(2)]
+    make_resolution_aware(aware, 2)
+    for step in range(3):
+        for index, side in enumerate((8, 6)):
+            batch = images(4, 3, side, side, seed=10 * step + index)
+            select_resolution(aware, index)
+            assert torch.equal(aware(batch), alone[index](batch))
+    for index in range(2):
+        kept = copy.deepcopy(aware)
+        keep_resolution(kept, index)
+        for (name, value), expected in zip(kept.state_dict().items(), alone[index].state_dict().values(), strict=True):
+            assert torch.equal(value, expected), name
+
+
+def test_a_norm_used_in_two_places_stays_one_norm():
+    shared = nn.BatchNorm2d(3)
+    module = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    assert len(make_resolution_aware(module, 2)) == 1
+    assert module["a"][0] is module["b"][0]
+
+
+def test_channels_last_survives():
+    module = network().to(memory_format=torch.channels_last)
+    make_resolution_aware(module, 2)
+    outputs = module(images(2, 3, 8, 8).to(memory_format=torch.channels_last))
+    assert outputs.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_an_index_outside_the_candidates_is_refused(index: int):
+    module = network()
+    make_resolution_aware(module, 2)
+    with pytest.raises(ValueError, match=r"not in 0\.\.1"):
+        select_resolution(module, index)
+
+
+@pytest.mark.parametrize(
+    ("module", "count", "message"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm1d(3)), 2, "no BatchNorm2d"),
+        (network(), 0, "at least 1"),
+        (nn.Sequential(ResolutionBatchNorm2d(nn.BatchNorm2d(3), 2)), 2, "already"),
+    ],
+)
+def test_what_cannot_be_made_resolution_aware_is_refused(module: nn.Module, count: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        make_resolution_aware(module, count)
