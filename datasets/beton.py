@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from datasets import turbojpeg
 from datasets.beton_file import BetonError, Layout, Sample, file_sha256, read_jpeg, read_layout, write_beton
 
 __all__ = [
@@ -31,6 +32,7 @@ SPLITS = (TRAIN, VALIDATION)
 FORMAT = 1
 MANIFEST = "manifest.json"
 IMAGES_LIST = "images.jsonl"
+SAMPLED_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -124,22 +126,22 @@ def verify_betons(folder: Path, full: bool = False) -> Manifest:
     """Check that the betons of a prepared folder are the ones that its manifest describes.
 
     Args:
-        full: compare the SHA-256 of every byte; otherwise sizes, headers, tables, counts and labels only.
+        full: compare the SHA-256 of every byte; otherwise sizes, headers, tables, counts, labels and the beginnings
+            of some images only.
 
     Raises:
         BetonError: naming every beton that is missing, cut short, damaged or of another preparation.
     """
     manifest = load_manifest(folder)
     problems = []
-    for name, split in manifest.splits.items():
+    for split in manifest.splits.values():
         try:
             _verify_split(Path(folder) / split.file, split, len(manifest.classes), full)
         except BetonError as error:
             problems.append(str(error))
     if problems:
-        raise BetonError(
-            "\n".join([*problems, "prepare the data again: `python -m jobs.prepare --config CONFIG --force`"])
-        )
+        problems.append("prepare the data again: `python -m jobs.prepare --config CONFIG --force`")
+        raise BetonError("\n".join(problems))
     return manifest
 
 
@@ -156,6 +158,7 @@ def _verify_split(path: Path, split: Split, num_classes: int, full: bool) -> Non
         raise BetonError(f"{path} has {path.stat().st_size:,} bytes, its manifest says {split.size_bytes:,}")
     layout = read_layout(path)
     _verify_labels(path, layout, split, num_classes)
+    _verify_some_images(path, layout)
     if full and (found := file_sha256(path)) != split.sha256:
         raise BetonError(f"{path} is damaged: SHA-256 {found}, its manifest says {split.sha256}")
 
@@ -168,3 +171,21 @@ def _verify_labels(path: Path, layout: Layout, split: Split, num_classes: int) -
         raise BetonError(f"{path} is damaged: label {labels_N.max()} where there are {num_classes} classes")
     if np.bincount(labels_N, minlength=num_classes).tolist() != split.class_counts:
         raise BetonError(f"{path} is of another preparation: the counts of its classes are not those of its manifest")
+
+
+def _verify_some_images(path: Path, layout: Layout) -> None:
+    """Whether evenly spread images begin like JPEGs of the recorded size."""
+    count = len(layout.metadata)
+    with path.open("rb") as file:
+        for index in np.unique(np.linspace(0, count - 1, min(count, SAMPLED_IMAGES)).astype(int)):
+            file.seek(int(layout.allocations["ptr"][index]))
+            jpeg, image = file.read(int(layout.allocations["size"][index])), layout.metadata["image"][index]
+            try:
+                header = turbojpeg.read_header(jpeg)
+            except turbojpeg.JpegError as error:
+                raise BetonError(f"{path} is damaged: sample {index} is no JPEG ({error})") from None
+            if (header.width, header.height) != (image["width"], image["height"]):
+                raise BetonError(
+                    f"{path} is damaged: sample {index} has {header.width}x{header.height} pixels, "
+                    f"its record says {image['width']}x{image['height']}"
+                )

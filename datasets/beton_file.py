@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,16 +20,8 @@ VERSION = 2
 PAGE_SIZE = 8 << 20
 MODE_JPEG = 0
 IMAGE_FIELD, LABEL_FIELD = ("image", 2), ("label", 1)
-HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ],
-    align=True,
-)
+_COUNTS = [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8")]
+HEADER = np.dtype([*_COUNTS, ("alloc_table_ptr", "<u8")], align=True)
 FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 METADATA = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
@@ -185,13 +177,18 @@ def _checked_header(path: Path, start: bytes, size: int) -> np.void:
     return header
 
 
-def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iterable[str]:
-    """What cannot be true of a beton that `write_beton` has written, the first of it first."""
+def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iterator[str]:
+    """What cannot be true of a beton that `write_beton` has written."""
     if len(metadata) != len(allocations):
         yield f"{len(metadata)} samples, but {len(allocations)} allocations"
         return
     image = metadata["image"]
     ptrs, sizes = allocations["ptr"].astype(np.int64), allocations["size"].astype(np.int64)
+    ends = ptrs + sizes
+    # Every image lies right behind the one before it, or at the next page: its place follows from the sizes.
+    page_ends = -(-(ends + 1) // PAGE_SIZE) * PAGE_SIZE
+    follows = ptrs[1:] == np.where(ends[:-1] + sizes[1:] <= page_ends[:-1], ends[:-1], page_ends[:-1])
+    misplaced = np.concatenate([ptrs[:1] % PAGE_SIZE != 0, ~follows])
     checks = {
         "the image mode is not JPEG": image["mode"] != MODE_JPEG,
         "an image has no width or height": (image["width"] == 0) | (image["height"] == 0),
@@ -199,9 +196,8 @@ def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iter
         "the allocation table is out of order": allocations["sample_id"] != np.arange(len(allocations)),
         "metadata and allocation table disagree": image["data_ptr"] != allocations["ptr"],
         "an image is empty or larger than a page": (sizes < 1) | (sizes > PAGE_SIZE),
-        "an image lies outside the data": (ptrs < METADATA_START) | (ptrs + sizes > table),
-        "an image straddles two pages": ptrs // PAGE_SIZE != (ptrs + sizes - 1) // PAGE_SIZE,
-        "two images overlap": np.concatenate([ptrs[1:] < ptrs[:-1] + sizes[:-1], [False]]),
+        "an image lies outside the data": (ptrs < METADATA_START) | (ends > table),
+        "an image does not lie where the one before it ends": misplaced,
     }
     for problem, wrong_N in checks.items():
         if wrong_N.any():

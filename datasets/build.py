@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -86,11 +87,11 @@ def build_betons(
     """
     ordered = {split: shuffled(refs, seed) for split, refs in index.splits.items()}
     work = [chunk for refs in ordered.values() for chunk in chunks(refs)]
-    converted = map_ordered(partial(convert_chunk, conversion), work, num_processes)
     built = Built()
-    for split, refs in ordered.items():
-        num_chunks = sum(1 for _ in chunks(refs))
-        _build_split(built, index, split, refs, islice(converted, num_chunks), folder, advance)
+    with closing(map_ordered(partial(convert_chunk, conversion), work, num_processes)) as converted:
+        for split, refs in ordered.items():
+            num_chunks = sum(1 for _ in chunks(refs))
+            _build_split(built, index, split, refs, islice(converted, num_chunks), folder, advance)
     if built.bad and not skip_bad:
         raise BadImagesError(built.bad)
     _require_all_classes(built, index)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import elpv, glyphs
+from datasets.conversion import Channels
 from datasets.glyphs import GlyphSettings
 from datasets.image_folder import scan_image_folder
 from datasets.imagenet import scan_imagenet
 from datasets.sources import Source, SourceError
-
-Channels = tuple[float, float, float]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"
@@ -28,7 +27,7 @@ class SourceOptions:
     validation_fraction: float = 0.2
     images_per_class: int | None = None
     split_seed: int = 0
-    glyphs: GlyphSettings = GlyphSettings()
+    glyphs: GlyphSettings = field(default_factory=GlyphSettings)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from datasets.images import BadImageError, store_image
 from datasets.sources import ImageRef, read_bytes
 
+Channels = tuple[float, float, float]
+
 IMAGES_PER_CHUNK = 64
 
 
@@ -85,7 +87,7 @@ def content_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def channel_statistics(histogram: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(histogram: NDArray[np.int64]) -> tuple[Channels, Channels]:
     """Mean and standard deviation by channel on a scale of 0 to 1, from exact integer sums.
 
     Args:
@@ -98,4 +100,4 @@ def channel_statistics(histogram: NDArray[np.int64]) -> tuple[tuple[float, ...],
         squares = int((counts * values**2).sum())
         mean.append(round(total / pixels / 255, 6))
         std.append(round((max(pixels * squares - total**2, 0) ** 0.5) / pixels / 255, 6))
-    return tuple(mean), tuple(std)
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

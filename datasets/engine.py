@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +12,26 @@ import numba
 import numba.typed
 import numpy as np
 import torch
+from numba.core.compiler_lock import global_compiler_lock
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep the thread counts of torch and numba: FFCV sets both when it is imported and when a loader is built."""
-    torch_threads = torch.get_num_threads()
-    numba_threads = numba.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(torch_threads)
-        numba.set_num_threads(numba_threads)
+    """Put back what FFCV changes for the whole process when it is imported and when a loader is built.
+
+    These are the thread counts of torch and numba, and numba's type of a byte array, which FFCV declares read-only (it
+    means its own memory map): a function compiled after that could not write bytes, or could, by the luck of garbage
+    collection. So nothing is compiled in between either.
+    """
+    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    bytes_type = numba.uint8[::1]
+    with global_compiler_lock:
+        try:
+            yield
+        finally:
+            bytes_type.mutable = True
+            torch.set_num_threads(torch_threads)
+            numba.set_num_threads(numba_threads)
 
 
 @contextmanager
@@ -37,14 +46,19 @@ def _plain_dictionaries() -> Iterator[None]:
 
 
 with _undisturbed(), _plain_dictionaries():
+    import ffcv._libffcv
     from ffcv.loader import Loader
     from ffcv.pipeline import Compiler, PipelineSpec
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
     from ffcv.traversal_order.base import TraversalOrder
+    from ffcv.utils import cast_int_to_byte_ptr
 
-__all__ = ["AllocationQuery", "Engine", "Operation", "State", "TraversalOrder"]
+__all__ = ["LIBRARY", "AllocationQuery", "Engine", "Operation", "State", "TraversalOrder", "cast_int_to_byte_ptr"]
+
+LIBRARY = ctypes.CDLL(ffcv._libffcv.__file__)
+"""FFCV's compiled part; the libturbojpeg that it links is reached through it, wherever the system keeps it"""
 
 Memory = dict[str, Any]
 """One slot of a ring: for each field, the array or tuple of arrays that its decoder fills, one row a sample."""
@@ -84,7 +98,9 @@ class Engine:
     def allocate(self, batch_size: int, num_slots: int) -> list[Memory]:
         """Memory for `num_slots` batches of up to `batch_size` samples, pinned where there is a GPU."""
         allocated = self._loader.graph.allocate_memory(batch_size, num_slots)["operation"]
-        return [{name: _select(allocated[node], slot) for name, node in self._nodes.items()} for slot in range(num_slots)]
+        return [
+            {name: _select(allocated[node], slot) for name, node in self._nodes.items()} for slot in range(num_slots)
+        ]
 
     def run(self, views: np.ndarray, memory: Memory, rows: slice) -> None:
         """Decode `views[rows]` into the same rows of `memory`."""

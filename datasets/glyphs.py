@@ -34,7 +34,7 @@ FONTS = (
     "STIXGeneral",
     "STIXGeneralBol",
 )
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 JPEG_QUALITY = 92
 SPLIT_NAMES = ("train", "validation")
 IMAGES_PER_CHUNK = 100
@@ -92,7 +92,7 @@ def render(settings: GlyphSettings, split: str, index: int) -> NDArray[np.uint8]
     mask_HW = np.asarray(_master(glyph.label, glyph.font).resize((glyph.width, glyph.height), Image.Resampling.BOX))
     under_CHW = image_CHW[:, top : top + glyph.height, left : left + glyph.width]
     under_CHW += (mask_HW / np.float32(255)) * (_ink_colour(under_CHW, rng)[:, None, None] - under_CHW)
-    image_CHW += rng.standard_normal((side, side), np.float32) * np.float32(rng.uniform(1, 5))
+    image_CHW += rng.standard_normal((side, side), np.float32) * np.float32(rng.uniform(1, 3))
     return np.clip(np.rint(image_CHW), 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
@@ -100,10 +100,7 @@ def scan_glyphs(folder: Path, settings: GlyphSettings, images_per_class: int | N
     """The images that `generate` writes into `folder`; each has its letter's height as attribute "height"."""
 
     def read_index() -> ImageIndex:
-        splits = {
-            split: [_ref(folder, settings, split, index) for index in range(settings.count(split))]
-            for split in SPLIT_NAMES
-        }
+        splits = {split: _refs(folder, settings, split) for split in SPLIT_NAMES}
         splits["train"] = choose(splits["train"], images_per_class, seed)
         return checked(ImageIndex(list(LETTERS), splits, ("height",)))
 
@@ -161,10 +158,13 @@ def _marker(settings: GlyphSettings) -> dict[str, object]:
     return {"settings": asdict(settings), "versions": versions}
 
 
-def _ref(folder: Path, settings: GlyphSettings, split: str, index: int) -> ImageRef:
-    path = folder / glyph_name(split, index)
-    height = glyph_height(settings, split, index)
-    return ImageRef(glyph_name(split, index), glyph_label(index), str(path), 0, path.stat().st_size, (height,))
+def _refs(folder: Path, settings: GlyphSettings, split: str) -> list[ImageRef]:
+    refs = []
+    for index in range(settings.count(split)):
+        name, height = glyph_name(split, index), glyph_height(settings, split, index)
+        path = folder / name
+        refs.append(ImageRef(name, glyph_label(index), str(path), 0, path.stat().st_size, (height,)))
+    return refs
 
 
 def _write_chunk(folder: Path, settings: GlyphSettings, chunk: tuple[str, range]) -> int:
@@ -209,26 +209,26 @@ def _background(side: int, rng: np.random.Generator) -> NDArray[np.float32]:
     image_CHW = np.empty((3, side, side), np.float32)
     image_CHW[:] = (rng.uniform(70, 185) + rng.uniform(-35, 35, (3, 1, 1))).astype(np.float32)
     angle = rng.uniform(0, 2 * math.pi)
-    _add_tinted(image_CHW, x_HW * math.cos(angle) + y_HW * math.sin(angle), rng.uniform(0, 70), rng)
+    _add_tinted(image_CHW, x_HW * math.cos(angle) + y_HW * math.sin(angle), rng.uniform(0, 45), rng)
     for _ in range(2):
         angle, cycles, phase = rng.uniform(0, math.pi), math.exp(rng.uniform(0.7, 3.2)), rng.uniform(0, 2 * math.pi)
         wave_HW = np.sin((x_HW * math.cos(angle) + y_HW * math.sin(angle)) * (2 * math.pi * cycles) + phase)
-        _add_tinted(image_CHW, wave_HW, rng.uniform(0, 12), rng)
+        _add_tinted(image_CHW, wave_HW, rng.uniform(0, 8), rng)
     for cells in (4, 12, 36):
         grid = Image.fromarray(rng.standard_normal((cells, cells), np.float32))
         noise_HW = np.asarray(grid.resize((side, side), Image.Resampling.BICUBIC))
-        _add_tinted(image_CHW, noise_HW, rng.uniform(2, 14), rng)
+        _add_tinted(image_CHW, noise_HW, rng.uniform(1, 8), rng)
     return image_CHW
 
 
 def _add_tinted(
     image_CHW: NDArray[np.float32], pattern_HW: NDArray[np.float32], amplitude: float, rng: np.random.Generator
 ) -> None:
-    image_CHW += pattern_HW * (amplitude * rng.uniform(0.5, 1.5, (3, 1, 1))).astype(np.float32)
+    image_CHW += pattern_HW * (amplitude * rng.uniform(0.7, 1.3, (3, 1, 1))).astype(np.float32)
 
 
 def _ink_colour(under_CHW: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """A colour darker or lighter than what it covers by 45 to 110 grey levels: float32 (3,)."""
+    """A colour darker or lighter than what it covers by 70 to 140 grey levels: float32 (3,)."""
     ground_C = under_CHW.mean(axis=(1, 2))
     sign = -1 if rng.random() < ground_C.mean() / 255 else 1
-    return (ground_C + sign * rng.uniform(45, 110) + rng.uniform(-25, 25, 3)).astype(np.float32)
+    return (ground_C + sign * rng.uniform(70, 140) + rng.uniform(-25, 25, 3)).astype(np.float32)

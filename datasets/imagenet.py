@@ -78,17 +78,25 @@ def _validation_part(source: Path, classes: Sequence[str]) -> _Part | None:
             continue
         if found := set(subfolders(folder)) & set(classes):
             return _folder_part("val", folder, [wnid for wnid in classes if wnid in found], labels)
-        with os.scandir(folder) as files:
-            flat = sorted((file.name, file.path, file.stat()) for file in files if not is_ignored(file.name))
-        if flat:
-            refs = [ImageRef(name, 0, path, 0, status.st_size) for name, path, status in flat]
-            entries = [(f"val/{name}", status) for name, _, status in flat]
-            return _Part([*entries, _truth_entry(source)], lambda: _labelled(refs, source, labels))
+        if part := _flat_part(source, folder, labels):
+            return part
     tar = source / VALIDATION_TAR
     if not tar.is_file():
         return None
     entries = [(VALIDATION_TAR, tar.stat()), _truth_entry(source)]
     return _Part(entries, lambda: _labelled(_tar_members(tar), source, labels))
+
+
+def _flat_part(source: Path, folder: Path, labels: dict[str, int]) -> _Part | None:
+    """Validation images directly in a folder; None where there are none."""
+    with os.scandir(folder) as found:
+        images = [entry for entry in found if entry.is_file() and not is_ignored(entry.name)]
+    if not images:
+        return None
+    files = sorted((image.name, image.path, image.stat()) for image in images)
+    refs = [ImageRef(name, 0, path, 0, status.st_size) for name, path, status in files]
+    entries = [(f"val/{name}", status) for name, _, status in files]
+    return _Part([*entries, _truth_entry(source)], lambda: _labelled(refs, source, labels))
 
 
 def _folder_part(split: str, folder: Path, classes: Sequence[str], labels: dict[str, int]) -> _Part:

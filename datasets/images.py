@@ -55,8 +55,7 @@ def store_image(data: bytes, max_side: int | None, jpeg_quality: int) -> StoredI
     """
     if not data:
         raise BadImageError("the file is empty")
-    is_jpeg = data.startswith(b"\xff\xd8\xff")
-    header = _header(data) if is_jpeg else None
+    header = _header(data) if data.startswith(b"\xff\xd8\xff") else None
     if header is None:
         image = _open_with_pillow(data)
     else:
@@ -93,7 +92,11 @@ def _header(data: bytes) -> turbojpeg.JpegHeader | None:
     """The JPEG's header; None for the rare forms, such as odd subsampling, that only Pillow reads."""
     try:
         header = turbojpeg.read_header(data)
-    except turbojpeg.JpegError:
+    except turbojpeg.JpegError as error:
+        try:
+            _open_with_pillow(data)
+        except BadImageError:
+            raise BadImageError(f"not a JPEG that can be read: {error}") from None
         return None
     _check_size(header.width, header.height)
     return header

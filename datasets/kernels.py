@@ -10,16 +10,18 @@ from __future__ import annotations
 import ctypes
 import math
 
-import ffcv._libffcv
 import llvmlite.binding
 import numpy as np
-from numba import njit, types
+from numba import carray, njit, types
+
+from datasets.engine import LIBRARY, cast_int_to_byte_ptr
 
 # What became of a sample: element of the array `status` of decode_views.
 DECODED, NOT_A_JPEG, OTHER_SIZE, DAMAGED = 0, 1, 2, 3
 
 PIXEL_BYTES = 4  # RGBX: a pixel is one 32-bit word, which moves in one instruction
 RGBX = 2  # libjpeg-turbo's name of it
+BLENDED_AT_ONCE = 4  # fewer passes over the sums
 WEIGHT_BITS = 14
 HALF = 1 << (WEIGHT_BITS - 1)
 CROP_ATTEMPTS = 10
@@ -29,7 +31,7 @@ GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
 def _external(name: str, result: types.Type, *arguments: types.Type) -> types.ExternalFunction:
     """A function of the libturbojpeg that FFCV links. Called by name: code that holds an address cannot be kept."""
-    address = ctypes.cast(getattr(ctypes.CDLL(ffcv._libffcv.__file__), name), ctypes.c_void_p).value
+    address = ctypes.cast(getattr(LIBRARY, name), ctypes.c_void_p).value
     llvmlite.binding.add_symbol(name, address)
     return types.ExternalFunction(name, result(*arguments))
 
@@ -45,7 +47,7 @@ kept = njit(nogil=True, error_model="numpy", cache=True)
 
 
 @kept
-def decode_views(views_N, storage, offsets_N, sizes_N, shapes_N2, crop, images, status_N):
+def decode_views(views_N, storage, offsets_N, sizes_N, shapes_N2, crop, sides_R, addresses_R, status_N):
     """Decode, crop, flip and resize samples; the sides of one sample all show the same crop.
 
     Args:
@@ -54,12 +56,11 @@ def decode_views(views_N, storage, offsets_N, sizes_N, shapes_N2, crop, images, 
         offsets_N, sizes_N: int64, where in it each JPEG is.
         shapes_N2: int64, height and width in pixels that each JPEG should have.
         crop: six float64, see `crop_box`.
-        images: tuple of uint8 (N, side, side, 3), written.
+        sides_R, addresses_R: int64 and uintp, the sizes wanted and where their images, uint8 (N, side, side, 3), are
+            written. Addresses, because a tuple of arrays would be another type to compile for each number of sides.
         status_N: uint8, written: DECODED, or why the sample was not.
     """
-    largest = 0
-    for image_N in images:
-        largest = max(largest, image_N.shape[1])
+    largest = sides_R.max()
     decoder = tj_init()
     pixels = np.empty(0, np.uint8)
     for n in range(len(views_N)):
@@ -74,10 +75,13 @@ def decode_views(views_N, storage, offsets_N, sizes_N, shapes_N2, crop, images, 
         if status_N[n] != DECODED:
             continue
         image = pixels[: rows * columns * PIXEL_BYTES].reshape(rows, columns * PIXEL_BYTES)
-        for image_N in images:
-            resize(
-                image, top / fraction, left / fraction, crop_height / fraction, crop_width / fraction, mirrored, image_N[n]
-            )
+        top, left = top / fraction, left / fraction
+        crop_height, crop_width = crop_height / fraction, crop_width / fraction
+        for r in range(len(sides_R)):
+            side = sides_R[r]
+            address = addresses_R[r] + np.uintp(n * side * side * 3)
+            out = carray(cast_int_to_byte_ptr(address), (side, side, 3))
+            resize(image, top, left, crop_height, crop_width, mirrored, out)
     tj_destroy(decoder)
 
 
@@ -159,9 +163,8 @@ def resize(pixels, top, left, height, width, mirrored, image):
     blended first, because whole rows blend at the full width of the vector units.
     """
     side = image.shape[0]
-    first_row, row_weights_TS = filter_taps(top, height, pixels.shape[0], side, False)
-    first_column, column_weights_TS = filter_taps(left, width, pixels.shape[1] // PIXEL_BYTES, side, mirrored)
-    num_taps = len(column_weights_TS)
+    first_row, num_rows, row_weights_TS = filter_taps(top, height, pixels.shape[0], side, False)
+    first_column, num_taps, column_weights_TS = filter_taps(left, width, pixels.shape[1] // PIXEL_BYTES, side, mirrored)
     start = min(first_column[0], first_column[-1])
     stop = max(first_column[0], first_column[-1]) + num_taps
     first_column -= start
@@ -170,25 +173,29 @@ def resize(pixels, top, left, height, width, mirrored, image):
 
     sums = np.empty(max(stop - start, side) * PIXEL_BYTES, np.int32)
     blended = np.empty((stop - start) * PIXEL_BYTES, np.uint8)
-    blended_words = blended.view(np.uint32)
+    words = blended.view(np.uint32)
     taps = np.empty((num_taps, side), np.uint32)
     tap_bytes = taps.view(np.uint8)
     for y in range(side):
-        rows = pixels[first_row[y] : first_row[y] + row_weights_ST.shape[1], start * PIXEL_BYTES : stop * PIXEL_BYTES]
+        rows = pixels[first_row[y] : first_row[y] + num_rows, start * PIXEL_BYTES : stop * PIXEL_BYTES]
         blend_rows(rows, row_weights_ST[y], sums, blended)
-        gather_taps(blended_words, first_column, taps)
+        gather_taps(words, first_column, taps)
         blend_taps(tap_bytes, spread_weights, sums, image[y])
 
 
 @compiled
 def filter_taps(origin, extent, limit, side, mirrored):
-    """First source pixel (side,) and integer weights (taps, side), summing to 1 << WEIGHT_BITS, of each output pixel."""
+    """The source pixels that blend into each output pixel.
+
+    Returns the first of them, int64 (side,); their number, the same for all; and their weights, int16 (taps, side),
+    which sum to 1 << WEIGHT_BITS, padded with zeros to a multiple of BLENDED_AT_ONCE taps.
+    """
     num_taps = 1
     for i in range(side):
         first, last, _, _ = filter_window(origin, extent, limit, side, i)
         num_taps = max(num_taps, last - first)
     starts = np.empty(side, np.int64)
-    weights = np.zeros((num_taps, side), np.int16)
+    weights = np.zeros((-(-num_taps // BLENDED_AT_ONCE) * BLENDED_AT_ONCE, side), np.int16)
     for i in range(side):
         first, last, centre, support = filter_window(origin, extent, limit, side, i)
         start = min(first, limit - num_taps)
@@ -205,7 +212,7 @@ def filter_taps(origin, extent, limit, side, mirrored):
             if weight > weights[heaviest, to]:
                 heaviest = k - start
         weights[heaviest, to] += rest
-    return starts, weights
+    return starts, num_taps, weights
 
 
 @compiled
@@ -231,15 +238,13 @@ def spread_over_channels(weights_TS):
 
 @compiled
 def blend_rows(rows, weights, sums, blended):
-    """Weighted sum of rows, uint8 (taps, n), into blended, uint8 (n,). Four at a time, to pass over `sums` less often."""
+    """Weighted sum of rows, uint8 (taps, n), into blended, uint8 (n,)."""
     last = len(rows) - 1
     sums[: len(blended)] = HALF
-    for k in range(0, len(rows), 4):
+    for k in range(0, len(rows), BLENDED_AT_ONCE):
         row_0, row_1, row_2, row_3 = rows[k], rows[min(k + 1, last)], rows[min(k + 2, last)], rows[min(k + 3, last)]
-        weight_0 = np.int32(weights[k])
-        weight_1 = np.int32(weights[k + 1] if k + 1 <= last else 0)
-        weight_2 = np.int32(weights[k + 2] if k + 2 <= last else 0)
-        weight_3 = np.int32(weights[k + 3] if k + 3 <= last else 0)
+        weight_0, weight_1 = np.int32(weights[k]), np.int32(weights[k + 1])
+        weight_2, weight_3 = np.int32(weights[k + 2]), np.int32(weights[k + 3])
         for i in range(len(blended)):
             early = np.int32(weight_0 * row_0[i]) + np.int32(weight_1 * row_1[i])
             late = np.int32(weight_2 * row_2[i]) + np.int32(weight_3 * row_3[i])
@@ -260,18 +265,16 @@ def gather_taps(words, starts, taps):
 @compiled
 def blend_taps(taps, weights, sums, row):
     """Weighted sum of taps, uint8 (taps, side * PIXEL_BYTES), into row, uint8 (side, 3)."""
+    last = len(taps) - 1
     size = taps.shape[1]
     sums[:size] = HALF
-    last = len(taps) - 1
-    for k in range(0, len(taps), 2):
-        tap_0, weight_0 = taps[k], weights[k]
-        if k == last:
-            for i in range(size):
-                sums[i] += np.int32(np.int32(weight_0[i]) * tap_0[i])
-        else:
-            tap_1, weight_1 = taps[k + 1], weights[k + 1]
-            for i in range(size):
-                sums[i] += np.int32(np.int32(weight_0[i]) * tap_0[i]) + np.int32(np.int32(weight_1[i]) * tap_1[i])
+    for k in range(0, len(taps), BLENDED_AT_ONCE):
+        tap_0, tap_1, tap_2, tap_3 = taps[k], taps[min(k + 1, last)], taps[min(k + 2, last)], taps[min(k + 3, last)]
+        weight_0, weight_1, weight_2, weight_3 = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+        for i in range(size):
+            early = np.int32(np.int32(weight_0[i]) * tap_0[i]) + np.int32(np.int32(weight_1[i]) * tap_1[i])
+            late = np.int32(np.int32(weight_2[i]) * tap_2[i]) + np.int32(np.int32(weight_3[i]) * tap_3[i])
+            sums[i] += np.int32(early + late)
     for x in range(len(row)):
         for channel in range(3):
             row[x, channel] = sums[x * PIXEL_BYTES + channel] >> WEIGHT_BITS

@@ -34,7 +34,7 @@ def count_batches(num_samples: int, batch_size: int) -> int:
 
 
 def batch_bounds(num_samples: int, batch_size: int, step: int) -> tuple[int, int]:
-    """First and one past the last position of batch `step`. Sizes of batches differ by at most one: there is no runt."""
+    """First and one past the last position of batch `step`; the sizes of batches differ by at most one."""
     size, larger = divmod(num_samples, count_batches(num_samples, batch_size))
     first = step * size + min(step, larger)
     return first, first + size + (step < larger)
@@ -82,7 +82,7 @@ class ViewOrder(TraversalOrder):
         """This rank's views of every batch of the epoch from `start_step` on."""
         views = pack_views(epoch_order(self.num_samples, self.seed, epoch, self.shuffle), self.seed, epoch)
         bounds = (batch_bounds(self.num_samples, self.batch_size, step) for step in range(start_step, self.num_batches))
-        return [views[first + self.rank : last : self.world_size] for first, last in bounds]
+        return [np.ascontiguousarray(views[first + self.rank : last : self.world_size]) for first, last in bounds]
 
     def sample_order(self, epoch: int) -> NDArray[np.uint64]:
         """This rank's views of the whole epoch."""
@@ -90,4 +90,4 @@ class ViewOrder(TraversalOrder):
 
 
 def _generator(seed: int, epoch: int) -> np.random.Philox:
-    return np.random.Philox(key=[seed % (1 << 64), epoch])
+    return np.random.Philox(key=np.array([seed % (1 << 64), epoch], np.uint64))

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -24,7 +24,7 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def map_ordered(function: Callable[[Work], Result], work: Iterable[Work], num_processes: int) -> Iterator[Result]:
+def map_ordered(function: Callable[[Work], Result], work: Iterable[Work], num_processes: int) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item of `work`, in order, computed by `num_processes` processes.
 
     At most CHUNKS_AHEAD results for each process wait to be taken, so memory does not grow with the work. The
@@ -42,9 +42,8 @@ def map_ordered(function: Callable[[Work], Result], work: Iterable[Work], num_pr
     pending: deque[Future[Result]] = deque()
     try:
         while True:
-            pending.extend(
-                pool.submit(function, item) for item in islice(remaining, CHUNKS_AHEAD * num_processes - len(pending))
-            )
+            wanted = CHUNKS_AHEAD * num_processes - len(pending)
+            pending.extend(pool.submit(function, item) for item in islice(remaining, wanted))
             if not pending:
                 return
             yield pending.popleft().result()

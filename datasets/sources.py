@@ -15,30 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-IGNORED_SUFFIXES = frozenset(
-    [
-        ".txt",
-        ".md",
-        ".rst",
-        ".csv",
-        ".tsv",
-        ".json",
-        ".jsonl",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".html",
-        ".log",
-        ".mat",
-        ".npy",
-        ".npz",
-        ".pkl",
-        ".db",
-        ".ini",
-        ".py",
-        ".sh",
-    ]
-)
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log"}
+IGNORED_SUFFIXES = TEXT_SUFFIXES | {".mat", ".npy", ".npz", ".pkl", ".db", ".ini", ".py", ".sh"}
 
 
 class SourceError(ValueError):

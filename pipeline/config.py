@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,7 +33,12 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class GlyphsConfig(Section):
@@ -204,7 +209,7 @@ class TrainingConfig(Section):
 class ClusterConfig(Section):
     num_workers: Positive = 1
     """Ray Train workers"""
-    use_gpu: bool | Literal["auto"] = "auto"
+    use_gpu: Literal[True, False, "auto"] = "auto"
     """one GPU for each worker; auto is true where the cluster has GPUs"""
     cpus_per_worker: Positive | None = None
     """CPUs of each worker; null shares the cluster's CPUs out evenly"""
@@ -257,8 +262,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = find_config(path)
     try:
-        tree = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"not YAML: {error}"], str(file)) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"the file holds {type(tree).__name__}, not a mapping of keys to values"], str(file))
@@ -298,6 +303,18 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
             continue
         default = "(required)" if field.is_required() else _plain(field.get_default())
         yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def with_absolute_paths(section: AnySection) -> AnySection:
+    """The same configuration for processes with other working folders: every path made absolute from this one."""
+    changes: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            changes[name] = with_absolute_paths(value)
+        elif isinstance(value, Path):
+            changes[name] = value.absolute()
+    return section.model_copy(update=changes)
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -364,7 +381,8 @@ def _explain(item: Any) -> str:
         valid = [name for name, *_ in describe_fields()]
         sections = sorted({name.rsplit(".", depth)[0] for name in valid for depth in range(1, 1 + name.count("."))})
         near = difflib.get_close_matches(key, valid + sections, n=3, cutoff=0.5)
-        siblings = sorted(name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0])
+        section = key[: key.rfind(".") + 1]
+        siblings = sorted({name[len(section) :].split(".")[0] for name in valid if name.startswith(section)})
         hint = f"did you mean {' or '.join(near)}?" if near else f"allowed there: {', '.join(siblings)}"
         return f"{key} is not a known key; {hint}"
     if item["type"] == "missing":
@@ -388,7 +406,7 @@ def _type_name(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join("null" if arg is type(None) else _type_name(arg) for arg in args)
     if origin is Literal:
-        return " | ".join(str(arg) for arg in args)
+        return " | ".join(_plain(arg) for arg in args)
     if origin is tuple:
         return f"list of {_type_name(args[0])}"
     return getattr(annotation, "__name__", str(annotation)).replace("Path", "path")

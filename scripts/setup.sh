@@ -58,7 +58,7 @@ missing_packages() {
     pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
     pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
     if ! command -v python3 >/dev/null; then
-        echo python3 python3-dev
+        printf '%s\n' python3 python3-dev
     elif python_in_range python3 && [[ ! -f $(include_folder python3)/Python.h ]]; then
         echo python3-dev
     fi
@@ -85,9 +85,8 @@ install_packages() {
 
 ensure_packages() {
     local missing
-    missing=$(missing_packages | xargs)
-    # shellcheck disable=SC2086
-    [[ -z $missing ]] || install_packages $missing
+    mapfile -t missing < <(missing_packages)
+    [[ ${#missing[@]} -eq 0 ]] || install_packages "${missing[@]}"
 }
 
 # --------------------------------------------------------------------------------------------------- uv and .venv

@@ -23,7 +23,7 @@ from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
 from pipeline.cluster.preflight import check_cluster, check_config, worker_resources
 from pipeline.cluster.progress import followed
 from pipeline.cluster.worker import MODEL_FILE, WorkerSettings, run_worker
-from pipeline.config import Config, ConfigError, differences, parse_config
+from pipeline.config import Config, ConfigError, differences, parse_config, with_absolute_paths
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import write_report
 from pipeline.files import write_atomically
@@ -67,7 +67,7 @@ def train_run(config: Config) -> RunResult:
     with _only_driver(folder):
         write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         with ray_cluster(), _tracked(config, folder, manifest) as tracking:
-            checkpoint = _fit(config, folder, WorkerSettings(config, folder, tracking))
+            checkpoint = _fit(config, folder, WorkerSettings(with_absolute_paths(config), folder, tracking))
             _collect(checkpoint, folder)
             report = _write_report(config, folder, manifest, costs)
             write_atomically(folder / FINISHED_FILE, json.dumps({"finished": time.time()}))
@@ -80,7 +80,7 @@ def evaluate_run(config: Config) -> RunResult:
     manifest, costs = check_config(config)
     load_model(folder / MODEL_FILE)
     with ray_cluster():
-        settings = WorkerSettings(config, folder, None, evaluate_model=folder / MODEL_FILE)
+        settings = WorkerSettings(with_absolute_paths(config), folder, None, evaluate_model=folder / MODEL_FILE)
         _collect(_fit(config, folder / "evaluations", settings), folder)
     return RunResult(folder, _write_report(config, folder, manifest, costs))
 

@@ -46,7 +46,7 @@ def table_rows(
     routed_cost = _cost(shares_R, costs, with_predictor=True)
     line_R = interpolation_shares(costs, routed_cost["mean_gflops"])
     lower, upper = interpolation_ends(costs, routed_cost["mean_gflops"])
-    line_label = f"static {upper} px" if lower == upper else f"line from static {lower} px to {upper} px"
+    line_label = f"static {upper} px" if lower == upper else f"line, static {lower} to {upper} px"
     random = percentile_interval(static_R @ shares_R, random_accuracy(resampled))
     line = percentile_interval(static_R @ line_R, interpolation_accuracy(resampled, costs))
     return [

@@ -54,13 +54,13 @@ def pick_tiles(
 def draw_gallery(tiles: Sequence[Sequence[Tile]], report: Mapping[str, Any]) -> bytes:
     """PNG bytes: one row of images a resolution, each titled with its class, the answer and whether it is right."""
     columns = max(1, *(len(row) for row in tiles))
-    cell, label, top = 1.18, 0.95, 0.75
+    cell, label, top = 1.18, 1.2, 0.6
     width, height = label + cell * columns + 0.1, top + (cell + 0.42) * len(tiles)
-    figure = new_figure(width, height, LIGHT)
+    figure = new_figure(width, height, LIGHT, dpi=120)
     colors = resolution_colors(len(tiles))
     shares = report["headline"]["shares"]
     for j, row in enumerate(tiles):
-        bottom = (height - top - (cell + 0.42) * (j + 1) + 0.06) / height
+        bottom = (height - top - (cell + 0.42) * (j + 1) + 0.08) / height
         middle = bottom + cell / 2 / height
         name, share = f"{report['resolutions'][j]} px", f"{100 * shares[j]:.0f} % of images"
         figure.text(0.02, middle, name, color=colors[j], fontsize=12, fontweight="bold", va="bottom")

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.labels import Label, place_labels
 from pipeline.evaluation.style import (
     FONT_SIZE,
     Theme,
@@ -17,9 +16,11 @@ from pipeline.evaluation.style import (
     new_figure,
     resolution_colors,
     style_axes,
+    subject,
     title,
     to_png,
 )
+from pipeline.evaluation.tradeoff import draw_tradeoff
 
 
 def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
@@ -32,65 +33,21 @@ def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
     return {name: to_png(figure) for name, figure in figures.items()}
 
 
-def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Accuracy against cost: static resolutions and their line, budget curve, routed, random, oracle, references."""
-    figure = new_figure(8.2, 5.6, theme)
-    axes = figure.add_axes((0.085, 0.105, 0.895, 0.775))
-    style_axes(axes, theme)
-    rows = {row["id"]: row for row in report["rows"]}
-    static = sorted((row for row in report["rows"] if row["kind"] == "static"), key=lambda row: row["mean_gflops"])
-    drawn = [row for row in report["rows"] if row["kind"] != "interpolation"]
-    references = report["references"]
-    curve = np.array([[point["mean_gflops"], 100 * point["top1"]] for point in report["budget_curve"]]).reshape(-1, 2)
-    _limit_tradeoff(axes, drawn, references, curve)
-    line = np.array([[row["mean_gflops"], 100 * row["top1"]] for row in static])
-    axes.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), zorder=2)
-    if len(curve):
-        axes.plot(*curve.T, color=theme.routed, lw=1.5, alpha=0.55, zorder=3)
-    side_color = dict(zip(report["resolutions"], resolution_colors(len(report["resolutions"])), strict=True))
-    colors = {"routed": theme.routed, "random": theme.random, "oracle": theme.oracle}
-    for row in drawn:
-        color = colors.get(row["kind"]) or side_color[row["resolution"]]
-        _point(axes, row, color, theme, marker=_MARKERS[row["kind"]])
-    for reference in references:
-        axes.axhline(100 * reference["top1"], color=theme.reference, lw=1.1, ls=(0, (1, 2)), zorder=1)
-    whiskers = [
-        np.array([[row["mean_gflops"], 100 * row["top1_low"]], [row["mean_gflops"], 100 * row["top1_high"]]])
-        for row in drawn
-    ]
-    left, right = axes.get_xlim()
-    levels = [np.array([[left, 100 * r["top1"]], [right, 100 * r["top1"]]]) for r in references]
-    place_labels(
-        axes,
-        _tradeoff_labels(rows, static, references, curve, theme, axes),
-        [line, *([curve] if len(curve) else []), *whiskers, *levels],
-        size=FONT_SIZE,
-        background=theme.background,
-    )
-    axes.set_xlabel("cost of one image, GFLOPs (1e9 multiply-adds, predictor included)", color=theme.muted)
-    axes.set_ylabel("top-1, %", color=theme.muted)
-    heading(figure, "Accuracy against cost", f"{_subject(report)}; bars are 95 % intervals", theme)
-    return figure
-
-
 def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
     """Left: share of images at each resolution, routed and oracle. Right: static accuracy by chosen resolution."""
-    figure = new_figure(8.2, 4.3, theme)
-    left, right = figure.add_axes((0.085, 0.15, 0.37, 0.66)), figure.add_axes((0.555, 0.15, 0.425, 0.66))
+    figure = new_figure(8.2, 4.4, theme)
+    left, right = figure.add_axes((0.085, 0.145, 0.37, 0.6)), figure.add_axes((0.555, 0.145, 0.425, 0.6))
     sides, colors = report["resolutions"], resolution_colors(len(report["resolutions"]))
     rows = {row["id"]: row for row in report["rows"]}
     positions = np.arange(len(sides))
     style_axes(left, theme, grid="y")
     routed, oracle = (100 * np.array(rows[kind]["shares"]) for kind in ("routed", "oracle"))
     left.bar(positions, routed, width=0.62, color=colors, zorder=2)
-    for position, routed_share, oracle_share in zip(positions, routed, oracle, strict=True):
-        left.plot([position - 0.38, position + 0.38], [oracle_share] * 2, color=theme.ink, lw=2, zorder=3)
-        top = max(routed_share, oracle_share)
-        left.annotate(
-            f"{routed_share:.0f} %", (position, top), (0, 5), textcoords="offset points", ha="center", color=theme.ink
-        )
-    left.set_ylim(0, 1.16 * max(routed.max(), oracle.max()))
-    _sides_axis(left, [f"{side} px" for side in sides], theme)
+    for position, share in zip(positions, oracle, strict=True):
+        left.plot([position - 0.38, position + 0.38], [share, share], color=theme.ink, lw=2, zorder=3)
+    left.set_ylim(0, 1.06 * max(routed.max(), oracle.max()))
+    texts = [f"{side} px\n{share:.0f} %" for side, share in zip(sides, routed, strict=True)]
+    _sides_axis(left, texts, theme)
     title(left, "Share of images, % (line: oracle)", theme)
     style_axes(right, theme, grid="y")
     groups = report["routing"]["static_top1_by_chosen"]
@@ -99,91 +56,35 @@ def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
             right.annotate("none", (position, 0.5), xycoords=("data", "axes fraction"), ha="center", color=theme.muted)
             continue
         values = 100 * np.array(group)
-        spread = position + 0.13 * (positions - positions.mean())
+        spread = position + 0.62 / len(sides) * (positions - positions.mean())
         right.plot(spread, values, color=theme.muted, lw=1, zorder=2)
-        right.scatter(spread, values, s=46, c=colors, zorder=3)
+        right.scatter(spread, values, s=40, c=colors, zorder=3)
         right.scatter(
-            spread[position], values[position], s=150, facecolors="none", edgecolors=theme.ink, linewidths=1.4, zorder=4
+            spread[position], values[position], s=130, facecolors="none", edgecolors=theme.ink, linewidths=1.4, zorder=4
         )
     right.set_xlim(-0.6, len(sides) - 0.4)
-    right.margins(y=0.12)
+    low, high = right.dataLim.intervaly
+    margin = max(0.12 * (high - low), 2.5 - (high - low) / 2)
+    right.set_ylim(low - margin, high + margin)
     names = [f"{side} px\n{count:,}" for side, count in zip(sides, report["routing"]["counts_by_chosen"], strict=True)]
     _sides_axis(right, names, theme)
-    title(right, "Static top-1, %, of the images sent to each (ring: as routed)", theme)
-    heading(figure, "What the predictor chooses", f"{_subject(report)}; colours are resolutions", theme)
+    title(right, "Static top-1, %, of images sent to (ring: as routed)", theme)
+    heading(figure, "What the predictor chooses", f"{subject(report)}; colours are resolutions", theme)
     return figure
 
 
 def draw_attributes(report: Mapping[str, Any], theme: Theme) -> Figure:
     """For each attribute: share of each resolution by value (above), accuracy by value (below)."""
     attributes = report["attributes"]
-    figure = new_figure(8.2, 1.1 + 5.2 * len(attributes), theme)
+    figure = new_figure(8.2, 0.95 + 5.2 * len(attributes), theme)
     height = figure.get_figheight()
     for position, (name, found) in enumerate(attributes.items()):
-        bottom = (height - 0.95 - 5.2 * (position + 1)) / height
+        bottom = (height - 0.85 - 5.2 * (position + 1)) / height
         upper = figure.add_axes((0.085, bottom + 3.15 / height, 0.78, 1.9 / height))
         lower = figure.add_axes((0.085, bottom + 0.65 / height, 0.78, 2.1 / height), sharex=upper)
         _draw_bins(upper, lower, name, found["bins"], report["resolutions"], theme)
-    heading(figure, "What decides the resolution", _subject(report), theme)
+    heading(figure, "What decides the resolution", subject(report), theme)
     return figure
-
-
-_MARKERS = {"static": "o", "routed": "D", "random": "s", "oracle": "*"}
-
-
-def _tradeoff_labels(
-    rows: Mapping[str, Any],
-    static: Sequence[Mapping[str, Any]],
-    references: Sequence[Mapping[str, Any]],
-    curve: np.ndarray,
-    theme: Theme,
-    axes: Axes,
-) -> list[Label]:
-    def named(row: Mapping[str, Any], text: str, color: str, bold: bool = False) -> Label:
-        return Label(f"{text}  {100 * row['top1']:.1f} %", [(row["mean_gflops"], 100 * row["top1"])], color, bold)
-
-    labels = []
-    if "routed" in rows:
-        labels.append(named(rows["routed"], "routed", theme.routed, bold=True))
-        labels.append(named(rows["oracle"], "oracle", theme.oracle))
-        labels.append(named(rows["random"], "random, same shares", theme.random))
-    labels += [named(row, row["label"], theme.ink) for row in static]
-    left, right = axes.get_xlim()
-    for reference in references:
-        anchors = [(float(x), 100 * reference["top1"]) for x in np.linspace(left, right, 9)[1:-1]]
-        labels.append(Label(f"{reference['label']}  {100 * reference['top1']:.1f} %", anchors, theme.reference))
-    if len(curve):
-        anchors = [tuple(point) for point in curve[:: max(1, len(curve) // 12)]]
-        labels.append(Label("budget curve", anchors, theme.routed))
-    return labels
-
-
-def _limit_tradeoff(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]], curve: np.ndarray
-) -> None:
-    costs = [row["mean_gflops"] for row in rows] + curve[:, 0].tolist()
-    heights = [100 * row[key] for row in rows for key in ("top1_low", "top1_high")]
-    heights += [100 * reference["top1"] for reference in references] + curve[:, 1].tolist()
-    span = max(max(heights) - min(heights), 1)
-    axes.set_xlim(0, 1.1 * max(costs))
-    axes.set_ylim(min(heights) - 0.08 * span, max(heights) + 0.12 * span)
-
-
-def _point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme, marker: str) -> None:
-    x, y = row["mean_gflops"], 100 * row["top1"]
-    axes.errorbar(
-        [x],
-        [y],
-        yerr=[[max(0.0, y - 100 * row["top1_low"])], [max(0.0, 100 * row["top1_high"] - y)]],
-        fmt=marker,
-        ms=12 if marker == "*" else 8.5,
-        color=color,
-        mec=theme.background,
-        mew=1.2,
-        elinewidth=1.6,
-        capsize=3,
-        zorder=5 if row["kind"] == "routed" else 4,
-    )
 
 
 def _draw_bins(
@@ -242,7 +143,3 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> Non
 
 def _sides_axis(axes: Axes, names: Sequence[str], theme: Theme) -> None:
     axes.set_xticks(range(len(names)), names, color=theme.ink)
-
-
-def _subject(report: Mapping[str, Any]) -> str:
-    return f"{report['dataset'] or report['name']}, {report['n']:,} validation images"

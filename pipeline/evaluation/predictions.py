@@ -90,7 +90,8 @@ class Predictions:
             ValueError: it is not a whole file of this format.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: numpy leaves a file of its own open where it is not a whole archive.
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
                     raise ValueError(f"its format is {found}, this version reads {FORMAT}")
                 return cls(tuple(file["resolutions"].tolist()), *(file[name] for name in _ARRAYS))

@@ -26,6 +26,7 @@ from pipeline.evaluation.tables import (
     provenance,
     reference_table,
     result_table,
+    signed,
 )
 
 TEMPLATE = "report.html.j2"
@@ -81,14 +82,13 @@ def render_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "gflops": gflops, "signed": lambda points: f"{points:+.1f}"}
+    environment.filters |= {"percent": percent, "gflops": gflops, "signed": signed}
     environment.filters["data"] = lambda content: base64.b64encode(content).decode()
     routed = report["comparisons"] is not None
     return environment.get_template(TEMPLATE).render(
         report=report,
         rows={row["id"]: row for row in report["rows"]},
         colors=resolution_colors(len(report["resolutions"])),
-        captions=CAPTIONS,
         light=light,
         dark=dark,
         tiles=tiles,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.tables import markdown_table
+from pipeline.evaluation.tables import markdown_table, signed
 
 SUMMARIZED = (
     "routed_top1",
@@ -109,7 +109,7 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _with_interval(row: Mapping[str, Any], key: str) -> str:
-    return f"{row[f'{key}_points']:+.1f} ({row[f'{key}_low']:+.1f} to {row[f'{key}_high']:+.1f})"
+    return f"{signed(row[f'{key}_points'])} ({signed(row[f'{key}_low'])} to {signed(row[f'{key}_high'])})"
 
 
 def _mean(spread: Mapping[str, Any], scale: float, form: str, unit: str = "") -> str:

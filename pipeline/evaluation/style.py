@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 
 DPI = 180
 FONT_SIZE = 10.5
-_RESOLUTION_COLORS = LinearSegmentedColormap.from_list("resolutions", ["#3565b8", "#2a9d9d", "#79b86b", "#e0b83a"])
+_RESOLUTION_COLORS = LinearSegmentedColormap.from_list("resolutions", ["#3565b8", "#2a9d9d", "#79b86b", "#d0a01e"])
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ def resolution_colors(num_resolutions: int) -> list[str]:
     ]
 
 
-def new_figure(width: float, height: float, theme: Theme) -> Figure:
+def new_figure(width: float, height: float, theme: Theme, dpi: int = DPI) -> Figure:
     """An empty figure of `width` x `height` inches on an Agg canvas."""
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.background)
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor=theme.background)
     FigureCanvasAgg(figure)
     return figure
 
@@ -78,3 +80,8 @@ def heading(figure: Figure, text: str, subtitle: str, theme: Theme) -> None:
     left = {"x": 0.02, "ha": "left", "va": "top", "parse_math": False}
     figure.text(y=1 - 0.12 / height, s=text, color=theme.ink, fontsize=13, fontweight="bold", **left)
     figure.text(y=1 - 0.39 / height, s=subtitle, color=theme.muted, fontsize=FONT_SIZE - 1, **left)
+
+
+def subject(report: Mapping[str, Any]) -> str:
+    """What the figures of a report are about."""
+    return f"{report['dataset'] or report['name']}, {report['n']:,} validation images"

@@ -73,9 +73,14 @@ def percent(fraction: float | None, digits: int = 1) -> str:
     return "-" if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
+def signed(points: float) -> str:
+    """A difference with its sign and one decimal; what rounds to 0 is +0.0."""
+    return f"{round(points, 1) + 0.0:+.1f}"
+
+
 def gflops(value: float) -> str:
     """Three significant digits, never in powers of ten."""
-    return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-")
+    return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="k").rstrip(".")
 
 
 def p_value(value: float | None) -> str:
@@ -114,8 +119,8 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
     body = [
         (
             labels[other],
-            f"{found['difference_points']:+.1f}",
-            f"{found['low_points']:+.1f} to {found['high_points']:+.1f}",
+            signed(found["difference_points"]),
+            f"{signed(found['low_points'])} to {signed(found['high_points'])}",
             f"{found['gflops_ratio']:.2f}",
             "-" if found["mcnemar_p"] is None else f"{found['only_routed_right']:,} / {found['only_other_right']:,}",
             p_value(found["mcnemar_p"]),
@@ -130,7 +135,7 @@ def budget_table(report: Mapping[str, Any]) -> Table:
     header = ("bias b", "GFLOPs", "top-1", *(f"at {side} px" for side in report["resolutions"]))
     return header, [
         (
-            f"{point['bias_per_gflop']:+.3g}",
+            _bias(point["bias_per_gflop"]),
             gflops(point["mean_gflops"]),
             percent(point["top1"]),
             *(percent(share) if share else "" for share in point["shares"]),
@@ -183,3 +188,7 @@ def every(points: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, 
 def cell(text: object) -> str:
     """Text that cannot end a table's cell or open a tag."""
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _bias(value: float) -> str:
+    return "0" if value == 0 else f"{'+' if value > 0 else '-'}{gflops(abs(value))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.evaluation.tables import gflops, percent
+from pipeline.evaluation.tables import gflops, percent, signed
 
 COLLAPSED_SHARE = 0.99
 
@@ -22,7 +22,8 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
         row = report["headline"]
         text = (
             f"There is one resolution, so nothing is routed: {row['label']} reaches {percent(row['top1'])} "
-            f"(95 % CI {percent(row['top1_low'])} to {percent(row['top1_high'])}) at {gflops(row['mean_gflops'])} GFLOPs."
+            f"(95 % CI {percent(row['top1_low'])} to {percent(row['top1_high'])}) "
+            f"at {gflops(row['mean_gflops'])} GFLOPs."
         )
         return {"outcome": "single_resolution", "verdict": text, "verdict_details": []}
     line = report["comparisons"]["interpolation"]
@@ -57,12 +58,13 @@ def _dominating(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Mapping[s
 
 def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str:
     found = report["comparisons"][static["id"]]
-    points, cost = -found["difference_points"], 1 / found["gflops_ratio"]
-    accurate = f"{points:.1f} points more accurate than" if points >= 0.05 else "as accurate as"
+    points, low, high = (-found[key] for key in ("difference_points", "high_points", "low_points"))
+    clearly = low > 0 and points >= 0.05
+    accurate = f"{points:.1f} points more accurate than" if clearly else "as accurate as"
+    by = "" if clearly else f"{signed(points)} points, "
     return (
-        f"Static wins: {static['label']} is {accurate} the routed network "
-        f"(95 % CI {-found['high_points']:+.1f} to {-found['low_points']:+.1f}, McNemar {_p(found['mcnemar_p'])}) "
-        f"at {cost:.2f} of its FLOPs."
+        f"Static wins: {static['label']} is {accurate} the routed network ({by}95 % CI {signed(low)} "
+        f"to {signed(high)}, McNemar {_p(found['mcnemar_p'])}) at {1 / found['gflops_ratio']:.2f} of its FLOPs."
     )
 
 
@@ -99,7 +101,7 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
     found = report["comparisons"]["random"]
     yield (
         "Choosing by looking at the image, rather than at random with the same shares, is worth "
-        f"{found['difference_points']:+.1f} points ({_interval(found)})."
+        f"{signed(found['difference_points'])} points ({_interval(found)})."
     )
     oracle, routing = rows["oracle"], report["routing"]
     yield (
@@ -116,7 +118,7 @@ def _side(points: float, what: str) -> str:
 
 
 def _interval(found: Mapping[str, Any]) -> str:
-    return f"95 % CI {found['low_points']:+.1f} to {found['high_points']:+.1f}"
+    return f"95 % CI {signed(found['low_points'])} to {signed(found['high_points'])}"
 
 
 def _p(value: float) -> str:

@@ -8,8 +8,11 @@ import os
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 # Each retry of a call is a line of its own otherwise; that a server is away is said once, by us.
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+# Its one warning when a model is saved is that an environment made by uv has no pip.
+logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)

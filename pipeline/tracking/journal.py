@@ -61,7 +61,7 @@ class Journal:
             content = json.loads(self._delivered_path.read_text())
             if content["server"] == server and content["place"] <= self.path.stat().st_size:
                 return content["place"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass  # absent or damaged: sending everything again is right, only slower
         return 0
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -175,14 +176,16 @@ def save_pyfunc(loaded: LoadedModel, folder: Path) -> None:
         programs = Path(temporary) / serving.FOLDER_ARTIFACT
         programs.mkdir()
         export_model(loaded, programs)
-        mlflow.pyfunc.save_model(
-            folder,
-            python_model=serving.__file__,
-            artifacts={serving.FOLDER_ARTIFACT: str(programs)},
-            signature=_signature(),
-            input_example=_example(loaded.model.sides[0]),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of pandas, for how MLflow reads the example
+            mlflow.pyfunc.save_model(
+                folder,
+                python_model=serving.__file__,
+                artifacts={serving.FOLDER_ARTIFACT: str(programs)},
+                signature=_signature(),
+                input_example=_example(loaded.model.sides[0]),
+                pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+            )
 
 
 def _signature() -> ModelSignature:

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # MLflow warns of its own type hints
+    import mlflow.pyfunc
 
 FOLDER_ARTIFACT = "drnet"
 META_FILE, PREDICTOR_FILE, BACKBONE_FILE = "meta.json", "predictor.pt2", "backbone_{side}.pt2"
@@ -193,13 +196,13 @@ def decode(file: Any) -> Image.Image:
 
 
 def centre_crops(image: Image.Image, sides: Sequence[int], fraction: float) -> dict[int, np.ndarray]:
-    """One centred square at several sides: uint8 (side, side, 3) each, resized antialiased and bilinear.
+    """One centred square at several sides, as the validation images are cut: uint8 (side, side, 3) each.
 
     Args:
         fraction: side of the square, as a fraction of the image's shorter side.
     """
-    extent = max(1, round(fraction * min(image.size)))
-    left, top = (image.width - extent) // 2, (image.height - extent) // 2
+    extent = fraction * min(image.size)
+    left, top = (image.width - extent) / 2, (image.height - extent) / 2
     box = (left, top, left + extent, top + extent)
     return {side: np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box)) for side in sides}
 

@@ -82,6 +82,7 @@ def explained(uri: str) -> Iterator[None]:
 def explanation(error: Exception, uri: str) -> str:
     """One line: what MLflow said, and what to do about it."""
     said = redacted(" ".join(str(error).split()))
+    said = re.sub(r'^API request to .*\(Caused by \w+\(["\']?(.*?)["\']?\)\)$', r"\1", said)
     if "Invalid Host header" in said or "status code 403" in said:
         advice = "start the server with --allowed-hosts naming the host that is used here"
     elif uri.startswith("http"):

@@ -202,7 +202,7 @@ def test_unknown_weights_are_refused(name: str, weights: str, message: str):
 
 
 def test_published_weights_come_from_torchs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A file in the cache that is not what torchvision published is refused without being downloaded again or used."""
+    """The cache holds a file of the published name, so that nothing is downloaded here."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
@@ -219,5 +219,5 @@ def test_failed_download_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv(f"{scheme}_proxy".upper(), "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="could not be downloaded.*give its path"):
+    with pytest.raises(ValueError, match=r"could not be downloaded.*give its path"):
         build_backbone("resnet18", 5, 2, weights="ResNet18_Weights.IMAGENET1K_V1")

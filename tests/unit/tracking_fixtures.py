@@ -1,27 +1,33 @@
-"""What the tests of pipeline/tracking share: a store of their own, a configuration, a manifest."""
+"""What the tests of pipeline/tracking share: a store of their own, a run that has finished, a wait."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
+import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from datasets.beton import TRAIN, VALIDATION, Manifest, Split
 from pipeline.config import Config, parse_config
+from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.tracking.tracker import close_run, open_run
+from pipeline.training.checkpoint import save_model
 
 
-@pytest.fixture
-def store(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Address of a fresh SQLite store, also in MLFLOW_TRACKING_URI; the file is made once a session and copied."""
-    template = tmp_path_factory.getbasetemp() / "mlflow-template.db"
+def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
+    """Address of a new SQLite store; its tables are made once a session, which takes seconds, and copied."""
+    template = factory.getbasetemp() / "mlflow-template.db"
     if not template.exists():
         MlflowClient(f"sqlite:///{template}").search_experiments()
     shutil.copy(template, tmp_path / "mlflow.db")
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return uri
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 def make_config(tmp_path: Path, **sections: dict) -> Config:
@@ -41,11 +47,7 @@ def make_config(tmp_path: Path, **sections: dict) -> Config:
             "joint": {"epochs": 1, "alpha_gflops": 0.01},
         },
     }
-    return parse_config({key: tree.get(key, {}) | value for key, value in sections.items()} | _rest(tree, sections))
-
-
-def _rest(tree: dict, sections: dict) -> dict:
-    return {key: value for key, value in tree.items() if key not in sections}
+    return parse_config(tree | {key: tree.get(key, {}) | section for key, section in sections.items()})
 
 
 def make_manifest() -> Manifest:
@@ -67,3 +69,62 @@ def make_manifest() -> Manifest:
         versions={},
         splits=splits,
     )
+
+
+def make_model(config: Config, num_classes: int = 5) -> DRNet:
+    """A network with random weights, whose batch norms differ and whose predictor chooses now this, now that."""
+    torch.manual_seed(3)
+    model = build_drnet(config.model, num_classes, (0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for values in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                torch.nn.init.uniform_(values, 0.5, 1.5)
+    model.eval()
+    with torch.no_grad():
+        model.predictor.fc.bias -= model.predictor_logits(random_crops(model, 40)).median(dim=0).values
+    return model
+
+
+def finish_run(config: Config, folder: Path, model: DRNet) -> tuple[Path, Path]:
+    """What training leaves in a run's folder and in MLflow; returns model.pt and report.json."""
+    close_run(open_run(config, folder, make_manifest()), "FINISHED")
+    classes = [f"class {index}" for index in range(model.static_logits(zeros(model), 0).shape[1])]
+    save_model(folder / "model.pt", model, config, classes=classes, mean=(0.5, 0.4, 0.6), std=(0.25, 0.2, 0.3))
+    headline = {"top1": 0.9375, "top1_low": 0.91, "top1_high": 0.96, "mean_gflops": 0.0123}
+    (folder / "report.json").write_text(json.dumps({"headline": headline}))
+    return folder / "model.pt", folder / "report.json"
+
+
+def zeros(model: DRNet) -> dict[int, torch.Tensor]:
+    return {side: torch.zeros(1, side, side, 3, dtype=torch.uint8) for side in model.sides}
+
+
+def random_crops(model: DRNet, count: int) -> dict[int, torch.Tensor]:
+    """Images of different brightness and grain, uint8 (count, side, side, 3) at every side."""
+    generator = torch.Generator().manual_seed(5)
+    brightness = torch.rand(count, 1, 1, 1, generator=generator)
+    return {
+        side: (255 * brightness * torch.rand(count, side, side, 3, generator=generator)).to(torch.uint8)
+        for side in model.sides
+    }
+
+
+def routed_logits(model: DRNet, crops: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, K) at the chosen resolution and the choice (N,): every resolution is run, then one is picked."""
+    with torch.inference_mode():
+        choice_N = model.predictor_logits(crops).argmax(dim=1)
+        logits_NRK = torch.stack([model.static_logits(crops, j) for j in range(len(model.resolutions))], dim=1)
+    return logits_NRK[torch.arange(len(choice_N)), choice_N], choice_N
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, f"waited 120 s in vain until {what}"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,99 @@
+"""Print what a configuration costs before anything is spent: FLOPs, parameters, images, steps, memory of a step.
+
+FLOPs are multiply-adds, counted by torch; 1 GFLOP is 1e9 of them. Nothing is trained, prepared or written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from jobs.cli import job_parser, parsed_config, run_job
+from pipeline.config import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.describe import Description, StageSummary
+
+_MEGABYTE = 1e6
+
+
+def main() -> None:
+    parser = job_parser("describe", __doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    args = parser.parse_args()
+    config = parsed_config(args)
+    from pipeline.describe import describe
+
+    description = describe(config)
+    print(as_json(description) if args.json else as_text(description))
+    if description.problems:
+        raise ConfigError(description.problems, f"the run {config.name}")
+
+
+def as_json(description: Description) -> str:
+    """The description as one JSON object; bytes and GFLOPs as plain numbers, null where unknown."""
+    return json.dumps(asdict(description), indent=2)
+
+
+def as_text(description: Description) -> str:
+    """The description as tables for people."""
+    data = description.data
+    images = [["", "classes", "training", "validation", "MB"]]
+    megabytes = None if data.size_bytes is None else round(data.size_bytes / _MEGABYTE)
+    images.append(["images", *map(_number, (data.num_classes, data.num_train, data.num_validation, megabytes))])
+    networks = [["network", "input", "GFLOPs", "parameters"]]
+    networks += [
+        [network.name, f"{network.side} px", _gflops(network.gflops), _number(network.parameters)]
+        for network in description.networks
+    ]
+    low, high = description.lowest_gflops, description.highest_gflops
+    stages = [["stage", "epochs", "steps/epoch", "steps", "alpha", "of GFLOPs", "memory of a step, MB"]]
+    stages += [_stage_row(stage) for stage in description.stages]
+    parts = [
+        f"run {description.run}",
+        f"data {data.dataset} in {data.folder}: {data.note}\n{_table(images)}",
+        f"{_table(networks)}\nparameters with all private batch norms: {_number(description.parameters)}",
+        f"cost of an image, predictor included: {_gflops(low)} (all at the smallest resolution) to "
+        f"{_gflops(high)} GFLOPs (all at the largest)",
+        f"{_table(stages)}\nmemory is for each worker, with {description.images_per_worker} images a step",
+    ]
+    return "\n\n".join(parts)
+
+
+def _stage_row(stage: StageSummary) -> list[str]:
+    memory = stage.memory
+    parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.images]
+    names = ["weights", "gradients", "optimiser", "activations", "images"]
+    listed = " + ".join(f"{name} {part / _MEGABYTE:,.0f}" for name, part in zip(names, parts, strict=True))
+    target = ["", ""]
+    if stage.alpha_gflops is not None and stage.reachable_gflops is not None:
+        target = [f"{stage.alpha_gflops:g}", " to ".join(map(_gflops, stage.reachable_gflops))]
+    counts = [_number(stage.epochs), _number(stage.steps_per_epoch), _number(stage.total_steps)]
+    return [stage.name, *counts, *target, f"{memory.total / _MEGABYTE:,.0f} = {listed}"]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; all but the first and a long last one aligned to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        if widths[-1] > 40:
+            cells[-1] = row[-1]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
+
+
+def _gflops(value: float) -> str:
+    return f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,36 @@
+"""Small betons of generated photographs, for the tests of the loader."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.beton_file import Sample, write_beton
+
+
+def photograph(width: int, height: int, seed: int) -> Image.Image:
+    """An RGB image with detail at every scale, as photographs have: noise, the coarser the stronger."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((height, width, 3))
+    for octave in range(6):
+        cells = 3 << octave
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        image += (np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float64) - 128) / (octave + 1)
+    return Image.fromarray(np.clip(image * 0.6 + 128, 0, 255).astype(np.uint8))
+
+
+def jpeg_bytes(image: Image.Image, quality: int = 90) -> bytes:
+    """The image as a JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def write_images(path: Path, images: list[Image.Image]) -> Path:
+    """A beton of the images; the label is the index modulo 7."""
+    samples = (Sample(jpeg_bytes(image), *image.size, index % 7) for index, image in enumerate(images))
+    write_beton(path, samples, len(images))
+    return path

@@ -1,0 +1,76 @@
+"""Settings and fixtures of the whole suite.
+
+The settings come first, before anything that reads them is imported: thread counts that do not depend on the machine,
+no cluster and no tracking server but those that a test starts itself, and nothing reported over the network.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WRITTEN_BY_RUNS = ("data", "runs", "mlruns", "mlartifacts", "mlflow.db")
+
+os.environ["NUMBA_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray makes one in the home folder, and keeps it
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no CUDA device."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _project_folder_untouched() -> Iterator[None]:
+    """Fail when a test wrote a run, a data set or a tracking store into the project instead of its tmp_path.
+
+    In CI alone: elsewhere a job may be at work beside the tests.
+    """
+    if "CI" not in os.environ:
+        yield
+        return
+    before = {name for name in WRITTEN_BY_RUNS if (ROOT / name).exists()}
+    yield
+    written = [name for name in WRITTEN_BY_RUNS if (ROOT / name).exists() and name not in before]
+    assert not written, f"a test wrote {', '.join(written)} into the project folder; give it a path under tmp_path"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The one Ray cluster of the session: local, 4 CPUs, no GPU, token authentication. Yields its address.
+
+    Starting Ray takes half a minute on two cores, so no test starts its own. The driver is this process; a job in a
+    process of its own reaches the cluster with RAY_ADDRESS set to the address, and inherits the token.
+    """
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=256 * 1024**2,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    yield context.address_info["address"]
+    ray.shutdown()

@@ -1,0 +1,295 @@
+"""pipeline/config.py: what a file and its overrides become, and what is said about those that are wrong."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.config import (
+    CONFIG_FOLDER,
+    ConfigError,
+    describe_fields,
+    differences,
+    find_config,
+    flattened,
+    load_config,
+    parse_config,
+)
+
+SMALLEST: dict[str, Any] = {
+    "name": "run",
+    "data": {"dataset": "glyphs", "folder": "data/glyphs"},
+    "stages": {"backbone": {"epochs": 2}},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
+
+
+def problems_of(file: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        load_config(file, overrides)
+    return raised.value.problems
+
+
+def changed(dotted: dict[str, Any]) -> dict[str, Any]:
+    """SMALLEST with some dotted keys changed."""
+    tree = copy.deepcopy(SMALLEST)
+    for key, value in dotted.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def test_defaults_are_the_papers():
+    config = parse_config(SMALLEST)
+
+    assert config.model.backbone == "resnet50"
+    assert config.model.resolutions == (224, 168, 112)
+    assert config.model.predictor.input_size == 128
+    assert config.training.batch_size == 256
+    assert config.loader.validation_crop == 224 / 256
+    backbone = config.stages.backbone
+    assert backbone is not None
+    assert (backbone.lr, backbone.momentum, backbone.weight_decay, backbone.gamma) == (0.1, 0.9, 1e-4, 0.1)
+
+
+def test_the_papers_recipe_is_shipped():
+    stages = load_config("imagenet100").stages
+
+    assert [name for name, _ in stages.present()] == ["backbone", "joint"]
+    assert stages.backbone is not None
+    assert (stages.backbone.epochs, stages.backbone.step_epochs, stages.backbone.warmup_epochs) == (70, 20, 3)
+    assert stages.joint is not None
+    assert (stages.joint.epochs, stages.joint.step_epochs, stages.joint.eta) == (100, 30, 0.2)
+    assert stages.joint.predictor_lr_scale == 0.1
+
+
+def test_stages_run_in_order_whatever_the_order_of_the_file():
+    config = parse_config(
+        changed({"stages": {"joint": {"epochs": 1, "alpha_gflops": 1}, "predictor": {"epochs": 1, "alpha_gflops": 1}}})
+    )
+
+    assert [name for name, _ in config.stages.present()] == ["predictor", "joint"]
+
+
+def test_a_config_does_not_change():
+    config = parse_config(SMALLEST)
+
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # ty: ignore[invalid-assignment]
+
+
+def test_a_config_survives_its_file():
+    config = load_config("imagenet100", ["seed=3", "loader.crop_ratio=[0.9,1.1]"])
+
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=7", 7),
+        ("stages.backbone.lr=1e-3", 1e-3),
+        ("model.resolutions=[96, 64]", (96, 64)),
+        ("cluster.use_gpu=false", False),
+        ("cluster.use_gpu=auto", "auto"),
+        ("data.max_side=null", None),
+        ("data.folder=some/where=else", Path("some/where=else")),
+        ("stages.joint={epochs: 4, alpha_gflops: 2}", None),
+        ("stages.joint.alpha_gflops=2", None),
+        ("tracking.uri=sqlite:///there.db", "sqlite:///there.db"),
+    ],
+)
+def test_an_override_reaches_its_field(file, override, value):
+    overrides = [override] if "alpha_gflops=" not in override else [override, "stages.joint.epochs=4"]
+    config = load_config(file, overrides)
+
+    if override.startswith("stages.joint"):
+        assert config.stages.joint is not None
+        assert (config.stages.joint.epochs, config.stages.joint.alpha_gflops) == (4, 2)
+        return
+    found: Any = config
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_the_last_override_wins(file):
+    assert load_config(file, ["seed=1", "seed=2"]).seed == 2
+
+
+@given(seed=st.integers(), lr=st.floats(min_value=1e-12, max_value=1e6), epochs=st.integers(1, 10**9))
+def test_overrides_keep_numbers_exact(tmp_path_factory, seed, lr, epochs):
+    file = tmp_path_factory.getbasetemp() / "numbers.yaml"
+    file.write_text(yaml.safe_dump(SMALLEST))
+    config = load_config(file, [f"seed={seed}", f"stages.backbone.lr={lr!r}", f"stages.backbone.epochs={epochs}"])
+
+    assert config.stages.backbone is not None
+    assert (config.seed, config.stages.backbone.lr, config.stages.backbone.epochs) == (seed, lr, epochs)
+
+
+def test_every_problem_is_reported_at_once(file):
+    problems = problems_of(
+        file,
+        "seed",
+        "training.batchsize=4",
+        "stages.backbone.epochs=2.5",
+        "stages.backbone.lr=-1",
+        "training.precision=float16",
+        "stages.joint.epochs=3",
+    )
+
+    assert len(problems) == 6
+    text = "\n".join(problems)
+    for part in (
+        "override 'seed' is not of the form key.path=value",
+        "training.batchsize is not a known key; did you mean training.batch_size",
+        "stages.backbone.epochs is 2.5: input should be a valid integer",
+        "stages.backbone.lr is -1: input should be greater than 0",
+        "training.precision is 'float16': input should be 'float32' or 'bfloat16'",
+        "stages.joint.alpha_gflops is missing",
+    ):
+        assert part in text
+
+
+def test_the_error_names_the_file_and_counts(file):
+    with pytest.raises(ConfigError, match=r"config\.yaml has 2 problems:\n  - .*\n  - ") as raised:
+        load_config(file, ["seed=x", "name=a b"])
+
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.resolution=[64]", "did you mean model.resolutions"),
+        ("clip_grad_norm=1", "did you mean stages."),
+        ("stages.backbone.alpha_gflops=1", "did you mean stages.joint.alpha_gflops"),
+        ("zzz=1", "allowed there: cluster, data, loader, model, name,"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
+    (problem,) = problems_of(file, override)
+
+    assert f"{override.partition('=')[0]} is not a known key" in problem
+    assert named in problem
+
+
+@pytest.mark.parametrize(
+    ("dotted", "named"),
+    [
+        ({"model.resolutions": [64, 96]}, "largest first"),
+        ({"model.resolutions": [96, 96, 64]}, "largest first"),
+        ({"model.resolutions": []}, "at least 1 item"),
+        ({"stages": {}}, "stages names no stage"),
+        ({"model.resolutions": [64], "stages.joint": {"epochs": 1, "alpha_gflops": 1}}, "nothing to predict"),
+        ({"training.batch_size": 255, "cluster.num_workers": 2}, "cannot be shared out evenly"),
+        ({"loader.crop_scale": [0.5, 1.5]}, "loader.crop_scale is [0.5, 1.5]"),
+        ({"loader.crop_scale": [0.0, 1.0]}, "loader.crop_scale is [0.0, 1.0]"),
+        ({"loader.crop_ratio": [2.0, 1.0]}, "loader.crop_ratio is [2.0, 1.0]"),
+        ({"data.glyphs.min_height": 0.7, "data.glyphs.max_height": 0.7}, "min_height must be smaller"),
+        ({"data.dataset": "imagefolder"}, "data.source is missing"),
+        ({"stages.backbone.warmup_epochs": 2}, "stages.backbone.warmup_epochs 2 must be less than epochs 2"),
+        ({"stages.backbone.lr": float("inf")}, "stages.backbone.lr is inf"),
+        ({"stages.backbone.lr": float("nan")}, "stages.backbone.lr is nan"),
+        ({"cluster.use_gpu": "maybe"}, "cluster.use_gpu is 'maybe'"),
+        ({"name": "a/../b"}, "name is 'a/../b'"),
+        ({"name": None}, "name is None"),
+        ({"model.predictor.architecture": 5}, "1, 2, 3 or 4"),
+        ({"training": 5}, "training is 5"),
+    ],
+)
+def test_a_contradiction_is_refused(dotted, named):
+    with pytest.raises(ConfigError) as raised:
+        parse_config(changed(dotted))
+
+    (problem,) = raised.value.problems
+    assert named in problem
+
+
+def test_a_crop_wider_than_it_is_high_is_allowed():
+    assert parse_config(changed({"loader.crop_ratio": [1.0, 2.0]})).loader.crop_ratio == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "the file holds NoneType"),
+        (b"- a\n- b\n", "the file holds list"),
+        (b"name: [1", "not YAML"),
+        (b"\xff\xfe\x00", "not YAML"),
+        (b"name: !!python/object/apply:os.getcwd []", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, named):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content)
+
+    (problem,) = problems_of(file)
+    assert named in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed", "is not of the form"),
+        ("=3", "is not of the form"),
+        ("seed=[1", "the value is not YAML"),
+        ("model=", "model is None"),
+        ("training.batch_size.more=3", "training.batch_size is {'more': 3}"),
+    ],
+)
+def test_an_override_that_is_none_is_refused(file, override, named):
+    (problem,) = problems_of(file, override)
+
+    assert named in problem
+
+
+def test_a_config_is_found_by_path_and_by_name(file, tmp_path):
+    assert find_config(file) == file
+    assert find_config("imagenet100") == CONFIG_FOLDER / "imagenet100.yaml"
+    with pytest.raises(ConfigError, match=r"no such file; give a path, or one of .*imagenet100"):
+        find_config(tmp_path / "absent.yaml")
+
+
+def test_differences_name_key_old_and_new():
+    old = parse_config(SMALLEST)
+    new = parse_config(changed({"seed": 5, "stages.joint": {"epochs": 1, "alpha_gflops": 1.5}}))
+
+    assert differences(old, old) == []
+    found = differences(old, new)
+    assert "seed: 0 -> 5" in found
+    assert "stages.joint.alpha_gflops: None -> 1.5" in found
+    assert not any(line.startswith("stages.backbone") for line in found)
+
+
+def test_every_field_is_described_with_type_default_and_meaning():
+    fields = {key: rest for key, *rest in describe_fields()}
+    config = load_config("imagenet100", ["stages.predictor={epochs: 1, alpha_gflops: 1}"])
+
+    assert fields.keys() == dict(flattened(config.model_dump(mode="json"))).keys()
+    assert all(meaning for _, _, meaning in fields.values())
+    assert fields["training.batch_size"] == ["int", "256", "images of one optimiser step, over all workers"]
+    assert fields["cluster.use_gpu"][:2] == ["true | false | auto", "auto"]
+    assert fields["data.max_side"][:2] == ["int | null", "500"]
+    assert fields["loader.crop_scale"][:2] == ["list of float", "[0.08, 1]"]
+    assert fields["name"][:2] == ["str", "(required)"]
+
+
+def test_flattened_keeps_empty_and_null_values():
+    assert dict(flattened({"a": {"b": None, "c": {}}, "d": [1]})) == {"a.b": None, "a.c": {}, "d": [1]}

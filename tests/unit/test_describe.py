@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.autograd.graph import saved_tensors_hooks
+
+from datasets.beton import BetonError, Manifest, Split
+from jobs import describe as job
+from pipeline.config import Config, ConfigError, load_config, parse_config
+from pipeline.describe import alpha_problems, describe, summarize_data
+from pipeline.models.backbone import build_backbone
+from pipeline.models.cost import Costs
+from pipeline.models.memory import measure_activations
+
+COSTS = Costs(resolutions=(96, 64, 32), backbone_gflops=(0.9, 0.4, 0.1), predictor_gflops=0.05)
+
+
+def config_in(folder: Path, **changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "name": "trial",
+        "data": {"dataset": "glyphs", "folder": str(folder), "glyphs": {"num_train": 130, "num_validation": 20}},
+        "model": {
+            "backbone": "small_resnet",
+            "backbone_width": 0.5,
+            "resolutions": [96, 64, 32],
+            "predictor": {"architecture": 3, "width": 0.25, "input_size": 48},
+        },
+        "training": {"batch_size": 32},
+        "cluster": {"num_workers": 2},
+        "stages": {"backbone": {"epochs": 3}, "predictor": {"epochs": 2, "alpha_gflops": 0.005}},
+    }
+    return parse_config(tree | changes)
+
+
+def write_manifest(folder: Path, num_train: int = 70) -> Manifest:
+    splits = {
+        name: Split(f"{name}.beton", count, [count // 7] * 7, 1000 * count, "0" * 64, {})
+        for name, count in (("train", num_train), ("validation", 14))
+    }
+    manifest = Manifest(1, "glyphs", list("ABCDEFG"), {}, (0.5,) * 3, (0.2,) * 3, "0" * 64, [], {}, splits)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return manifest
+
+
+def test_the_papers_recipe_without_its_data():
+    """REFERENCE.md: 4.09, 2.50 and 1.08 G for ResNet-50 with 100 classes, 0.04 G for predictor 3, 100 x 500 images."""
+    description = describe(load_config("imagenet100"))
+    assert [(network.side, round(network.gflops, 2)) for network in description.networks] == [
+        (224, 4.09),
+        (168, 2.50),
+        (112, 1.08),
+        (128, 0.04),
+    ]
+    assert description.lowest_gflops == pytest.approx(1.08 + 0.04, abs=0.01)
+    assert description.highest_gflops == pytest.approx(4.09 + 0.04, abs=0.01)
+    assert (description.data.num_classes, description.data.num_train, description.data.num_validation) == (
+        100,
+        50_000,
+        5000,
+    )
+    assert [(stage.name, stage.steps_per_epoch, stage.total_steps) for stage in description.stages] == [
+        ("backbone", 196, 70 * 196),
+        ("joint", 196, 100 * 196),
+    ]
+    assert description.problems == []
+    # torchvision's ResNet-50 with 100 classes, and two more copies of its 53,120 batch-norm parameters.
+    assert description.networks[0].parameters == 23_712_932
+    assert description.parameters == 23_712_932 + 2 * 53_120 + description.networks[-1].parameters
+
+
+@pytest.mark.parametrize(("architecture", "gflops"), [(1, 0.29), (2, 0.17), (3, 0.04), (4, 0.09)])
+def test_the_four_predictors(tmp_path: Path, architecture: int, gflops: float):
+    model = {"backbone": "small_resnet", "resolutions": [64, 32], "predictor": {"architecture": architecture}}
+    description = describe(config_in(tmp_path, model=model, stages={"backbone": {"epochs": 1}}))
+    assert round(description.networks[-1].gflops, 2) == gflops
+
+
+def test_unprepared_data_says_what_the_source_gives(tmp_path: Path):
+    summary = summarize_data(config_in(tmp_path).data)
+    assert not summary.prepared
+    assert "jobs.prepare" in summary.note
+    assert (summary.num_classes, summary.num_train, summary.num_validation) == (10, 130, 20)
+    assert summary.size_bytes is None
+
+
+@pytest.mark.parametrize(("images_per_class", "num_train"), [(5, 5 * 10), (13, 13 * 7 + 12 * 3), (99, 127)])
+def test_unprepared_glyphs_follow_images_per_class(tmp_path: Path, images_per_class: int, num_train: int):
+    """127 generated images are 13 of each of seven letters and 12 of the other three."""
+    data = {"dataset": "glyphs", "folder": str(tmp_path), "images_per_class": images_per_class}
+    config = config_in(tmp_path, data=data | {"glyphs": {"num_train": 127}})
+    assert summarize_data(config.data).num_train == num_train
+
+
+def test_an_unprepared_image_folder_is_counted(tmp_path: Path):
+    for split, count in (("train", 4), ("val", 3)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / f"{index}.jpg")
+    data = {"dataset": "imagefolder", "folder": str(tmp_path / "data"), "source": str(tmp_path / "images")}
+    summary = summarize_data(config_in(tmp_path, data=data).data)
+    assert (summary.num_classes, summary.num_train, summary.num_validation) == (2, 8, 6)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_source_that_is_not_there_leaves_counts_unknown(tmp_path: Path):
+    data = {"dataset": "imagefolder", "folder": str(tmp_path), "source": str(tmp_path / "nowhere")}
+    description = describe(config_in(tmp_path, data=data))
+    assert "nowhere" in description.data.note
+    assert "1,000 classes are assumed" in description.data.note
+    assert description.data.num_train is None
+    assert description.stages[0].total_steps is None
+    assert "unknown" in job.as_text(description)
+
+
+def test_prepared_data_is_read_from_its_manifest(tmp_path: Path):
+    manifest = write_manifest(tmp_path)
+    description = describe(config_in(tmp_path))
+    data = description.data
+    assert data.prepared
+    assert manifest.digest in data.note
+    assert (data.num_classes, data.num_train, data.num_validation, data.size_bytes) == (7, 70, 14, 84_000)
+    assert [(stage.steps_per_epoch, stage.total_steps) for stage in description.stages] == [(3, 9), (3, 6)]
+
+
+def test_a_damaged_manifest_is_an_error(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(BetonError, match="damaged"):
+        summarize_data(config_in(tmp_path).data)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.4, 0.9])
+def test_alpha_within_reach_is_no_problem(tmp_path: Path, alpha: float):
+    stages = {"predictor": {"epochs": 1, "alpha_gflops": alpha}}
+    assert alpha_problems(config_in(tmp_path, stages=stages), COSTS) == []
+
+
+def test_every_alpha_out_of_reach_is_named_with_the_range(tmp_path: Path):
+    stages = {
+        "backbone": {"epochs": 1},
+        "predictor": {"epochs": 1, "alpha_gflops": 0.0999},
+        "joint": {"epochs": 1, "alpha_gflops": 0.901},
+    }
+    problems = alpha_problems(config_in(tmp_path, stages=stages), COSTS)
+    assert len(problems) == 2
+    assert "stages.predictor.alpha_gflops is 0.0999" in problems[0]
+    assert "smallest" in problems[0]
+    assert "stages.joint.alpha_gflops is 0.901" in problems[1]
+    assert "largest" in problems[1]
+    assert all("0.1 to 0.9 GFLOPs" in problem for problem in problems)
+
+
+def test_alpha_is_the_backbones_alone(tmp_path: Path):
+    """The predictor's cost neither helps nor hinders: it is paid for every image."""
+    config = config_in(tmp_path, stages={"predictor": {"epochs": 1, "alpha_gflops": 0.92}})
+    assert len(alpha_problems(config, COSTS)) == len(alpha_problems(config, replace(COSTS, predictor_gflops=9))) == 1
+
+
+def test_memory_of_each_stage(tmp_path: Path):
+    write_manifest(tmp_path)
+    stages = {
+        "backbone": {"epochs": 1},
+        "predictor": {"epochs": 1, "alpha_gflops": 0.005, "optimizer": "adamw"},
+        "joint": {"epochs": 1, "alpha_gflops": 0.005, "momentum": 0},
+    }
+    config = config_in(tmp_path, stages=stages)
+    backbone, predictor, joint = (stage.memory for stage in describe(config).stages)
+    trained = sum(4 * parameter.numel() for parameter in build_backbone("small_resnet", 7, 3, width=0.5).parameters())
+    assert backbone.gradients == backbone.optimizer == trained
+    assert joint.gradients == backbone.gradients + predictor.gradients
+    assert predictor.optimizer == 2 * predictor.gradients
+    assert joint.optimizer == 0
+    assert joint.activations == backbone.activations + predictor.activations
+    assert joint.images == 16 * 3 * (96**2 + 64**2 + 48**2 + 32**2)
+    assert joint.total == joint.weights + joint.gradients + joint.activations + joint.images
+    alone = config_in(tmp_path, stages=stages, cluster={"num_workers": 1})
+    assert describe(alone).stages[0].memory.activations == pytest.approx(2 * backbone.activations, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "resnet18", "mobilenet_v2"])
+def test_activations_are_those_of_a_real_forward_pass(name: str):
+    backbone = build_backbone(name, 5, 2)
+    kept = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone.train()(torch.randn(3, 3, 64, 64).to(memory_format=torch.channels_last), 1)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert measure_activations(backbone, 64, 1).of_batch(3) == pytest.approx(real, rel=0.01)
+
+
+def test_bfloat16_keeps_less_and_measuring_changes_nothing():
+    backbone = build_backbone("small_resnet", 5, 2).eval()
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    random_state = torch.get_rng_state()
+    full = measure_activations(backbone, 64, 0)
+    half = measure_activations(backbone, 64, 0, precision="bfloat16")
+    assert half.bytes_per_image < 0.75 * full.bytes_per_image
+    assert not backbone.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+
+
+CONFIG_FILE = """
+name: trial
+data: {{dataset: glyphs, folder: {folder}}}
+model: {{backbone: small_resnet, resolutions: [64, 32], predictor: {{width: 0.25, input_size: 32}}}}
+training: {{batch_size: 50}}
+stages: {{backbone: {{epochs: 2}}, joint: {{epochs: 1, alpha_gflops: 0.005}}}}
+"""
+
+
+def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    file = tmp_path / "trial.yaml"
+    file.write_text(CONFIG_FILE.format(folder=tmp_path / "data"))
+    monkeypatch.setattr(sys, "argv", ["describe", "--config", str(file), *arguments])
+    job.main()
+
+
+def test_the_job_prints_aligned_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    run_job(tmp_path, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if "GFLOPs" in line and "parameters" in line)
+    rows = lines[lines.index(header) + 1 :][:3]
+    assert [row.split()[0] for row in rows] == ["small_resnet", "small_resnet", "predictor"]
+    assert {len(row) for row in rows} == {len(header)}
+    joint = next(line for line in lines if line.strip().startswith("joint"))
+    assert joint.split()[1:5] == ["1", "120", "120", "0.005"]
+
+
+def test_the_job_prints_one_json_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    run_job(tmp_path, monkeypatch, "--json")
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["data"]["num_classes"] == 10
+    assert [network["side"] for network in tree["networks"]] == [64, 32, 32]
+    assert tree["stages"][1]["reachable_gflops"] == [tree["networks"][0]["gflops"], tree["networks"][1]["gflops"]][::-1]
+    assert tree["stages"][1]["memory"]["activations"] > 0
+
+
+def test_the_job_shows_everything_and_fails_when_alpha_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    with pytest.raises(ConfigError, match=r"stages\.joint\.alpha_gflops is 7"):
+        run_job(tmp_path, monkeypatch, "stages.joint.alpha_gflops=7")
+    assert "cost of an image" in capsys.readouterr().out

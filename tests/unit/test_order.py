@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datasets.order import ViewOrder, batch_bounds, count_batches, epoch_order, pack_views, sample_indices
+
+SIZES = st.integers(1, 300)
+RANKS = st.integers(1, 5)
+
+
+def local_batches(num_samples, batch_size, world_size, **keywords):
+    """For every step, the sample indices of each rank."""
+    orders = [
+        ViewOrder(num_samples, batch_size, shuffle=True, rank=rank, world_size=world_size, **keywords)
+        for rank in range(world_size)
+    ]
+    return list(zip(*([sample_indices(views) for views in order.batches(epoch=2)] for order in orders), strict=True))
+
+
+@given(SIZES, SIZES, RANKS)
+def test_an_epoch_has_every_sample_once_over_all_ranks(num_samples, batch_size, world_size):
+    seen = np.concatenate([part for step in local_batches(num_samples, batch_size, world_size) for part in step])
+    assert sorted(seen) == list(range(num_samples))
+
+
+@given(SIZES, SIZES, RANKS)
+def test_batches_over_all_ranks_do_not_depend_on_the_number_of_ranks(num_samples, batch_size, world_size):
+    alone = local_batches(num_samples, batch_size, 1)
+    together = local_batches(num_samples, batch_size, world_size)
+    assert [set(np.concatenate(step)) for step in together] == [set(np.concatenate(step)) for step in alone]
+
+
+@given(SIZES, SIZES)
+def test_batches_are_as_few_as_possible_and_balanced(num_samples, batch_size):
+    steps = count_batches(num_samples, batch_size)
+    bounds = [batch_bounds(num_samples, batch_size, step) for step in range(steps)]
+    sizes = [last - first for first, last in bounds]
+    assert sum(sizes) == num_samples
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert (steps - 1) * batch_size < num_samples
+
+
+def test_there_is_no_runt():
+    bounds = [batch_bounds(129, 64, step) for step in range(count_batches(129, 64))]
+    assert bounds == [(0, 43), (43, 86), (86, 129)]
+
+
+@given(SIZES, SIZES, RANKS)
+def test_local_batch_size_is_enough(num_samples, batch_size, world_size):
+    largest = max(len(part) for step in local_batches(num_samples, batch_size, world_size) for part in step)
+    order = ViewOrder(num_samples, batch_size, shuffle=True, world_size=world_size)
+    assert order.local_batch_size >= largest
+
+
+def test_order_differs_by_epoch_and_seed_only():
+    orders = {
+        (seed, epoch): epoch_order(1000, seed, epoch, shuffle=True).tolist() for seed in (-1, 0, 1) for epoch in (0, 1)
+    }
+    assert len({tuple(order) for order in orders.values()}) == len(orders)
+    assert epoch_order(1000, 1, 1, shuffle=True).tolist() == orders[1, 1]
+
+
+def test_unshuffled_order_is_that_of_the_beton():
+    assert epoch_order(5, seed=3, epoch=8, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_order_and_views_are_the_same_on_every_machine_and_version():
+    assert epoch_order(10, seed=7, epoch=3, shuffle=True).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
+    assert pack_views(np.array([0, 1, 2**32 - 1]), seed=7, epoch=3).tolist() == [
+        16168104605664673792,
+        16168104605664673793,
+        16168104609959641087,
+    ]
+
+
+def test_views_keep_the_index_and_differ_by_seed_and_epoch():
+    indices = np.array([0, 5, 2**32 - 1])
+    packed = {(seed, epoch): pack_views(indices, seed, epoch) for seed in range(-3, 10) for epoch in range(20)}
+    assert all(sample_indices(views).tolist() == indices.tolist() for views in packed.values())
+    assert len({int(views[0]) for views in packed.values()}) == len(packed)
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 3, 4])
+def test_start_step_skips_batches(start_step):
+    order = ViewOrder(50, 13, shuffle=True, rank=1, world_size=2)
+    resumed, whole = order.batches(4, start_step), order.batches(4)
+    assert [views.tolist() for views in resumed] == [views.tolist() for views in whole[start_step:]]
+
+
+def test_views_of_a_rank_are_contiguous():
+    assert all(views.flags.c_contiguous for views in ViewOrder(50, 13, shuffle=True, world_size=3).batches(0))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from jobs import predict
+from jobs.cli import run_job
+from pipeline.tracking.registry import register_model
+from tests.unit.pictures import jpeg
+from tests.unit.tracking_fixtures import finish_run, fresh_store, make_config, make_model
+
+ROW = {"file": "a.jpg", "label": "cat", "probability": 0.987, "resolution": 112, "gflops": 1.08, "error": None}
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory) -> str:
+    """Address of a store with the model `drnet@champion`."""
+    folder = tmp_path_factory.mktemp("registry")
+    config = make_config(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", fresh_store(folder, tmp_path_factory))
+        register_model(config, folder / "run", *finish_run(config, folder / "run", make_model(config)))
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for name in ("b.jpg", "a.JPEG", "below/c.jpg"):
+        (folder / name).write_bytes(jpeg(60, 50, seed=len(name)))
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def ran(monkeypatch, *arguments: object) -> int:
+    """Exit code of `python -m jobs.predict ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    try:
+        run_job(predict.main)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_folders_are_searched_and_files_taken_as_given(pictures):
+    found = predict.find_images([pictures / "notes.txt", pictures])
+    assert [path.name for path in found] == ["notes.txt", "a.JPEG", "b.jpg", "c.jpg"]
+
+
+def test_everything_that_is_missing_is_named_together(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"(?s)empty holds no \.jpg.*absent\.jpg does not exist"):
+        predict.find_images([tmp_path / "empty", tmp_path / "absent.jpg"])
+
+
+def test_the_table_is_aligned():
+    failed = {**dict.fromkeys(ROW), "file": "long/name.jpg", "error": "the file is empty"}
+    lines = predict.table([ROW, failed]).splitlines()
+    assert lines[1].split() == ["a.jpg", "cat", "0.987", "112", "1.08"]
+    assert len(lines[1]) == len(lines[0])
+    assert lines[2] == "long/name.jpg  error: the file is empty"
+
+
+def test_images_are_classified(registry, pictures, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    assert ran(monkeypatch, "--model", "models:/drnet@champion", pictures) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["file", "class", "probability", "resolution", "GFLOPs"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        str(pictures / name) for name in ("a.JPEG", "b.jpg", "below/c.jpg")
+    ]
+    assert all(" class " in line for line in lines[1:])
+
+
+def test_json_is_alone_on_the_output_and_a_bad_image_is_exit_code_1(registry, pictures, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    code = ran(monkeypatch, "--json", "--model", "models:/drnet/1", pictures / "b.jpg", pictures / "notes.txt")
+    rows = json.loads(capsys.readouterr().out)
+    assert code == 1
+    assert rows[0]["error"] is None
+    assert rows[0]["resolution"] in (48, 32)
+    assert rows[1]["error"] == "not a JPEG or PNG file"
+    assert rows[1]["label"] is None
+
+
+def test_an_unknown_model_is_one_message(registry, pictures, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    assert ran(monkeypatch, "--model", "models:/drnet@nobody", pictures) == 2
+    assert "has no alias 'nobody' (it has: champion)" in capsys.readouterr().err

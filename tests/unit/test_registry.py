@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipeline.config import Config
+from pipeline.models.drnet import DRNet
+from pipeline.tracking.registry import RegisteredModel, classify_files, open_model, register_model
+from pipeline.tracking.store import TrackingError
+from tests.unit.pictures import jpeg
+from tests.unit.tracking_fixtures import (
+    finish_run,
+    free_port,
+    fresh_store,
+    make_config,
+    make_manifest,
+    make_model,
+    random_crops,
+    routed_logits,
+    wait_until,
+)
+
+
+class Finished:
+    """A run that has finished, and its model in a registry of its own."""
+
+    def __init__(self, folder: Path, factory: pytest.TempPathFactory):
+        self.store = fresh_store(folder, factory)
+        self.config: Config = make_config(folder)
+        self.folder = folder / "runs" / "small"
+        self.model: DRNet = make_model(self.config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", self.store)
+            self.files = finish_run(self.config, self.folder, self.model)
+            self.registered: RegisteredModel = register_model(self.config, self.folder, *self.files)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Finished:
+    return Finished(tmp_path_factory.mktemp("finished"), tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def address(finished, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", finished.store)
+
+
+def version_of(finished: Finished, alias: str = "champion"):
+    return MlflowClient(finished.store).get_model_version_by_alias("drnet", alias)
+
+
+def with_registry(config: Config, **fields: str) -> Config:
+    return config.model_copy(update={"registry": config.registry.model_copy(update=fields)})
+
+
+def test_a_version_says_what_it_is_worth_and_where_it_comes_from(finished):
+    version = version_of(finished)
+    assert (version.version, version.status) == ("1", "READY")
+    assert version.tags["accuracy"] == "0.937500"
+    assert version.tags["gflops"] == "0.0123"
+    assert version.tags["dataset_digest"] == make_manifest().digest
+    assert version.tags["git_commit"]
+    run = MlflowClient(finished.store).get_run(version.run_id)
+    assert run.info.run_name == "small"
+    assert run.info.status == "FINISHED"
+    assert finished.registered.uri == "models:/drnet@champion"
+
+
+def test_signature_example_and_exact_requirements(finished):
+    model = open_model("models:/drnet@champion")
+    assert str(model.metadata.get_input_schema().inputs[0].type) == "DataType.binary"
+    assert model.metadata.get_output_schema().input_names()[0] == "class_index"
+    folder = Path(MlflowClient(finished.store).get_model_version_download_uri("drnet", "1").removeprefix("file://"))
+    if not folder.is_dir():
+        import mlflow
+
+        folder = Path(mlflow.artifacts.download_artifacts("models:/drnet@champion"))
+    example = json.loads((folder / "serving_input_example.json").read_text())
+    assert base64.b64decode(example["dataframe_split"]["data"][0][0]).startswith(b"\xff\xd8")
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert {line.partition("==")[0] for line in requirements} == {"mlflow", "torch", "numpy", "pandas", "pillow"}
+    assert all("==" in line and "+" not in line for line in requirements)
+
+
+def test_the_same_model_is_not_put_in_twice_but_takes_another_alias(finished):
+    again = register_model(with_registry(finished.config, alias="second"), finished.folder, *finished.files)
+    assert (again.version, again.is_new) == ("1", False)
+    assert version_of(finished, "second").version == version_of(finished, "champion").version == "1"
+
+
+def test_another_report_is_another_version(finished, tmp_path):
+    report = json.loads(finished.files[1].read_text())
+    report["headline"]["top1"] = 0.5
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    config = with_registry(finished.config, name="other")
+    first = register_model(config, finished.folder, *finished.files)
+    second = register_model(config, finished.folder, finished.files[0], tmp_path / "report.json")
+    assert (first.version, second.version, second.is_new) == ("1", "2", True)
+    client = MlflowClient(finished.store)
+    assert client.get_model_version_by_alias("other", "champion").tags["accuracy"] == "0.500000"
+
+
+def test_a_run_that_has_not_finished_is_named(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"run small has not finished.*model\.pt.*jobs\.train"):
+        register_model(finished.config, finished.folder, tmp_path / "model.pt", finished.files[1])
+
+
+def test_a_run_without_a_trained_predictor_is_refused(finished, tmp_path):
+    config = make_config(tmp_path, stages={"predictor": None, "joint": None})
+    with pytest.raises(ValueError, match="trained no predictor"):
+        register_model(config, finished.folder, *finished.files)
+
+
+@pytest.mark.parametrize("alias", ["latest", "v1", "V22", "a b", "", "a/b"])
+def test_an_alias_that_mlflow_refuses_is_refused_before_any_work(finished, alias):
+    with pytest.raises(TrackingError, match="cannot be an alias"):
+        register_model(with_registry(finished.config, alias=alias), finished.folder, *finished.files)
+
+
+def test_a_server_that_is_away_leaves_everything_as_it_was(finished, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(TrackingError, match="nothing was registered"):
+        register_model(finished.config, finished.folder, *finished.files)
+
+
+@pytest.mark.parametrize(
+    ("model_uri", "message"),
+    [
+        ("models:/nobody@champion", r"no model is named 'nobody' \(there are: drnet"),
+        ("models:/drnet@nobody", r"has no alias 'nobody' \(it has: champion"),
+        ("models:/drnet/77", r"has no version '77' \(it has: 1\)"),
+        ("models:/", "MLflow at sqlite"),
+    ],
+)
+def test_an_unknown_model_is_answered_with_those_there_are(finished, model_uri, message):
+    with pytest.raises(TrackingError, match=message):
+        open_model(model_uri)
+
+
+def test_a_registry_that_was_never_made_is_not_made_by_looking(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'absent.db'}")
+    with pytest.raises(TrackingError, match=r"absent\.db does not exist.*jobs\.register"):
+        open_model("models:/drnet@champion")
+    assert not (tmp_path / "absent.db").exists()
+
+
+def test_files_are_classified_in_order_and_bad_ones_explained(finished, tmp_path):
+    paths = [tmp_path / f"{seed}.jpg" for seed in range(5)]
+    for seed, path in enumerate(paths):
+        path.write_bytes(jpeg(60, 50, seed=seed))
+    (tmp_path / "text.jpg").write_text("hello")
+    paths[2:2] = [tmp_path / "text.jpg", tmp_path / "absent.jpg"]
+    rows = list(classify_files(open_model("models:/drnet@champion"), paths, at_once=3))
+    assert [row["file"] for row in rows] == [str(path) for path in paths]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, True, False, False, False]
+    assert "not a JPEG" in rows[2]["error"]
+    assert "No such file" in rows[3]["error"]
+    assert json.loads(json.dumps(rows)) == rows
+    assert {type(rows[0][key]) for key in ("class_index", "resolution")} == {int}
+
+
+LOADED_ELSEWHERE = """
+import importlib.util, pickle, sys
+import numpy as np, pandas as pd, torch
+assert importlib.util.find_spec("pipeline") is None
+def refuse(*arguments, **options):
+    raise AssertionError("a pickle is loaded")
+pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
+import mlflow.pyfunc
+model = mlflow.pyfunc.load_model("models:/drnet@champion")
+data = np.load("crops.npz")
+crops = {int(side): torch.from_numpy(data[side]) for side in data.files}
+routed = model.unwrap_python_model().network.classify(crops)
+rows = model.predict(pd.DataFrame({"image": [open("image.png", "rb").read()]}))
+np.savez("answers.npz", logits=routed.logits_NK, choice=routed.choice_N, row=rows["probability"].to_numpy(float))
+"""
+
+
+def test_a_fresh_process_without_this_project_predicts_as_the_trained_model(finished, tmp_path):
+    crops = random_crops(finished.model, 41)
+    np.savez(tmp_path / "crops.npz", **{str(side): images.numpy() for side, images in crops.items()})
+    picture = Image.open(__import__("io").BytesIO(jpeg(64, 64, seed=2)))
+    picture.save(tmp_path / "image.png")
+    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PYTHONPATH": ""}
+    command = [sys.executable, "-I", "-c", LOADED_ELSEWHERE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    answers = np.load(tmp_path / "answers.npz")
+
+    logits_NK, choice_N = routed_logits(finished.model, crops)
+    assert set(choice_N.tolist()) == {0, 1}
+    assert np.array_equal(answers["choice"], choice_N)
+    assert np.array_equal(answers["logits"].argmax(axis=1), logits_NK.argmax(dim=1))
+    np.testing.assert_allclose(answers["logits"], logits_NK, rtol=1e-4, atol=1e-4)
+
+    box = (4, 4, 60, 60)  # 0.875 of 64 pixels
+    own = {side: picture.resize((side, side), Image.Resampling.BILINEAR, box=box) for side in finished.model.sides}
+    expected, _ = routed_logits(finished.model, {side: torch.tensor(np.asarray(own[side]))[None] for side in own})
+    assert answers["row"] == pytest.approx(expected.softmax(dim=1).max().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_it_is_served_over_http(finished, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/drnet@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (tmp_path / "serve.log").open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=tmp_path, env=environment, start_new_session=True
+        )
+    try:
+        wait_until(lambda: process.poll() is not None or answers(port), "the model server answers")
+        assert process.poll() is None, (tmp_path / "serve.log").read_text()
+        files = [jpeg(60, 50, seed=1), b"hello", jpeg(60, 50, seed=2)]
+        encoded = [[base64.b64encode(file).decode()] for file in files]
+        rows = post(port, {"dataframe_split": {"columns": ["image"], "data": encoded}})["predictions"]
+        expected = open_model("models:/drnet@champion").predict(pd.DataFrame({"image": files}))
+        assert [row["label"] for row in rows] == [None if pd.isna(label) else label for label in expected["label"]]
+        assert rows[0]["probability"] == pytest.approx(expected["probability"][0], rel=1e-4)
+        assert rows[1]["error"] == "not a JPEG or PNG file"
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            post(port, {"nonsense": 1})
+        assert post(port, {"dataframe_records": [{"image": encoded[0][0]}]})["predictions"][0] == rows[0]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def post(port: int, content: dict) -> dict:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)

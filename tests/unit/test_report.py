@@ -1,0 +1,382 @@
+"""What a report says, in JSON, Markdown and HTML, and that it says so when a static resolution wins."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.evaluation.report import build_report, to_json, write_report
+from pipeline.evaluation.seeds import SUMMARIZED, seeds_markdown, summarize_seeds
+from pipeline.models.cost import Costs
+from tests.unit.evaluation_cases import COSTS, SIDES, easy_and_hard, jpeg, predictions_of
+
+CLASSES = ("ant", "bee", "cat", "dog")
+CONTEXT = {"dataset": "glyphs", "git_commit": "abc123", "created": "2026-01-02T03:04:05+00:00", "torch": "2.13"}
+
+
+def report_of(correct_NR: np.ndarray, chosen_N: np.ndarray, **changed) -> dict:
+    given = {"classes": CLASSES, "attributes": {}, "name": "run", "context": CONTEXT, "costs": COSTS} | changed
+    costs = given.pop("costs")
+    return build_report(predictions_of(correct_NR, chosen_N, sides=costs.resolutions), costs, **given)
+
+
+def outcomes(*groups: tuple[int, tuple[int, int, int], int]) -> tuple[np.ndarray, np.ndarray]:
+    """correct (N, 3) and chosen (N,) of groups of (number of images, right at 96, 64, 32 px, chosen resolution)."""
+    correct = [np.tile(np.array(right, bool), (count, 1)) for count, right, _ in groups]
+    return np.concatenate(correct), np.repeat([chosen for *_, chosen in groups], [count for count, *_ in groups])
+
+
+# Easy images are right everywhere, hard ones at 96 px only: static 96, 64, 32 px reach 98, 70, 60 %.
+PERFECT = outcomes((600, (1, 1, 1), 2), (100, (1, 1, 0), 1), (280, (1, 0, 0), 0), (20, (0, 0, 0), 2))
+
+
+class TestVerdict:
+    def test_gain(self):
+        report = report_of(*PERFECT)
+        assert report["outcome"] == "gain"
+        # 0.62 * 0.1 + 0.1 * 0.4 + 0.28 * 0.9 + 0.03 = 0.384 GFLOPs; the line from 60 % to 70 % is at 69.5 % there.
+        assert report["verdict"].startswith(
+            "At 0.43 of the FLOPs of static 96 px the routed network is level with it (95 % CI "
+        )
+        assert (
+            ", and 28.5 points above the line between static 32 px and 64 px at equal FLOPs (95 % CI +"
+            in report["verdict"]
+        )
+        assert "wins" not in report["verdict"]
+
+    def test_gain_below_the_best_static_resolution_says_by_how_much(self):
+        correct, chosen = outcomes((600, (1, 1, 1), 2), (100, (1, 1, 0), 1), (250, (1, 0, 0), 0), (50, (1, 0, 0), 2))
+        verdict = report_of(correct, chosen)["verdict"]
+        assert verdict.startswith(
+            "At 0.41 of the FLOPs of static 96 px the routed network is 5.0 points below it (95 % CI -6."
+        )
+
+    def test_dominated(self):
+        """Hard images are sent to 32 px and easy ones to 96 px."""
+        correct, chosen = outcomes((600, (1, 1, 1), 0), (400, (1, 1, 0), 2))
+        report = report_of(correct, chosen)
+        assert report["outcome"] == "dominated"
+        assert re.match(
+            r"Static wins: static 64 px is 40\.0 points more accurate than the routed network "
+            r"\(95 % CI \+3\d\.\d to \+4\d\.\d, McNemar p < 0\.001\) at 0\.65 of its FLOPs\.",
+            report["verdict"],
+        )
+
+    def test_dominated_by_less_than_noise(self):
+        correct, chosen = outcomes((500, (1, 1, 1), 0), (498, (1, 1, 1), 1), (2, (0, 1, 1), 0))
+        report = report_of(correct, chosen)
+        assert report["outcome"] == "dominated"
+        assert report["verdict"].startswith(
+            "Static wins: static 32 px is as accurate as the routed network (+0.2 points, 95 % CI -0.2 to +0.7, "
+            "McNemar p = 0.5) at 0.15 of its FLOPs."
+        )
+
+    def test_collapsed_onto_one_resolution(self):
+        correct, _ = PERFECT
+        report = report_of(correct, np.ones(1000, np.int64))
+        assert report["outcome"] == "dominated"
+        assert report["verdict"].startswith("Static wins: static 64 px is as accurate as the routed network")
+        assert "sends 100.0 % of the images to 64 px: the choice has collapsed" in report["verdict_details"][0]
+        assert not any("collapsed" in sentence for sentence in report_of(*PERFECT)["verdict_details"])
+
+    def test_below_the_line(self):
+        """Random routing between 96 px and 32 px, where 64 px lies above the line between those two."""
+        correct, _ = outcomes((600, (1, 1, 1), 0), (250, (1, 1, 0), 0), (150, (1, 0, 0), 0))
+        report = report_of(correct, np.where(np.arange(1000) % 2, 0, 2))
+        assert report["outcome"] == "below_line"
+        assert report["verdict"].startswith("Static wins: at equal FLOPs the routed network is ")
+        assert "points below the line between static 64 px and 96 px" in report["verdict"]
+        assert "points below it" in report["verdict"]
+
+    def test_unproven(self):
+        """Twenty images, two of them well chosen."""
+        correct, chosen = outcomes((12, (1, 1, 1), 2), (6, (1, 1, 0), 1), (2, (1, 0, 0), 0))
+        chosen[[0, 1, 2, 3, 4, 17, 18]] = [0, 0, 0, 0, 0, 2, 1]
+        report = report_of(correct, chosen)
+        assert report["outcome"] == "unproven"
+        assert report["verdict"].startswith("A gain is not proven: the routed network is ")
+        assert "an interval that holds 0" in report["verdict"]
+
+    def test_more_accurate_than_every_static_resolution_beyond_the_lines_end(self):
+        correct, chosen = outcomes((900, (1, 0, 0), 0), (60, (0, 0, 1), 2), (40, (0, 0, 0), 0))
+        costs = Costs(SIDES, (0.9, 0.4, 0.1), 0.2)
+        report = report_of(correct, chosen, costs=costs)
+        assert report["outcome"] == "gain"
+        assert report["verdict"].startswith(
+            "At 1.17 of the FLOPs of static 96 px the routed network is 6.0 points above it"
+        )
+        assert "6.0 points above static 96 px, where the static line ends" in report["verdict"]
+
+    def test_one_resolution(self):
+        report = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
+        assert report["outcome"] == "single_resolution"
+        assert report["verdict"].startswith(
+            "There is one resolution, so nothing is routed: static 96 px reaches 100.0 %"
+        )
+        assert (report["comparisons"], report["routing"], report["budget_curve"]) == (None, None, [])
+        assert report["headline"]["id"] == "static-96"
+
+
+def test_the_report_is_strict_json_with_the_documented_keys():
+    _, _, height_N = easy_and_hard(1000)
+    report = report_of(*PERFECT, attributes={"height": height_N.tolist()})
+    read = json.loads(to_json(report), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read == report
+    documented = re.findall(r"`(\w+)`", build_report.__doc__.split("Keys:")[1].split("With one")[0])
+    assert set(report) == {key for key in documented if key not in ("judge", "table_rows", "compare")}
+    assert read["schema_version"] == 1
+    assert read["environment"] == {"torch": "2.13"}
+    assert (read["dataset"], read["git_commit"], read["created"]) == ("glyphs", "abc123", CONTEXT["created"])
+
+
+def test_no_choice_of_a_resolution_still_is_strict_json():
+    """Means of nothing must be null, not NaN."""
+    correct, _ = PERFECT
+    report = report_of(correct, np.zeros(1000, np.int64), attributes={"height": [0.5] * 1000})
+    assert report["routing"]["static_top1_by_chosen"][2] == [None, None, None]
+    assert "NaN" not in to_json(report)
+
+
+def test_routing_counts_images_by_choice_oracle_and_right_nowhere():
+    routing = report_of(*PERFECT)["routing"]
+    assert routing["counts_by_chosen"] == [280, 100, 620]
+    assert routing["chosen_by_oracle"] == [[280, 0, 0], [0, 100, 0], [0, 0, 620]]
+    assert routing["right_nowhere_by_chosen"] == [0, 0, 20]
+    assert routing["agreement_with_oracle"] == 1
+    assert (routing["wrong"], routing["wrong_but_right_elsewhere"]) == (20, 0)
+    assert routing["static_top1_by_chosen"] == [[1, 0, 0], [1, 1, 0], [pytest.approx(600 / 620)] * 3]
+
+
+def test_the_best_static_resolution_is_the_cheapest_of_the_most_accurate():
+    correct, chosen = outcomes((90, (1, 1, 0), 0), (10, (0, 0, 0), 1))
+    assert report_of(correct, chosen)["best_static"] == "static-64"
+
+
+def test_attributes_follow_the_images_own_indices():
+    """Predictions of every second image of the beton."""
+    predictions = predictions_of(*PERFECT)
+    object.__setattr__(predictions, "indices_N", 2 * np.arange(1000))
+    heights = np.zeros(1999)
+    heights[::2] = np.arange(1000)
+    report = build_report(
+        predictions, COSTS, classes=CLASSES, attributes={"height": heights}, name="run", context=CONTEXT
+    )
+    assert report["attributes"]["height"]["by_chosen"][1]["mean"] == np.arange(600, 700).mean()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"classes": CLASSES[:3]}, "3 class names for 4 logits"),
+        ({"attributes": {"height": [0.5] * 999}}, "attribute height has 999 values, but image 999 was predicted"),
+        ({"attributes": {"height": [float("nan")] * 1000}}, "attribute height has values that are NaN"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        report_of(*PERFECT, **changed)
+
+
+def test_all_mismatches_are_named_together():
+    with pytest.raises(
+        ValueError, match=r"predictions are for \[96, 64, 32\] px, costs for \[64, 32\] px; there are 3"
+    ):
+        build_report(
+            predictions_of(*PERFECT),
+            Costs((64, 32), (0.4, 0.1), 0),
+            classes=CLASSES[:3],
+            attributes={},
+            name="run",
+            context={},
+        )
+
+
+def test_a_context_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="give context as text and numbers"):
+        written(tmp_path, context={"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def written(folder: Path, **changed) -> dict:
+    correct_NR, chosen_N, height_N = easy_and_hard(400, skill=0.9)
+    given = {
+        "classes": CLASSES,
+        "attributes": {"height": height_N.tolist()},
+        "read_image": jpeg,
+        "name": "run",
+        "context": CONTEXT,
+    } | changed
+    return write_report(folder, predictions_of(correct_NR, chosen_N), COSTS, **given)
+
+
+class Page(HTMLParser):
+    """What a browser would load, and the tags that are open at the end."""
+
+    VOID = ("meta", "img", "source", "br")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "srcset", "href", "data", "poster")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def report_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "report"
+    context = CONTEXT | {"references": [{"label": "SVM", "top1": 0.824, "note": "another split"}]}
+    written(folder, classes=("<b>ant</b>", "b|ee", "$cat$", "dog"), name="a <run> | b", context=context)
+    return folder
+
+
+def test_the_folder_holds_whole_files_and_nothing_else(report_folder):
+    expected = {"report.json", "report.md", "report.html", "tradeoff.png", "shares.png", "attribute.png", "gallery.png"}
+    assert {file.name for file in report_folder.iterdir()} == expected
+
+
+def test_the_html_loads_nothing_from_outside(report_folder):
+    text = (report_folder / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.addresses
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert page.tags.count("img") == 3 + 24, "three figures and three rows of eight images"
+    assert page.tags.count("source") == 3, "a dark look of every figure"
+
+
+def test_the_html_says_what_the_json_says(report_folder):
+    text = (report_folder / "report.html").read_text()
+    report = json.loads((report_folder / "report.json").read_text())
+    plain = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
+    assert report["verdict"] in plain
+    for row in report["rows"]:
+        assert f"{100 * row['top1']:.1f} %" in plain
+    for phrase in ("SVM", "another split", "Wilson", "abc123", "2.13"):
+        assert phrase in plain
+
+
+def test_names_from_outside_cannot_become_markup(report_folder):
+    text = (report_folder / "report.html").read_text()
+    assert "<b>ant</b>" not in text
+    assert "&lt;b&gt;ant&lt;/b&gt;" in text
+    assert "a &lt;run&gt; | b" in text
+    markdown = (report_folder / "report.md").read_text()
+    assert markdown.startswith("# a &lt;run> \\| b\n")
+
+
+def test_the_markdowns_tables_are_regular_and_its_figures_exist(report_folder):
+    markdown = (report_folder / "report.md").read_text()
+    report = json.loads((report_folder / "report.json").read_text())
+    assert f"**{report['verdict']}**" in markdown
+    for table in re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+    figures = re.findall(r"!\[.*\]\((.*)\)", markdown)
+    assert sorted(figures) == ["attribute.png", "gallery.png", "shares.png", "tradeoff.png"]
+    assert all((report_folder / figure).is_file() for figure in figures)
+
+
+def test_the_gallery_shows_seeded_images_of_each_choice(tmp_path):
+    asked: list[int] = []
+
+    def read_image(index: int) -> bytes:
+        asked.append(index)
+        return jpeg(index)
+
+    written(tmp_path / "one", read_image=read_image)
+    first = list(asked)
+    written(tmp_path / "two", read_image=read_image)
+    assert asked[len(first) :] == first
+    _, chosen_N, _ = easy_and_hard(400, skill=0.9)
+    assert [sorted(set(chosen_N[first[8 * j : 8 * j + 8]])) for j in range(3)] == [[0], [1], [2]]
+    assert len(set(first)) == 24
+    assert (tmp_path / "one/gallery.png").read_bytes() == (tmp_path / "two/gallery.png").read_bytes()
+    assert Image.open(io.BytesIO((tmp_path / "one/gallery.png").read_bytes())).width > 1000
+
+
+def test_a_report_without_images_or_attributes_removes_the_earlier_figures(tmp_path):
+    written(tmp_path)
+    report = written(tmp_path, read_image=None, attributes={})
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"report.json", "report.md", "report.html", "tradeoff.png", "shares.png"}
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_one_resolution_is_written_too(tmp_path):
+    predictions = predictions_of(np.arange(50)[:, None] % 3 > 0, np.zeros(50, np.int64), sides=(96,))
+    write_report(
+        tmp_path,
+        predictions,
+        Costs((96,), (0.9,), 0.0),
+        classes=CLASSES,
+        attributes={"height": list(range(50))},
+        read_image=jpeg,
+        name="static",
+        context={},
+    )
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == []
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("report.json", "report.md", "report.html", "tradeoff.png", "attribute.png", "gallery.png")
+    }
+    assert json.loads((tmp_path / "report.json").read_text())["created"], "the time of writing where none is given"
+
+
+def seed_reports() -> list[dict]:
+    found = []
+    for seed in range(3):
+        correct_NR, chosen_N, _ = easy_and_hard(500, skill=0.9, seed=seed)
+        found.append(report_of(correct_NR, chosen_N, name=f"glyphs-{seed}"))
+    return found
+
+
+def test_seeds_are_summarised_by_mean_and_spread():
+    reports = seed_reports()
+    summary = summarize_seeds(reports)
+    gains = [report["comparisons"]["interpolation"]["difference_points"] for report in reports]
+    found = summary["summary"]["gain_over_line_points"]
+    assert found["mean"] == pytest.approx(sum(gains) / 3)
+    assert found["std"] == pytest.approx((sum((gain - found["mean"]) ** 2 for gain in gains) / 2) ** 0.5)
+    assert (found["min"], found["max"]) == (min(gains), max(gains))
+    assert set(summary["summary"]) == set(SUMMARIZED)
+    assert [row["name"] for row in summary["rows"]] == ["glyphs-0", "glyphs-1", "glyphs-2"]
+    json.dumps(summary, allow_nan=False)
+    lines = seeds_markdown(summary).splitlines()
+    assert len(lines) == 2 + 3 + 1
+    assert f"{found['mean']:+.1f} ± {found['std']:.1f}" in lines[-1]
+
+
+def test_one_seed_has_no_spread():
+    summary = summarize_seeds(seed_reports()[:1])
+    assert summary["summary"]["routed_top1"]["std"] is None
+    assert "±" not in seeds_markdown(summary)
+
+
+def test_reports_of_different_runs_are_not_summarised():
+    other = report_of(*PERFECT, context=CONTEXT | {"dataset": "elpv"})
+    with pytest.raises(ValueError, match=r"different runs.*elpv.*glyphs"):
+        summarize_seeds([*seed_reports(), other])
+    with pytest.raises(ValueError, match="no report"):
+        summarize_seeds([])
+    single = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
+    with pytest.raises(ValueError, match="one resolution"):
+        summarize_seeds([single])

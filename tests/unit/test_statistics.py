@@ -1,0 +1,301 @@
+"""Intervals, tests, baselines and the budget curve against slow references that loop over images."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline.evaluation.attributes import MAX_BINS, by_attribute
+from pipeline.evaluation.budget import biased_choice, budget_curve
+from pipeline.evaluation.comparison import compare, interpolation_accuracy, table_rows
+from pipeline.evaluation.statistics import (
+    accuracy,
+    line_accuracy,
+    line_neighbours,
+    mcnemar_p,
+    oracle_choice,
+    paired_difference,
+    percentile_interval,
+    resample,
+    shares,
+)
+from pipeline.models.cost import Costs
+from tests.unit.evaluation_cases import COSTS, easy_and_hard
+
+Z = 1.959963984540054
+
+
+@st.composite
+def evaluations(draw) -> tuple[np.ndarray, np.ndarray, Costs]:
+    """correct (N, R), predictor logits (N, R) with ties, and costs in any order."""
+    N, R = draw(st.integers(1, 30)), draw(st.integers(2, 5))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    gflops = tuple(generator.permutation(np.arange(1, R + 1) * 0.25).tolist())
+    logits_NR = generator.integers(-3, 4, (N, R)).astype(np.float32)
+    return generator.random((N, R)) < 0.6, logits_NR, Costs(tuple(range(R)), gflops, 0.1)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (7, 10), (981, 1000), (10, 10)])
+def test_accuracy_has_wilsons_interval(right, n):
+    share = right / n
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    margin = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    found = accuracy(right, n)
+    assert (found.value, found.low, found.high) == pytest.approx((share, centre - margin, centre + margin), abs=1e-12)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 5), (3, 9), (12, 12), (40, 21)])
+def test_mcnemar_sums_the_binomial(first, second):
+    total, fewer = first + second, min(first, second)
+    tail = sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total
+    assert mcnemar_p(first, second) == pytest.approx(min(1, 2 * tail))
+
+
+def test_paired_difference_is_bonett_and_prices():
+    found = paired_difference(12, 30, 500)
+    first, second = 13 / 502, 31 / 502
+    margin = Z * math.sqrt((first + second - (first - second) ** 2) / 502)
+    assert found.value == pytest.approx(-18 / 500)
+    assert (found.low, found.high) == pytest.approx((first - second - margin, first - second + margin))
+
+
+def test_paired_difference_is_antisymmetric_and_inside_minus_one_to_one():
+    one, other = paired_difference(3, 8, 40), paired_difference(8, 3, 40)
+    assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+    assert paired_difference(2, 0, 2).high == 1
+
+
+def test_paired_difference_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    probabilities, n = (0.03, 0.06, 0.91), 300
+    draws = generator.multinomial(n, probabilities, size=3000)
+    intervals = [paired_difference(int(first), int(second), n) for first, second, _ in draws]
+    covered = np.mean([interval.low <= -0.03 <= interval.high for interval in intervals])
+    assert 0.935 < covered < 0.97
+
+
+@settings(deadline=None)
+@given(evaluations())
+def test_oracle_is_the_cheapest_right_resolution(evaluation):
+    correct_NR, _, costs = evaluation
+    found = oracle_choice(correct_NR, costs.backbone_gflops)
+    by_cost = sorted(range(correct_NR.shape[1]), key=lambda j: costs.backbone_gflops[j])
+    for n, row in enumerate(correct_NR):
+        right = [j for j in by_cost if row[j]]
+        assert found[n] == (right[0] if right else by_cost[0])
+
+
+@settings(deadline=None)
+@given(evaluations())
+def test_no_choice_is_more_accurate_than_the_oracle_and_none_as_accurate_is_cheaper(evaluation):
+    correct_NR, logits_NR, costs = evaluation
+    gflops, rows = np.array(costs.backbone_gflops), np.arange(len(correct_NR))
+    oracle_N = oracle_choice(correct_NR, gflops)
+    best = correct_NR[rows, oracle_N].mean()
+    for choice_N in [logits_NR.argmax(axis=1), *(np.full(len(rows), j) for j in range(len(gflops)))]:
+        reached = correct_NR[rows, choice_N].mean()
+        assert reached <= best
+        if reached == best:
+            assert gflops[choice_N].sum() >= gflops[oracle_N].sum() - 1e-9
+
+
+def test_the_line_joins_the_neighbouring_static_resolutions():
+    gflops, static_R = (0.9, 0.1, 0.4), np.array([0.9, 0.5, 0.8])
+    at = np.array([0.1, 0.25, 0.4, 0.65, 0.9, 1.5, 0.05])
+    expected = [0.5, 0.65, 0.8, 0.85, 0.9, 0.9, 0.5]
+    np.testing.assert_allclose(line_accuracy(gflops, np.tile(static_R, (len(at), 1)), at), expected)
+    lower, upper, weight = line_neighbours(gflops, np.array([0.65]))
+    assert (lower[0], upper[0]) == (2, 0)
+    assert weight[0] == pytest.approx(0.5)
+
+
+def test_the_line_of_equal_costs_is_finite():
+    assert line_accuracy((0.4, 0.4, 0.1), np.array([[0.9, 0.8, 0.5]]), np.array([0.4]))[0] in (0.8, 0.9)
+
+
+def test_the_bootstrap_over_patterns_agrees_with_drawing_images():
+    correct_NR, chosen_N, _ = easy_and_hard(300, skill=0.7)
+    found = resample(correct_NR, chosen_N, seed=1)
+    generator = np.random.default_rng(2)
+    images = generator.integers(0, 300, (4000, 300))
+    routed_B = correct_NR[images, chosen_N[images]].mean(axis=1)
+    static_BR = correct_NR[images].mean(axis=1)
+    shares_BR = (chosen_N[images][:, :, None] == np.arange(3)).mean(axis=1)
+    gain_B = routed_B - (shares_BR * static_BR).sum(axis=1)
+    ours_B = found.routed_B - (found.shares_BR * found.static_BR).sum(axis=1)
+    for ours, slow in [(found.routed_B, routed_B), (ours_B, gain_B), (found.static_BR[:, 2], static_BR[:, 2])]:
+        assert ours.mean() == pytest.approx(slow.mean(), abs=2e-3)
+        assert ours.std() == pytest.approx(slow.std(), rel=0.06)
+    np.testing.assert_allclose(found.shares_BR.sum(axis=1), 1)
+
+
+def test_the_bootstrap_depends_on_the_seed_alone():
+    correct_NR, chosen_N, _ = easy_and_hard(200)
+    order = np.random.default_rng(3).permutation(200)
+    one, other = resample(correct_NR, chosen_N, 5), resample(correct_NR[order], chosen_N[order], 5)
+    np.testing.assert_array_equal(one.routed_B, other.routed_B)
+    assert not np.array_equal(one.routed_B, resample(correct_NR, chosen_N, 6).routed_B)
+
+
+def test_the_percentile_interval_holds_95_percent():
+    found = percentile_interval(0.5, np.linspace(0, 1, 100_001))
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.025, 0.975))
+
+
+def rows_of(correct_NR: np.ndarray, chosen_N: np.ndarray, costs: Costs) -> tuple[dict, dict]:
+    oracle_N, resampled = oracle_choice(correct_NR, costs.backbone_gflops), resample(correct_NR, chosen_N)
+    rows = table_rows(correct_NR, chosen_N, oracle_N, costs, resampled)
+    return {row["id"]: row for row in rows}, compare(correct_NR, chosen_N, oracle_N, costs, resampled, rows)
+
+
+def test_every_row_equals_a_loop_over_the_images():
+    correct_NR, chosen_N, _ = easy_and_hard(400, skill=0.6)
+    rows, compared = rows_of(correct_NR, chosen_N, COSTS)
+    right, spent, expected_random = 0, 0.0, 0.0
+    share = [sum(int(choice) == j for choice in chosen_N) / 400 for j in range(3)]
+    for n in range(400):
+        right += int(correct_NR[n, chosen_N[n]])
+        spent += COSTS.backbone_gflops[chosen_N[n]]
+        expected_random += sum(share[j] * int(correct_NR[n, j]) for j in range(3))
+    assert rows["routed"]["top1"] == right / 400
+    assert rows["routed"]["backbone_gflops"] == pytest.approx(spent / 400)
+    assert rows["routed"]["mean_gflops"] == pytest.approx(spent / 400 + 0.03)
+    assert rows["random"]["top1"] == pytest.approx(expected_random / 400)
+    assert rows["random"]["mean_gflops"] == rows["routed"]["mean_gflops"]
+    assert rows["routed"]["shares"] == rows["random"]["shares"] == pytest.approx(share)
+    for j, side in enumerate(COSTS.resolutions):
+        static = rows[f"static-{side}"]
+        assert (static["top1"], static["mean_gflops"]) == (correct_NR[:, j].mean(), COSTS.backbone_gflops[j])
+        found = compared[f"static-{side}"]
+        only_routed = sum(bool(correct_NR[n, chosen_N[n]] and not correct_NR[n, j]) for n in range(400))
+        assert found["only_routed_right"] == only_routed
+        assert found["difference_points"] == pytest.approx(100 * (rows["routed"]["top1"] - static["top1"]))
+        assert found["gflops_ratio"] == pytest.approx(rows["routed"]["mean_gflops"] / static["mean_gflops"])
+        assert found["low_points"] < found["difference_points"] < found["high_points"]
+
+
+def test_the_interpolation_row_costs_what_the_routed_network_costs():
+    correct_NR, chosen_N, _ = easy_and_hard(400)
+    rows, compared = rows_of(correct_NR, chosen_N, COSTS)
+    line, routed = rows["interpolation"], rows["routed"]
+    assert line["mean_gflops"] == pytest.approx(routed["mean_gflops"])
+    weight = (routed["mean_gflops"] - 0.4) / 0.5 if routed["mean_gflops"] > 0.4 else (routed["mean_gflops"] - 0.1) / 0.3
+    low, high = (64, 96) if routed["mean_gflops"] > 0.4 else (32, 64)
+    expected = (1 - weight) * rows[f"static-{low}"]["top1"] + weight * rows[f"static-{high}"]["top1"]
+    assert line["top1"] == pytest.approx(expected)
+    assert line["label"] == f"line, static {low} to {high} px"
+    gain = compared["interpolation"]
+    assert gain["difference_points"] == pytest.approx(100 * (routed["top1"] - expected))
+    assert gain["low_points"] < gain["difference_points"] < gain["high_points"]
+    assert line["top1_low"] < line["top1"] < line["top1_high"]
+
+
+def test_the_line_ends_at_the_dearest_static_resolution():
+    correct_NR, _, _ = easy_and_hard(200)
+    rows, compared = rows_of(correct_NR, np.zeros(200, np.int64), COSTS)
+    assert rows["interpolation"]["label"] == "static 96 px"
+    assert rows["interpolation"]["shares"] == [1, 0, 0]
+    assert rows["interpolation"]["mean_gflops"] == 0.9 < rows["routed"]["mean_gflops"]
+    assert compared["interpolation"]["difference_points"] == 0
+
+
+def test_the_lines_interval_lets_cost_and_accuracy_vary_together():
+    correct_NR, chosen_N, _ = easy_and_hard(300)
+    resampled = resample(correct_NR, chosen_N)
+    found = interpolation_accuracy(resampled, COSTS)
+    for b in range(5):
+        cost = sum(share * c for share, c in zip(resampled.shares_BR[b], COSTS.backbone_gflops, strict=True)) + 0.03
+        expected = np.interp(cost, [0.1, 0.4, 0.9], resampled.static_BR[b][::-1])
+        assert found[b] == pytest.approx(expected)
+
+
+def test_one_resolution_has_its_static_row_alone():
+    costs = Costs((96,), (0.9,), 0.03)
+    correct_N1, zeros = np.array([[True], [False]]), np.zeros(2, np.int64)
+    rows = table_rows(correct_N1, zeros, zeros, costs, resample(correct_N1, zeros))
+    assert [(row["id"], row["top1"], row["mean_gflops"]) for row in rows] == [("static-96", 0.5, 0.9)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(evaluations())
+def test_every_point_of_the_budget_curve_is_what_its_bias_reaches(evaluation):
+    correct_NR, logits_NR, costs = evaluation
+    rows, gflops = np.arange(len(correct_NR)), np.array(costs.backbone_gflops)
+    for point in budget_curve(logits_NR, correct_NR, costs, max_points=1000):
+        if point["bias_per_gflop"] == 0:
+            continue
+        choice_N = biased_choice(logits_NR, costs, point["bias_per_gflop"])
+        assert point["top1"] == pytest.approx(correct_NR[rows, choice_N].mean())
+        assert point["mean_gflops"] == pytest.approx(gflops[choice_N].mean() + 0.1)
+        assert point["shares"] == pytest.approx(shares(choice_N, len(gflops)).tolist())
+
+
+@settings(deadline=None, max_examples=60)
+@given(evaluations(), st.floats(-40, 40))
+def test_no_bias_reaches_a_trade_that_the_budget_curve_lacks(evaluation, bias):
+    correct_NR, logits_NR, costs = evaluation
+    biased_NR = logits_NR.astype(np.float64) + bias * np.array(costs.backbone_gflops)
+    ordered_NR = np.sort(biased_NR, axis=1)
+    assume((ordered_NR[:, -1] - ordered_NR[:, -2]).min() > 1e-9)  # at a tie either choice is right
+    choice_N = biased_NR.argmax(axis=1)
+    trade = (correct_NR[np.arange(len(choice_N)), choice_N].mean(), *shares(choice_N, correct_NR.shape[1]))
+    curve = budget_curve(logits_NR, correct_NR, costs, max_points=1000)
+    reachable = np.array([(point["top1"], *point["shares"]) for point in curve])
+    assert np.isclose(reachable, trade).all(axis=1).any()
+
+
+def test_the_budget_curve_runs_from_cheapest_to_dearest_through_the_routed_network():
+    correct_NR, chosen_N, _ = easy_and_hard(500, skill=0.8)
+    logits_NR = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32) + 2 * np.eye(3)[chosen_N]
+    logits_NR = logits_NR.astype(np.float32)
+    curve = budget_curve(logits_NR, correct_NR, COSTS, max_points=30)
+    costs = [point["mean_gflops"] for point in curve]
+    assert costs == sorted(costs)
+    assert len(curve) in (30, 31)
+    assert max(np.diff(costs)) < 1.5 * (costs[-1] - costs[0]) / 29
+    assert (curve[0]["shares"], curve[-1]["shares"]) == ([0, 0, 1], [1, 0, 0])
+    (here,) = [point for point in curve if point["bias_per_gflop"] == 0]
+    routed_N = logits_NR.argmax(axis=1)
+    assert here["top1"] == correct_NR[np.arange(500), routed_N].mean()
+    assert here["shares"] == pytest.approx(shares(routed_N, 3).tolist())
+
+
+def test_a_predictor_without_opinion_has_the_ends_alone():
+    curve = budget_curve(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), Costs((64, 32), (0.4, 0.1), 0.0))
+    assert [point["shares"] for point in curve] == [[0, 1], [1, 0]]
+    assert curve[1]["bias_per_gflop"] == 0
+
+
+def test_attributes_are_described_by_choice_and_by_bins_of_equal_size():
+    correct_NR, chosen_N, height_N = easy_and_hard(800)
+    found = by_attribute(height_N, correct_NR, chosen_N, COSTS)
+    for j, part in enumerate(found["by_chosen"]):
+        assert part["resolution"] == COSTS.resolutions[j]
+        assert (part["n"], part["mean"]) == ((chosen_N == j).sum(), pytest.approx(height_N[chosen_N == j].mean()))
+    assert found["spearman"] < -0.8
+    assert [part["n"] for part in found["bins"]] == [100] * MAX_BINS
+    for part in found["bins"]:
+        last = part is found["bins"][-1]
+        inside = [n for n in range(800) if part["low"] <= height_N[n] and (height_N[n] < part["high"] or last)]
+        assert len(inside) == part["n"]
+        assert part["routed_top1"] == pytest.approx(np.mean([correct_NR[n, chosen_N[n]] for n in inside]))
+        assert part["static_top1"] == pytest.approx(correct_NR[inside].mean(axis=0).tolist())
+        assert part["shares"] == pytest.approx([np.mean(chosen_N[inside] == j) for j in range(3)])
+
+
+def test_an_attribute_of_few_values_has_a_bin_for_each():
+    values_N = np.array([0.0, 1.0, 1.0, 0.0, 0.33])
+    correct_NR, chosen_N = np.ones((5, 3), bool), np.array([0, 1, 1, 0, 0])
+    found = by_attribute(values_N, correct_NR, chosen_N, COSTS)
+    assert [(part["low"], part["high"], part["n"]) for part in found["bins"]] == [(0, 0, 2), (0.33, 0.33, 1), (1, 1, 2)]
+    assert found["by_chosen"][2] == {"resolution": 32, "n": 0, "mean": None, "median": None}
+
+
+def test_a_constant_attribute_or_choice_has_no_rank_correlation():
+    correct_NR, varied = np.ones((40, 3), bool), np.arange(40.0)
+    assert by_attribute(np.ones(40), correct_NR, np.arange(40) % 3, COSTS)["spearman"] is None
+    assert by_attribute(varied, correct_NR, np.zeros(40, np.int64), COSTS)["spearman"] is None

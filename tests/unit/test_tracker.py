@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.tracking import runs
+from pipeline.tracking.journal import JOURNAL_FILE, Journal, metrics_record
+from pipeline.tracking.runs import Description
+from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, explanation, tracking_uri
+from pipeline.tracking.tracker import RunHandle, RunLogger, close_run, open_run, replay, system_metrics
+from tests.unit.tracking_fixtures import free_port, fresh_store, make_config, make_manifest, wait_until
+
+
+@pytest.fixture
+def store(tmp_path, tmp_path_factory, monkeypatch) -> str:
+    """A store of its own, which is what MLFLOW_TRACKING_URI names."""
+    uri = fresh_store(tmp_path, tmp_path_factory)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "small"
+
+
+@pytest.fixture
+def opened(store, tmp_path, folder) -> RunHandle:
+    return open_run(make_config(tmp_path), folder, make_manifest())
+
+
+def runs_of(uri: str) -> list:
+    client = MlflowClient(uri)
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
+
+
+def stage_ids(handle: RunHandle) -> dict[str, str]:
+    found = runs.children(MlflowClient(handle.uri), handle.run_id)
+    return {run.data.tags[runs.STAGE_TAG]: run.info.run_id for run in found}
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return sorted((metric.step, metric.value) for metric in MlflowClient(uri).get_metric_history(run_id, key))
+
+
+def log(handle: RunHandle, *entries: tuple[str | None, dict[str, float], int]) -> None:
+    """What rank 0 does, then the driver: everything is at the server afterwards."""
+    logger = RunLogger(handle)
+    for entry in entries:
+        logger.metrics(*entry)
+    logger.close()
+
+
+def test_the_address_is_the_environment_then_the_configuration_then_the_project(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri() == f"sqlite:///{PROJECT_FOLDER / 'mlflow.db'}"
+    config = make_config(tmp_path, tracking={"uri": "http://configured:5000"})
+    assert tracking_uri(config) == "http://configured:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment:5000")
+    assert tracking_uri(config) == "http://environment:5000"
+
+
+def test_a_relative_store_is_the_same_from_every_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere/mlflow.db")
+    assert tracking_uri() == f"sqlite:///{PROJECT_FOLDER / 'elsewhere' / 'mlflow.db'}"
+
+
+def test_an_address_of_no_known_kind_is_refused_without_its_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "ftp://user:secret@host/x")
+    with pytest.raises(TrackingError, match=r"ftp://user:\*\*\*@host/x.*sqlite:///FILE") as raised:
+        tracking_uri()
+    assert "secret" not in str(raised.value)
+
+
+def test_a_refused_host_name_is_explained():
+    assert "--allowed-hosts" in explanation(RuntimeError("403: Invalid Host header - possible attack"), "http://host")
+
+
+def test_a_run_holds_parameters_commit_data_and_configuration(opened, tmp_path):
+    client = MlflowClient(opened.uri)
+    run = client.get_run(opened.run_id)
+    assert run.info.run_name == "small"
+    assert run.data.params["stages.backbone.epochs"] == "2"
+    assert run.data.params["model.resolutions"] == "[48, 32]"
+    if (PROJECT_FOLDER / ".git").exists():
+        assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+        assert run.data.tags["drnet.git_dirty"] in ("true", "false")
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("glyphs", make_manifest().digest)
+    local = client.download_artifacts(opened.run_id, "config.yaml", str(tmp_path))
+    assert "small_resnet" in Path(local).read_text()
+
+
+def test_the_handle_travels_to_workers(opened):
+    assert pickle.loads(pickle.dumps(opened)) == opened
+
+
+def test_git_tags_are_empty_outside_a_repository(tmp_path):
+    assert runs.git_tags(tmp_path) == {}
+
+
+def test_restarts_find_the_same_run(opened, tmp_path, folder):
+    log(opened, ("backbone", {"loss": 1.0}, 1))
+    again = open_run(make_config(tmp_path), folder, make_manifest())
+    log(again, ("backbone", {"loss": 0.5}, 2))
+    assert again.run_id == opened.run_id
+    assert len(runs_of(opened.uri)) == 2  # the run and its one stage
+    assert history(opened.uri, stage_ids(opened)["backbone"], "loss") == [(1, 1.0), (2, 0.5)]
+
+
+def test_stages_are_children_that_end_when_the_next_begins(opened):
+    log(opened, ("backbone", {"loss": 1.0}, 1), ("predictor", {"loss": 2.0}, 1), (None, {"best": 0.9}, 1))
+    client = MlflowClient(opened.uri)
+    children = {stage: client.get_run(run_id) for stage, run_id in stage_ids(opened).items()}
+    assert {stage: child.info.status for stage, child in children.items()} == {
+        "backbone": "FINISHED",
+        "predictor": "RUNNING",
+    }
+    assert children["predictor"].info.start_time >= children["backbone"].info.start_time
+    assert history(opened.uri, opened.run_id, "best") == [(1, 0.9)]
+    assert client.get_run(opened.run_id).data.metrics == {"best": 0.9}
+
+
+def test_a_closed_run_is_finished_with_its_report_and_a_resumed_one_runs(opened, tmp_path, folder):
+    client = MlflowClient(opened.uri)
+    report = folder / "report"
+    report.mkdir()
+    (report / "report.json").write_text("{}")
+    log(opened, ("joint", {"loss": 1.0}, 1))
+    close_run(opened, "FAILED", artifacts=report)
+    everything = [opened.run_id, stage_ids(opened)["joint"]]
+    assert [client.get_run(run_id).info.status for run_id in everything] == ["FAILED", "FAILED"]
+    assert [file.path for file in client.list_artifacts(opened.run_id, "report")] == ["report/report.json"]
+
+    resumed = open_run(make_config(tmp_path), folder, make_manifest())
+    log(resumed, ("joint", {"loss": 0.9}, 2))
+    assert [client.get_run(run_id).info.status for run_id in everything] == ["RUNNING", "RUNNING"]
+    close_run(resumed, "FINISHED", artifacts=folder / "absent")
+    assert [client.get_run(run_id).info.status for run_id in everything] == ["FINISHED", "FINISHED"]
+
+
+def test_values_that_are_not_finite_arrive(opened):
+    log(opened, (None, {"nan": math.nan, "inf": math.inf, "low": -math.inf}, 1))
+    (nan,), (inf,), (low,) = (history(opened.uri, opened.run_id, key) for key in ("nan", "inf", "low"))
+    assert math.isnan(nan[1])
+    assert inf[1] > 1e308
+    assert low[1] < -1e308
+
+
+def test_what_was_logged_before_a_restart_is_not_logged_again(opened):
+    log(opened, ("backbone", {"loss": 1.0, "nan": math.nan, "images_per_second": 100.0}, 1))
+    log(opened, ("backbone", {"loss": 1.0, "nan": math.nan, "images_per_second": 90.0}, 1))
+    run_id = stage_ids(opened)["backbone"]
+    assert history(opened.uri, run_id, "loss") == [(1, 1.0)]
+    assert len(history(opened.uri, run_id, "nan")) == 1
+    assert history(opened.uri, run_id, "images_per_second") == [(1, 90.0), (1, 100.0)]
+
+
+def test_sending_the_whole_journal_twice_changes_nothing(opened, tmp_path, folder):
+    log(opened, *(("backbone", {"loss": 1 / step, "nan": math.nan, "inf": math.inf}, step) for step in range(1, 4)))
+    run_id = stage_ids(opened)["backbone"]
+    before = {key: history(opened.uri, run_id, key) for key in ("loss", "inf")}
+    (folder / f"{JOURNAL_FILE}.delivered").unlink()
+    assert replay(make_config(tmp_path), folder).run_id == opened.run_id
+    assert {key: history(opened.uri, run_id, key) for key in ("loss", "inf")} == before
+    assert len(history(opened.uri, run_id, "nan")) == 3
+    assert len(runs_of(opened.uri)) == 2
+
+
+def test_more_values_than_a_request_may_hold(opened):
+    log(opened, (None, {f"key{i:04d}": float(i) for i in range(2300)}, 1))
+    assert len(MlflowClient(opened.uri).get_run(opened.run_id).data.metrics) == 2300
+
+
+def test_a_record_that_mlflow_never_accepts_is_left_out_alone(opened, caplog):
+    with caplog.at_level(logging.WARNING):
+        log(opened, (None, {"before": 1.0}, 1), (None, {"not$allowed": 1.0}, 1), (None, {"after": 1.0}, 1))
+        replay_pending = Journal(opened.folder).num_pending(opened.uri)
+    assert MlflowClient(opened.uri).get_run(opened.run_id).data.metrics == {"before": 1.0, "after": 1.0}
+    assert "not$allowed" in caplog.text
+    assert replay_pending == 0
+
+
+def test_a_run_deleted_meanwhile_keeps_its_values_for_the_next_start(opened, tmp_path, folder, caplog):
+    log(opened, (None, {"first": 1.0}, 1))
+    MlflowClient(opened.uri).delete_run(opened.run_id)
+    with caplog.at_level(logging.WARNING):
+        log(opened, (None, {"second": 2.0}, 2))
+    assert "was deleted" in caplog.text
+    again = open_run(make_config(tmp_path), folder, make_manifest())
+    assert again.run_id != opened.run_id
+    assert MlflowClient(opened.uri).get_run(again.run_id).data.metrics == {"first": 1.0, "second": 2.0}
+
+
+def test_a_deleted_experiment_stops_the_start_with_advice(opened, tmp_path, folder):
+    client = MlflowClient(opened.uri)
+    client.delete_experiment(client.get_experiment_by_name("drnet").experiment_id)
+    with pytest.raises(TrackingError, match=r"was deleted.*restore it.*tracking\.experiment"):
+        open_run(make_config(tmp_path), folder, make_manifest())
+
+
+def test_passwords_and_long_values_stay_out_of_the_parameters(store, tmp_path, folder):
+    config = make_config(
+        tmp_path,
+        tracking={"uri": "postgresql://user:secret@host/mlflow"},
+        data={"source": "x" * 7000},
+    )
+    handle = open_run(config, folder, make_manifest())
+    params = MlflowClient(store).get_run(handle.run_id).data.params
+    assert params["tracking.uri"] == "postgresql://user:***@host/mlflow"
+    assert len(params["data.source"]) == 6000
+    assert "secret" not in (folder / runs.DESCRIPTION_FILE).read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"key": "k"}'])
+def test_a_damaged_description_says_what_to_do(tmp_path, content):
+    (tmp_path / runs.DESCRIPTION_FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"damaged.*remove it"):
+        Description.load(tmp_path)
+
+
+def test_a_folder_that_was_never_tracked_cannot_be_replayed(store, tmp_path, folder):
+    with pytest.raises(ValueError, match=r"train the run first"):
+        Description.load(folder)
+
+
+def test_a_server_that_is_away_from_start_to_end_costs_a_warning_and_no_value(
+    store,
+    tmp_path,
+    folder,
+    monkeypatch,
+    caplog,
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    config = make_config(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        handle = open_run(config, folder, make_manifest())
+    assert handle.run_id is None
+    assert len(caplog.records) == 1
+    assert "Connection refused. Check that the server runs" in caplog.text.replace('"', "")
+    with system_metrics(handle, "node-0"):
+        log(handle, ("backbone", {"loss": 1.0}, 1), ("joint", {"loss": 0.5}, 1))
+    close_run(handle, "FINISHED")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    delivered = replay(config, folder)
+    ids = stage_ids(delivered)
+    assert history(store, ids["backbone"], "loss") == [(1, 1.0)]
+    assert history(store, ids["joint"], "loss") == [(1, 0.5)]
+    run = MlflowClient(store).get_run(delivered.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.start_time == Description.load(folder).started_ms
+
+
+def test_a_journal_that_cannot_be_written_ends_nothing(opened, folder, caplog):
+    logger = RunLogger(opened)
+    (folder / JOURNAL_FILE).unlink()
+    (folder / JOURNAL_FILE).mkdir()
+    with caplog.at_level(logging.WARNING):
+        logger.metrics(None, {"loss": 1.0}, 1)
+    (folder / JOURNAL_FILE).rmdir()
+    logger.close()
+    assert "values are lost" in caplog.text
+
+
+def test_system_metrics_are_recorded_by_node(opened, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    client = MlflowClient(opened.uri)
+    key = "system/node-1/cpu_utilization_percentage"
+    with system_metrics(opened, "node-1"):
+        wait_until(lambda: key in client.get_run(opened.run_id).data.metrics, f"{key} arrives")
+    assert 0 <= client.get_run(opened.run_id).data.metrics[key] <= 100
+
+
+class Server:
+    """A real `mlflow server` on a SQLite store, to be killed and started again on the same port."""
+
+    def __init__(self, folder: Path, store: str):
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        self._command += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
+        self._command += ["--workers", "1", "--allowed-hosts", "127.0.0.1:*"]
+        self._folder = folder
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self._folder / "server.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=output,
+                stderr=output,
+                cwd=self._folder,
+                env=environment,
+                start_new_session=True,
+            )
+        wait_until(self._answers, "the server answers")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+@pytest.fixture
+def server(tmp_path, store) -> Iterator[Server]:
+    server = Server(tmp_path, store)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_a_server_killed_and_restarted_has_every_value_once(server, store, tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    config = make_config(tmp_path)
+    handle = open_run(config, folder, make_manifest())
+    logger = RunLogger(handle)
+    logger.metrics("backbone", {"loss": 1.0, "nan": math.nan}, 1)
+    wait_until(lambda: not Journal(folder).num_pending(server.uri), "the thread has sent everything")
+    server.kill()
+    for step in (2, 3):
+        logger.metrics("backbone", {"loss": 1 / step, "nan": math.nan}, step)
+    logger.close()  # as a worker's end, with the server still away
+
+    server.start()
+    # What a server that died after storing, before answering, has already.
+    (folder / f"{JOURNAL_FILE}.delivered").unlink()
+    report = folder / "report"
+    report.mkdir()
+    (report / "report.json").write_text("{}")
+    resumed = open_run(config, folder, make_manifest())
+    log(resumed, ("backbone", {"loss": 1 / 3}, 3), ("joint", {"loss": 0.1}, 1))
+    close_run(resumed, "FINISHED", artifacts=report)
+    server.kill()
+
+    assert resumed.run_id == handle.run_id
+    assert len(runs_of(store)) == 3
+    ids = stage_ids(RunHandle(store, folder, handle.run_id))
+    assert history(store, ids["backbone"], "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert [step for step, _ in history(store, ids["backbone"], "nan")] == [1, 2, 3]
+    assert history(store, ids["joint"], "loss") == [(1, 0.1)]
+    assert list((tmp_path / "artifacts").rglob("report.json"))
+
+
+def test_a_stage_of_the_journal_needs_no_configuration(opened, tmp_path, folder):
+    Journal(folder).append(metrics_record("another", {"loss": 1.0}, 1, since_ms=1000))
+    replay(make_config(tmp_path), folder)
+    child = MlflowClient(opened.uri).get_run(stage_ids(opened)["another"])
+    assert child.info.start_time == 1000
