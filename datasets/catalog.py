@@ -127,8 +127,8 @@ CATALOG = {
             classes="functional, defective (probability of a defect above 1/2)",
             uses=("source", "validation_fraction", "images_per_class", "split_seed"),
             scan=_scan_elpv,
-            mean=(0.573, 0.573, 0.573),
-            std=(0.175, 0.175, 0.175),
+            mean=(0.597, 0.597, 0.597),
+            std=(0.16, 0.16, 0.16),
         ),
         Dataset(
             name="glyphs",

@@ -83,24 +83,28 @@ def _image_differences(
     records: list[ImageRecord], index: ImageIndex, num_processes: int, show_progress: bool
 ) -> list[str]:
     """How the images differ from those that were recorded; modification times do not count."""
-    recorded = {(record.split, record.class_name, record.name): record for record in records}
-    found = {(split, index.classes[ref.label], ref.name): ref for split, refs in index.splits.items() for ref in refs}
+    recorded = {record.name: record for record in records}
+    found = {ref.name: (split, ref) for split, refs in index.splits.items() for ref in refs}
     common = sorted(recorded.keys() & found.keys())
-    changed = [key for key in common if recorded[key].size != found[key].size]
+    changed = [name for name in common if recorded[name].size != found[name][1].size]
     if not changed:
         digests: list[str] = []
         with progress_bar("compare contents", len(common), show_progress) as advance:
-            for some in map_ordered(digest_chunk, chunks([found[key] for key in common]), num_processes):
+            for some in map_ordered(digest_chunk, chunks([found[name][1] for name in common]), num_processes):
                 digests += some
                 advance(len(some))
-        changed = [key for key, digest in zip(common, digests, strict=True) if recorded[key].content != digest]
+        changed = [name for name, digest in zip(common, digests, strict=True) if recorded[name].content != digest]
     kinds = {
         "added": sorted(found.keys() - recorded.keys()),
         "removed": sorted(recorded.keys() - found.keys()),
         "changed": changed,
+        "now in another split": [name for name in common if recorded[name].split != found[name][0]],
+        "now of another class": [
+            name for name in common if recorded[name].class_name != index.classes[found[name][1].label]
+        ],
     }
     return [
-        f"{len(keys)} image{'s' if len(keys) > 1 else ''} {kind}: {listed([name for _, _, name in keys])}"
-        for kind, keys in kinds.items()
-        if keys
+        f"{len(names)} image{'s' if len(names) > 1 else ''} {kind}: {listed(names)}"
+        for kind, names in kinds.items()
+        if names
     ]

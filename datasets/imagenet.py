@@ -181,7 +181,7 @@ def _devkit_member(source: Path, name: str) -> bytes:
     if unpacked.is_file():
         return unpacked.read_bytes()
     try:
-        with tarfile.open(source / DEVKIT_TAR) as archive:
+        with tarfile.open(source / DEVKIT_TAR, "r:gz") as archive:
             member = archive.extractfile(f"{DEVKIT}/{name}")
             assert member is not None
             return member.read()

@@ -39,7 +39,9 @@ class StoredImage:
 
 
 def store_image(data: bytes, max_side: int | None, jpeg_quality: int) -> StoredImage:
-    """Turn the bytes of an image file into what a beton stores. Every pixel is decoded, so damage is always found.
+    """Turn the bytes of an image file into what a beton stores. Every pixel is decoded to find damage.
+
+    A JPEG has no checksum: of damage in its midst, that is found which libjpeg-turbo notices at least with a warning.
 
     Greyscale stays one channel, which decodes to equal R, G and B. Alpha is composed over white, 16 bits are scaled
     to 8, CMYK and palettes are converted, the EXIF orientation is applied. Colour profiles are not. Of an animation
@@ -172,7 +174,7 @@ def _resized(image: Image.Image, max_side: int | None) -> Image.Image:
     if max_side is None or shorter <= max_side:
         return image
     width, height = (max(1, round(extent * max_side / shorter)) for extent in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _encode(image: Image.Image, jpeg_quality: int) -> StoredImage:

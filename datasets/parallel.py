@@ -24,7 +24,9 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def map_ordered(function: Callable[[Work], Result], work: Iterable[Work], num_processes: int) -> Generator[Result, None, None]:
+def map_ordered(
+    function: Callable[[Work], Result], work: Iterable[Work], num_processes: int
+) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item of `work`, in order, computed by `num_processes` processes.
 
     At most CHUNKS_AHEAD results for each process wait to be taken, so memory does not grow with the work. The

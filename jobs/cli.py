@@ -7,7 +7,8 @@ import sys
 import textwrap
 from collections.abc import Callable
 
-from pipeline.config import Config, describe_fields, load_config
+from pipeline.config import Config
+from pipeline.config_file import describe_fields, load_config
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -37,7 +38,9 @@ def field_reference() -> str:
     """Every field of the configuration with type, default, meaning and unit."""
     lines = ["configuration fields (key, type, default, meaning):"]
     for key, kind, default, meaning in describe_fields():
-        lines.append(f"  {key}  [{kind}]  default {default}" if default != "(required)" else f"  {key}  [{kind}]  required")
+        lines.append(
+            f"  {key}  [{kind}]  default {default}" if default != "(required)" else f"  {key}  [{kind}]  required"
+        )
         lines.extend(textwrap.wrap(meaning, width=104, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from jobs.cli import job_parser, parsed_config, run_job
-from pipeline.config import ConfigError
+from pipeline.config_file import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.describe import Description, StageSummary

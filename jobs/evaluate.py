@@ -10,7 +10,7 @@ def main() -> None:
     from pipeline.cluster.launch import evaluate_run
 
     result = evaluate_run(config)
-    print(f"{result.report['verdict']}\nreport: {result.folder / 'report' / 'report.html'}")
+    print(f"{result.report['verdict']}\nreport: {result.folder.report / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     paths = find_images(args.images)
     # MLflow and torch take seconds to import: a mistyped path is answered before.
-    from pipeline.tracking.registry import classify_files, open_model
+    from pipeline.tracking.inference import classify_files, open_model
 
     rows = list(classify_files(open_model(args.model), paths))
     print(json.dumps(rows, indent=1) if args.json else table(rows))

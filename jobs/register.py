@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.cli import job_parser, run_job
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 
 
 def main() -> None:
@@ -11,11 +11,11 @@ def main() -> None:
     parser.add_argument("--alias", help="alias to set, in place of registry.alias")
     args = parser.parse_args()
     config = load_config(args.config, [*args.overrides, *([f"registry.alias={args.alias}"] if args.alias else [])])
-    from pipeline.cluster.launch import MODEL_FILE, REPORT_FOLDER, run_folder
+    from pipeline.run_folder import RunFolder
     from pipeline.tracking.registry import register_model
 
-    folder = run_folder(config)
-    model = register_model(config, folder, folder / MODEL_FILE, folder / REPORT_FOLDER / "report.json")
+    folder = RunFolder.of(config)
+    model = register_model(config, folder.path, folder.model, folder.report_json)
     print(f"{model.name} version {model.version}{'' if model.is_new else ' (was registered already)'}: {model.uri}")
     print(f"top-1 {100 * float(model.tags['accuracy']):.2f} %, {float(model.tags['gflops']):.4g} GFLOPs an image")
 

@@ -16,7 +16,7 @@ def main() -> None:
     result = train_run(config)
     if result.already_finished:
         print(f"The run {config.name} is already finished; to train again choose another name, or remove its folder.")
-    print(f"{result.report['verdict']}\nreport: {result.folder / 'report' / 'report.html'}")
+    print(f"{result.report['verdict']}\nreport: {result.folder.report / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import CONFIG_FOLDER, load_config
+from pipeline.config_file import CONFIG_FOLDER, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("datasets", "pipeline", "jobs")

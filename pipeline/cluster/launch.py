@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,35 @@ from ray.train.torch import TorchTrainer
 from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
 from pipeline.cluster.preflight import check_cluster, check_config, worker_resources
 from pipeline.cluster.progress import followed
-from pipeline.cluster.worker import MODEL_FILE, WorkerSettings, run_worker
-from pipeline.config import Config, ConfigError, differences, parse_config, with_absolute_paths
+from pipeline.cluster.worker import WorkerSettings, run_worker
+from pipeline.config import Config
+from pipeline.config_file import differences, parse_config, with_absolute_paths
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import write_report
 from pipeline.files import write_atomically
 from pipeline.models.cost import Costs
-from pipeline.tracking.tracker import RunHandle, close_run, open_run
+from pipeline.run_folder import RunFolder
+from pipeline.tracking.tracker import RunHandle, close_run, open_run, replay
 from pipeline.training.checkpoint import load_model
 
-CONFIG_FILE, PREDICTIONS_FILE, FINISHED_FILE = "config.yaml", "predictions.npz", "finished.json"
-REPORT_FOLDER = "report"
 # Fields that may change between the sittings of one run: where it runs, not what it computes.
-FREE_TO_CHANGE = ("cluster.", "tracking.", "registry.", "data.num_processes", "loader.num_threads", "loader.batches_ahead")
+FREE_TO_CHANGE = (
+    "cluster.",
+    "tracking.",
+    "registry.",
+    "data.num_processes",
+    "loader.num_threads",
+    "loader.batches_ahead",
+)
 
 
 @dataclass(frozen=True)
 class RunResult:
     """A finished run."""
 
-    folder: Path
+    folder: RunFolder
     report: dict[str, Any]
     already_finished: bool = False
-
-
-def run_folder(config: Config) -> Path:
-    """Where a run keeps everything, absolute: Ray's workers have other working folders."""
-    return Path(config.cluster.storage).resolve() / config.name
 
 
 def train_run(config: Config) -> RunResult:
@@ -58,30 +61,38 @@ def train_run(config: Config) -> RunResult:
         ConfigError: with every problem that can be known before Ray starts, or that the cluster shows.
         ValueError: the run exists with another configuration, or another driver is at work on it.
     """
-    folder = run_folder(config)
+    folder = RunFolder.of(config)
     _refuse_drift(folder, config)
-    if (folder / FINISHED_FILE).exists():
-        return RunResult(folder, json.loads((folder / REPORT_FOLDER / "report.json").read_text()), True)
+    if folder.finished.exists():
+        replay(config, folder.path)
+        return RunResult(folder, json.loads(folder.report_json.read_text()), already_finished=True)
     manifest, costs = check_config(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     with _only_driver(folder):
-        write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_atomically(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         with ray_cluster(), _tracked(config, folder, manifest) as tracking:
-            checkpoint = _fit(config, folder, WorkerSettings(with_absolute_paths(config), folder, tracking))
-            _collect(checkpoint, folder)
+            _collect(_fit(config, folder.path, WorkerSettings(config, folder.path, tracking)), folder)
             report = _write_report(config, folder, manifest, costs)
-            write_atomically(folder / FINISHED_FILE, json.dumps({"finished": time.time()}))
+            write_atomically(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
 
 
 def evaluate_run(config: Config) -> RunResult:
-    """Evaluate a run's model.pt again and write its report anew."""
-    folder = run_folder(config)
+    """Evaluate a run's model.pt again and write its report anew.
+
+    Raises:
+        ConfigError: as `train_run`.
+        ValueError: the run has no readable model.pt.
+    """
+    folder = RunFolder.of(config)
+    _refuse_drift(folder, config)
+    load_model(folder.model)
     manifest, costs = check_config(config)
-    load_model(folder / MODEL_FILE)
-    with ray_cluster():
-        settings = WorkerSettings(with_absolute_paths(config), folder, None, evaluate_model=folder / MODEL_FILE)
-        _collect(_fit(config, folder / "evaluations", settings), folder)
+    with _only_driver(folder), ray_cluster():
+        settings = WorkerSettings(config, folder.path, None, evaluate_model=folder.model)
+        # Ray Train goes on from what it finds under a run's name, so every evaluation has a name of its own.
+        with tempfile.TemporaryDirectory(dir=folder.path, prefix="evaluation-") as storage:
+            _collect(_fit(config, Path(storage), settings), folder)
     return RunResult(folder, _write_report(config, folder, manifest, costs))
 
 
@@ -111,7 +122,7 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config=settings,
+        train_loop_config=replace(settings, config=with_absolute_paths(config)),
         scaling_config=ray.train.ScalingConfig(num_workers=config.cluster.num_workers, **worker_resources(config)),
         run_config=ray.train.RunConfig(
             name=storage.name,
@@ -125,18 +136,19 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
     return Path(result.checkpoint.path)
 
 
-def _collect(checkpoint: Path, folder: Path) -> None:
+def _collect(checkpoint: Path, folder: RunFolder) -> None:
     """Put what the workers reported last into the run's folder: the model, and all ranks' predictions as one."""
     parts = [Predictions.load(path) for path in sorted(checkpoint.glob("predictions-*.npz"))]
-    merge(parts).save(folder / PREDICTIONS_FILE)
-    write_atomically(folder / MODEL_FILE, (checkpoint / MODEL_FILE).read_bytes())
+    merge(parts).save(folder.predictions)
+    if not folder.model.exists():
+        write_atomically(folder.model, (checkpoint / folder.model.name).read_bytes())
 
 
-def _write_report(config: Config, folder: Path, manifest: Manifest, costs: Costs) -> dict[str, Any]:
+def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: Costs) -> dict[str, Any]:
     validation = beton_path(config.data.folder, VALIDATION)
     return write_report(
-        folder / REPORT_FOLDER,
-        Predictions.load(folder / PREDICTIONS_FILE),
+        folder.report,
+        Predictions.load(folder.predictions),
         costs,
         classes=manifest.classes,
         attributes=manifest.splits[VALIDATION].attributes,
@@ -158,9 +170,9 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def _tracked(config: Config, folder: Path, manifest: Manifest) -> Iterator[RunHandle]:
+def _tracked(config: Config, folder: RunFolder, manifest: Manifest) -> Iterator[RunHandle]:
     """The run's MLflow run; it ends FINISHED with the report as artifact, or FAILED or KILLED."""
-    tracking, status = open_run(config, folder, manifest), "FAILED"
+    tracking, status = open_run(config, folder.path, manifest), "FAILED"
     try:
         yield tracking
         status = "FINISHED"
@@ -168,28 +180,31 @@ def _tracked(config: Config, folder: Path, manifest: Manifest) -> Iterator[RunHa
         status = "KILLED"
         raise
     finally:
-        close_run(tracking, status, artifacts=folder / REPORT_FOLDER)
+        close_run(tracking, status, artifacts=folder.report)
 
 
 @contextmanager
-def _only_driver(folder: Path) -> Iterator[None]:
+def _only_driver(folder: RunFolder) -> Iterator[None]:
     """Hold the run against a second driver; the lock ends with the process, however that ends."""
-    with (folder / ".driver.lock").open("w") as file:
+    with folder.driver_lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"another driver is at work on {folder}; wait for it, stop it, or give this run another name"
+                f"another driver is at work on {folder.path}; wait for it, stop it, or give this run another name"
             ) from None
         yield
 
 
-def _refuse_drift(folder: Path, config: Config) -> None:
+def _refuse_drift(folder: RunFolder, config: Config) -> None:
     """A run goes on with the configuration it began with."""
-    if not (folder / CONFIG_FILE).exists():
+    if not folder.config.exists():
         return
-    before = parse_config(yaml.safe_load((folder / CONFIG_FILE).read_text()), str(folder / CONFIG_FILE))
+    before = parse_config(yaml.safe_load(folder.config.read_text()), str(folder.config))
     changed = [line for line in differences(before, config) if not line.startswith(FREE_TO_CHANGE)]
     if changed:
-        advice = f"put them back, choose another name (name=...), or remove {folder}"
-        raise ConfigError([*changed, advice], f"the run {config.name} began with other values, so it")
+        listing = "\n".join(f"  - {line}" for line in changed)
+        raise ValueError(
+            f"the run {config.name} began with another configuration:\n{listing}\n"
+            f"put it back, choose another name (name=...), or remove {folder.path}"
+        )

@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from datasets.beton import Manifest, verify_betons
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config
+from pipeline.config_file import ConfigError
 from pipeline.describe import alpha_problems
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import build_drnet

@@ -22,12 +22,12 @@ from pipeline.config import Config
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.run_folder import RunFolder
 from pipeline.tracking.tracker import RunHandle, RunLogger, system_metrics
 from pipeline.training.checkpoint import TrainingState, load_model, save_model
 from pipeline.training.loop import Progress, Run, train
 
 STATE_FILE = "state.pt"
-MODEL_FILE = "model.pt"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def run_worker(settings: WorkerSettings) -> None:
         else:
             torch.manual_seed(config.seed)  # the same initial weights on every rank
             model = build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std)
-            model = model.to(device, memory_format=torch.channels_last if config.training.channels_last else None)
+            model = model.to(device)
+            if config.training.channels_last:
+                model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
             if config.training.compile:
                 model.backbone.compile()
             run = Run(config, model, measure_costs(model), train_loader, validation_loader, device, reporter)
@@ -127,7 +129,7 @@ class WorkerReporter:
             if self.rank == 0:
                 config = self.settings.config
                 about = {"classes": self.manifest.classes, "mean": self.manifest.mean, "std": self.manifest.std}
-                save_model(Path(folder) / MODEL_FILE, model, config, **about)
+                save_model(RunFolder(Path(folder)).model, model, config, **about)
                 # A driver that dies after this report comes back to a checkpoint that has nothing left to train.
                 TrainingState.finished(model, config).save(Path(folder) / STATE_FILE)
             self._report(folder, {})

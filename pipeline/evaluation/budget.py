@@ -88,4 +88,4 @@ def _thin(gflops_T: np.ndarray, bias_T: np.ndarray, max_points: int) -> np.ndarr
     """Positions of about `max_points` states evenly spaced in cost, with both ends and bias 0."""
     wanted = np.linspace(gflops_T[0], gflops_T[-1], max_points)
     nearest = np.searchsorted(gflops_T, wanted).clip(0, len(gflops_T) - 1)
-    return np.unique([0, *nearest, len(gflops_T) - 1, *np.flatnonzero(bias_T == 0)])
+    return np.unique(np.concatenate([[0], nearest, [len(gflops_T) - 1], np.flatnonzero(bias_T == 0)]))

@@ -86,8 +86,8 @@ def _tile(predictions: Predictions, classes: Sequence[str], read_image: Callable
     index = int(predictions.indices_N[n])
     return Tile(
         index=index,
-        truth=classes[predictions.labels_N[n]],
-        answer=classes[predictions.classes_NR[n, j]],
+        truth=classes[int(predictions.labels_N[n])],
+        answer=classes[int(predictions.classes_NR[n, j])],
         right=bool(predictions.correct_NR[n, j]),
         right_at=tuple(predictions.correct_NR[n].tolist()),
         jpeg=_thumbnail(read_image(index)),

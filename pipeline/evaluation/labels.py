@@ -69,7 +69,7 @@ def place_labels(
             occupied = np.concatenate([occupied, np.linspace(points[which], centre, _LEADER_SAMPLES)])
         text = axes.annotate(
             label.text,
-            xy=label.anchors[which],
+            xy=label.anchors[int(which)],
             xytext=tuple(offsets[best] / scale),
             textcoords="offset points",
             ha="center",
@@ -108,7 +108,7 @@ def _penalties(
 
 
 def _inside(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return ((points > low) & (points < high)).all(axis=-1)
+    return np.all((points > low) & (points < high), axis=-1)
 
 
 def _samples(axes: Axes, line: np.ndarray, step: float) -> np.ndarray:

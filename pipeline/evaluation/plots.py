@@ -14,6 +14,7 @@ from pipeline.evaluation.style import (
     Theme,
     heading,
     new_figure,
+    percent_axis,
     resolution_colors,
     style_axes,
     subject,
@@ -66,9 +67,10 @@ def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
     low, high = right.dataLim.intervaly
     margin = max(0.12 * (high - low), 2.5 - (high - low) / 2)
     right.set_ylim(low - margin, high + margin)
+    percent_axis(right)
     names = [f"{side} px\n{count:,}" for side, count in zip(sides, report["routing"]["counts_by_chosen"], strict=True)]
     _sides_axis(right, names, theme)
-    title(right, "Static top-1, %, of images sent to (ring: as routed)", theme)
+    title(right, "Static top-1 by choice, % (ring: as routed)", theme)
     heading(figure, "What the predictor chooses", f"{subject(report)}; colours are resolutions", theme)
     return figure
 
@@ -117,8 +119,9 @@ def _draw_bins(
         lower.plot(centers, routed, color=theme.routed, lw=2.6, marker="D", ms=5, zorder=4)
         ends.append((routed[-1], "routed", theme.routed, True))
     lower.margins(y=0.1)
+    percent_axis(lower)
     title(lower, f"Top-1, %, by {name}", theme)
-    lower.set_xlabel(name, color=theme.muted)
+    lower.set_xlabel(name, color=theme.muted, parse_math=False)
     if not ranges:
         lower.set_xticks(centers, [f"{part['low']:g}" for part in bins])
     _end_labels(lower, ends)
@@ -127,8 +130,7 @@ def _draw_bins(
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
     """Name each line right of the axes, at the height of its end, pushed apart where they would touch."""
     low, high = axes.get_ylim()
-    box = axes.get_position()
-    gap = 1.45 * FONT_SIZE / 72 / (box.height * axes.figure.get_figheight())
+    gap = 1.45 * FONT_SIZE / 72 * axes.figure.dpi / axes.bbox.height
     ordered = sorted(ends)
     heights = [(value - low) / (high - low) for value, *_ in ordered]
     for k in range(1, len(heights)):

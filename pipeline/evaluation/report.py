@@ -195,7 +195,7 @@ def _routing(correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray)
     counts_R = chosen_NR.sum(axis=0)
     right_RR = chosen_NR.T.astype(np.int64) @ correct_NR
     right_N = correct_NR[np.arange(len(chosen_N)), chosen_N]
-    anywhere_N = correct_NR.any(axis=1)
+    anywhere_N = np.any(correct_NR, axis=1)
     confusion_RR = chosen_NR.T.astype(np.int64) @ (oracle_N[:, None] == np.arange(R))
     return {
         "counts_by_chosen": counts_R.tolist(),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 DPI = 180
 FONT_SIZE = 10.5
@@ -57,7 +58,7 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def style_axes(axes: Axes, theme: Theme, grid: str = "both") -> None:
+def style_axes(axes: Axes, theme: Theme, grid: Literal["both", "x", "y"] = "both") -> None:
     """Quiet axes: no box, a light grid below everything."""
     axes.set_facecolor(theme.background)
     for side in ("top", "right"):
@@ -69,6 +70,11 @@ def style_axes(axes: Axes, theme: Theme, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
+def percent_axis(axes: Axes) -> None:
+    """No number above 100 on the y axis: labels and markers need the room there, accuracies do not."""
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
+
+
 def title(axes: Axes, text: str, theme: Theme) -> None:
     """What one pair of axes shows."""
     axes.set_title(text, loc="left", color=theme.ink, fontsize=FONT_SIZE, pad=9, parse_math=False)
@@ -77,7 +83,7 @@ def title(axes: Axes, text: str, theme: Theme) -> None:
 def heading(figure: Figure, text: str, subtitle: str, theme: Theme) -> None:
     """What the figure shows, and of what."""
     height = figure.get_figheight()
-    left = {"x": 0.02, "ha": "left", "va": "top", "parse_math": False}
+    left: dict[str, Any] = {"x": 0.02, "ha": "left", "va": "top", "parse_math": False}
     figure.text(y=1 - 0.12 / height, s=text, color=theme.ink, fontsize=13, fontweight="bold", **left)
     figure.text(y=1 - 0.39 / height, s=subtitle, color=theme.muted, fontsize=FONT_SIZE - 1, **left)
 

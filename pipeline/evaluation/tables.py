@@ -13,7 +13,7 @@ BUDGET_NOTE = (
     "b is in logits per GFLOP, and 0 is the routed network."
 )
 
-Table = tuple[Sequence[str], list[Sequence[str]]]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """header and body"""
 
 

@@ -8,10 +8,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from pipeline.evaluation.labels import Label, place_labels
-from pipeline.evaluation.style import FONT_SIZE, Theme, heading, new_figure, resolution_colors, style_axes, subject
+from pipeline.evaluation.style import (
+    FONT_SIZE,
+    Theme,
+    heading,
+    new_figure,
+    percent_axis,
+    resolution_colors,
+    style_axes,
+    subject,
+)
 from pipeline.evaluation.tables import percent, signed
 
 _MARKERS = {"static": "o", "routed": "D", "random": "s", "oracle": "*"}
@@ -85,7 +93,7 @@ def _set_limits(
     span = max(high - low, 2)
     axes.set_ylim(low - 0.1 * span, high + 0.14 * span)
     axes.set_xlim(0, 1.1 * max([row["mean_gflops"] for row in points] + curve[:, 0].tolist()))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
+    percent_axis(axes)
     return near
 
 

@@ -53,7 +53,7 @@ def _dominating(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Mapping[s
         for row in report["rows"]
         if row["kind"] == "static" and row["mean_gflops"] <= routed["mean_gflops"] and row["top1"] >= routed["top1"]
     ]
-    return max(better, key=lambda row: (row["top1"], -row["mean_gflops"]), default=None)
+    return max(better, key=lambda row: (row["top1"], -row["mean_gflops"])) if better else None
 
 
 def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str:

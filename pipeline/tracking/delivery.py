@@ -83,6 +83,7 @@ class Delivery:
                     self._send(client, [record])
 
     def _refuse_deleted(self, client: MlflowClient) -> None:
+        assert self.run_id is not None
         if client.get_run(self.run_id).info.lifecycle_stage != "active":
             raise TrackingError(
                 f"the MLflow run {self.run_id} was deleted while it was written to; restore it "

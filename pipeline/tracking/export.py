@@ -53,7 +53,7 @@ def export_model(loaded: LoadedModel, folder: Path) -> None:
 def _export(program: _FromPixels, side: int, path: Path) -> None:
     # A batch of one would be taken for a constant, and weights in channels_last are not written whole.
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    program = program.to(memory_format=torch.contiguous_format)
+    program.to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
     with torch.no_grad():
         exported = torch.export.export(
             program.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)

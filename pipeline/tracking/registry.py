@@ -1,4 +1,4 @@
-"""The MLflow registry: put a finished run's model in, get it out by name and alias."""
+"""Put a finished run's model into the MLflow registry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +20,14 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.types import ColSpec, Schema, TensorSpec
 from PIL import Image
 
 from pipeline.config import Config
 from pipeline.tracking import serving
 from pipeline.tracking.export import export_model
 from pipeline.tracking.runs import COMMIT_TAG, Description
-from pipeline.tracking.store import TrackingError, explained, redacted, sqlite_file, tracking_uri
+from pipeline.tracking.store import TrackingError, explained, redacted
 from pipeline.tracking.tracker import replay
 from pipeline.training.checkpoint import LoadedModel, load_model
 
@@ -66,18 +66,7 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
         ValueError: the run has not finished, or its predictor was never trained.
         TrackingError: the server cannot be reached or refuses; the alias is not allowed.
     """
-    missing = [path for path in (model_file, report_file) if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"the run {config.name} has not finished: {' and '.join(str(path) for path in missing)} missing; "
-            "finish it (python -m jobs.train with the same configuration), or name another run"
-        )
-    if len(config.model.resolutions) > 1 and not (config.stages.predictor or config.stages.joint):
-        raise ValueError(
-            f"the run {config.name} trained no predictor, so its model cannot choose a resolution; "
-            "add stages.predictor or stages.joint to a run that starts from it (init_from)"
-        )
-    _check_alias(config.registry.alias)
+    _refuse_unfit(config, [path for path in (model_file, report_file) if not path.is_file()])
     handle = replay(config, folder)
     if handle.run_id is None:
         raise TrackingError(
@@ -85,53 +74,10 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
         )
     report = json.loads(report_file.read_text())
     tags = _tags(Description.load(folder), report, _digest(model_file, report_file))
+    mlflow.set_tracking_uri(handle.uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(handle.uri):
         client = MlflowClient(handle.uri)
         return _register(client, config, load_model(model_file), handle.run_id, tags)
-
-
-def open_model(model_uri: str) -> mlflow.pyfunc.PyFuncModel:
-    """Load a registered model; its `predict` takes a DataFrame with a column `image` of JPEG or PNG bytes.
-
-    Args:
-        model_uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or any other address of an MLflow model.
-
-    Raises:
-        TrackingError: there is no such model; the message names those that there are.
-    """
-    uri = tracking_uri()
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():
-        raise TrackingError(f"{file} does not exist, so no model is registered; run jobs.register, or {_ADVICE}")
-    mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this only; it holds for the whole process
-    with explained(uri):
-        problem = _unknown(MlflowClient(uri), model_uri)
-        if problem:
-            raise TrackingError(f"{problem} in {redacted(uri)}; {_ADVICE}")
-        return mlflow.pyfunc.load_model(model_uri)
-
-
-_ADVICE = "set MLFLOW_TRACKING_URI where another registry is meant"
-
-
-def classify_files(
-    model: mlflow.pyfunc.PyFuncModel, paths: Sequence[Path], at_once: int = 256
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each file, in order: `file` and serving.OUTPUT_COLUMNS, with None where there is no answer."""
-    for start in range(0, len(paths), at_once):
-        group = paths[start : start + at_once]
-        contents = [_content(path) for path in group]
-        frame = pd.DataFrame({serving.IMAGE_COLUMN: [item if isinstance(item, bytes) else b"" for item in contents]})
-        rows = model.predict(frame).astype(object)
-        for path, item, row in zip(group, contents, rows.where(rows.notna(), None).to_dict("records"), strict=True):
-            yield {"file": str(path), **row, **({} if isinstance(item, bytes) else {"error": str(item)})}
-
-
-def _content(path: Path) -> bytes | OSError:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return error
 
 
 def _register(
@@ -189,7 +135,7 @@ def save_pyfunc(loaded: LoadedModel, folder: Path) -> None:
 
 
 def _signature() -> ModelSignature:
-    outputs = [
+    outputs: list[ColSpec | TensorSpec] = [
         ColSpec(_OUTPUT_TYPES[kind], name, required=name == "gflops") for name, kind in serving.OUTPUT_COLUMNS.items()
     ]
     return ModelSignature(Schema([ColSpec("binary", serving.IMAGE_COLUMN)]), Schema(outputs))
@@ -222,26 +168,19 @@ def _digest(*files: Path) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _check_alias(alias: str) -> None:
+def _refuse_unfit(config: Config, missing: Sequence[Path]) -> None:
+    if missing:
+        raise ValueError(
+            f"the run {config.name} has not finished: {' and '.join(str(path) for path in missing)} missing; "
+            "finish it (python -m jobs.train with the same configuration), or name another run"
+        )
+    if len(config.model.resolutions) > 1 and not (config.stages.predictor or config.stages.joint):
+        raise ValueError(
+            f"the run {config.name} trained no predictor, so its model cannot choose a resolution; "
+            "add stages.predictor or stages.joint to a run that starts from it (init_from)"
+        )
+    alias = config.registry.alias
     if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"latest|[vV]\d+", alias):
         raise TrackingError(
             f"{alias!r} cannot be an alias; use letters, digits, _ and -, but neither `latest` nor v1, v2 and so on"
         )
-
-
-def _unknown(client: MlflowClient, model_uri: str) -> str | None:
-    """What is unknown about a models:/NAME@ALIAS or models:/NAME/VERSION address, with what there is instead."""
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", model_uri)
-    if not match:
-        return None
-    name, alias, number = match.groups()
-    known = {model.name: model for model in client.search_registered_models()}
-    if name not in known:
-        return f"no model is named {name!r} (there are: {', '.join(sorted(known)) or 'none'})"
-    aliases = known[name].aliases
-    if alias and alias not in aliases:
-        return f"the model {name!r} has no alias {alias!r} (it has: {', '.join(sorted(aliases)) or 'none'})"
-    numbers = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-    if number and number != "latest" and number not in map(str, numbers):
-        return f"the model {name!r} has no version {number!r} (it has: {', '.join(map(str, numbers)) or 'none'})"
-    return None

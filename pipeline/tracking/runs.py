@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
-from pipeline.config import Config, flattened
+from pipeline.config import Config
+from pipeline.config_file import flattened
 from pipeline.files import write_atomically
 from pipeline.tracking.journal import now_ms
 from pipeline.tracking.store import PROJECT_FOLDER, experiment_id, redacted

@@ -152,7 +152,7 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
         ]
 
 
-def load_program(path: Path) -> Any:
+def load_program(path: Path) -> torch.nn.Module:
     """Load a `torch.export` program that holds no pickle, as a callable; raises ValueError for one that does."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -164,7 +164,8 @@ def load_program(path: Path) -> Any:
             if pickled and member.file_size:
                 raise ValueError(f"{path} holds pickled objects ({member.filename}), which this model never has")
     program = torch.export.load(path).module()
-    return program.to(memory_format=torch.channels_last)
+    program.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
+    return program
 
 
 def decode(file: Any) -> Image.Image:

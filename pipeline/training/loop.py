@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,28 @@ from pipeline.training.schedule import learning_rate
 from pipeline.training.stages import StepBatch, build_objective, build_optimizer, trained_parameters
 
 
+class Epoch(Protocol):
+    """One pass over a loader's batches; closing it in the middle is allowed."""
+
+    def __iter__(self) -> Iterator: ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
 class Batches(Protocol):
     """What the loop asks of a loader; datasets.loader.MultiResolutionLoader is one."""
 
-    num_samples: int
-    num_batches: int
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_batches(self) -> int: ...
 
     def global_size(self, step: int) -> int: ...
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator: ...
+    def epoch(self, epoch: int, start_step: int = 0) -> Epoch: ...
 
 
 class Reporter(Protocol):

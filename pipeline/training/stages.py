@@ -17,7 +17,7 @@ from pipeline.models.drnet import DRNet
 from pipeline.training import distributed, losses
 
 # A batch norm in training mode needs two values a channel; a lone image at the smallest resolution may leave just one.
-MIN_IMAGES_FOR_STATISTICS = 2
+MIN_IMAGES_FOR_STATISTICS: int = 2
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pipeline.config import BackboneStage, JointStage, PredictorStage
 from pipeline.training import distributed, stages
 from pipeline.training.metrics import Meter
 from pipeline.training.stages import StepBatch, build_objective, build_optimizer, trained_parameters
-from tests.unit.test_stages import COSTS_R, batch_of, small_model
+from tests.small import COSTS_R, batch_of, small_model
 
-# alpha lies between the batch's mean cost and the dearest, so E[F] over the global batch decides whether the penalty acts.
+# alpha lies within the reachable costs, so E[F] over the global batch decides whether the penalty acts.
 STAGES = {
     "backbone": BackboneStage(epochs=1, lr=0.05),
     "predictor": PredictorStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),

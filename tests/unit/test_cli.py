@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from jobs.cli import field_reference, job_parser, parsed_config, run_job
-from pipeline.config import ConfigError, describe_fields
+from pipeline.config_file import ConfigError, describe_fields
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config import (
+from pipeline.config_file import (
     CONFIG_FOLDER,
     ConfigError,
     describe_fields,

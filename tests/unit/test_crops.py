@@ -81,10 +81,11 @@ def test_mirrored_resize_is_the_mirror_image():
     assert np.array_equal(resized(image, box, 40, mirrored=True), resized(image, box, 40)[:, ::-1])
 
 
+@pytest.mark.parametrize(("size", "side"), [((173, 91), 37), ((1601, 1201), 9)])
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
-def test_resize_keeps_a_flat_image(level):
-    image = Image.new("RGB", (173, 91), (level, level, level))
-    assert (resized(image, (3, 1, 170, 89), 37) == level).all()
+def test_resize_keeps_a_flat_image(level, size, side):
+    image = Image.new("RGB", size, (level, level, level))
+    assert (resized(image, (3, 1, size[0] - 3, size[1] - 2), side) == level).all()
 
 
 def test_sides_show_the_same_crop():

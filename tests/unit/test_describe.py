@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from datasets.beton import BetonError, Manifest, Split
 from jobs import describe as job
-from pipeline.config import Config, ConfigError, load_config, parse_config
+from pipeline.config import Config
+from pipeline.config_file import ConfigError, load_config, parse_config
 from pipeline.describe import alpha_problems, describe, summarize_data
 from pipeline.models.backbone import build_backbone
 from pipeline.models.cost import Costs

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import struct
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets.conversion import channel_statistics
-from datasets.images import MAX_PIXELS, BadImageError, store_image
+from datasets.images import MAX_JPEG_BYTES, MAX_PIXELS, BadImageError, store_image
 from tests.unit.pictures import decoded, encoded, jpeg, png_bomb, smooth_rgb
 
 RGB = smooth_rgb()
@@ -143,6 +144,13 @@ def test_grey_jpegs_that_are_turned_stay_grey():
     stored = store_image(encoded(image, exif=exif, quality=95), None, 95)
     assert closeness(decoded(stored.jpeg), np.repeat(GREY.T[:, ::-1, None], 3, 2)) < 3
     assert stored.histogram[0].tolist() == stored.histogram[2].tolist()
+    assert Image.open(io.BytesIO(stored.jpeg)).mode == "L"
+
+
+def test_jpegs_larger_than_a_page_of_a_beton_are_encoded_again():
+    stored = store_image(jpeg() + bytes(MAX_JPEG_BYTES), None, 95)
+    assert len(stored.jpeg) < 10_000
+    assert closeness(decoded(stored.jpeg), RGB) < 3
 
 
 def test_damaged_exif_is_no_reason_to_refuse_sound_pixels():

@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import numba
@@ -151,6 +152,18 @@ def test_labels_and_indices_outlive_their_batch(beton):
     assert all((batch.labels == batch.indices % 7).all() for batch in batches)
 
 
+@pytest.mark.parametrize("batches_ahead", [1, 2])
+def test_a_batch_keeps_its_pixels_until_the_next_one_is_asked_for(beton, batches_ahead):
+    loader = load(beton, batch_size=4, batches_ahead=batches_ahead)
+    expected = [digest(batch) for batch in loader.epoch(0)]
+    epoch = loader.epoch(0)
+    for step, batch in enumerate(epoch):
+        wait(
+            [part for job in epoch._jobs for part in job.parts]
+        )  # all that is decoded before the next one is asked for
+        assert digest(batch) == expected[step]
+
+
 def test_two_passes_at_once_do_not_disturb_each_other(beton):
     loader = load(beton, num_threads=2)
     expected = [digest(batch) for batch in loader.epoch(0)], [digest(batch) for batch in loader.epoch(1)]
@@ -227,6 +240,13 @@ def test_thread_counts_of_torch_and_numba_stay(beton):
     finally:
         torch.set_num_threads(before[0])
         numba.set_num_threads(before[1])
+
+
+def test_numba_still_writes_bytes(beton):
+    """FFCV declares numba's byte arrays read-only, for as long as somebody keeps the type."""
+    bytes_type = numba.uint8[::1]
+    load(beton)
+    assert bytes_type.mutable
 
 
 FRESH_PROCESS = """

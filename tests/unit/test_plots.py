@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.transforms import BboxBase
 from PIL import Image
 
 from pipeline.evaluation.labels import Label, place_labels
@@ -62,13 +63,31 @@ def pixels_of(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
-def visible_texts(figure: Figure) -> list[tuple[Text, object]]:
-    renderer = figure.canvas.get_renderer()
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    boxes = [(text, Text.get_window_extent(text, renderer)) for text in texts]
-    frame = figure.bbox
-    # Ticks outside the axes' limits stay in the figure without being drawn.
-    return [(text, box) for text, box in boxes if frame.overlaps(box)]
+def num_colors(pixels: np.ndarray) -> int:
+    return len(np.unique(pixels.astype(np.int64) @ [65536, 256, 1]))
+
+
+def drawn_texts(figure: Figure) -> list[Text]:
+    """Every text that can be seen: matplotlib also keeps ticks outside the limits, which it does not draw."""
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title]
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            texts += [tick.label1 for tick in axis.get_major_ticks() if limits[0] <= tick.get_loc() <= limits[1]]
+    return [text for text in texts if text.get_visible() and text.get_text()]
+
+
+def assert_apart(texts: list[Text]) -> None:
+    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]
+    for (first, one), (second, other) in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other), f"{first!r} lies over {second!r}"
+
+
+def assert_inside(texts: list[Text], frame: BboxBase) -> None:
+    for text in texts:
+        box = Text.get_window_extent(text)
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1, text
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1, text
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
@@ -84,11 +103,12 @@ def test_every_figure_is_drawn_on_its_background(theme):
         assert tuple(pixels[0, 0]) == background
         drawn = (pixels != background).any(axis=2).mean()
         assert 0.01 < drawn < 0.6
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+        assert num_colors(pixels) > 50
 
 
 def test_equal_reports_give_equal_bytes():
-    assert draw_figures(three_resolutions(), LIGHT) == draw_figures(three_resolutions(), LIGHT)
+    report = three_resolutions()
+    assert to_png(draw_tradeoff(report, LIGHT)) == to_png(draw_tradeoff(report, LIGHT))
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -100,15 +120,8 @@ def test_no_label_of_the_tradeoff_lies_over_another_or_leaves_the_figure(name):
     labels = [text for text in axes.texts if text.get_text()]
     named = {text.get_text().split("  ")[0] for text in labels}
     assert {row["label"] for row in report["rows"] if row["kind"] != "interpolation"} <= named
-    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in labels]
-    for (first, one), (second, other) in itertools.combinations(boxes, 2):
-        assert not one.overlaps(other), f"{first!r} lies over {second!r}"
-    frame = axes.get_window_extent()
-    for text, box in boxes:
-        assert frame.x0 <= box.x0, text
-        assert box.x1 <= frame.x1, text
-        assert frame.y0 <= box.y0, text
-        assert box.y1 <= frame.y1, text
+    assert_apart(labels)
+    assert_inside(labels, axes.get_window_extent())
 
 
 def test_a_reference_far_from_the_points_is_left_to_the_table():
@@ -117,26 +130,14 @@ def test_a_reference_far_from_the_points_is_left_to_the_table():
     assert "far away" not in texts
 
 
-@pytest.mark.parametrize("costs", [COSTS, FIVE], ids=["three", "five"])
-def test_the_axes_names_of_the_shares_do_not_touch(costs):
-    report = three_resolutions() if costs is COSTS else five_resolutions(0.1)
-    figure = draw_shares(report, LIGHT)
-    figure.canvas.draw()
-    for axes in figure.axes:
-        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
-        assert len(boxes) == len(costs.resolutions)
-        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-        assert axes.title.get_window_extent().x1 < figure.bbox.x1
-        assert axes._left_title.get_window_extent().x1 < figure.bbox.x1
-
-
-def test_attributes_are_drawn_one_below_the_other_with_apart_names():
-    figure = draw_attributes(three_resolutions(attributes=("height", "weight")), LIGHT)
-    figure.canvas.draw()
-    assert len(figure.axes) == 4
-    boxes = visible_texts(figure)
-    for (first, one), (second, other) in itertools.combinations(boxes, 2):
-        assert not one.overlaps(other), f"{first.get_text()!r} lies over {second.get_text()!r}"
+def test_all_texts_of_shares_and_attributes_are_apart_and_inside():
+    two = three_resolutions(attributes=("height", "weight"))
+    for figure in (draw_shares(two, LIGHT), draw_shares(five_resolutions(0.1), LIGHT), draw_attributes(two, LIGHT)):
+        figure.canvas.draw()
+        texts = drawn_texts(figure)
+        assert len(texts) > 15
+        assert_apart(texts)
+        assert_inside(texts, figure.bbox)
 
 
 def test_one_resolution_has_no_shares():
@@ -147,7 +148,7 @@ def test_one_resolution_has_no_shares():
     )
     figures = draw_figures(report, LIGHT)
     assert list(figures) == ["tradeoff", "attribute"]
-    assert len(np.unique(pixels_of(figures["tradeoff"]).reshape(-1, 3), axis=0)) > 50
+    assert num_colors(pixels_of(figures["tradeoff"])) > 50
 
 
 def test_labels_keep_off_each_other_and_off_lines_where_there_is_room():
@@ -155,12 +156,13 @@ def test_labels_keep_off_each_other_and_off_lines_where_there_is_room():
     axes = figure.add_axes((0.1, 0.1, 0.85, 0.85))
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    crowd = [Label(f"label {k}", [(0.5 + k / 500, 0.5)], "black") for k in range(8)]
+    crowd = [Label(f"label {k}", [(0.5 + k / 500, 0.5)], "black") for k in range(4)]
     line = np.array([[0, 0.5], [1, 0.5]])
     place_labels(axes, crowd, [line], size=10, background="white")
-    boxes = [Text.get_window_extent(text) for text in axes.texts]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    figure.canvas.draw()
+    assert_apart(axes.texts)
     level = axes.transData.transform((0.5, 0.5))[1]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
     assert not any(box.y0 < level < box.y1 for box in boxes)
 
 
@@ -175,9 +177,7 @@ def test_a_png_holds_no_date():
 
 
 def test_the_figures_leave_matplotlibs_global_state_alone():
-    program = (
-        "import sys, pipeline.evaluation.plots, pipeline.evaluation.gallery; print('matplotlib.pyplot' in sys.modules)"
-    )
+    program = "import sys, pipeline.evaluation.plots; print('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -35,7 +35,7 @@ def pictures(tmp_path):
     return folder
 
 
-def ran(monkeypatch, *arguments: object) -> int:
+def ran(monkeypatch, *arguments: object) -> str | int | None:
     """Exit code of `python -m jobs.predict ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
     try:

@@ -63,7 +63,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def test_the_file_imports_nothing_of_this_project():
     tree = ast.parse(Path(serving.__file__).read_text())
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     third_party = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
     assert third_party == {"mlflow", "numpy", "pandas", "torch", "PIL"}
 

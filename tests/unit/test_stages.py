@@ -6,46 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import BackboneStage, JointStage, ModelConfig, PredictorStage
-from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.config import BackboneStage, JointStage, PredictorStage
+from pipeline.models.drnet import DRNet
 from pipeline.models.resolution_norm import ResolutionBatchNorm2d
 from pipeline.training import losses
-from pipeline.training.noise import gumbel_noise
 from pipeline.training.stages import StepBatch, build_objective, build_optimizer
+from tests.small import COSTS_R, batch_of, small_model
 
-COSTS_R = torch.tensor([4.0, 2.0, 1.0])
 JOINT = JointStage(epochs=1, alpha_gflops=1.5, eta=0.5)
-
-
-def small_model() -> DRNet:
-    torch.manual_seed(1)
-    config = ModelConfig.model_validate(
-        {
-            "backbone": "small_resnet",
-            "backbone_width": 0.5,
-            "resolutions": [48, 32, 24],
-            "predictor": {"input_size": 32, "width": 0.25, "dropout": 0.0},
-        }
-    )
-    model = build_drnet(config, 5, (0.5,) * 3, (0.25,) * 3)
-    for module in model.modules():  # statistics and scales that differ between resolutions, as after training
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
-
-
-def batch_of(count: int, start: int = 0) -> StepBatch:
-    generator = torch.Generator().manual_seed(2)
-    images = {
-        side: torch.randint(0, 256, (16, side, side, 3), generator=generator, dtype=torch.uint8)[start : start + count]
-        for side in (48, 32, 24)
-    }
-    labels_N = torch.randint(0, 5, (16,), generator=generator)[start : start + count]
-    return StepBatch(images, labels_N, gumbel_noise(0, 0, torch.arange(start, start + count), 3), 16)
 
 
 def gradients(model: DRNet) -> dict[str, torch.Tensor]:

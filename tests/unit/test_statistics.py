@@ -270,14 +270,17 @@ def test_a_predictor_without_opinion_has_the_ends_alone():
     assert curve[1]["bias_per_gflop"] == 0
 
 
-def test_attributes_are_described_by_choice_and_by_bins_of_equal_size():
+@pytest.mark.parametrize("steps", [None, 17], ids=["continuous", "on the bounds"])
+def test_attributes_are_described_by_choice_and_by_bins(steps):
     correct_NR, chosen_N, height_N = easy_and_hard(800)
+    if steps:
+        height_N = np.floor(height_N * steps)
     found = by_attribute(height_N, correct_NR, chosen_N, COSTS)
     for j, part in enumerate(found["by_chosen"]):
         assert part["resolution"] == COSTS.resolutions[j]
         assert (part["n"], part["mean"]) == ((chosen_N == j).sum(), pytest.approx(height_N[chosen_N == j].mean()))
     assert found["spearman"] < -0.8
-    assert [part["n"] for part in found["bins"]] == [100] * MAX_BINS
+    assert sum(part["n"] for part in found["bins"]) == 800
     for part in found["bins"]:
         last = part is found["bins"][-1]
         inside = [n for n in range(800) if part["low"] <= height_N[n] and (height_N[n] < part["high"] or last)]
@@ -285,6 +288,8 @@ def test_attributes_are_described_by_choice_and_by_bins_of_equal_size():
         assert part["routed_top1"] == pytest.approx(np.mean([correct_NR[n, chosen_N[n]] for n in inside]))
         assert part["static_top1"] == pytest.approx(correct_NR[inside].mean(axis=0).tolist())
         assert part["shares"] == pytest.approx([np.mean(chosen_N[inside] == j) for j in range(3)])
+    if not steps:
+        assert [part["n"] for part in found["bins"]] == [100] * MAX_BINS
 
 
 def test_an_attribute_of_few_values_has_a_bin_for_each():

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
 
 from datasets.beton import TRAIN, VALIDATION, Manifest, Split
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
+from pipeline.config_file import parse_config
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.tracking.tracker import close_run, open_run
 from pipeline.training.checkpoint import save_model
@@ -32,7 +34,7 @@ def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
 
 def make_config(tmp_path: Path, **sections: dict) -> Config:
     """A small configuration with all three stages; `sections` are laid over it."""
-    tree = {
+    tree: dict[str, Any] = {
         "name": "small",
         "data": {"dataset": "glyphs", "folder": str(tmp_path / "data")},
         "model": {
@@ -81,7 +83,7 @@ def make_model(config: Config, num_classes: int = 5) -> DRNet:
                 torch.nn.init.uniform_(values, 0.5, 1.5)
     model.eval()
     with torch.no_grad():
-        model.predictor.fc.bias -= model.predictor_logits(random_crops(model, 40)).median(dim=0).values
+        model.predictor.fc.bias.sub_(model.predictor_logits(random_crops(model, 40)).median(dim=0).values)
     return model
 
 

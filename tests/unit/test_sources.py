@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from datasets.image_folder import scan_image_folder
+from datasets.sources import (
+    ImageIndex,
+    ImageRef,
+    SourceError,
+    checked,
+    choose,
+    is_ignored,
+    listed,
+    read_bytes,
+    shuffled,
+    split_off,
+)
+from tests.unit.pictures import jpeg, write_class_folders
+
+
+def refs(num_classes: int, per_class: int) -> list[ImageRef]:
+    return [ImageRef(f"{label}/{n:04d}", label, "", 0, 0) for label in range(num_classes) for n in range(per_class)]
+
+
+def scan(source, validation=None, fraction=0.25, per_class=None, seed=0):
+    return scan_image_folder(source, validation, fraction, per_class, seed)
+
+
+def names(images):
+    return {ref.name for ref in images}
+
+
+def test_split_is_stratified_and_complete():
+    images = refs(3, 40)
+    train, validation = split_off(images, 0.25, seed=0)
+    assert names(train) | names(validation) == names(images)
+    assert not names(train) & names(validation)
+    assert [sum(ref.label == label for ref in validation) for label in range(3)] == [10, 10, 10]
+
+
+def test_choices_do_not_depend_on_the_order_of_listing_but_on_the_seed():
+    images = refs(3, 40)
+    backwards = images[::-1]
+    assert [names(part) for part in split_off(images, 0.3, 1)] == [names(part) for part in split_off(backwards, 0.3, 1)]
+    assert names(choose(images, 5, 1)) == names(choose(backwards, 5, 1))
+    assert shuffled(images, 1) == shuffled(backwards, 1)
+    assert names(split_off(images, 0.3, 2)[1]) != names(split_off(images, 0.3, 1)[1])
+    assert names(choose(images, 5, 2)) != names(choose(images, 5, 1))
+    assert shuffled(images, 2) != shuffled(images, 1)
+
+
+def test_new_images_hardly_move_the_others():
+    images = refs(1, 100)
+    before = names(split_off(images, 0.3, 0)[1])
+    after = names(split_off([*images, *(ImageRef(f"0/new{n}", 0, "", 0, 0) for n in range(10))], 0.3, 0)[1])
+    assert len(before - after) <= 10
+    assert len(before & after) >= 20
+
+
+def test_images_per_class_keeps_all_of_a_smaller_class():
+    images = refs(1, 3) + [ImageRef(f"1/{n}", 1, "", 0, 0) for n in range(9)]
+    chosen = choose(images, 5, 0)
+    assert [sum(ref.label == label for ref in chosen) for label in (0, 1)] == [3, 5]
+    assert choose(images, None, 0) == images
+
+
+def test_storage_order_mixes_the_classes():
+    labels = [ref.label for ref in shuffled(refs(10, 50), 0)]
+    assert len(set(labels[:20])) >= 6
+
+
+def test_every_stratum_keeps_an_image_on_both_sides():
+    for fraction in (0.001, 0.999):
+        train, validation = split_off(refs(2, 2), fraction, 0)
+        assert len(train) == len(validation) == 2
+    with pytest.raises(SourceError, match="0/0000 is alone in its class"):
+        split_off(refs(2, 1), 0.5, 0)
+
+
+def test_plain_files_and_parts_of_files_are_read_alike(tmp_path):
+    path = tmp_path / "archive"
+    path.write_bytes(b"0123456789")
+    assert read_bytes(ImageRef("a", 0, str(path), 0, 10)) == b"0123456789"
+    assert read_bytes(ImageRef("a", 0, str(path), 3, 4)) == b"3456"
+    with pytest.raises(OSError, match="2 bytes where 4 were expected"):
+        read_bytes(ImageRef("a", 0, str(path), 8, 4))
+
+
+def test_classes_without_images_are_all_named():
+    index = ImageIndex(["a", "b", "c"], {"train": refs(1, 1), "validation": refs(3, 1)[1:]})
+    with pytest.raises(SourceError, match=r"2 of 3 classes have no train images: b, c\n1 of 3 .* validation images: a"):
+        checked(index)
+    with pytest.raises(SourceError, match="one class only"):
+        checked(ImageIndex(["a"], {"train": refs(1, 1)}))
+
+
+def test_long_lists_are_cut():
+    assert listed(["a", "b"], limit=2) == "a, b"
+    assert listed(["a", "b", "c", "d"], limit=2) == "a, b and 2 more"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "labels.csv", "notes.TXT", "._001.jpg", "desktop.ini"])
+def test_companions_of_images_are_ignored(name):
+    assert is_ignored(name)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "a.heic", "a.zip", "a", "a.jpg.part"])
+def test_anything_else_has_to_be_an_image(name):
+    assert not is_ignored(name)
+
+
+def test_class_folders_are_sorted_and_split(tmp_path):
+    write_class_folders(tmp_path, {"dog": 8, "Cat": 4, "ant": 4})
+    (tmp_path / "dog" / "readme.txt").write_text("about dogs")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    index = scan(tmp_path).read_index()
+    assert index.classes == ["Cat", "ant", "dog"]
+    assert {split: len(images) for split, images in index.splits.items()} == {"train": 12, "validation": 4}
+    ref = index.splits["train"][0]
+    assert read_bytes(ref) == (tmp_path / ref.name).read_bytes()
+    assert index.classes[ref.label] == ref.name.split("/")[0]
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_train_and_validation_folders_are_found(tmp_path, name):
+    write_class_folders(tmp_path / "train", {"a": 2, "b": 3})
+    write_class_folders(tmp_path / name, {"a": 1, "b": 1}, seed=5)
+    write_class_folders(tmp_path / "test", {"a": 9})
+    index = scan(tmp_path).read_index()
+    assert names(index.splits["train"]) == {"train/a/000.jpg", "train/a/001.jpg"} | {
+        f"train/b/00{n}.jpg" for n in range(3)
+    }
+    assert names(index.splits["validation"]) == {"validation/a/000.jpg", "validation/b/000.jpg"}
+
+
+def test_validation_may_lie_elsewhere(tmp_path):
+    write_class_folders(tmp_path / "one", {"a": 2, "b": 3})
+    write_class_folders(tmp_path / "two", {"a": 1, "b": 1})
+    index = scan(tmp_path / "one", tmp_path / "two").read_index()
+    assert {split: len(images) for split, images in index.splits.items()} == {"train": 5, "validation": 2}
+    assert scan(tmp_path / "one", None).read_index().splits["validation"][0].path.startswith(str(tmp_path / "one"))
+
+
+def test_train_alone_is_split(tmp_path):
+    write_class_folders(tmp_path / "train", {"a": 4, "b": 4})
+    index = scan(tmp_path).read_index()
+    assert {split: len(images) for split, images in index.splits.items()} == {"train": 6, "validation": 2}
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_class_folders(tmp_path, {"plane": 2, "train": 2})
+    assert scan(tmp_path).read_index().classes == ["plane", "train"]
+
+
+def test_images_per_class_leaves_validation_alone(tmp_path):
+    write_class_folders(tmp_path, {"a": 8, "b": 8})
+    whole, some = scan(tmp_path).read_index(), scan(tmp_path, per_class=3).read_index()
+    assert len(some.splits["train"]) == 6
+    assert names(some.splits["validation"]) == names(whole.splits["validation"])
+
+
+def test_linked_files_are_followed(tmp_path):
+    write_class_folders(tmp_path / "real", {"a": 2, "b": 2})
+    (tmp_path / "linked").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "linked" / name).mkdir()
+        for image in (tmp_path / "real" / name).iterdir():
+            (tmp_path / "linked" / name / image.name).symlink_to(image)
+    index = scan(tmp_path / "linked").read_index()
+    assert read_bytes(index.splits["train"][0]) == (tmp_path / "real" / index.splits["train"][0].name).read_bytes()
+
+
+def make(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(jpeg())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["notes.txt"], "holds no class folders"),
+        (["a/notes.txt", "b/notes.txt"], "hold no images"),
+        (["a/1.jpg", "a/2.jpg"], "one class only"),
+        (["a/1.jpg", "a/2.jpg", "b/notes.txt"], "no train images: b"),
+        (["a/x/1.jpg", "b/y/2.jpg", "b/3.jpg"], "class folders in .* hold folders: a/x, b/y"),
+        (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "b/1.jpg is alone in its class"),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], "does not have: c"),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"], "no validation images: b"),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "validation/a/1.jpg"], "both val and validation"),
+    ],
+)
+def test_folders_that_make_no_sense_are_explained(tmp_path, files, message):
+    make(tmp_path, *files)
+    with pytest.raises(SourceError, match=message):
+        scan(tmp_path).read_index()
+
+
+def test_missing_folders_are_explained(tmp_path):
+    with pytest.raises(SourceError, match=r"data\.source .*nowhere is not a folder"):
+        scan(tmp_path / "nowhere")
+    write_class_folders(tmp_path, {"a": 2, "b": 2})
+    with pytest.raises(SourceError, match=r"data\.validation_source .*nowhere is not a folder"):
+        scan(tmp_path, tmp_path / "nowhere")
+
+
+def test_state_sees_every_change_and_only_changes(tmp_path):
+    write_class_folders(tmp_path, {"a": 3, "b": 3})
+    state = scan(tmp_path).state
+    assert scan(tmp_path).state == state
+    one = tmp_path / "a" / "000.jpg"
+    os.utime(one, ns=(1, 1))
+    touched = scan(tmp_path).state
+    one.rename(tmp_path / "b" / "999.jpg")
+    moved = scan(tmp_path).state
+    (tmp_path / "c").mkdir()
+    added = scan(tmp_path).state
+    assert len({state, touched, moved, added}) == 4
