@@ -10,7 +10,7 @@ from pipeline.config import Config
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, absolute: Ray's workers have other working folders. Ray Train keeps its files in it too."""
+    """The folder of one run, an absolute path. Ray Train keeps its files in it too."""
 
     path: Path
 
