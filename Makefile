@@ -18,7 +18,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test lint format lock docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ lock: ## write requirements.lock from pyproject.toml; UPGRADE=--upgrade takes th
 	scripts/setup.sh uv pip compile pyproject.toml --group dev --quiet --universal --fork-strategy fewest \
 		--generate-hashes --no-emit-index-url --annotation-style line --custom-compile-command "make lock" \
 		$(UPGRADE) --output-file requirements.lock
+
+docs: setup ## write docs/configuration.md from the configuration's fields
+	$(PYTHON) -m jobs.cli > docs/configuration.md
 
 clean: ## remove .venv, .tools and caches; data, runs and the MLflow store stay
 	rm -rf .venv/.setup-finished .venv .tools .ruff_cache .pytest_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -12,18 +13,31 @@ from typing import Any, Literal
 
 from PIL import features
 
-from datasets.beton import FORMAT, MANIFEST, SPLITS, Manifest, beton_path, load_manifest, verify_betons
+from datasets.beton import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    VALIDATION,
+    Manifest,
+    beton_path,
+    load_manifest,
+    read_jpeg,
+    verify_betons,
+)
+from datasets.beton_file import read_layout
 from datasets.build import Built, build_betons
 from datasets.catalog import Dataset, SourceOptions, find_dataset, glyph_images
 from datasets.changes import Inputs, require_unchanged
 from datasets.conversion import Conversion, channel_statistics
+from datasets.files import write_whole
 from datasets.glyphs import GENERATOR_VERSION, GlyphSettings, generate, is_generated
 from datasets.parallel import available_cpus
 from datasets.progress import progress_bar
-from datasets.publish import exclusive, publish, write_synced
+from datasets.publish import exclusive, publish
 from datasets.sources import ImageIndex
 
 PARTIAL = ".partial"
+SAMPLES, NUM_SAMPLES = "samples", 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ def prepare(
     force: bool = False,
     show_progress: bool = False,
 ) -> Prepared:
-    """Write train.beton, validation.beton, images.jsonl and, last, manifest.json into `folder`.
+    """Write train.beton, validation.beton, images.jsonl, manifest.json and some sample images into `folder`.
 
     Does nothing where the folder was already prepared from the same images with the same settings; that is seen
     from names, sizes and modification times, and only where those differ from the images' contents. The files are
@@ -112,7 +126,7 @@ def _confirmed(folder: Path, inputs: Inputs, num_processes: int, show_progress: 
     if manifest.source_state != inputs.images.state:
         # The same images at another place or time: next time this is seen quickly again.
         manifest = replace(manifest, source_state=inputs.images.state)
-        write_synced(folder / MANIFEST, manifest.to_json())
+        write_whole(folder / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -151,9 +165,22 @@ def _build(
             )
         manifest = _manifest(entry, index, inputs, built)
         publish(folder, partial, manifest, built.records)
+        _write_samples(folder, manifest)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Prepared(manifest, False, num_images, time.perf_counter() - start)
+
+
+def _write_samples(folder: Path, manifest: Manifest) -> None:
+    """A few validation images as files, to try a model on."""
+    samples = folder / SAMPLES
+    shutil.rmtree(samples, ignore_errors=True)
+    samples.mkdir()
+    beton = beton_path(folder, VALIDATION)
+    labels = read_layout(beton).metadata["label"]
+    for index in range(min(NUM_SAMPLES, len(labels))):
+        name = re.sub(r"[^\w-]", "_", manifest.classes[int(labels[index])])
+        (samples / f"{index}-{name}.jpg").write_bytes(read_jpeg(beton, index))
 
 
 def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> None:

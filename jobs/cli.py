@@ -45,6 +45,28 @@ def field_reference() -> str:
     return "\n".join(lines)
 
 
+def reference_page() -> str:
+    """docs/configuration.md: every field in a table for each section."""
+    lines = [
+        "# Configuration",
+        "",
+        "A run is one YAML file; `jobs/configs` holds complete ones. Any field can be changed on the command line with",
+        "`key.path=value`, where the value is YAML: `stages.joint.epochs=20`, `model.resolutions=[224,192,160]`.",
+        "Unknown keys are refused. FLOPs are multiply-adds; a GFLOP is 1e9 of them.",
+        "",
+        "This page is written by `make docs`.",
+    ]
+    section = None
+    for key, kind, default, meaning in describe_fields():
+        parent, _, name = key.rpartition(".")
+        if parent != section:
+            section = parent
+            lines += ["", f"## {parent or 'The run'}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
+        cells = (f"`{name}`", kind, default, meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def run_job(main: Callable[[], None]) -> None:
     """Run a job's main; what a user can mend ends it with one message and exit code 2, not a traceback."""
     try:
@@ -54,3 +76,7 @@ def run_job(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference_page())

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import yaml
 from ray.train.torch import TorchTrainer
 
 from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
+from datasets.catalog import find_dataset
+from datasets.files import write_whole
 from pipeline.cluster.preflight import check_cluster, check_config, worker_resources
 from pipeline.cluster.progress import followed
 from pipeline.cluster.worker import WorkerSettings, run_worker
@@ -28,9 +30,10 @@ from pipeline.config import Config
 from pipeline.config_file import differences, parse_config, with_absolute_paths
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import write_report
-from pipeline.files import write_atomically
 from pipeline.models.cost import Costs
 from pipeline.run_folder import RunFolder
+from pipeline.tracking.runs import COMMIT_TAG, git_tags
+from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import RunHandle, close_run, open_run, replay
 from pipeline.training.checkpoint import load_model
 
@@ -69,11 +72,11 @@ def train_run(config: Config) -> RunResult:
     manifest, costs = check_config(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     with _only_driver(folder):
-        write_atomically(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_whole(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         with ray_cluster(), _tracked(config, folder, manifest) as tracking:
             _collect(_fit(config, folder.path, WorkerSettings(config, folder.path, tracking)), folder)
             report = _write_report(config, folder, manifest, costs)
-            write_atomically(folder.finished, json.dumps({"finished": time.time()}))
+            write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
 
 
@@ -141,7 +144,7 @@ def _collect(checkpoint: Path, folder: RunFolder) -> None:
     parts = [Predictions.load(path) for path in sorted(checkpoint.glob("predictions-*.npz"))]
     merge(parts).save(folder.predictions)
     if not folder.model.exists():
-        write_atomically(folder.model, (checkpoint / folder.model.name).read_bytes())
+        write_whole(folder.model, (checkpoint / folder.model.name).read_bytes())
 
 
 def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: Costs) -> dict[str, Any]:
@@ -154,7 +157,13 @@ def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: 
         attributes=manifest.splits[VALIDATION].attributes,
         read_image=lambda index: read_jpeg(validation, index),
         name=config.name,
-        context={"dataset": manifest.dataset, "data digest": manifest.digest, **environment()},
+        context={
+            "dataset": manifest.dataset,
+            "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
+            "references": [asdict(published) for published in find_dataset(manifest.dataset).published],
+            "data digest": manifest.digest,
+            **environment(),
+        },
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from pipeline.models.drnet import DRNet
+    from datasets.files import whole_file
+from pipeline.models.drnet import DRNet
 
 FORMAT = 1
 _ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR")
@@ -73,13 +73,9 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         """Write one .npz file, atomically."""
-        partial = path.with_name(f".{path.name}.partial")
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             np.savez(file, format=np.int64(FORMAT), resolutions=np.asarray(self.resolutions), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Predictions:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from datasets.files import write_whole
 from pipeline.evaluation.attributes import by_attribute
 from pipeline.evaluation.budget import budget_curve
 from pipeline.evaluation.comparison import compare, table_rows
@@ -20,7 +21,6 @@ from pipeline.evaluation.render import render_html, render_markdown
 from pipeline.evaluation.statistics import CONFIDENCE, RESAMPLES, oracle_choice, resample
 from pipeline.evaluation.style import DARK, LIGHT
 from pipeline.evaluation.verdict import judge
-from pipeline.files import write_atomically
 from pipeline.models.cost import Costs
 
 SCHEMA_VERSION = 1
@@ -147,7 +147,7 @@ def write_report(
         if f"{figure}.png" not in files:
             (folder / f"{figure}.png").unlink(missing_ok=True)
     for file, content in files.items():
-        write_atomically(folder / file, content)
+        write_whole(folder / file, content)
     return report
 
 

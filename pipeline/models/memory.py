@@ -48,7 +48,9 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 def _kept_bytes(module: nn.Module, batch: int, side: int, arguments: tuple[Any, ...], precision: str) -> int:
     kept: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode() as fake:
-        state = {name: fake.from_tensor(value) for name, value in (*module.named_parameters(), *module.named_buffers())}
+        state: dict[str, Tensor] = {
+            name: fake.from_tensor(value) for name, value in (*module.named_parameters(), *module.named_buffers())
+        }
         own = {value.untyped_storage()._cdata for value in state.values()}
 
         def keep(tensor: Tensor) -> Tensor:

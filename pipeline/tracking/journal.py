@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_atomically
+from datasets.files import write_whole
 
 JOURNAL_FILE = "journal.jsonl"
 Record = dict[str, Any]
@@ -66,7 +66,7 @@ class Journal:
         return 0
 
     def set_delivered(self, server: str, place: int) -> None:
-        write_atomically(self._delivered_path, json.dumps({"server": server, "place": place}))
+        write_whole(self._delivered_path, json.dumps({"server": server, "place": place}))
 
     def num_pending(self, server: str) -> int:
         """How many records `server` does not have yet."""

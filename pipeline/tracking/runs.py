@@ -14,9 +14,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
+from datasets.files import write_whole
 from pipeline.config import Config
 from pipeline.config_file import flattened
-from pipeline.files import write_atomically
 from pipeline.tracking.journal import now_ms
 from pipeline.tracking.store import PROJECT_FOLDER, experiment_id, redacted
 
@@ -56,7 +56,7 @@ class Description:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / DESCRIPTION_FILE, json.dumps(asdict(self), indent=1))
+        write_whole(folder / DESCRIPTION_FILE, json.dumps(asdict(self), indent=1))
 
 
 def describe_run(config: Config, folder: Path, manifest: Manifest) -> Description:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from datasets.files import whole_file
 from pipeline.config import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
 
@@ -94,12 +94,8 @@ def load_model(path: Path) -> LoadedModel:
 
 
 def _save(content: Mapping[str, Any], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as file:
         torch.save(dict(content), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _load(path: Path) -> dict[str, Any]:

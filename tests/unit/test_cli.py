@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 import yaml
 
-from jobs.cli import field_reference, job_parser, parsed_config, run_job
+from jobs.cli import field_reference, job_parser, parsed_config, reference_page, run_job
 from pipeline.config_file import ConfigError, describe_fields
 
 
@@ -116,3 +117,8 @@ def test_a_job_can_add_arguments_of_its_own(file):
     assert isinstance(args, argparse.Namespace)
     assert args.force
     assert parsed_config(args).seed == 1
+
+
+def test_the_configuration_page_is_the_configurations():
+    page = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+    assert page.read_text() == reference_page(), "write it anew with `make docs`"

@@ -14,28 +14,19 @@ from PIL import Image
 
 from pipeline.evaluation.gallery import draw_gallery, pick_tiles
 from pipeline.evaluation.report import build_report, to_json, write_report
-from pipeline.evaluation.seeds import SUMMARIZED, seeds_markdown, summarize_seeds
 from pipeline.models.cost import Costs
-from tests.unit.evaluation_cases import COSTS, SIDES, easy_and_hard, jpeg, predictions_of
-
-CLASSES = ("ant", "bee", "cat", "dog")
-CONTEXT = {"dataset": "glyphs", "git_commit": "abc123", "created": "2026-01-02T03:04:05+00:00", "torch": "2.13"}
-
-
-def report_of(correct_NR: np.ndarray, chosen_N: np.ndarray, **changed) -> dict:
-    given = {"classes": CLASSES, "attributes": {}, "name": "run", "context": CONTEXT, "costs": COSTS} | changed
-    costs = given.pop("costs")
-    return build_report(predictions_of(correct_NR, chosen_N, sides=costs.resolutions), costs, **given)
-
-
-def outcomes(*groups: tuple[int, tuple[int, int, int], int]) -> tuple[np.ndarray, np.ndarray]:
-    """correct (N, 3) and chosen (N,) of groups of (number of images, right at 96, 64, 32 px, chosen resolution)."""
-    correct = [np.tile(np.array(right, bool), (count, 1)) for count, right, _ in groups]
-    return np.concatenate(correct), np.repeat([chosen for *_, chosen in groups], [count for count, *_ in groups])
-
-
-# Easy images are right everywhere, hard ones at 96 px only: static 96, 64, 32 px reach 98, 70, 60 %.
-PERFECT = outcomes((600, (1, 1, 1), 2), (100, (1, 1, 0), 1), (280, (1, 0, 0), 0), (20, (0, 0, 0), 2))
+from tests.unit.evaluation_cases import (
+    CLASSES,
+    CONTEXT,
+    COSTS,
+    PERFECT,
+    SIDES,
+    easy_and_hard,
+    jpeg,
+    outcomes,
+    predictions_of,
+    report_of,
+)
 
 
 class TestVerdict:
@@ -358,44 +349,3 @@ def test_one_resolution_is_written_too(tmp_path):
         *("report.json", "report.md", "report.html", "tradeoff.png", "attribute.png", "gallery.png")
     }
     assert json.loads((tmp_path / "report.json").read_text())["created"], "the time of writing where none is given"
-
-
-def seed_reports() -> list[dict]:
-    found = []
-    for seed in range(3):
-        correct_NR, chosen_N, _ = easy_and_hard(500, skill=0.9, seed=seed)
-        found.append(report_of(correct_NR, chosen_N, name=f"glyphs-{seed}"))
-    return found
-
-
-def test_seeds_are_summarised_by_mean_and_spread():
-    reports = seed_reports()
-    summary = summarize_seeds(reports)
-    gains = [report["comparisons"]["interpolation"]["difference_points"] for report in reports]
-    found = summary["summary"]["gain_over_line_points"]
-    assert found["mean"] == pytest.approx(sum(gains) / 3)
-    assert found["std"] == pytest.approx((sum((gain - found["mean"]) ** 2 for gain in gains) / 2) ** 0.5)
-    assert (found["min"], found["max"]) == (min(gains), max(gains))
-    assert set(summary["summary"]) == set(SUMMARIZED)
-    assert [row["name"] for row in summary["rows"]] == ["glyphs-0", "glyphs-1", "glyphs-2"]
-    json.dumps(summary, allow_nan=False)
-    lines = seeds_markdown(summary).splitlines()
-    assert len(lines) == 2 + 3 + 1
-    assert f"{found['mean']:+.1f} ± {found['std']:.1f}" in lines[-1]
-
-
-def test_one_seed_has_no_spread():
-    summary = summarize_seeds(seed_reports()[:1])
-    assert summary["summary"]["routed_top1"]["std"] is None
-    assert "±" not in seeds_markdown(summary)
-
-
-def test_reports_of_different_runs_are_not_summarised():
-    other = report_of(*PERFECT, context=CONTEXT | {"dataset": "elpv"})
-    with pytest.raises(ValueError, match=r"different runs.*elpv.*glyphs"):
-        summarize_seeds([*seed_reports(), other])
-    with pytest.raises(ValueError, match="no report"):
-        summarize_seeds([])
-    single = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
-    with pytest.raises(ValueError, match="one resolution"):
-        summarize_seeds([single])
