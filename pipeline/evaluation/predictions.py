@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from datasets.files import whole_file
+
 if TYPE_CHECKING:
-    from datasets.files import whole_file
-from pipeline.models.drnet import DRNet
+    from pipeline.models.drnet import DRNet
 
 FORMAT = 1
 _ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR")

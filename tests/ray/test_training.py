@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from datasets.glyphs import GlyphSettings
 from datasets.prepare import prepare
 from pipeline.cluster.launch import evaluate_run, train_run
 from pipeline.config import Config
@@ -28,13 +29,13 @@ pytestmark = pytest.mark.ray
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data: 203 generated letters to train on, so that the two ranks' parts of a batch differ."""
     folder = tmp_path_factory.mktemp("training")
-    glyphs = {"num_train": 203, "num_validation": 50, "image_size": 64}
+    glyphs = GlyphSettings(num_train=203, num_validation=50, image_size=64)
     prepare("glyphs", folder / "data", glyphs=glyphs, num_processes=1, show_progress=False)
     return folder
 
 
 def config_of(folder: Path, name: str, **changed: object) -> Config:
-    routed = {"epochs": 1, "alpha_gflops": 0.002, "lr": 0.01}
+    routed = {"epochs": 1, "alpha_gflops": 0.0012, "lr": 0.01}
     return parse_config(
         {
             "name": name,
