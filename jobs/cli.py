@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -71,6 +72,9 @@ def run_job(main: Callable[[], None]) -> None:
     """Run a job's main; what a user can mend ends it with one message and exit code 2, not a traceback."""
     try:
         main()
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for the interpreter's own flush at exit
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,7 +22,7 @@ _MEGABYTE = 1e6
 def main() -> None:
     parser = job_parser("describe", __doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = parsed_config(args)
     from pipeline.describe import describe
 

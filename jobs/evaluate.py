@@ -6,7 +6,7 @@ from jobs.cli import job_parser, parsed_config, run_job
 
 
 def main() -> None:
-    config = parsed_config(job_parser("evaluate", __doc__).parse_args())
+    config = parsed_config(job_parser("evaluate", __doc__).parse_intermixed_args())
     from pipeline.cluster.launch import evaluate_run
 
     result = evaluate_run(config)

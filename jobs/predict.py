@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or models:/NAME/VERSION")
     parser.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a JPEG or PNG file, or a folder of them")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     paths = find_images(args.images)
     # MLflow and torch take seconds to import: a mistyped path is answered before.
     from pipeline.tracking.inference import classify_files, open_model

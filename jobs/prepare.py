@@ -15,7 +15,7 @@ def main() -> None:
     parser = job_parser("prepare", __doc__)
     parser.add_argument("--force", action="store_true", help="prepare again whatever the folder holds")
     parser.add_argument("--verify", action="store_true", help="only compare every byte of the betons to the manifest")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     data = parsed_config(args).data
     if args.verify:
         manifest = verify_betons(data.folder, full=True)

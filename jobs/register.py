@@ -9,7 +9,7 @@ from pipeline.config_file import load_config
 def main() -> None:
     parser = job_parser("register", __doc__)
     parser.add_argument("--alias", help="alias to set, in place of registry.alias")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.config, [*args.overrides, *([f"registry.alias={args.alias}"] if args.alias else [])])
     from pipeline.run_folder import RunFolder
     from pipeline.tracking.registry import register_model

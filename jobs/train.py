@@ -9,7 +9,7 @@ from jobs.cli import job_parser, parsed_config, run_job
 
 
 def main() -> None:
-    config = parsed_config(job_parser("train", __doc__).parse_args())
+    config = parsed_config(job_parser("train", __doc__).parse_intermixed_args())
     # Ray, torch and MLflow take seconds to import: a mistyped key is answered before.
     from pipeline.cluster.launch import train_run
 

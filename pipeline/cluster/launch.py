@@ -101,16 +101,17 @@ def evaluate_run(config: Config) -> RunResult:
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """The cluster to run on: one that is initialised, the one of RAY_ADDRESS or of this machine, or a new local one."""
+    """The cluster to run on: one that is initialised, the one of RAY_ADDRESS (as in a Ray job), or a new local one.
+
+    A cluster that merely runs on this machine is not joined: it may be the private one of another run, and end with it.
+    """
     if ray.is_initialized():
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": "WARNING"}
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield
