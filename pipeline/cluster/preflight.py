@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from pipeline.config_file import ConfigError
 from pipeline.describe import alpha_problems
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import build_drnet
+from pipeline.training.checkpoint import load_model
 
 
 def check_config(config: Config) -> tuple[Manifest, Costs]:
@@ -34,14 +36,30 @@ def check_config(config: Config) -> tuple[Manifest, Costs]:
         problems.extend(alpha_problems(config, costs))
     except ValueError as error:
         problems.append(f"model: {error}")
-    for name, stage in config.stages.present():
-        if stage.init_from is not None and not stage.init_from.is_file():
-            problems.append(f"stages.{name}.init_from {stage.init_from} does not exist; give a run's model.pt")
+    problems.extend(_start_problems(config, manifest))
     if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         problems.extend(_capacity_problems(config, os.cpu_count() or 1))
     if problems or manifest is None or costs is None:
         raise ConfigError(problems, f"the run {config.name}")
     return manifest, costs
+
+
+def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
+    """What keeps a stage from starting with another run's model."""
+    ours = config.model.model_dump(exclude={"weights"})
+    for name, stage in config.stages.present():
+        if stage.init_from is None:
+            continue
+        try:
+            found = load_model(stage.init_from)
+        except ValueError as error:
+            yield f"stages.{name}.init_from: {error}"
+            continue
+        theirs = found.config.model_dump(exclude={"weights"})
+        for key in (key for key, value in ours.items() if theirs[key] != value):
+            yield f"stages.{name}.init_from {stage.init_from} has model.{key} {theirs[key]}, this run {ours[key]}"
+        if manifest and list(found.classes) != list(manifest.classes):
+            yield f"stages.{name}.init_from {stage.init_from} knows other classes than the data in {config.data.folder}"
 
 
 def check_cluster(config: Config) -> None:

@@ -38,13 +38,6 @@ class TrainingState:
         """The state after the last epoch of the last stage."""
         return cls("finished", sum(stage.epochs for _, stage in config.stages.present()), model.state_dict(), {})
 
-    def restore(self, model: DRNet, optimizer: torch.optim.Optimizer, stage: str) -> int:
-        """Load into model and, within the same stage, optimiser; returns the epochs done over all stages."""
-        model.load_state_dict(self.model)
-        if stage == self.stage:
-            optimizer.load_state_dict(dict(self.optimizer))
-        return self.data_epoch
-
     def save(self, path: Path) -> None:
         _save({"format": FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}, path)
 

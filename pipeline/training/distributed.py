@@ -57,7 +57,7 @@ def average_running_statistics(model: nn.Module) -> None:
     """
     if world_size() == 1:
         return
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     flat = torch.cat([buffer.flatten() for buffer in statistics])
     dist.all_reduce(flat)
     flat /= world_size()

@@ -97,14 +97,18 @@ def train(run: Run, state: TrainingState | None = None) -> None:
 
 def train_stage(run: Run, name: str, stage: Stage, data_epoch: int, state: TrainingState | None) -> None:
     """Train one stage; `data_epoch` is the number of epochs of the stages before it."""
-    if state is None and stage.init_from is not None:
+    if state is not None:
+        run.model.load_state_dict(state.model)
+    resumed = state is not None and state.stage == name
+    if stage.init_from is not None and not resumed:
         run.model.load_state_dict(load_model(stage.init_from).model.state_dict())
     costs_R = torch.tensor(run.costs.backbone_gflops, device=run.device)
     objective = build_objective(run.model, stage, costs_R, run.config.training.precision)
     optimizer = build_optimizer(run.model, stage)
     done = 0
-    if state is not None:
-        done = state.restore(run.model, optimizer, name) - data_epoch
+    if state is not None and resumed:
+        optimizer.load_state_dict(dict(state.optimizer))
+        done = state.data_epoch - data_epoch
 
     for epoch in range(done, stage.epochs):
         progress = Progress(name, epoch, stage.epochs, data_epoch + epoch, 0, run.train.num_batches)

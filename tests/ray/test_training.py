@@ -129,6 +129,17 @@ def test_the_registered_model_classifies_files(
     assert last["error"]
 
 
+def test_a_stage_starts_from_another_runs_model(undisturbed: Config, folder: Path) -> None:
+    start = {"epochs": 1, "alpha_gflops": 0.0012, "lr": 1e-9, "init_from": str(RunFolder.of(undisturbed).model)}
+    config = config_of(folder, "started", stages={"predictor": start})
+    train_run(config)
+    model, other = (load_model(RunFolder.of(each).model).model.backbone for each in (config, undisturbed))
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
+    wrong = config_of(folder, "wrong", stages={"predictor": start}, model={"resolutions": [64, 48, 32]})
+    with pytest.raises(ConfigError, match=r"model\.resolutions"):
+        train_run(wrong)
+
+
 def test_every_problem_is_told_before_ray_is_asked(tmp_path: Path) -> None:
     config = config_of(
         tmp_path,
