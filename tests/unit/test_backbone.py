@@ -214,6 +214,8 @@ def test_published_weights_come_from_torchs_cache(tmp_path: Path, monkeypatch: p
 
 def test_failed_download_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    # urlopen keeps its first opener, with the proxies of that moment, for the whole process.
+    monkeypatch.setattr("urllib.request._opener", None)
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # the discard port: nothing listens
         monkeypatch.setenv(f"{scheme}_proxy".upper(), "http://127.0.0.1:9")

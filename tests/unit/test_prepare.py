@@ -46,6 +46,7 @@ def test_betons_hold_every_image_with_its_label(tmp_path, source):
     assert manifest.classes == ["cat", "dog", "eel"]
     assert manifest.splits["train"].class_counts == [6, 8, 4]
     assert manifest.splits["validation"].class_counts == [2, 2, 2]
+    assert len({sample.read_bytes() for sample in (tmp_path / "out" / "samples").iterdir()}) == 6
     seen = set()
     for record in read_records(tmp_path / "out" / "images.jsonl"):
         path = beton_path(tmp_path / "out", record.split)
@@ -56,7 +57,7 @@ def test_betons_hold_every_image_with_its_label(tmp_path, source):
         seen.add(record.name)
     assert len(seen) == 24
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("images.jsonl", "manifest.json", "train.beton", "validation.beton")
+        *("images.jsonl", "manifest.json", "samples", "train.beton", "validation.beton")
     ]
 
 
