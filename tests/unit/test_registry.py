@@ -234,7 +234,9 @@ def test_it_is_served_over_http(finished, tmp_path):
         assert rows[1]["error"] == "not a JPEG or PNG file"
         with pytest.raises(urllib.error.HTTPError, match="400"):
             post(port, {"nonsense": 1})
-        assert post(port, {"dataframe_records": [{"image": encoded[0][0]}]})["predictions"][0] == rows[0]
+        alone = post(port, {"dataframe_records": [{"image": encoded[0][0]}]})["predictions"][0]
+        # A batch of another size may round differently in the last bit.
+        assert alone == rows[0] | {"probability": pytest.approx(rows[0]["probability"], rel=1e-5)}
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
