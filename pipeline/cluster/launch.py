@@ -136,7 +136,10 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
         ),
     )
     with followed(settings.run_folder):
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except SystemExit:  # how Ray Train ends a driver that was sent SIGINT
+            raise KeyboardInterrupt("interrupted; the same command goes on from the last checkpoint") from None
     return Path(result.checkpoint.path)
 
 
