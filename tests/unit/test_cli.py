@@ -92,12 +92,13 @@ def test_a_missing_file_is_a_users_error(tmp_path, capsys):
     assert "absent" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_with_the_shells_code(capsys):
+@pytest.mark.parametrize(("words", "shown"), [((), "interrupted\n"), (("go on with X",), "go on with X\n")])
+def test_ctrl_c_ends_with_the_shells_code(capsys, words: tuple[str, ...], shown: str):
     def main() -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*words)
 
     assert ended(main) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == shown
 
 
 def test_a_bug_keeps_its_traceback():
