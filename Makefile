@@ -18,7 +18,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock docs clean
+.PHONY: help setup demo search test chaos lint format lock audit docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,17 @@ demo: setup ## prepare, train, evaluate, register and predict on this machine; D
 	@echo
 	@echo "The report: runs/$(DATA)/report/report.html (also report.md, report.json and the figures beside it)"
 
+search: setup ## search the predictor's size for the demo's backbone (after `make demo`), choose and register; DATA as there
+	$(PYTHON) -m jobs.tune --config $(DATA) --max-accuracy-drop 1 --register
+
 test: lint ## lint, then every test; TESTS="tests/unit -k config" runs some of them
 	$(PYTHON) -m pytest $(TESTS)
+
+chaos: setup ## every row of the fault matrix, about half an hour, as root; writes docs/faults.md
+	rm -f faults.jsonl
+	DRNET_FAULTS=$(CURDIR)/faults.jsonl $(PYTHON) -m pytest -m "" tests/chaos tests/ray/test_training.py tests/ray/test_submit.py
+	$(PYTHON) -m tests.chaos.matrix faults.jsonl > docs/faults.md
+	rm faults.jsonl
 
 lint: setup ## ruff (lint and format) and ty (types)
 	$(RUFF) check $(CODE)
@@ -50,6 +59,9 @@ lock: ## write requirements.lock from pyproject.toml; UPGRADE=--upgrade takes th
 	scripts/setup.sh uv pip compile pyproject.toml --group dev --quiet --universal --fork-strategy fewest \
 		--generate-hashes --no-emit-index-url --annotation-style line --custom-compile-command "make lock" \
 		$(UPGRADE) --output-file requirements.lock
+
+audit: setup ## report known vulnerabilities of what requirements.lock pins; needs the OSV database, and never fails
+	scripts/audit.sh
 
 docs: setup ## write docs/configuration.md from the configuration's fields
 	$(PYTHON) -m jobs.cli > docs/configuration.md

@@ -11,22 +11,26 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh64_intdigest
+
+from datasets.files import sync_file
 
 VERSION = 2
 PAGE_SIZE = 8 << 20
 MODE_JPEG = 0
-IMAGE_FIELD, LABEL_FIELD = ("image", 2), ("label", 1)
+# Names, and FFCV's numbers of what they hold: an RGB image, and integers. The checksum is the XXH64 of the JPEG.
+FIELDS = (("image", 2), ("label", 1), ("checksum", 1))
 _COUNTS = [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8")]
 HEADER = np.dtype([*_COUNTS, ("alloc_table_ptr", "<u8")], align=True)
 FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-METADATA = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+METADATA = np.dtype([("image", IMAGE), ("label", "<i8"), ("checksum", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-METADATA_START = HEADER.itemsize + 2 * FIELD.itemsize
+METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
 class BetonError(ValueError):
@@ -51,42 +55,90 @@ class Layout:
     size_bytes: int
 
 
-def write_beton(path: Path, samples: Iterable[Sample], capacity: int) -> int:
-    """Write samples in order and flush them to disk; the file is the same for the same samples and capacity.
+class BetonWriter:
+    """Writes a beton as a stream; the file is the same for the same samples and capacity.
 
-    Args:
-        capacity: at least the number of samples; room for their metadata is kept before the first page.
-
-    Returns:
-        The number of samples.
-
-    Raises:
-        ValueError: a JPEG is larger than a page, or there are more samples than `capacity`.
+    What an interrupted writer has left can be gone on with: `adopt` the samples that lie in the file already, then
+    append the others.
     """
-    metadata, allocations = np.zeros(capacity, METADATA), np.zeros(capacity, ALLOCATION)
-    data_start = _data_start(capacity)
-    end, count = data_start, 0
-    with path.open("wb") as file:
-        file.seek(data_start)
-        for sample in samples:
-            if count == capacity:
-                raise ValueError(f"more than the {capacity} samples that room was kept for")
-            ptr = _place(end, len(sample.jpeg))
-            file.write(bytes(ptr - end))
-            file.write(sample.jpeg)
-            metadata[count] = ((MODE_JPEG, sample.width, sample.height, ptr), sample.label)
-            allocations[count] = (count, ptr, len(sample.jpeg))
-            end, count = ptr + len(sample.jpeg), count + 1
-        table = _page_ceiling(end)
-        file.write(bytes(table - end))
-        file.write(allocations[:count].tobytes())
+
+    def __init__(self, path: Path, capacity: int, *, go_on: bool = False):
+        """Args:
+        capacity: at least the number of samples; room for their metadata is kept before the first page.
+        go_on: keep what the file, which exists, holds; it may be adopted from its first sample on.
+        """
+        self.path, self.count = path, 0
+        self._metadata: NDArray = np.zeros(capacity, METADATA)
+        self._allocations: NDArray = np.zeros(capacity, ALLOCATION)
+        self._end = _data_start(capacity)
+        self._file = path.open("r+b" if go_on else "w+b")
+        self._file.seek(self._end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, sample: Sample) -> None:
+        """Write the next sample.
+
+        Raises:
+            ValueError: its JPEG is larger than a page, or there are more samples than the capacity.
+        """
+        padding = self._next(sample.width, sample.height, sample.label, len(sample.jpeg))
+        self._file.write(bytes(padding))
+        self._file.write(sample.jpeg)
+        self._note_checksum(sample.jpeg)
+
+    def adopt(self, width: int, height: int, label: int, size: int) -> bytes:
+        """Take the JPEG of `size` bytes, or what lies in its place, for the next sample's, and return it."""
+        padding = self._next(width, height, label, size)
+        self._file.seek(padding, os.SEEK_CUR)
+        jpeg = self._file.read(size)
+        self._note_checksum(jpeg)
+        return jpeg
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Write the tables and close the file; it is not forced to disk."""
+        file, table = self._file, _page_ceiling(self._end)
+        file.seek(self._end)
+        file.write(bytes(table - self._end))
+        file.write(self._allocations[: self.count].tobytes())
+        file.truncate()
         file.seek(0)
-        file.write(np.array((VERSION, 2, PAGE_SIZE, count, table), HEADER).tobytes())
+        file.write(np.array((VERSION, len(FIELDS), PAGE_SIZE, self.count, table), HEADER).tobytes())
         file.write(_field_descriptors().tobytes())
-        file.write(metadata[:count].tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    return count
+        file.write(self._metadata.tobytes())
+        file.close()
+
+    def _note_checksum(self, jpeg: bytes) -> None:
+        self._metadata["checksum"][self.count - 1] = checksum(jpeg)
+
+    def _next(self, width: int, height: int, label: int, size: int) -> int:
+        """Note the next sample; returns how many bytes are left free before it."""
+        if self.count == len(self._metadata):
+            raise ValueError(f"more than the {self.count} samples that room was kept for")
+        ptr = _place(self._end, size)
+        padding = ptr - self._end
+        self._metadata[self.count] = ((MODE_JPEG, width, height, ptr), label, 0)
+        self._allocations[self.count] = (self.count, ptr, size)
+        self._end, self.count = ptr + size, self.count + 1
+        return padding
+
+
+def write_beton(path: Path, samples: Iterable[Sample], capacity: int) -> int:
+    """Write samples in order with a BetonWriter and force them to disk; returns their number."""
+    with BetonWriter(path, capacity) as writer:
+        for sample in samples:
+            writer.append(sample)
+        writer.finish()
+    sync_file(path)
+    return writer.count
 
 
 def read_layout(path: Path) -> Layout:
@@ -134,6 +186,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksum(jpeg: bytes) -> int:
+    """The XXH64 of a JPEG, as the signed integer that a beton holds."""
+    return np.uint64(xxh64_intdigest(jpeg)).astype(np.int64).item()
+
+
 def _page_ceiling(position: int) -> int:
     return -(-position // PAGE_SIZE) * PAGE_SIZE
 
@@ -151,8 +208,8 @@ def _place(end: int, size: int) -> int:
 
 
 def _field_descriptors() -> NDArray:
-    fields = np.zeros(2, FIELD)
-    for field, (name, type_id) in zip(fields, (IMAGE_FIELD, LABEL_FIELD), strict=True):
+    fields = np.zeros(len(FIELDS), FIELD)
+    for field, (name, type_id) in zip(fields, FIELDS, strict=True):
         field["type_id"] = type_id
         field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
     return fields
@@ -162,13 +219,14 @@ def _checked_header(path: Path, start: bytes, size: int) -> np.void:
     if len(start) < METADATA_START:
         raise BetonError(f"{path} is no beton: it has {len(start)} bytes, a header alone has {METADATA_START}")
     header = np.frombuffer(start[: HEADER.itemsize], HEADER)[0]
-    if (header["version"], header["num_fields"]) != (VERSION, 2):
+    names = ", ".join(name for name, _ in FIELDS)
+    if (header["version"], header["num_fields"]) != (VERSION, len(FIELDS)):
         raise BetonError(
-            f"{path} is no beton of this project: it says version {header['version']} with {header['num_fields']} "
-            f"fields, where version {VERSION} with the 2 fields image and label is read"
+            f"{path} is no beton of this version of the project: it says layout {header['version']} with "
+            f"{header['num_fields']} fields, where layout {VERSION} with {len(FIELDS)} fields ({names}) is read"
         )
     if start[HEADER.itemsize :] != _field_descriptors().tobytes():
-        raise BetonError(f"{path} is no beton of this project: its fields are not image (JPEG) and label (integer)")
+        raise BetonError(f"{path} is no beton of this version of the project: its fields are not {names}")
     if header["page_size"] != PAGE_SIZE:
         raise BetonError(f"{path} is damaged: page size {header['page_size']}, not {PAGE_SIZE}")
     expected = int(header["alloc_table_ptr"]) + int(header["num_samples"]) * ALLOCATION.itemsize

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from datasets.beton import TRAIN, Split, beton_path
-from datasets.beton_file import Sample, file_sha256, write_beton
-from datasets.conversion import Conversion, ConvertedChunk, Outcome, chunks, convert_chunk
-from datasets.parallel import map_ordered
-from datasets.sources import ImageIndex, ImageRef, SourceError, listed, shuffled
+from datasets.beton_file import BetonWriter, Sample, file_sha256
+from datasets.conversion import (
+    IMAGES_IN_STATISTICS,
+    IMAGES_PER_CHUNK,
+    Chunk,
+    Conversion,
+    ConvertedChunk,
+    Outcome,
+    content_digest,
+    convert_chunk,
+    counted_chunks,
+)
+from datasets.files import sync_file
+from datasets.parallel import OrderedMap
+from datasets.sources import ImageIndex, ImageRef, SourceError, listed, read_bytes, read_stamped, shuffled
+from datasets.statistics import PixelSums
+from datasets.unfinished import FinishedChunk, Journal
 
 
 class ImageRecord(NamedTuple):
@@ -48,15 +61,27 @@ class BadImagesError(ValueError):
         )
 
 
+class LeftoversError(OSError):
+    """What an interrupted preparation has left is not what its journal says."""
+
+
 @dataclass
 class Built:
-    """What was written: `histogram` int64 (3, 256) of the training images, `bad` (path, reason) of unusable ones."""
+    """What was written.
+
+    Attributes:
+        records: all source images in the order of their betons.
+        bad: (path, reason) of unusable images; `skipped` says the same for the manifest.
+        pixels: of the counted training images.
+        num_adopted: images that an interrupted call had done.
+    """
 
     splits: dict[str, Split] = field(default_factory=dict)
     records: list[ImageRecord] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
-    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 256), np.int64))
+    pixels: PixelSums = field(default_factory=PixelSums)
+    num_adopted: int = 0
 
     @property
     def source_digest(self) -> str:
@@ -71,73 +96,152 @@ def build_betons(
     conversion: Conversion,
     *,
     seed: int,
-    num_processes: int,
+    made_from: Mapping[str, Any],
+    map_chunks: OrderedMap,
     skip_bad: bool,
     advance: Callable[[int], None],
 ) -> Built:
-    """Write one beton for each split of `index` into `folder`.
+    """Write one beton for each split of `index` into `folder`, or go on with what an interrupted call left there.
 
     Args:
         seed: of the order in which samples are stored.
+        made_from: everything that the result depends on; what was left from anything else is discarded.
+        map_chunks: runs the conversion, in processes or on a cluster.
         advance: told the number of images that were read since it was called last.
 
     Raises:
         BadImagesError: images are bad and `skip_bad` is false.
-        SourceError: leaving out bad images would empty a class.
+        SourceError: leaving out bad images would empty a class, or a file changed while it was prepared.
+        LeftoversError: remove what is in `folder` and begin anew.
+        OSError: an image can be read here, but not where it was to be converted.
     """
-    ordered = {split: shuffled(refs, seed) for split, refs in index.splits.items()}
-    work = [chunk for refs in ordered.values() for chunk in chunks(refs)]
-    built = Built()
-    with closing(map_ordered(partial(convert_chunk, conversion), work, num_processes)) as converted:
-        for split, refs in ordered.items():
-            num_chunks = sum(1 for _ in chunks(refs))
-            _build_split(built, index, split, refs, islice(converted, num_chunks), folder, advance)
+    work = {
+        split: counted_chunks(shuffled(refs, seed), count_pixels=split == TRAIN) for split, refs in index.splits.items()
+    }
+    built, kept, hashes = Built(), dict[str, list[ImageRef]](), dict[str, Future[str]]()
+    parts = {"chunk": IMAGES_PER_CHUNK, "counted": IMAGES_IN_STATISTICS}
+    with Journal(folder, {**made_from, **parts}) as journal, ThreadPoolExecutor(1) as background:
+        built.num_adopted = sum(len(outcomes) for outcomes, _ in journal.finished)
+        finished = iter(journal.finished)
+        left = [chunk for chunks in work.values() for chunk in chunks][len(journal.finished) :]
+        with closing(map_chunks(partial(convert_chunk, conversion), left)) as converted:
+            for split, chunks in work.items():
+                path = beton_path(folder, split)
+                go_on = bool(journal.finished) and path.exists()
+                with BetonWriter(path, len(index.splits[split]), go_on=go_on) as writer:
+                    done = _written(writer, chunks, finished, converted, journal)
+                    kept[split] = _noted(built, split, index, chunks, done, advance)
+                    writer.finish()
+                # A beton is read once more for its digest: beside the processes that convert the next one.
+                hashes[split] = background.submit(_durable_sha256, path)
+        for split, refs in kept.items():
+            path = beton_path(folder, split)
+            built.splits[split] = _description(path, index, refs, hashes[split].result())
     if built.bad and not skip_bad:
         raise BadImagesError(built.bad)
     _require_all_classes(built, index)
     return built
 
 
-def _build_split(
-    built: Built,
-    index: ImageIndex,
-    split: str,
-    refs: Sequence[ImageRef],
+def _written(
+    writer: BetonWriter,
+    chunks: Sequence[Chunk],
+    finished: Iterator[FinishedChunk],
     converted: Iterator[ConvertedChunk],
-    folder: Path,
+    journal: Journal,
+) -> Iterator[FinishedChunk]:
+    """Write chunks one by one, those that are `finished` excepted, and yield what became of each."""
+    for chunk in chunks:
+        if (before := next(finished, None)) is not None:
+            _adopt(writer, chunk, before.outcomes)
+            yield before
+        else:
+            one = next(converted)
+            _append(writer, chunk, one)
+            journal.add(FinishedChunk(one.outcomes, one.pixels), writer)
+            yield FinishedChunk(one.outcomes, one.pixels)
+
+
+def _adopt(writer: BetonWriter, chunk: Chunk, outcomes: Sequence[Outcome]) -> None:
+    for ref, outcome in zip(chunk.refs, outcomes, strict=True):
+        if outcome.reason:
+            continue
+        jpeg = writer.adopt(outcome.width, outcome.height, ref.label, outcome.size)
+        if content_digest(jpeg) != outcome.stored:
+            raise LeftoversError(f"{writer.path} does not hold what its journal says of {ref.name}")
+
+
+def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> None:
+    for position, (ref, outcome) in enumerate(zip(chunk.refs, converted.outcomes, strict=True)):
+        if outcome.reason:
+            _require_no_better_here(ref, outcome, converted.node)
+            continue
+        jpeg = converted.encoded.get(position) or _unchanged(ref, converted.modified[position])
+        writer.append(Sample(jpeg, outcome.width, outcome.height, ref.label))
+
+
+def _unchanged(ref: ImageRef, modified: int) -> bytes:
+    """The source file that was found good, read once more."""
+    data, modified_now = read_stamped(ref)
+    if modified_now != modified:
+        raise SourceError(f"{ref.path} changed while it was prepared; run again when nothing writes to the source")
+    return data
+
+
+def _require_no_better_here(ref: ImageRef, outcome: Outcome, node: str) -> None:
+    """A file that only some machines can read is no bad image but a bad set-up; it must not be skipped."""
+    if outcome.content:
+        return
+    try:
+        read_bytes(ref)
+    except OSError:
+        return
+    raise OSError(
+        f"{node} cannot read {ref.path} ({outcome.reason}), but {os.uname().nodename} can; put the source where every "
+        "machine of the cluster finds it under the same path"
+    )
+
+
+def _noted(
+    built: Built,
+    split: str,
+    index: ImageIndex,
+    chunks: Sequence[Chunk],
+    done: Iterator[FinishedChunk],
     advance: Callable[[int], None],
-) -> None:
+) -> list[ImageRef]:
+    """Run `done` to its end and keep its records; returns the images that are in the beton, in its order."""
     kept: list[ImageRef] = []
+    for chunk, (outcomes, pixels) in zip(chunks, done, strict=True):
+        built.pixels += pixels
+        for ref, outcome in zip(chunk.refs, outcomes, strict=True):
+            position = None if outcome.reason else len(kept)
+            name = index.classes[ref.label]
+            built.records.append(ImageRecord(split, position, name, ref.name, ref.size, outcome.content))
+            if position is None:
+                _note_bad(built, ref, outcome)
+            else:
+                kept.append(ref)
+        advance(len(outcomes))
+    return kept
 
-    def samples() -> Iterator[Sample]:
-        remaining = iter(refs)
-        for chunk in converted:
-            if split == TRAIN:
-                built.histogram += chunk.histogram
-            for outcome, ref in zip(chunk.outcomes, remaining, strict=False):
-                usable = not outcome.reason
-                position = len(kept) if usable else None
-                name = index.classes[ref.label]
-                built.records.append(ImageRecord(split, position, name, ref.name, ref.size, outcome.content))
-                if usable:
-                    kept.append(ref)
-                    yield Sample(outcome.jpeg, outcome.width, outcome.height, ref.label)
-                else:
-                    _note_bad(built, ref, outcome)
-            advance(len(chunk.outcomes))
 
-    path = beton_path(folder, split)
-    count = write_beton(path, samples(), capacity=len(refs))
-    built.splits[split] = Split(
+def _description(path: Path, index: ImageIndex, refs: Sequence[ImageRef], sha256: str) -> Split:
+    return Split(
         file=path.name,
-        count=count,
-        class_counts=np.bincount([ref.label for ref in kept], minlength=len(index.classes)).tolist(),
+        count=len(refs),
+        class_counts=np.bincount([ref.label for ref in refs], minlength=len(index.classes)).tolist(),
         size_bytes=path.stat().st_size,
-        sha256=file_sha256(path),
+        sha256=sha256,
         attributes={
-            name: [ref.attributes[number] for ref in kept] for number, name in enumerate(index.attribute_names)
+            name: [ref.attributes[number] for ref in refs] for number, name in enumerate(index.attribute_names)
         },
     )
+
+
+def _durable_sha256(path: Path) -> str:
+    sync_file(path)
+    return file_sha256(path)
 
 
 def _note_bad(built: Built, ref: ImageRef, outcome: Outcome) -> None:

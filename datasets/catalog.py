@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import elpv, glyphs
-from datasets.conversion import Channels
 from datasets.glyphs import GlyphSettings
 from datasets.image_folder import scan_image_folder
 from datasets.imagenet import scan_imagenet
 from datasets.sources import Source, SourceError
+from datasets.statistics import Channels
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from datasets.boxes import crop_boxes
+from datasets.checksum import mark_changed
 from datasets.engine import AllocationQuery, Operation, State
-from datasets.kernels import decode_views
+from datasets.kernels import CHANGED, DECODED, decode_boxes
 from datasets.order import sample_indices
 
 
@@ -36,7 +39,7 @@ class RandomResizedCrop:
             yield f"the crop's ratio is {tuple(self.ratio)}; give 0 < low <= high"
 
     def parameters(self) -> tuple[float, ...]:
-        """The `crop` of kernels.crop_box."""
+        """The `crop` of boxes.crop_box."""
         (low, high), (narrow, wide) = self.scale, self.ratio
         return float(low), float(high), math.log(narrow), math.log(wide), 0.5 * self.flip, 0.0
 
@@ -53,18 +56,21 @@ class CenterCrop:
             yield f"the crop's fraction is {self.fraction}; give 0 < fraction <= 1"
 
     def parameters(self) -> tuple[float, ...]:
-        """The `crop` of kernels.crop_box."""
+        """The `crop` of boxes.crop_box."""
         return 0.0, 0.0, 0.0, 0.0, 0.0, float(self.fraction)
 
 
 class MultiResolutionDecoder(Operation):
     """FFCV decoder of RGBImageField: one decode and one crop of each JPEG, resized to every side.
 
-    Its memory is, for each side, uint8 (N, side, side, 3), and last a status, uint8 (N,): see kernels.DECODED.
+    Its memory is, for each side, uint8 (N, side, side, 3), and last a status, uint8 (N,): see kernels.DECODED. A side
+    whose memory has no rows is not wanted; what the others show does not depend on it.
     """
 
-    def __init__(self, sides: Sequence[int], crop: RandomResizedCrop | CenterCrop):
+    def __init__(self, sides: Sequence[int], crop: RandomResizedCrop | CenterCrop, checksums: NDArray[np.uint64]):
+        """`checksums` are those of all samples of the beton."""
         super().__init__()
+        self.checksums = checksums
         self.sides = tuple(sides)
         self.crop_parameters = crop.parameters()
 
@@ -75,25 +81,22 @@ class MultiResolutionDecoder(Operation):
         return state, tuple(AllocationQuery(shape, byte) for shape in [*shapes, ()])
 
     def generate_code(self) -> Callable[..., tuple]:
-        parameters, sides_R = self.crop_parameters, np.array(self.sides)
+        parameters, sides_R, checksums = self.crop_parameters, np.array(self.sides), self.checksums
 
         def decode(views_N: np.ndarray, memory: tuple, fields: np.ndarray, storage_state: tuple[Any, ...]) -> tuple:
             *images, status_N = memory
             storage, pointers, sizes = storage_state
-            fields_N = fields[sample_indices(views_N)]
-            sizes_N = sizes[np.searchsorted(pointers, fields_N["data_ptr"])]
+            indices_N = sample_indices(views_N)
+            fields_N = fields[indices_N]
+            offsets_N = fields_N["data_ptr"].astype(np.int64)
+            sizes_N = sizes[np.searchsorted(pointers, fields_N["data_ptr"])].astype(np.int64)
             shapes_N2 = np.stack([fields_N["height"], fields_N["width"]], axis=1).astype(np.int64)
-            decode_views(
-                views_N,
-                np.asarray(storage),
-                fields_N["data_ptr"].astype(np.int64),
-                sizes_N.astype(np.int64),
-                shapes_N2,
-                parameters,
-                sides_R,
-                np.array([image.ctypes.data for image in images], np.uintp),
-                status_N,
-            )
+            boxes_N5 = crop_boxes(views_N, shapes_N2, parameters)
+            addresses_R = np.array([image.ctypes.data if len(image) else 0 for image in images], np.uintp)
+            storage = np.asarray(storage)
+            status_N[:] = DECODED
+            mark_changed(storage, offsets_N, sizes_N, checksums[indices_N], status_N, CHANGED)
+            decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, addresses_R, status_N)
             return memory
 
         return decode

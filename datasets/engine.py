@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ with _undisturbed(), _plain_dictionaries():
     import ffcv._libffcv
     from ffcv.loader import Loader
     from ffcv.pipeline import Compiler, PipelineSpec
-    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.allocation_query import AllocationQuery, allocate_query
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
     from ffcv.traversal_order.base import TraversalOrder
@@ -71,7 +72,8 @@ class Engine:
     itself compiles them anew in every process. `run` may be called from many threads at once.
     """
 
-    def __init__(self, beton: Path, order: TraversalOrder, decoders: Mapping[str, Operation]):
+    def __init__(self, beton: Path, order: TraversalOrder, fields: Iterable[str], decoders: Mapping[str, Operation]):
+        """`fields` are those of the beton; one without a decoder is not read."""
         compiling = Compiler.is_enabled
         Compiler.set_enabled(False)
         try:
@@ -84,7 +86,8 @@ class Engine:
                     order=order,
                     seed=0,  # unused; left out, FFCV draws one from numpy's global generator
                     drop_last=False,
-                    pipelines={name: PipelineSpec(name, decoder=decoder) for name, decoder in decoders.items()},
+                    pipelines=dict.fromkeys(fields)
+                    | {name: PipelineSpec(name, decoder=decoder) for name, decoder in decoders.items()},
                 )
         finally:
             Compiler.set_enabled(compiling)
@@ -94,13 +97,27 @@ class Engine:
         self._storage = manager.schedule_epoch([])
         self._storage.__enter__()
         self._nodes = {name: node.id for name, node in self._loader.graph.leaf_nodes.items()}
+        self._beton = beton
+        self.num_samples = self._loader.reader.num_samples
 
-    def allocate(self, batch_size: int, num_slots: int) -> list[Memory]:
-        """Memory for `num_slots` batches of up to `batch_size` samples, pinned where there is a GPU."""
-        allocated = self._loader.graph.allocate_memory(batch_size, num_slots)["operation"]
-        return [
-            {name: _select(allocated[node], slot) for name, node in self._nodes.items()} for slot in range(num_slots)
-        ]
+    def allocate(self, batch_size: int, num_slots: int, empty: Mapping[str, Collection[int]]) -> list[Memory]:
+        """Memory for `num_slots` batches of up to `batch_size` samples, pinned where there is a GPU.
+
+        Args:
+            empty: for a field with several arrays, the places of those that get no rows.
+        """
+        queries = self._loader.graph.collect_requirements()[0]["operation"]
+        allocated = {
+            name: _allocate(queries[node], batch_size, num_slots, empty.get(name, ()))
+            for name, node in self._nodes.items()
+        }
+        return [{name: _select(arrays, slot) for name, arrays in allocated.items()} for slot in range(num_slots)]
+
+    def fetch(self, pages: Iterable[int], page_size: int) -> None:
+        """Have the system read pages of the beton, which are about to be used, into its cache; does not wait for it."""
+        with self._beton.open("rb") as file:
+            for page in pages:
+                os.posix_fadvise(file.fileno(), page * page_size, page_size, os.POSIX_FADV_WILLNEED)
 
     def run(self, views: np.ndarray, memory: Memory, rows: slice) -> None:
         """Decode `views[rows]` into the same rows of `memory`."""
@@ -114,6 +131,12 @@ class Engine:
                 storage_state=self._storage.state,
                 **arguments,
             )
+
+
+def _allocate(query: AllocationQuery | Sequence, batch_size: int, num_slots: int, empty: Collection[int]) -> Any:
+    if isinstance(query, AllocationQuery):
+        return allocate_query(query, batch_size, num_slots)
+    return tuple(allocate_query(one, 0 if place in empty else batch_size, num_slots) for place, one in enumerate(query))
 
 
 def _select(arrays: Any, rows: int | slice) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor
 
 from datasets import turbojpeg
-from datasets.beton_file import read_jpeg, read_layout
+from datasets.beton_file import PAGE_SIZE, checksum, read_jpeg, read_layout
 from datasets.engine import Engine, Memory
 from datasets.kernels import DECODED
-from datasets.order import sample_indices
+from datasets.order import next_sample, sample_indices
+
+logger = logging.getLogger(__name__)
 
 MIN_ROWS = 4
 """fewest samples that are worth a thread's turn"""
+SHOWN = 5
+"""damaged samples that an error describes"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Batch:
 
 
 class DecodeError(ValueError):
-    """A JPEG in a beton is damaged."""
+    """JPEGs in a beton are damaged, more than may be."""
 
 
 class Slot(NamedTuple):
@@ -74,19 +79,25 @@ class Epoch(Iterator[Batch]):
         engine: Engine,
         beton: Path,
         sides: Sequence[int],
+        wanted: Collection[int],
         batches: Sequence[np.ndarray],
+        pages_ahead: Sequence[np.ndarray],
         num_threads: int,
         batches_ahead: int,
+        max_damaged: int,
     ):
-        self._engine, self._beton, self._sides = engine, beton, sides
+        self._engine, self._sides, self._wanted = engine, sides, wanted
+        self._damage = DamageLimit(beton, max_damaged)
         self._num_threads = num_threads
-        self._waiting = deque(batches)
+        self._waiting = deque(zip(batches, pages_ahead, strict=True))
         self._jobs: deque[Job] = deque()
         self._held: Job | None = None
         num_slots = min(batches_ahead + 1, len(batches))  # one is with the consumer
         capacity = max((len(views) for views in batches), default=0)
-        self._free = deque(Slot(memory) for memory in engine.allocate(capacity, num_slots)) if num_slots else deque()
-        threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        empty = {"image": [place for place, side in enumerate(sides) if side not in wanted]}
+        memories = engine.allocate(capacity, num_slots, empty) if num_slots else []
+        self._free = deque(Slot(memory) for memory in memories)
+        threads = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
         self._threads = threads
         self._end_threads = weakref.finalize(self, threads.shutdown, wait=False, cancel_futures=True)
         self._submit()
@@ -106,6 +117,11 @@ class Epoch(Iterator[Batch]):
             raise
         self._held = job
         return self._batch(job)
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Samples that were found damaged so far, and what is wrong with them; others were shown in their place."""
+        return dict(self._damage.found)
 
     def __enter__(self) -> Epoch:
         return self
@@ -139,35 +155,75 @@ class Epoch(Iterator[Batch]):
     def _submit(self) -> None:
         """Hand as many batches to the threads as there is memory for."""
         while self._waiting and self._free:
-            slot, views = self._free.popleft(), self._waiting.popleft()
+            slot, (views, pages) = self._free.popleft(), self._waiting.popleft()
+            if len(pages):
+                self._threads.submit(self._engine.fetch, pages, PAGE_SIZE)
             rows = max(MIN_ROWS, -(-len(views) // self._num_threads))
             parts = [slice(first, min(first + rows, len(views))) for first in range(0, len(views), rows)]
-            decode = partial(_decode, self._engine, self._beton, slot, views)
-            self._jobs.append(Job(slot, views, [self._threads.submit(decode, part) for part in parts]))
+            self._jobs.append(Job(slot, views, [self._decoded(slot, views, part) for part in parts]))
+
+    def _decoded(self, slot: Slot, views: np.ndarray, rows: slice) -> Future[None]:
+        return self._threads.submit(_decode, self._engine, slot, views, rows, self._damage)
 
     def _batch(self, job: Job) -> Batch:
         count = len(job.views)
         *images, _ = job.slot.memory["image"]
         return Batch(
-            images={side: torch.from_numpy(image[:count]) for side, image in zip(self._sides, images, strict=True)},
+            images={
+                side: torch.from_numpy(image[:count])
+                for side, image in zip(self._sides, images, strict=True)
+                if side in self._wanted
+            },
             labels=torch.from_numpy(job.slot.memory["label"][:count].copy()),
             indices=torch.from_numpy(sample_indices(job.views)),
         )
 
 
-def _decode(engine: Engine, beton: Path, slot: Slot, views: np.ndarray, rows: slice) -> None:
-    """Fill some rows of a slot."""
+class DamageLimit:
+    """Counts the damaged samples of a pass, from any thread, and ends it when there are more than allowed."""
+
+    def __init__(self, beton: Path, most: int):
+        self._beton, self._most = beton, most
+        self._lock = threading.Lock()
+        self.found: dict[int, str] = {}
+
+    def count(self, index: int) -> None:
+        """Note a damaged sample.
+
+        Raises:
+            DecodeError: the limit is passed.
+        """
+        reason = _damage(self._beton, index)
+        with self._lock:
+            if index in self.found:  # met again in the place of another
+                return
+            self.found[index] = reason
+            if len(self.found) <= self._most:
+                logger.warning("%s: damaged, another is shown in its place: %s", self._beton, reason)
+                return
+            allowed = f", and {self._most} may be (loader.max_damaged)" if self._most else ""
+            raise DecodeError(
+                f"{self._beton}: {_plural(len(self.found), 'sample is', 'samples are')} damaged{allowed}; restore the "
+                "file, or prepare the data again with `python -m jobs.prepare --config CONFIG --force`:\n"
+                + "\n".join(f"  {reason}" for reason in list(self.found.values())[:SHOWN])
+            )
+
+
+def _decode(engine: Engine, slot: Slot, views: np.ndarray, rows: slice, limit: DamageLimit) -> None:
+    """Fill some rows of a slot; in `views`, a damaged sample becomes the next one of the beton that is not."""
     if slot.last_use is not None:
         slot.last_use.synchronize()
     engine.run(views, slot.memory, rows)
-    *_, status = slot.memory["image"]
-    failed = np.flatnonzero(status[rows] != DECODED)
-    if len(failed):
-        raise _decode_error(beton, int(sample_indices(views[rows])[failed[0]]))
+    *_, status_N = slot.memory["image"]
+    for row in range(rows.start, rows.stop):
+        while status_N[row] != DECODED:
+            limit.count(int(sample_indices(views[row : row + 1])[0]))
+            views[row : row + 1] = next_sample(views[row : row + 1], engine.num_samples)
+            engine.run(views, slot.memory, slice(row, row + 1))
 
 
-def _decode_error(beton: Path, index: int) -> DecodeError:
-    """Decode a bad sample once more, for the library's own words."""
+def _damage(beton: Path, index: int) -> str:
+    """What is wrong with a sample; it is decoded once more, for the library's own words."""
     layout, jpeg = read_layout(beton), read_jpeg(beton, index)
     record, offset = layout.metadata["image"][index], int(layout.allocations["ptr"][index])
     try:
@@ -179,7 +235,10 @@ def _decode_error(beton: Path, index: int) -> DecodeError:
         )
     except turbojpeg.JpegError as error:
         reason = str(error)
-    return DecodeError(
-        f"{beton}: sample {index}, a JPEG of {len(jpeg):,} bytes at offset {offset:,}, is damaged: {reason}; "
-        "restore the file, or prepare the data again with `python -m jobs.prepare --config CONFIG --force`"
-    )
+    if checksum(jpeg) != layout.metadata["checksum"][index]:
+        reason = "its bytes do not have their checksum"
+    return f"sample {index}, a JPEG of {len(jpeg):,} bytes at offset {offset:,}: {reason}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"

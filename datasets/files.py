@@ -13,11 +13,15 @@ from typing import BinaryIO
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes `path`'s place, flushed to disk, when the body ends well."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # on a disk that is full, it would keep it full
+        raise
     sync_folder(path.parent)
 
 
@@ -29,7 +33,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file last, by whomever."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

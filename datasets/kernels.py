@@ -1,8 +1,8 @@
-"""The compiled part of the loader: from a view and its JPEG to the same crop at every side.
+"""The compiled part of the loader: from a JPEG and a box in it to the same crop at every side.
 
-All compiled code is in this one file, because numba looks only at the file of the outermost function to tell whether
-what it has on disk is still current. Arithmetic that decides a pixel is in integers, or in IEEE operations in a fixed
-order (no fastmath), so that the pixels are the same on every machine.
+All of it is in this one file, because numba looks only at the file of the outermost function to tell whether what it
+has on disk is still current. Arithmetic that decides a pixel is in integers, or in IEEE operations in a fixed order (no
+fastmath), so that the pixels are the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,17 +16,33 @@ from numba import carray, njit, types
 
 from datasets.engine import LIBRARY, cast_int_to_byte_ptr
 
-# What became of a sample: element of the array `status` of decode_views.
-DECODED, NOT_A_JPEG, OTHER_SIZE, DAMAGED = 0, 1, 2, 3
+# What became of a sample.
+DECODED, NOT_A_JPEG, OTHER_SIZE, DAMAGED, CHANGED = range(5)
 
-PIXEL_BYTES = 4  # RGBX: a pixel is one 32-bit word, which moves in one instruction
-RGBX = 2  # libjpeg-turbo's name of it
-BLENDED_AT_ONCE = 4  # fewer passes over the sums
+# What the planes of a JPEG are.
+LUMA_AND_CHROMA, RED_GREEN_BLUE, GREY = 0, 1, 2
+
+# libjpeg-turbo's numbers of colour spaces (TJCS), and by its numbers of subsamplings (TJSAMP) how many pixels of luma
+# there are for one of chroma, across and down.
+TJ_RGB, TJ_YCBCR, TJ_GREY = 0, 1, 2
+CHROMA_ACROSS = np.array([1, 2, 2, 1, 1, 4, 1])
+CHROMA_DOWN = np.array([1, 1, 2, 1, 2, 1, 4])
+STOP_ON_WARNING = 8192
+PADDING = 32  # pixels by which libjpeg-turbo may round up the sides of a plane
+
+START_OF_FRAME = (0xC0, 0xC1)  # of the sequential kinds
+OTHER_FRAME, START_OF_SCAN, RESTART_INTERVAL = 0xC2, 0xDA, 0xDD
+BLOCK_ROWS = 8
+MESSAGE_BYTES = 200  # of libjpeg-turbo, as JMSG_LENGTH_MAX
+REST_SKIPPED = np.frombuffer(b" extraneous bytes before marker", np.uint8)
+
+BYTE = np.uint32(0xFF)
+TAPS_AT_ONCE = 4  # fewer passes over the sums; and four bytes are a word, which moves in one instruction
 WEIGHT_BITS = 14
-HALF = 1 << (WEIGHT_BITS - 1)
-CROP_ATTEMPTS = 10
-FLIP_DRAW = 4 * CROP_ATTEMPTS
-GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+LEVEL_BITS = 5  # fraction of a grey level that is kept from the resizing to the conversion of colours
+
+# JFIF's factors of chroma, in 2 ** -14.
+RED_OF_RED, GREEN_OF_BLUE, GREEN_OF_RED, BLUE_OF_BLUE = 22970, 5638, 11700, 29032
 
 
 def _external(name: str, result: types.Type, *arguments: types.Type) -> types.ExternalFunction:
@@ -40,66 +56,155 @@ _pointer, _int = types.uintp, types.int32
 tj_init = _external("tjInitDecompress", _pointer)
 tj_destroy = _external("tjDestroy", _int, _pointer)
 tj_header = _external("tjDecompressHeader3", _int, _pointer, _pointer, types.uintp, *(_pointer,) * 4)
-tj_decode = _external("tjDecompress2", _int, _pointer, _pointer, types.uintp, _pointer, *(_int,) * 5)
+tj_planes = _external(
+    "tjDecompressToYUVPlanes", _int, _pointer, _pointer, types.uintp, _pointer, _int, _pointer, _int, _int
+)
+tj_message = _external("tjGetErrorStr2", _pointer, _pointer)
 
 compiled = njit(nogil=True, error_model="numpy")
 kept = njit(nogil=True, error_model="numpy", cache=True)
 
 
 @kept
-def decode_views(views_N, storage, offsets_N, sizes_N, shapes_N2, crop, sides_R, addresses_R, status_N):
-    """Decode, crop, flip and resize samples; the sides of one sample all show the same crop.
+def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, addresses_R, status_N):
+    """Decode JPEGs and resize a box of each to every side.
+
+    Luma and chroma are resized as they are stored, chroma mostly at half the size, and only the result is converted to
+    RGB: that is half of the pixels to blend, and no pixel is converted that is not shown.
 
     Args:
-        views_N: uint64, from order.pack_views.
         storage: uint8, the bytes of the beton.
         offsets_N, sizes_N: int64, where in it each JPEG is.
         shapes_N2: int64, height and width in pixels that each JPEG should have.
-        crop: six float64, see `crop_box`.
-        sides_R, addresses_R: int64 and uintp, the sizes wanted and where their images, uint8 (N, side, side, 3), are
-            written. Addresses, because a tuple of arrays would be another type to compile for each number of sides.
-        status_N: uint8, written: DECODED, or why the sample was not.
+        boxes_N5: float64, from boxes.crop_boxes.
+        sides_R, addresses_R: int64 and uintp, the sizes and where their images, uint8 (N, side, side, 3), are written.
+            Address 0: not wanted; the side still counts for how finely JPEGs are decoded, so the other sides' pixels
+            do not depend on it. Addresses, because a tuple of arrays would be another type for each number of sides.
+        status_N: uint8; samples that are not DECODED before are left out, and of the others it is written.
     """
-    largest = sides_R.max()
+    largest, smallest = sides_R.max(), sides_R.min()
     decoder = tj_init()
-    pixels = np.empty(0, np.uint8)
-    for n in range(len(views_N)):
+    jpeg, pixels, levels = np.empty(0, np.uint8), np.empty(0, np.uint8), np.empty(3 * largest**2, np.int16)
+    for n in np.flatnonzero(status_N == DECODED):
         height, width = shapes_N2[n]
-        top, left, crop_height, crop_width, mirrored = crop_box(views_N[n], height, width, crop)
+        top, left, crop_height, crop_width, mirrored = boxes_N5[n]
         fraction = dct_fraction(crop_height, crop_width, largest)
-        rows, columns = -(-height // fraction), -(-width // fraction)
-        if pixels.size < rows * columns * PIXEL_BYTES:
-            pixels = np.empty(rows * columns * PIXEL_BYTES, np.uint8)
-        jpeg = storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
-        status_N[n] = decode_jpeg(decoder, jpeg, height, width, rows, columns, pixels)
+        jpeg = with_room(jpeg, sizes_N[n])
+        source = storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
+        for i in range(len(source)):  # numba copies slices element by element, this loop as a whole
+            jpeg[i] = source[i]
+        rows, pitch = height // fraction + PADDING, width // fraction + PADDING
+        pixels = with_room(pixels, 3 * rows * pitch)
+        planes = pixels[: 3 * rows * pitch].reshape(3, rows, pitch)
+        status_N[n], colours, across, down, rows, columns = decode_planes(
+            decoder, jpeg[: sizes_N[n]], height, width, top + crop_height, crop_height / smallest, fraction, planes
+        )
         if status_N[n] != DECODED:
             continue
-        image = pixels[: rows * columns * PIXEL_BYTES].reshape(rows, columns * PIXEL_BYTES)
         top, left = top / fraction, left / fraction
         crop_height, crop_width = crop_height / fraction, crop_width / fraction
+        chroma_rows, chroma_columns = -(-rows // down), -(-columns // across)
         for r in range(len(sides_R)):
+            if addresses_R[r] == 0:
+                continue
             side = sides_R[r]
+            levels_CYX = levels[: 3 * side**2].reshape(3, side, side)
+            resize(planes[:1, :rows, :columns], top, left, crop_height, crop_width, mirrored > 0, levels_CYX[:1])
+            if colours != GREY:
+                box = top / down, left / across, crop_height / down, crop_width / across
+                resize(planes[1:, :chroma_rows, :chroma_columns], *box, mirrored > 0, levels_CYX[1:])
             address = addresses_R[r] + np.uintp(n * side * side * 3)
-            out = carray(cast_int_to_byte_ptr(address), (side, side, 3))
-            resize(image, top, left, crop_height, crop_width, mirrored, out)
+            image = carray(cast_int_to_byte_ptr(address), (side, side * 3))
+            write_rgb(levels_CYX, colours, image)
     tj_destroy(decoder)
 
 
 @compiled
-def decode_jpeg(decoder, jpeg, height, width, rows, columns, pixels):
-    """Decode to RGBX of rows x columns, a DCT fraction of height x width. A warning of the library is a failure."""
+def with_room(array, size):
+    """`array`, or a new one where it has less than `size` elements."""
+    return array if array.size >= size else np.empty(size, array.dtype)
+
+
+@compiled
+def decode_planes(decoder, jpeg, height, width, bottom, scale, fraction, planes):
+    """Decode a JPEG at a DCT fraction of its size. A warning of the library is a failure.
+
+    What lies below the crop is left out where that can be done: the header, in `jpeg`, is told a smaller height.
+
+    Args:
+        bottom, scale: of the crop, in pixels, and the pixels of it that become one at the smallest side.
+        planes: uint8 (3, rows, columns), written: luma, blue and red chroma, from the upper left on.
+
+    Returns:
+        The status; what the planes are; luma pixels for one of chroma, across and down; rows and columns of the first.
+    """
     header = np.zeros(4, np.int32)
     word = header.itemsize
     address = header.ctypes.data
     source = jpeg.ctypes.data
     if tj_header(decoder, source, jpeg.size, address, address + word, address + 2 * word, address + 3 * word) != 0:
-        return NOT_A_JPEG
-    if header[0] != width or header[1] != height:
-        return OTHER_SIZE
-    pitch = columns * PIXEL_BYTES
-    if tj_decode(decoder, source, jpeg.size, pixels.ctypes.data, columns, pitch, rows, RGBX, 0) != 0:
-        return DAMAGED
-    return DECODED
+        return NOT_A_JPEG, GREY, 1, 1, 0, 0
+    subsampling, colour_space = header[2], header[3]
+    if header[0] != width or header[1] != height or colour_space > TJ_GREY or subsampling >= len(CHROMA_DOWN):
+        return OTHER_SIZE, GREY, 1, 1, 0, 0
+    colours = GREY if colour_space == TJ_GREY else LUMA_AND_CHROMA if colour_space == TJ_YCBCR else RED_GREEN_BLUE
+
+    down = CHROMA_DOWN[subsampling]
+    frame, flags, block, pixel = position_of_height(jpeg), 0, BLOCK_ROWS * down, fraction * down
+    # Half of a filter's base reaches below the crop: as far as a pixel is large, of the smallest side or of chroma.
+    needed = math.ceil((bottom + max(scale, pixel) + pixel) / block) * block
+    left_out = frame >= 0 and needed < height
+    if left_out:
+        height, flags = needed, STOP_ON_WARNING
+        jpeg[frame], jpeg[frame + 1] = height >> 8, height & 0xFF
+    rows, columns, pitch = -(-height // fraction), -(-width // fraction), planes.shape[2]
+    addresses = np.array([planes[0].ctypes.data, planes[1].ctypes.data, planes[2].ctypes.data], np.uintp)
+    pitches = np.array([pitch, pitch, pitch], np.int32)
+    targets, strides = addresses.ctypes.data, pitches.ctypes.data
+    failed = tj_planes(decoder, source, jpeg.size, targets, columns, strides, rows, flags) != 0
+    if failed and not (left_out and only_skipped_the_rest(decoder)):
+        return DAMAGED, colours, 1, 1, 0, 0
+    return DECODED, colours, CHROMA_ACROSS[subsampling], down, rows, columns
+
+
+@compiled
+def position_of_height(jpeg):
+    """Where the header says the height, two bytes; -1 where the rows of the image do not simply follow one another.
+
+    They do in a sequential JPEG with one scan. One with restart markers is left alone too: of damage between them
+    libjpeg-turbo says what it says of rows that it was not told of.
+    """
+    frame, num_components, position = -1, 0, 2
+    while position + 9 < len(jpeg):
+        if jpeg[position] != 0xFF:
+            return -1
+        marker = jpeg[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker in START_OF_FRAME:
+            frame, num_components = position + 5, jpeg[position + 9]
+        elif marker in (OTHER_FRAME, RESTART_INTERVAL):
+            return -1
+        elif marker == START_OF_SCAN:
+            return frame if jpeg[position + 4] == num_components else -1
+        position += 2 + (np.int64(jpeg[position + 2]) << 8) + jpeg[position + 3]
+    return -1
+
+
+@compiled
+def only_skipped_the_rest(decoder):
+    """Whether the library's first complaint was that data goes on after the last row, which comes once all are decoded.
+
+    Damage in the rows themselves is complained of before.
+    """
+    message = carray(cast_int_to_byte_ptr(tj_message(decoder)), (MESSAGE_BYTES,))
+    for start in range(MESSAGE_BYTES - len(REST_SKIPPED)):
+        if message[start] == 0:
+            return False
+        if (message[start : start + len(REST_SKIPPED)] == REST_SKIPPED).all():
+            return True
+    return False
 
 
 @compiled
@@ -112,90 +217,45 @@ def dct_fraction(crop_height, crop_width, largest):
 
 
 @kept
-def crop_box(view, height, width, crop):
-    """The crop of a view, in pixels: top, left, height, width (float64), and whether it is mirrored.
-
-    `crop` is (lowest area, highest area, log of the lowest ratio, of the highest, probability of mirroring, fraction).
-    A fraction above 0 is a central square of that fraction of the shorter side; the rest is then ignored. Otherwise
-    area, ratio and place are drawn as torchvision's RandomResizedCrop draws them.
-    """
-    lowest_area, highest_area, lowest_log_ratio, highest_log_ratio, mirror, fraction = crop
-    if fraction > 0:
-        side = fraction * min(height, width)
-        return (height - side) / 2, (width - side) / 2, side, side, False
-    mirrored = uniform(view, FLIP_DRAW) < mirror
-    for attempt in range(CROP_ATTEMPTS):
-        draw = 4 * attempt
-        area = height * width * (lowest_area + (highest_area - lowest_area) * uniform(view, draw))
-        ratio = math.exp(lowest_log_ratio + (highest_log_ratio - lowest_log_ratio) * uniform(view, draw + 1))
-        crop_width = math.floor(math.sqrt(area * ratio) + 0.5)
-        crop_height = math.floor(math.sqrt(area / ratio) + 0.5)
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = math.floor((height - crop_height + 1) * uniform(view, draw + 2))
-            left = math.floor((width - crop_width + 1) * uniform(view, draw + 3))
-            return float(top), float(left), float(crop_height), float(crop_width), mirrored
-    crop_width = min(width, math.floor(height * math.exp(highest_log_ratio) + 0.5))
-    crop_height = min(height, math.floor(width / math.exp(lowest_log_ratio) + 0.5))
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return float(top), float(left), float(crop_height), float(crop_width), mirrored
-
-
-@compiled
-def uniform(view, draw):
-    """The draw-th uniform number in [0, 1) of a view: splitmix64 (Steele et al., OOPSLA 2014) started at its hash."""
-    bits = mix(mix(view) + np.uint64(draw + 1) * GOLDEN_RATIO)
-    return np.float64(bits >> np.uint64(11)) * 2.0**-53
-
-
-@compiled
-def mix(bits):
-    """splitmix64's finaliser."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-@kept
-def resize(pixels, top, left, height, width, mirrored, image):
-    """Resize a box of `pixels`, uint8 (rows, columns * PIXEL_BYTES), to `image`, uint8 (side, side, 3).
+def resize(planes, top, left, height, width, mirrored, levels_CYX):
+    """Resize a box of planes, uint8 (C, rows, columns), to int16 (C, side, side) in 2 ** -LEVEL_BITS of a grey level.
 
     The filter is Pillow's antialiased BILINEAR: a triangle as wide as the downscaling, at least two pixels. Rows are
     blended first, because whole rows blend at the full width of the vector units.
     """
-    side = image.shape[0]
-    first_row, num_rows, row_weights_TS = filter_taps(top, height, pixels.shape[0], side, False)
-    first_column, num_taps, column_weights_TS = filter_taps(left, width, pixels.shape[1] // PIXEL_BYTES, side, mirrored)
-    start = min(first_column[0], first_column[-1])
-    stop = max(first_column[0], first_column[-1]) + num_taps
-    first_column -= start
-    spread_weights = spread_over_channels(column_weights_TS)
-    row_weights_ST = np.ascontiguousarray(row_weights_TS.T)
+    _, num_rows, num_columns = planes.shape
+    side = levels_CYX.shape[1]
+    first_rows, num_row_taps, row_weights_ST = filter_taps(top, height, num_rows, side, False)
+    first_columns, num_column_taps, column_weights_ST = filter_taps(left, width, num_columns, side, mirrored)
+    column_weights_TS = np.ascontiguousarray(column_weights_ST.T)
+    start = min(first_columns[0], first_columns[-1])
+    stop = max(first_columns[0], first_columns[-1]) + num_column_taps
+    word_starts = (first_columns - start).astype(np.uint64)
 
-    sums = np.empty(max(stop - start, side) * PIXEL_BYTES, np.int32)
-    blended = np.empty((stop - start) * PIXEL_BYTES, np.uint8)
-    words = blended.view(np.uint32)
-    taps = np.empty((num_taps, side), np.uint32)
-    tap_bytes = taps.view(np.uint8)
-    for y in range(side):
-        rows = pixels[first_row[y] : first_row[y] + num_rows, start * PIXEL_BYTES : stop * PIXEL_BYTES]
-        blend_rows(rows, row_weights_ST[y], sums, blended)
-        gather_taps(words, first_column, taps)
-        blend_taps(tap_bytes, spread_weights, sums, image[y])
+    sums = np.empty(max(stop - start, side), np.int32)
+    row = np.zeros(-(-(stop - start) // TAPS_AT_ONCE) * TAPS_AT_ONCE + len(column_weights_TS), np.uint8)
+    words = np.lib.stride_tricks.as_strided(row.view(np.uint32), (len(row) - TAPS_AT_ONCE + 1,), (1,))
+    taps = np.empty(side, np.uint32)
+    for channel in range(len(planes)):
+        for y in range(side):
+            rows = planes[channel, first_rows[y] : first_rows[y] + num_row_taps, start:stop]
+            blend_rows(rows, row_weights_ST[y], sums, row[: stop - start])
+            blend_columns(words, word_starts, column_weights_TS, taps, sums, levels_CYX[channel, y])
 
 
 @compiled
 def filter_taps(origin, extent, limit, side, mirrored):
     """The source pixels that blend into each output pixel.
 
-    Returns the first of them, int64 (side,); their number, the same for all; and their weights, int16 (taps, side),
-    which sum to 1 << WEIGHT_BITS, padded with zeros to a multiple of BLENDED_AT_ONCE taps.
+    Returns the first of them, int64 (side,); their number, the same for all; and their weights, int16 (side, taps),
+    which sum to 1 << WEIGHT_BITS, padded with zeros to a multiple of TAPS_AT_ONCE taps.
     """
     num_taps = 1
     for i in range(side):
         first, last, _, _ = filter_window(origin, extent, limit, side, i)
         num_taps = max(num_taps, last - first)
     starts = np.empty(side, np.int64)
-    weights = np.zeros((-(-num_taps // BLENDED_AT_ONCE) * BLENDED_AT_ONCE, side), np.int16)
+    weights = np.zeros((side, -(-num_taps // TAPS_AT_ONCE) * TAPS_AT_ONCE), np.int16)
     for i in range(side):
         first, last, centre, support = filter_window(origin, extent, limit, side, i)
         start = min(first, limit - num_taps)
@@ -207,11 +267,11 @@ def filter_taps(origin, extent, limit, side, mirrored):
         rest, heaviest = 1 << WEIGHT_BITS, first - start
         for k in range(first, last):
             weight = int((1 - abs(k + 0.5 - centre) / support) / total * (1 << WEIGHT_BITS) + 0.5)
-            weights[k - start, to] = weight
+            weights[to, k - start] = weight
             rest -= weight
-            if weight > weights[heaviest, to]:
+            if weight > weights[to, heaviest]:
                 heaviest = k - start
-        weights[heaviest, to] += rest
+        weights[to, heaviest] += rest
     return starts, num_taps, weights
 
 
@@ -225,56 +285,95 @@ def filter_window(origin, extent, limit, side, i):
 
 
 @compiled
-def spread_over_channels(weights_TS):
-    """Weights (taps, side * PIXEL_BYTES): each repeated for the channels of its pixel."""
-    num_taps, side = weights_TS.shape
-    spread = np.empty((num_taps, side, PIXEL_BYTES), np.int16)
-    for k in range(num_taps):
-        for x in range(side):
-            for channel in range(PIXEL_BYTES):
-                spread[k, x, channel] = weights_TS[k, x]
-    return spread.reshape(num_taps, side * PIXEL_BYTES)
-
-
-@compiled
 def blend_rows(rows, weights, sums, blended):
     """Weighted sum of rows, uint8 (taps, n), into blended, uint8 (n,)."""
-    last = len(rows) - 1
-    sums[: len(blended)] = HALF
-    for k in range(0, len(rows), BLENDED_AT_ONCE):
+    last, size, half = len(rows) - 1, len(blended), 1 << (WEIGHT_BITS - 1)
+    for k in range(0, len(rows), TAPS_AT_ONCE):
         row_0, row_1, row_2, row_3 = rows[k], rows[min(k + 1, last)], rows[min(k + 2, last)], rows[min(k + 3, last)]
         weight_0, weight_1 = np.int32(weights[k]), np.int32(weights[k + 1])
         weight_2, weight_3 = np.int32(weights[k + 2]), np.int32(weights[k + 3])
-        for i in range(len(blended)):
+        for i in range(size):
             early = np.int32(weight_0 * row_0[i]) + np.int32(weight_1 * row_1[i])
             late = np.int32(weight_2 * row_2[i]) + np.int32(weight_3 * row_3[i])
-            sums[i] += np.int32(early + late)
-    for i in range(len(blended)):
+            sums[i] = np.int32(early + late + (sums[i] if k else half))
+    for i in range(size):
         blended[i] = sums[i] >> WEIGHT_BITS
 
 
 @compiled
-def gather_taps(words, starts, taps):
-    """taps[k, x] = words[starts[x] + k]: the pixels that blend into one output row."""
-    for k in range(len(taps)):
-        tap = taps[k]
-        for x in range(len(tap)):
-            tap[x] = words[np.uint32(starts[x] + k)]
+def blend_columns(words, starts, weights_TS, taps, sums, levels):
+    """Weighted sum of neighbours in a row into levels, int16 (side,), in 2 ** -LEVEL_BITS of a grey level.
+
+    Args:
+        words: uint32, the row's bytes TAPS_AT_ONCE by TAPS_AT_ONCE, from every byte on.
+        starts: uint64 (side,), where the neighbours of each output begin.
+        taps: uint32 (side,), and `sums`, int32, at least (side,): room to work in.
+    """
+    side, half = len(levels), 1 << (WEIGHT_BITS - LEVEL_BITS - 1)
+    for k in range(0, len(weights_TS), TAPS_AT_ONCE):
+        weights_0, weights_1 = weights_TS[k], weights_TS[k + 1]
+        weights_2, weights_3 = weights_TS[k + 2], weights_TS[k + 3]
+        for x in range(side):  # apart from the next loop, which then runs on whole vectors
+            taps[x] = words[starts[x] + np.uint64(k)]
+        for x in range(side):
+            blend = weighted(taps[x], weights_0[x], weights_1[x], weights_2[x], weights_3[x])
+            sums[x] = np.int32(blend + (sums[x] if k else half))
+    for x in range(side):
+        levels[x] = sums[x] >> (WEIGHT_BITS - LEVEL_BITS)
 
 
 @compiled
-def blend_taps(taps, weights, sums, row):
-    """Weighted sum of taps, uint8 (taps, side * PIXEL_BYTES), into row, uint8 (side, 3)."""
-    last = len(taps) - 1
-    size = taps.shape[1]
-    sums[:size] = HALF
-    for k in range(0, len(taps), BLENDED_AT_ONCE):
-        tap_0, tap_1, tap_2, tap_3 = taps[k], taps[min(k + 1, last)], taps[min(k + 2, last)], taps[min(k + 3, last)]
-        weight_0, weight_1, weight_2, weight_3 = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-        for i in range(size):
-            early = np.int32(np.int32(weight_0[i]) * tap_0[i]) + np.int32(np.int32(weight_1[i]) * tap_1[i])
-            late = np.int32(np.int32(weight_2[i]) * tap_2[i]) + np.int32(np.int32(weight_3[i]) * tap_3[i])
-            sums[i] += np.int32(early + late)
-    for x in range(len(row)):
-        for channel in range(3):
-            row[x, channel] = sums[x * PIXEL_BYTES + channel] >> WEIGHT_BITS
+def weighted(word, weight_0, weight_1, weight_2, weight_3):
+    """Weighted sum of the four bytes of a word, the first being the lowest."""
+    early = product(weight_0, word & BYTE) + product(weight_1, word >> np.uint32(8) & BYTE)
+    late = product(weight_2, word >> np.uint32(16) & BYTE) + product(weight_3, word >> np.uint32(24))
+    return np.int32(early + late)
+
+
+@compiled
+def product(one, other):
+    """In 32 bits, where numba would take 64, half as many to a vector."""
+    return np.int32(np.int32(one) * np.int32(other))
+
+
+@compiled
+def write_rgb(levels_CYX, colours, image):
+    """Convert levels, int16 (3, side, side), to `image`, uint8 (side, side * 3), with the colours of JFIF."""
+    side = levels_CYX.shape[1]
+    channels = np.empty((3, side), np.uint8)
+    first, second, third = channels[0], channels[1], channels[2]
+    for y in range(side):
+        luma_X, blue_X, red_X, row = levels_CYX[0, y], levels_CYX[1, y], levels_CYX[2, y], image[y]
+        if colours == LUMA_AND_CHROMA:
+            for x in range(side):
+                b, r = chroma(blue_X[x]), chroma(red_X[x])
+                first[x] = clipped(np.int16(luma_X[x] + high(r, RED_OF_RED)))
+                second[x] = clipped(np.int16(luma_X[x] - high(b, GREEN_OF_BLUE) - high(r, GREEN_OF_RED)))
+                third[x] = clipped(np.int16(luma_X[x] + high(b, BLUE_OF_BLUE)))
+        else:
+            for x in range(side):
+                first[x] = clipped(luma_X[x])
+                second[x] = first[x] if colours == GREY else clipped(blue_X[x])
+                third[x] = first[x] if colours == GREY else clipped(red_X[x])
+        for x in range(side):
+            row[3 * x] = first[x]
+            row[3 * x + 1] = second[x]
+            row[3 * x + 2] = third[x]
+
+
+@compiled
+def chroma(level):
+    """A level as chroma: around zero, and shifted so that `high` gives levels again after a factor of JFIF."""
+    return np.int16(np.int16(level - (128 << LEVEL_BITS)) << 2)
+
+
+@compiled
+def high(one, other):
+    """The high half of a product of two int16: one instruction for a whole vector."""
+    return np.int16(product(one, other) >> 16)
+
+
+@compiled
+def clipped(level):
+    """The nearest of the 256 grey levels."""
+    return np.uint8(min(max(np.int16(level + (1 << (LEVEL_BITS - 1))) >> LEVEL_BITS, 0), 255))

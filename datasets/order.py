@@ -7,6 +7,9 @@ drawn from its view alone.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,15 +20,21 @@ INDEX_MASK = np.uint64(0xFFFFFFFF)
 MAX_SAMPLES = 1 << 32
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
+def epoch_order(
+    num_samples: int, seed: int, epoch: int, shuffle: bool, windows_N: NDArray[np.int64] | int = 0
+) -> NDArray[np.int64]:
     """Sample indices (num_samples,) in the order of an epoch: each exactly once.
 
     The shuffle sorts the raw stream of a Philox generator, which numpy guarantees never to change, where the stream
     of `Generator.permutation` may differ between numpy versions.
+
+    Args:
+        windows_N: the window that each sample is in, in the order of the epoch; a shuffle stays within them.
     """
     if not shuffle:
         return np.arange(num_samples)
-    return np.argsort(_generator(seed, epoch).random_raw(num_samples), kind="stable")
+    keys_N = _generator(seed, epoch).random_raw(num_samples)
+    return np.lexsort((keys_N, np.broadcast_to(windows_N, num_samples)))
 
 
 def count_batches(num_samples: int, batch_size: int) -> int:
@@ -52,18 +61,75 @@ def sample_indices(views_N: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (views_N & INDEX_MASK).astype(np.int64)
 
 
+def rank_part(owners_N: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
+    """The positions in a batch that a rank takes, as many as any other or one less: its own, then what others leave.
+
+    Args:
+        owners_N: the rank, from 0 to world_size - 1, that should rather have each sample.
+    """
+    sizes = np.array([len(part) for part in np.array_split(owners_N, world_size)])
+    by_owner = np.argsort(owners_N, kind="stable")
+    owners_N = owners_N[by_owner]
+    nth_of_owner = np.arange(len(owners_N)) - np.searchsorted(owners_N, owners_N)
+    ranks_N = np.where(nth_of_owner < sizes[owners_N], owners_N, world_size)
+    room = sizes - np.bincount(ranks_N, minlength=world_size + 1)[:world_size]
+    ranks_N[ranks_N == world_size] = np.repeat(np.arange(world_size), room)
+    return by_owner[ranks_N == rank]
+
+
+@dataclass(frozen=True)
+class PageWindows:
+    """Quasi-random order, for a beton that does not fit into memory: what is read together lies together.
+
+    Pages come in a new order every epoch, and samples are shuffled within windows of pages that follow one another.
+
+    Attributes:
+        pages_N: the page of the beton that each sample is in.
+        num_pages: of a window.
+    """
+
+    pages_N: NDArray[np.int64]
+    num_pages: int
+
+    def page_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The numbers of the pages, in the epoch's order."""
+        pages = np.unique(self.pages_N)
+        return pages[np.argsort(_generator(seed, epoch).advance(1 << 65).random_raw(len(pages)), kind="stable")]
+
+    def places(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Where the page of each sample comes in the epoch, (N,)."""
+        order = self.page_order(seed, epoch)
+        by_number = np.argsort(order)
+        return by_number[np.searchsorted(order, self.pages_N, sorter=by_number)]
+
+
+def next_sample(views_N: NDArray[np.uint64], num_samples: int) -> NDArray[np.uint64]:
+    """The views of the samples that follow in the beton, in the same epoch."""
+    return (views_N & ~INDEX_MASK) | ((views_N & INDEX_MASK) + np.uint64(1)) % np.uint64(num_samples)
+
+
 class ViewOrder(TraversalOrder):
     """FFCV's order of one rank, as views.
 
-    Rank r takes every `world_size`-th sample of each batch, from its r-th on, so the batches over all ranks together
-    are the same for any number of ranks. A rank's part of a batch may be empty.
+    The batches over all ranks together are the same for any number of ranks. Of each batch, rank r takes the r-th of
+    `world_size` parts, which may be empty. With `windows` a batch is shared out by pages, so that a rank reads little
+    from those of the others.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        windows: PageWindows | None = None,
     ):
         self.num_samples, self.batch_size, self.shuffle = num_samples, batch_size, shuffle
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.windows = windows if shuffle else None
 
     def __call__(self, loader: object) -> ViewOrder:
         """FFCV calls an order with its loader to get one."""
@@ -78,11 +144,41 @@ class ViewOrder(TraversalOrder):
         """The largest number of samples in this rank's part of a batch."""
         return -(-min(self.batch_size, self.num_samples) // self.world_size)
 
-    def batches(self, epoch: int, start_step: int = 0) -> list[NDArray[np.uint64]]:
-        """This rank's views of every batch of the epoch from `start_step` on."""
-        views = pack_views(epoch_order(self.num_samples, self.seed, epoch, self.shuffle), self.seed, epoch)
-        bounds = (batch_bounds(self.num_samples, self.batch_size, step) for step in range(start_step, self.num_batches))
-        return [np.ascontiguousarray(views[first + self.rank : last : self.world_size]) for first, last in bounds]
+    def batches(self, epoch: int, start_step: int = 0, view: int | None = None) -> list[NDArray[np.uint64]]:
+        """This rank's views of every batch of the epoch from `start_step` on.
+
+        They are as the epoch sees them, or as epoch `view` does.
+        """
+        places_N = self.windows.places(self.seed, epoch) if self.windows else np.zeros(self.num_samples, np.int64)
+        windows_N = places_N // self.windows.num_pages if self.windows else places_N
+        order = epoch_order(self.num_samples, self.seed, epoch, self.shuffle, windows_N)
+        views, parts = pack_views(order, self.seed, epoch if view is None else view), []
+        for step in range(start_step, self.num_batches):
+            first, last = batch_bounds(self.num_samples, self.batch_size, step)
+            owners = self._owners(places_N[order[first:last]])
+            parts.append(views[first + rank_part(owners, self.rank, self.world_size)])
+        return parts
+
+    def pages_ahead(self, epoch: int, start_step: int = 0) -> list[NDArray[np.int64]]:
+        """This rank's pages to fetch with every batch from `start_step` on: a window before their use.
+
+        Empty for an order without windows, which may need any page next.
+        """
+        steps = range(start_step, self.num_batches)
+        if self.windows is None:
+            return [np.empty(0, np.int64) for _ in steps]
+        pages, window = self.windows.page_order(self.seed, epoch), self.windows.num_pages
+        ours = np.flatnonzero(self._owners(np.arange(len(pages))) == self.rank)
+        # Samples use up the pages evenly.
+        used = [
+            batch_bounds(self.num_samples, self.batch_size, step)[0] * len(pages) // self.num_samples for step in steps
+        ]
+        fetched = [*used[:1], *(place + window for place in used)]
+        return [pages[ours[(low <= ours) & (ours < high)]] for low, high in itertools.pairwise(fetched)]
+
+    def _owners(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rank that the page at each place of the epoch belongs to: every window is shared out evenly."""
+        return places % self.windows.num_pages * self.world_size // self.windows.num_pages if self.windows else places
 
     def sample_order(self, epoch: int) -> NDArray[np.uint64]:
         """This rank's views of the whole epoch."""

@@ -11,12 +11,20 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 CHUNKS_AHEAD = 3
+
+
+class OrderedMap(Protocol):
+    """Yields `function(item)` for every item of `work`, in order, computed somewhere in parallel."""
+
+    def __call__(
+        self, function: Callable[[Work], Result], work: Iterable[Work], /
+    ) -> Generator[Result, None, None]: ...
 
 
 def available_cpus() -> int:

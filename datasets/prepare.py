@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,16 +26,19 @@ from datasets.beton import (
     verify_betons,
 )
 from datasets.beton_file import read_layout
-from datasets.build import Built, build_betons
+from datasets.build import Built, LeftoversError, build_betons
 from datasets.catalog import Dataset, SourceOptions, find_dataset, glyph_images
 from datasets.changes import Inputs, require_unchanged
-from datasets.conversion import Conversion, channel_statistics
+from datasets.conversion import Conversion
 from datasets.files import write_whole
 from datasets.glyphs import GENERATOR_VERSION, GlyphSettings, generate, is_generated
-from datasets.parallel import available_cpus
+from datasets.images import Check
+from datasets.parallel import OrderedMap, available_cpus, map_ordered
 from datasets.progress import progress_bar
 from datasets.publish import exclusive, publish
 from datasets.sources import ImageIndex
+from datasets.statistics import channel_statistics
+from datasets.unfinished import JOURNAL
 
 PARTIAL = ".partial"
 SAMPLES, NUM_SAMPLES = "samples", 8
@@ -42,12 +46,19 @@ SAMPLES, NUM_SAMPLES = "samples", 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did: `unchanged` when there was nothing to do; `num_images` were read in `seconds`."""
+    """What `prepare` did.
+
+    Attributes:
+        unchanged: there was nothing to do.
+        num_images: read in `seconds`.
+        num_adopted: more images that an interrupted preparation had done before.
+    """
 
     manifest: Manifest
     unchanged: bool
     num_images: int
     seconds: float
+    num_adopted: int = 0
 
 
 def prepare(
@@ -60,10 +71,12 @@ def prepare(
     images_per_class: int | None = None,
     max_side: int | None = 500,
     jpeg_quality: int = 90,
+    check_images: Check = "data",
     on_bad_image: Literal["error", "skip"] = "error",
     split_seed: int = 0,
     glyphs: GlyphSettings | None = None,
     num_processes: int | None = None,
+    map_chunks: OrderedMap | None = None,
     force: bool = False,
     show_progress: bool = False,
 ) -> Prepared:
@@ -73,8 +86,12 @@ def prepare(
     from names, sizes and modification times, and only where those differ from the images' contents. The files are
     the same for any number of processes. The arguments mean what they mean in the configuration's `data` section.
 
+    A preparation that is interrupted, however suddenly, leaves its work in FOLDER/.partial; the next one goes on there
+    if images, settings and versions are the same, and ends with the same files.
+
     Args:
         num_processes: None is one for each CPU that this process may use.
+        map_chunks: runs the conversion in place of `num_processes` processes of this machine.
         force: prepare again whatever is there.
 
     Raises:
@@ -84,17 +101,18 @@ def prepare(
         SourceError: the source does not hold what the data set needs.
         OSError: no space, no permission, or another preparation of this folder is under way.
     """
-    entry, folder = find_dataset(dataset), Path(folder)
+    # Absolute, because whatever runs `map_chunks` may work in another folder.
+    entry, folder = find_dataset(dataset), Path(folder).absolute()
     options = SourceOptions(
         folder=folder,
-        source=source,
-        validation_source=validation_source,
+        source=source and Path(source).absolute(),
+        validation_source=validation_source and Path(validation_source).absolute(),
         validation_fraction=validation_fraction,
         images_per_class=images_per_class,
         split_seed=split_seed,
         glyphs=glyphs or GlyphSettings(),
     )
-    conversion = Conversion(max_side, jpeg_quality)
+    conversion = Conversion(max_side, jpeg_quality, check_images)
     processes = num_processes or available_cpus()
     with exclusive(folder):
         settings = _settings(entry, options, conversion)
@@ -103,7 +121,9 @@ def prepare(
             return Prepared(_confirmed(folder, inputs, processes, show_progress), True, 0, 0.0)
         if dataset == "glyphs":
             _draw_glyphs(options, processes, show_progress)
-        return _build(entry, options, conversion, inputs, processes, show_progress)
+        if map_chunks is None or dataset == "glyphs":  # which are drawn on this machine
+            map_chunks = partial(map_ordered, num_processes=processes)
+        return _build(entry, options, conversion, inputs, map_chunks, show_progress)
 
 
 def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) -> dict[str, Any]:
@@ -115,6 +135,9 @@ def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) ->
 
 
 def _holds_data(folder: Path) -> bool:
+    """Whether there is a finished preparation, or what remains of one; not one that was killed while it published."""
+    if (folder / PARTIAL / JOURNAL).exists() and not (folder / MANIFEST).exists():
+        return False
     return any(path.exists() for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)))
 
 
@@ -142,33 +165,48 @@ def _build(
     options: SourceOptions,
     conversion: Conversion,
     inputs: Inputs,
-    num_processes: int,
+    map_chunks: OrderedMap,
     show_progress: bool,
 ) -> Prepared:
     folder, start = options.folder, time.perf_counter()
-    index = inputs.images.read_index()
+    index, unfinished = inputs.images.read_index(), options.folder / PARTIAL
     _require_space(folder, index, conversion)
-    num_images = sum(map(len, index.splits.values()))
-    partial = folder / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    num_images, versions = sum(map(len, index.splits.values())), _versions()
+    made_from = {
+        "dataset": entry.name,
+        "settings": inputs.settings,
+        "images": inputs.images.state,
+        "versions": versions,
+    }
+
+    def build() -> Built:
+        unfinished.mkdir(exist_ok=True)
         with progress_bar(f"prepare {entry.name}", num_images, show_progress) as advance:
-            built = build_betons(
+            return build_betons(
                 index,
-                partial,
+                unfinished,
                 conversion,
                 seed=options.split_seed,
-                num_processes=num_processes,
+                made_from={**made_from, "versions": versions},
+                map_chunks=map_chunks,
                 skip_bad=inputs.skip_bad,
                 advance=advance,
             )
-        manifest = _manifest(entry, index, inputs, built)
-        publish(folder, partial, manifest, built.records)
-        _write_samples(folder, manifest)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Prepared(manifest, False, num_images, time.perf_counter() - start)
+
+    try:
+        try:
+            built = build()
+        except LeftoversError:
+            shutil.rmtree(unfinished)
+            built = build()
+    except ValueError:  # the images have to be changed, so nothing of this will be gone on with
+        shutil.rmtree(unfinished)
+        raise
+    manifest = _manifest(entry, index, inputs, built, versions)
+    publish(folder, unfinished, manifest, built.records)
+    _write_samples(folder, manifest)
+    shutil.rmtree(unfinished)
+    return Prepared(manifest, False, num_images - built.num_adopted, time.perf_counter() - start, built.num_adopted)
 
 
 def _write_samples(folder: Path, manifest: Manifest) -> None:
@@ -188,13 +226,15 @@ def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> N
     most = 2 * conversion.max_side**2 if conversion.max_side else None
     sizes = (ref.size for refs in index.splits.values() for ref in refs)
     needed = sum(min(size, most) if most else size for size in sizes)
-    free = shutil.disk_usage(folder).free
+    # What an interrupted preparation has left is used again or overwritten. Its betons begin with a hole.
+    left_over = sum(512 * file.stat().st_blocks for file in (folder / PARTIAL).glob("*"))
+    free = shutil.disk_usage(folder).free + left_over
     if needed > free:
         raise OSError(f"{folder} has {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed")
 
 
-def _manifest(entry: Dataset, index: ImageIndex, inputs: Inputs, built: Built) -> Manifest:
-    mean, std = channel_statistics(built.histogram)
+def _manifest(entry: Dataset, index: ImageIndex, inputs: Inputs, built: Built, versions: dict[str, str]) -> Manifest:
+    mean, std = channel_statistics(built.pixels)
     return Manifest(
         format=FORMAT,
         dataset=entry.name,
@@ -204,14 +244,18 @@ def _manifest(entry: Dataset, index: ImageIndex, inputs: Inputs, built: Built) -
         std=std,
         source_digest=built.source_digest,
         skipped=built.skipped,
-        versions={
-            "python": platform.python_version(),
-            "numpy": version("numpy"),
-            "pillow": version("pillow"),
-            "libjpeg_turbo": str(features.version("libjpeg_turbo")),
-            "ffcv": version("ffcv"),
-        },
+        versions=versions,
         splits=built.splits,
         licence=entry.licence,
         source_state=inputs.images.state,
     )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "pillow": version("pillow"),
+        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
+        "ffcv": version("ffcv"),
+    }

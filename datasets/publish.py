@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,15 +14,23 @@ from datasets.files import sync_folder, write_whole
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep a second preparation of it out; OSError where one is under way."""
+def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Make `folder` and keep other processes that would write its data out.
+
+    Args:
+        waiting: called before waiting for another process that is at work; without it, that is an OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise OSError(f"{folder} is being prepared by another process; wait for it, or end it") from None
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    except BlockingIOError:
-        raise OSError(f"{folder} is being prepared by another process; wait for it, or end it") from None
     finally:
         os.close(descriptor)
 

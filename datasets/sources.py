@@ -12,7 +12,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log"}
@@ -57,14 +56,20 @@ class Source:
 
 def read_bytes(ref: ImageRef) -> bytes:
     """The bytes of an image file; OSError where they cannot be read or the file has become shorter."""
+    return read_stamped(ref)[0]
+
+
+def read_stamped(ref: ImageRef) -> tuple[bytes, int]:
+    """As `read_bytes`, and when the file was modified last (ns): what has the same time has the same bytes."""
     descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.pread(descriptor, ref.size, ref.offset)
+        modified = os.fstat(descriptor).st_mtime_ns
     finally:
         os.close(descriptor)
     if len(data) != ref.size:
         raise OSError(f"{len(data)} bytes where {ref.size} were expected: the file changed while it was read")
-    return data
+    return data, modified
 
 
 def seeded_hash(seed: int, name: str) -> bytes:
@@ -136,7 +141,7 @@ def listed(names: Sequence[str], limit: int = 10) -> str:
 
 def is_ignored(name: str) -> bool:
     """Whether a file is clearly not an image, by its name: hidden, or of a type that accompanies images."""
-    return name.startswith(".") or name.lower() == "thumbs.db" or Path(name).suffix.lower() in IGNORED_SUFFIXES
+    return name.startswith(".") or name.lower() == "thumbs.db" or os.path.splitext(name)[1].lower() in IGNORED_SUFFIXES  # noqa: PTH122  a tenth of Path's time
 
 
 def _ranked(refs: Iterable[ImageRef], seed: int) -> list[ImageRef]:

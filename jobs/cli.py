@@ -7,9 +7,11 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.config_file import describe_fields, load_config
+from pipeline.config_file import ConfigError, describe_fields, load_config
+from pipeline.job_package import job_package, package_problems
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -33,6 +35,15 @@ def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
 def parsed_config(args: argparse.Namespace) -> Config:
     """The configuration that the arguments of a `job_parser` name."""
     return load_config(args.config, args.overrides)
+
+
+def job_config(args: argparse.Namespace, *, preparing: bool = False) -> Config:
+    """`parsed_config` for a job that reads and writes files: as a Ray job, none that are lost or were not sent."""
+    config, package = parsed_config(args), job_package(Path.cwd())
+    problems = list(package_problems(config, package, preparing=preparing)) if package else []
+    if problems:
+        raise ConfigError(problems, "the Ray job")
+    return config
 
 
 def field_reference() -> str:

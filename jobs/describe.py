@@ -51,6 +51,11 @@ def as_text(description: Description) -> str:
     low, high = description.lowest_gflops, description.highest_gflops
     stages = [["stage", "epochs", "steps/epoch", "steps", "alpha", "of GFLOPs", "memory of a step, MB"]]
     stages += [_stage_row(stage) for stage in description.stages]
+    kept = [
+        f"the {stage.name} stage keeps {stage.table_bytes / _MEGABYTE:,.1f} MB of logits on disk"
+        for stage in description.stages
+        if stage.table_bytes is not None
+    ]
     parts = [
         f"run {description.run}",
         f"data {data.dataset} in {data.folder}: {data.note}\n{_table(images)}",
@@ -58,6 +63,7 @@ def as_text(description: Description) -> str:
         f"cost of an image, predictor included: {_gflops(low)} (all at the smallest resolution) to "
         f"{_gflops(high)} GFLOPs (all at the largest)",
         f"{_table(stages)}\nmemory is for each worker, with {description.images_per_worker} images a step",
+        *kept,
     ]
     return "\n\n".join(parts)
 
@@ -70,6 +76,8 @@ def _stage_row(stage: StageSummary) -> list[str]:
     target = ["", ""]
     if stage.alpha_gflops is not None and stage.reachable_gflops is not None:
         target = [f"{stage.alpha_gflops:g}", " to ".join(map(_gflops, stage.reachable_gflops))]
+    elif stage.alpha_milliseconds is not None:
+        target = [f"{stage.alpha_milliseconds:g} ms", "measured at start"]
     counts = [_number(stage.epochs), _number(stage.steps_per_epoch), _number(stage.total_steps)]
     return [stage.name, *counts, *target, f"{memory.total / _MEGABYTE:,.0f} = {listed}"]
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from jobs.cli import job_parser, parsed_config, run_job
+from jobs.cli import job_config, job_parser, run_job
 
 
 def main() -> None:
-    config = parsed_config(job_parser("evaluate", __doc__).parse_intermixed_args())
+    parser = job_parser("evaluate", __doc__)
+    parser.add_argument(
+        "--cost", choices=("flops", "milliseconds"), help="what the report counts in, in place of the run's own cost"
+    )
+    args = parser.parse_intermixed_args()
+    config = job_config(args)
     from pipeline.cluster.launch import evaluate_run
 
-    result = evaluate_run(config)
+    result = evaluate_run(config, args.cost)
     print(f"{result.report['verdict']}\nreport: {result.folder.report / 'report.html'}")
 
 

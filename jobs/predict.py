@@ -1,7 +1,10 @@
 """Classify image files with a registered model: class, probability, chosen resolution and cost of each.
 
 The registry is the one of MLFLOW_TRACKING_URI, else mlflow.db in the project folder. A file that cannot be read gets a
-row with the reason, and the exit code is then 1.
+row with the reason; where a table is printed, the exit code is then 1.
+
+With --out a folder of any number of files is predicted on Ray, into Parquet files. Interrupted, the same command goes
+on; finished, it says what is there.
 """
 
 from __future__ import annotations
@@ -14,26 +17,63 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import run_job
-
-SUFFIXES = (".jpg", ".jpeg", ".png")
+from pipeline.prediction_parts import FILES_PER_PART, SUFFIXES, walk_images
 
 
 def main() -> None:
+    args = _parser().parse_intermixed_args()
+    if args.files_per_part is not None and args.files_per_part < 1:
+        raise ValueError(f"--files-per-part is {args.files_per_part}; give 1 or more")
+    if args.out is not None:
+        print(predict_folder(args))
+        return
+    if args.files_per_part is not None:
+        raise ValueError("--files-per-part is for --out; give it too")
+    paths = find_images(args.images)
+    # MLflow and torch take seconds to import: a mistyped path is answered before.
+    from pipeline.tracking.inference import classify_files, open_model
+
+    model = open_model(args.model, args.budget_bias)
+    rows = list(classify_files(model, paths, budget_bias=args.budget_bias))
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    if any(row["error"] for row in rows):
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS or models:/NAME/VERSION")
     parser.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
+    parser.add_argument(
+        "--budget-bias",
+        type=float,
+        default=0.0,
+        help="above 0 spends more, below 0 less: see the report's budget curve",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write Parquet files here, on Ray, and go on in them"
+    )
+    parser.add_argument("--files-per-part", type=int, metavar="N", help=f"images a Parquet file ({FILES_PER_PART:,})")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a JPEG or PNG file, or a folder of them")
-    args = parser.parse_intermixed_args()
-    paths = find_images(args.images)
-    # MLflow and torch take seconds to import: a mistyped path is answered before.
-    from pipeline.tracking.inference import classify_files, open_model
+    return parser
 
-    rows = list(classify_files(open_model(args.model), paths))
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
-    if any(row["error"] for row in rows):
-        sys.exit(1)
+
+def predict_folder(args: argparse.Namespace) -> str:
+    """Predict one folder into `--out`; returns what came out."""
+    if args.json or len(args.images) != 1 or not args.images[0].is_dir():
+        raise ValueError("--out takes one folder of images, and no --json: the results are Parquet files")
+    from pipeline.cluster.predict import predict_folder
+
+    summary = predict_folder(
+        args.model,
+        args.images[0],
+        args.out,
+        budget_bias=args.budget_bias,
+        files_per_part=args.files_per_part or FILES_PER_PART,
+    )
+    return f"{summary}\n{args.out}: pandas.read_parquet reads them all"
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -42,7 +82,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     problems = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = [path / name for name in walk_images(path)]
             found += inside
             if not inside:
                 problems.append(f"{path} holds no {', '.join(SUFFIXES)} file")

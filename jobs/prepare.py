@@ -1,38 +1,64 @@
 """Write the betons and the manifest of a data set.
 
-Runs in parallel; doing it again with the same images and settings does nothing.
+Runs in parallel: in processes of this machine or, with RAY_ADDRESS set (as in a Ray job), as tasks on all machines of
+the cluster, which then all need the source. The same command goes on where an earlier one was interrupted, and does
+nothing where that was finished.
 """
 
 from __future__ import annotations
 
-from datasets.beton import SPLITS, Manifest, verify_betons
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
-from jobs.cli import job_parser, parsed_config, run_job
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets.beton import Manifest
+
+# Every process of a preparation imports this module once more, so it imports the others where they are needed.
 
 
 def main() -> None:
+    from datasets.beton import verify_betons
+    from datasets.glyphs import GlyphSettings
+    from datasets.prepare import prepare
+    from jobs.cli import job_config, job_parser
+
     parser = job_parser("prepare", __doc__)
     parser.add_argument("--force", action="store_true", help="prepare again whatever the folder holds")
     parser.add_argument("--verify", action="store_true", help="only compare every byte of the betons to the manifest")
+    parser.add_argument("--upload", metavar="ADDRESS", help="put the prepared folder there, for data.uri of other runs")
     args = parser.parse_intermixed_args()
-    data = parsed_config(args).data
+    data = job_config(args, preparing=True).data
     if args.verify:
         manifest = verify_betons(data.folder, full=True)
         print(f"{data.folder}: every byte is as it was prepared (SHA-256 of {' and '.join(manifest.splits)})")
         return
-    arguments = data.model_dump(exclude={"glyphs"})
-    done = prepare(**arguments, glyphs=GlyphSettings(**data.glyphs.model_dump()), force=args.force, show_progress=True)
+    arguments = data.model_dump(exclude={"glyphs", "uri"})
+    arguments |= {"glyphs": GlyphSettings(**data.glyphs.model_dump()), "force": args.force, "show_progress": True}
+    if os.environ.get("RAY_ADDRESS"):
+        from pipeline.cluster.tasks import map_on_cluster
+
+        arguments["map_chunks"] = map_on_cluster
+    try:
+        done = prepare(**arguments)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
     if done.unchanged:
         print(f"{data.folder} is already prepared from these images with these settings; nothing to do")
     else:
         rate = done.num_images / done.seconds
-        print(f"{data.folder}: {done.num_images:,} images in {done.seconds:.1f} s ({rate:,.0f} images/s)")
+        before = f", after {done.num_adopted:,} that were done before" if done.num_adopted else ""
+        print(f"{data.folder}: {done.num_images:,} images in {done.seconds:.1f} s ({rate:,.0f} images/s){before}")
     print(summary(done.manifest))
+    if args.upload:
+        from datasets.staging import upload
+
+        upload(data.folder, args.upload)
 
 
 def summary(manifest: Manifest) -> str:
     """The data set in a few lines: splits, classes, statistics, licence."""
+    from datasets.beton import SPLITS
+
     lines = []
     for name in SPLITS:
         split = manifest.splits[name]
@@ -50,4 +76,6 @@ def summary(manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
+    from jobs.cli import run_job
+
     run_job(main)

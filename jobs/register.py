@@ -1,23 +1,99 @@
-"""Put a finished run's model into the MLflow registry and set an alias on it."""
+"""Put a finished run's model into the MLflow registry, and say which version is champion.
+
+A version gets the alias `champion` by itself only where nothing has it yet. From then on it moves by --promote, where
+the new version is not worse than the champion on the same validation images at no more GFLOPs, and by --rollback.
+Exit code 1: the promotion was refused.
+"""
 
 from __future__ import annotations
 
-from jobs.cli import job_parser, run_job
-from pipeline.config_file import load_config
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from jobs.cli import job_config, job_parser, run_job
+from pipeline.config import Config
+
+if TYPE_CHECKING:
+    from pipeline.tracking.promotion import Decision
 
 
 def main() -> None:
+    args = _parser().parse_intermixed_args()
+    args.overrides += [f"registry.alias={args.alias}"] if args.alias else []
+    config = job_config(args)
+    bounds = {
+        name: value
+        for name in ("max_accuracy_drop", "max_gflops_increase")
+        if (value := getattr(args, name)) is not None
+    }
+    if bounds and not args.promote:
+        raise ValueError("--max-accuracy-drop and --max-gflops-increase are bounds of --promote; give it too")
+    if args.rollback:
+        roll_back(config)
+    else:
+        register(config, bounds if args.promote else None)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = job_parser("register", __doc__)
-    parser.add_argument("--alias", help="alias to set, in place of registry.alias")
-    args = parser.parse_intermixed_args()
-    config = load_config(args.config, [*args.overrides, *([f"registry.alias={args.alias}"] if args.alias else [])])
+    parser.add_argument("--alias", help="alias that is meant, in place of registry.alias")
+    moves = parser.add_mutually_exclusive_group()
+    moves.add_argument(
+        "--promote", action="store_true", help="move the alias to this run's version, if it is not worse"
+    )
+    moves.add_argument("--rollback", action="store_true", help="give the alias back to the version that had it before")
+    parser.add_argument(
+        "--max-accuracy-drop", type=float, metavar="POINTS", help="promote unless more than this may be lost of top-1"
+    )
+    parser.add_argument(
+        "--max-gflops-increase", type=float, metavar="PERCENT", help="promote unless it costs more than this above"
+    )
+    return parser
+
+
+def register(config: Config, bounds: dict[str, float] | None) -> None:
+    """Register the run's model and, with bounds, ask the gate to promote it."""
+    from pipeline.evaluation.gate import Bounds
     from pipeline.run_folder import RunFolder
+    from pipeline.tracking.promotion import promote
     from pipeline.tracking.registry import register_model
 
+    allowed = None if bounds is None else Bounds(**bounds)
     folder = RunFolder.of(config)
     model = register_model(config, folder.path, folder.model, folder.report_json)
     print(f"{model.name} version {model.version}{'' if model.is_new else ' (was registered already)'}: {model.uri}")
     print(f"top-1 {100 * float(model.tags['accuracy']):.2f} %, {float(model.tags['gflops']):.4g} GFLOPs an image")
+    champion = f"models:/{model.name}@{model.alias}"
+    if model.champion == model.version:
+        print(f"{champion} is this version")
+    elif allowed is None:
+        print(f"{champion} stays version {model.champion}; --promote compares the two")
+    elif objections := show(promote(config, model.version, allowed), champion):
+        print("\n".join(f"- {objection}" for objection in objections))
+        sys.exit(1)
+
+
+def show(decision: Decision, champion: str) -> list[str]:
+    """Print what the gate saw and decided; returns its objections."""
+    from pipeline.evaluation.gate import comparison_table
+
+    if decision.comparison is not None:
+        names = (f"version {decision.challenger}", f"{decision.alias}, version {decision.champion}")
+        print(f"\n{comparison_table(decision.comparison, *names)}\n")
+    if decision.objections:
+        print(f"not promoted: {champion} stays version {decision.champion}")
+    else:
+        print(f"promoted: {champion} is version {decision.challenger} now; --rollback undoes it")
+    return decision.objections
+
+
+def roll_back(config: Config) -> None:
+    """Put the previous champion back."""
+    from pipeline.tracking.promotion import roll_back as roll_back_alias
+
+    back, gone = roll_back_alias(config)
+    print(f"rolled back: models:/{config.registry.name}@{config.registry.alias} is version {back} again, not {gone}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ Interrupted, the same command goes on from the last checkpoint; finished, it say
 
 from __future__ import annotations
 
-from jobs.cli import job_parser, parsed_config, run_job
+from jobs.cli import job_config, job_parser, run_job
 
 
 def main() -> None:
-    config = parsed_config(job_parser("train", __doc__).parse_intermixed_args())
+    config = job_config(job_parser("train", __doc__).parse_intermixed_args())
     # Ray, torch and MLflow take seconds to import: a mistyped key is answered before.
     from pipeline.cluster.launch import train_run
 

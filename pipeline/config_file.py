@@ -12,9 +12,22 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, Section
+from pipeline.config import Config, PredictorStage, RoutedStage, Section
+from pipeline.job_package import NOT_IN_PACKAGE, job_package
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "jobs" / "configs"
+
+# Fields that may change between the sittings of one run: where it runs and when it gives up, not what it computes.
+FREE_TO_CHANGE = (
+    "cluster.",
+    "tracking.",
+    "registry.",
+    "search.",
+    "data.num_processes",
+    "loader.num_threads",
+    "loader.batches_ahead",
+    "training.max_loss",
+)
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -24,9 +37,12 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[str], source: str = "the configuration"):
         self.problems = list(problems)
-        count = len(self.problems)
+        self.source, count = source, len(self.problems)
         listing = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{source} has {count} problem{'s' if count > 1 else ''}:\n{listing}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConfigError, (self.problems, self.source)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -70,7 +86,10 @@ def find_config(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     names = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
-    raise ConfigError([f"no such file; give a path, or one of {', '.join(names)}"], f"--config {path}")
+    problems = [f"no such file; give a path, or one of {', '.join(names)}"]
+    if job_package(Path(path).absolute()):
+        problems.append(f"a file {NOT_IN_PACKAGE}")
+    raise ConfigError(problems, f"--config {path}")
 
 
 def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -106,6 +125,11 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
+def drift(began_with: Config, config: Config) -> list[str]:
+    """`differences` that a run must not have between two sittings: all but those in fields that are FREE_TO_CHANGE."""
+    return [line for line in differences(began_with, config) if not line.startswith(FREE_TO_CHANGE)]
+
+
 def _contradictions(config: Config) -> Iterator[str]:
     """Problems that involve several fields. What needs the model's FLOPs or the cluster is checked by preflight."""
     resolutions = config.model.resolutions
@@ -120,17 +144,48 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"training.batch_size {config.training.batch_size} cannot be shared out evenly over "
             f"cluster.num_workers {config.cluster.num_workers}; make it a multiple"
         )
+    if (config.cluster.min_workers or 1) > config.cluster.num_workers:
+        yield (
+            f"cluster.min_workers {config.cluster.min_workers} is more than cluster.num_workers "
+            f"{config.cluster.num_workers}; give at most as many"
+        )
     for name, low_high in (("crop_scale", config.loader.crop_scale), ("crop_ratio", config.loader.crop_ratio)):
         low, high = low_high
         if not 0 < low <= high or (name == "crop_scale" and high > 1):
             yield f"loader.{name} is [{low}, {high}]; give 0 < low <= high{' <= 1' if name == 'crop_scale' else ''}"
     if config.data.dataset == "glyphs" and config.data.glyphs.min_height >= config.data.glyphs.max_height:
         yield "data.glyphs.min_height must be smaller than data.glyphs.max_height"
-    if config.data.dataset in ("imagefolder", "imagenet100") and config.data.source is None:
-        yield f"data.source is missing; {config.data.dataset} needs the folder that holds its images"
+    if config.data.dataset in ("imagefolder", "imagenet100") and config.data.source is None and not config.data.uri:
+        yield f"data.source is missing; {config.data.dataset} needs the folder that holds its images, or a data.uri"
+    shares = config.model.predictor.initial_shares
+    if shares is not None and len(shares) != len(resolutions):
+        yield (
+            f"model.predictor.initial_shares is {list(shares)}; "
+            f"give one for each of model.resolutions {list(resolutions)}"
+        )
+    backbone = config.stages.backbone
+    if backbone and backbone.distillation != "none" and len(resolutions) == 1:
+        yield "stages.backbone.distillation needs several model.resolutions to learn from; set it to none"
     for name, stage in config.stages.present():
+        if stage.schedule == "one_cycle" and not stage.warmup_epochs:
+            yield (
+                f"stages.{name}.schedule is one_cycle, which rises for warmup_epochs; "
+                f"give more than 0, such as {0.3 * stage.epochs:g}"
+            )
         if stage.warmup_epochs >= stage.epochs:
             yield f"stages.{name}.warmup_epochs {stage.warmup_epochs:g} must be less than epochs {stage.epochs}"
+        if isinstance(stage, RoutedStage):
+            yield from (f"stages.{name}.{problem}" for problem in _target_problems(stage, config.cost))
+        if isinstance(stage, PredictorStage) and stage.views is not None and stage.views > stage.epochs:
+            yield f"stages.{name}.views {stage.views} must not be more than epochs {stage.epochs}, which see one each"
+
+
+def _target_problems(stage: RoutedStage, cost: str) -> Iterator[str]:
+    """Targets in another unit than the run's cost."""
+    unit, other = ("gflops", "milliseconds") if cost == "flops" else ("milliseconds", "gflops")
+    for key in ("alpha", "alpha_start"):
+        if getattr(stage, f"{key}_{other}") is not None:
+            yield f"{key}_{other} is given, but cost is {cost}; give {key}_{unit} instead, or change cost"
 
 
 def _apply(tree: dict[str, Any], override: str) -> Iterator[str]:
@@ -166,6 +221,8 @@ def _explain(item: Any) -> str:
         return f"{key} is not a known key; {hint}"
     if item["type"] == "missing":
         return f"{key} is missing"
+    if item["type"] == "no_target":
+        return f"{key}.alpha_gflops is missing (alpha_milliseconds where cost is milliseconds)"
     return f"{key} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
@@ -197,7 +254,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(f'{item:g}' for item in value)}]"
+        return f"[{', '.join(map(_plain, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
@@ -11,11 +12,15 @@ from datasets.beton import MANIFEST, TRAIN, VALIDATION, load_manifest
 from datasets.catalog import SourceOptions, find_dataset, imagenet100_ids
 from datasets.glyphs import LETTERS
 from datasets.order import count_batches
+from datasets.remote import redacted
+from datasets.staging import remote_manifest
 from pipeline.config import Config, DataConfig, JointStage, PredictorStage, RoutedStage, Stage
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.models.memory import measure_activations, tensor_bytes
 from pipeline.models.resolution_norm import ResolutionBatchNorm2d
+from pipeline.training.costs import alpha_problems
+from pipeline.training.logit_table import logits_bytes
 
 _IMAGENET100_VALIDATION_IMAGES = 5000
 _ASSUMED_CLASSES = 1000
@@ -64,8 +69,9 @@ class StepMemory:
 class StageSummary:
     """One stage; steps are None while the data is unknown.
 
-    A stage that routes has a target `alpha_gflops` of the backbone's mean cost, which can lie within
-    `reachable_gflops`, the costs of the cheapest and the dearest resolution; both are None in the others.
+    A stage that routes has a target of the backbone's mean cost: `alpha_gflops`, which can lie within
+    `reachable_gflops`, the costs of the cheapest and the dearest resolution, or `alpha_milliseconds`, whose range is
+    known once it is measured. All are None in the other stages.
     """
 
     name: str
@@ -73,8 +79,11 @@ class StageSummary:
     steps_per_epoch: int | None
     total_steps: int | None
     alpha_gflops: float | None
+    alpha_milliseconds: float | None
     reachable_gflops: tuple[float, float] | None
     memory: StepMemory
+    table_bytes: int | None
+    """of the logit tables that the stage keeps on disk; None where there are none"""
 
 
 @dataclass(frozen=True)
@@ -120,40 +129,20 @@ def describe(config: Config) -> Description:
     )
 
 
-def alpha_problems(config: Config, costs: Costs) -> list[str]:
-    """Each stage whose alpha the candidates cannot reach, or at which the regulariser can never act.
-
-    Alpha is a target of the backbone's mean cost alone, without the predictor.
-    """
-    low, high = costs.min_backbone_gflops, costs.max_backbone_gflops
-    problems = []
-    for name, stage in config.stages.present():
-        if not isinstance(stage, RoutedStage) or low <= stage.alpha_gflops <= high:
-            continue
-        effect = (
-            "even the smallest resolution costs more"
-            if stage.alpha_gflops < low
-            else "even the largest resolution costs less, so nothing would be saved"
-        )
-        problems.append(
-            f"stages.{name}.alpha_gflops is {stage.alpha_gflops:g}, but {effect}; {config.model.backbone} at "
-            f"{list(costs.resolutions)} px reaches {low:.4g} to {high:.4g} GFLOPs"
-        )
-    return problems
-
-
 def summarize_data(data: DataConfig) -> DataSummary:
     """What the prepared folder holds; where it is not prepared, what the source would give.
 
     Raises:
         BetonError: the folder is half-prepared or its manifest is damaged.
+        ValueError, OSError: nothing can be read at data.uri.
     """
-    if (data.folder / MANIFEST).exists():
-        manifest = load_manifest(data.folder)
+    if data.uri or (data.folder / MANIFEST).exists():
+        manifest = remote_manifest(data.uri) if data.uri else load_manifest(data.folder)
+        place = redacted(data.uri) if data.uri else str(data.folder)
         train, validation = manifest.splits[TRAIN], manifest.splits[VALIDATION]
         size = train.size_bytes + validation.size_bytes
         counts = (len(manifest.classes), train.count, validation.count, size)
-        return DataSummary(manifest.dataset, str(data.folder), True, f"digest {manifest.digest}", *counts)
+        return DataSummary(manifest.dataset, place, True, f"digest {manifest.digest}", *counts)
     note = "not prepared: run `python -m jobs.prepare` with this configuration"
     try:
         counts = _counts_of_glyphs(data) if data.dataset == "glyphs" else _counts_of_source(data)
@@ -218,9 +207,23 @@ def _stages(config: Config, model: DRNet, data: DataSummary, costs: Costs) -> It
             steps_per_epoch=steps,
             total_steps=steps * stage.epochs if steps else None,
             alpha_gflops=stage.alpha_gflops if routed else None,
+            alpha_milliseconds=stage.alpha_milliseconds if routed else None,
             reachable_gflops=(costs.min_backbone_gflops, costs.max_backbone_gflops) if routed else None,
             memory=_step_memory(config, model, stage),
+            table_bytes=_table_bytes(stage, model, data),
         )
+
+
+def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:
+    return isinstance(stage, PredictorStage) and stage.logits == "table"
+
+
+def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
+    """All views of the training images, and the validation images."""
+    if not _trains_on_table(stage) or not (data.num_train and data.num_validation and data.num_classes):
+        return None
+    num_images = (stage.views or stage.epochs) * data.num_train + data.num_validation
+    return logits_bytes(num_images, len(model.resolutions), data.num_classes)
 
 
 def _step_memory(config: Config, model: DRNet, stage: Stage) -> StepMemory:
@@ -235,13 +238,14 @@ def _step_memory(config: Config, model: DRNet, stage: Stage) -> StepMemory:
         trained.append(model.predictor)
         activations += measure_activations(model.predictor, model.predictor_size, precision=precision).of_batch(batch)
     gradients = sum(tensor_bytes(module.parameters()) for module in trained)
+    sides = (model.predictor_size,) if _trains_on_table(stage) else model.sides
     states = 2 if stage.optimizer == "adamw" else int(stage.momentum > 0)
     return StepMemory(
         weights=tensor_bytes(model.parameters()) + tensor_bytes(model.buffers()),
         gradients=gradients,
         optimizer=states * gradients,
         activations=activations,
-        images=sum(batch * 3 * side * side for side in model.sides),
+        images=sum(batch * 3 * side * side for side in sides),
     )
 
 

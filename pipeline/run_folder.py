@@ -29,6 +29,16 @@ class RunFolder:
         return self.path / "model.pt"
 
     @property
+    def tables(self) -> Path:
+        """The folder of logit tables; whoever needs one that is gone computes it anew."""
+        return self.path / "tables"
+
+    @property
+    def latency(self) -> Path:
+        """Measured milliseconds, where they are the run's cost: measured once, so that a resume has the same."""
+        return self.path / "latency.json"
+
+    @property
     def predictions(self) -> Path:
         """All logits for the validation images."""
         return self.path / "predictions.npz"
@@ -46,6 +56,11 @@ class RunFolder:
     def finished(self) -> Path:
         """There once everything else is."""
         return self.path / "finished.json"
+
+    @property
+    def stop(self) -> Path:
+        """Empty until the driver is asked to stop (pipeline/cluster/stopping.py)."""
+        return self.path / ".stop"
 
     @property
     def driver_lock(self) -> Path:

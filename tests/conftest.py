@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3_server import S3Server, s3_server
+
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN_BY_RUNS = ("data", "runs", "mlruns", "mlartifacts", "mlflow.db")
 
@@ -54,6 +56,14 @@ def _project_folder_untouched() -> Iterator[None]:
     assert not written, f"a test wrote {', '.join(written)} into the project folder; give it a path under tmp_path"
 
 
+@pytest.fixture(autouse=True)
+def _no_tracking_store_of_another_test() -> Iterator[None]:
+    """MLflow writes the address that a process has set last into its environment, where it wins over configurations."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """The one Ray cluster of the session: local, 4 CPUs, no GPU, token authentication. Yields its address.
@@ -74,3 +84,14 @@ def ray_cluster() -> Iterator[str]:
     )
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """The one S3 server of the session, and keys that it takes."""
+    with pytest.MonkeyPatch.context() as patch, s3_server() as server:
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield server

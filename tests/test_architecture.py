@@ -24,13 +24,14 @@ TURNED = {"datasets": {"pipeline", "jobs"}, "pipeline": {"jobs"}, "jobs": set()}
 ONLY_IN = {
     "ray": {"pipeline/cluster", "jobs"},
     "mlflow": {"pipeline/tracking"},
-    "ffcv": {"datasets"},
+    "ffcv": {"datasets", "jobs/benchmarks"},
 }
-# These run wherever torch does, so what they load must not load one of the three either.
+# These run without a cluster and mostly wherever torch does, so what they load must not load one of these either.
 LOADS_NONE_OF = {
     "pipeline/models": {"ray", "mlflow", "ffcv"},
     "pipeline/training": {"ray", "mlflow", "ffcv"},
     "pipeline/evaluation": {"ray", "mlflow", "ffcv"},
+    "pipeline/search": {"ray", "mlflow"},
 }
 
 JOBS = sorted(

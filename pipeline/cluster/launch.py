@@ -6,46 +6,46 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
 import torch
 import yaml
+from ray.exceptions import RayActorError
+from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
 from datasets.catalog import find_dataset
 from datasets.files import write_whole
-from pipeline.cluster.preflight import check_cluster, check_config, worker_resources
-from pipeline.cluster.progress import followed
+from datasets.staging import stage
+from pipeline.cluster.checkpoints import DamagedCheckpointError, mend_snapshot
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.doctor import require_healthy
+from pipeline.cluster.failures import FailureTeller, WaitTeller, explain_end
+from pipeline.cluster.preflight import check_config, worker_resources
+from pipeline.cluster.progress import FAILURES, append_event, followed
+from pipeline.cluster.stopping import StoppedError, restored, sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import WorkerSettings, run_worker
 from pipeline.config import Config
-from pipeline.config_file import differences, parse_config, with_absolute_paths
+from pipeline.config_file import drift, parse_config, with_absolute_paths
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import write_report
 from pipeline.models.cost import Costs
+from pipeline.models.latency import Latency
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import RunHandle, close_run, open_run, replay
 from pipeline.training.checkpoint import load_model
-
-# Fields that may change between the sittings of one run: where it runs, not what it computes.
-FREE_TO_CHANGE = (
-    "cluster.",
-    "tracking.",
-    "registry.",
-    "data.num_processes",
-    "loader.num_threads",
-    "loader.batches_ahead",
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def train_run(config: Config) -> RunResult:
 
     Raises:
         ConfigError: with every problem that can be known before Ray starts, or that the cluster shows.
-        ValueError: the run exists with another configuration, or another driver is at work on it.
+        ValueError: the run exists with another configuration, another driver is at work on it, or it diverged.
     """
     folder = RunFolder.of(config)
     _refuse_drift(folder, config)
@@ -71,17 +71,22 @@ def train_run(config: Config) -> RunResult:
         return RunResult(folder, json.loads(folder.report_json.read_text()), already_finished=True)
     manifest, costs = check_config(config)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with _only_driver(folder):
+    with only_driver(folder.driver_lock):
         write_whole(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        with ray_cluster(), _tracked(config, folder, manifest) as tracking:
-            _collect(_fit(config, folder.path, WorkerSettings(config, folder.path, tracking)), folder)
-            report = _write_report(config, folder, manifest, costs)
+        stage_validation(config)
+        with ray_cluster(), sigterm_as_sigint(), _tracked(config, folder, manifest) as tracking:
+            settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
+            _collect(_fit(config, folder.path, settings), folder)
+            report = _write_report(config, folder, manifest, _measured(config, folder, costs))
             write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
 
 
-def evaluate_run(config: Config) -> RunResult:
+def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None = None) -> RunResult:
     """Evaluate a run's model.pt again and write its report anew.
+
+    Args:
+        cost: of the report, in place of the run's own. Milliseconds that the run has measured are used again.
 
     Raises:
         ConfigError: as `train_run`.
@@ -90,57 +95,75 @@ def evaluate_run(config: Config) -> RunResult:
     folder = RunFolder.of(config)
     _refuse_drift(folder, config)
     load_model(folder.model)
+    config = config if cost is None else config.model_copy(update={"cost": cost})
     manifest, costs = check_config(config)
-    with _only_driver(folder), ray_cluster():
-        settings = WorkerSettings(config, folder.path, None, evaluate_model=folder.model)
+    stage_validation(config)
+    with only_driver(folder.driver_lock), ray_cluster():
+        settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)
         # Ray Train goes on from what it finds under a run's name, so every evaluation has a name of its own.
         with tempfile.TemporaryDirectory(dir=folder.path, prefix="evaluation-") as storage:
             _collect(_fit(config, Path(storage), settings), folder)
-    return RunResult(folder, _write_report(config, folder, manifest, costs))
+    return RunResult(folder, _write_report(config, folder, manifest, _measured(config, folder, costs)))
 
 
-@contextmanager
-def ray_cluster() -> Iterator[None]:
-    """The cluster to run on: one that is initialised, the one of RAY_ADDRESS (as in a Ray job), or a new local one.
-
-    A cluster that merely runs on this machine is not joined: it may be the private one of another run, and end with it.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    quiet = {"log_to_driver": False, "logging_level": "WARNING"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        ray.init(address="local", include_dashboard=False, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
+    """With the milliseconds that a worker measured, where they are the cost."""
+    return costs if config.cost == "flops" else replace(costs, latency=Latency.load(folder.latency))
 
 
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
-    """Run the worker group to its end; returns the folder of the last checkpoint."""
-    check_cluster(config)
+    """Run the worker group to its end; returns the folder of the last checkpoint.
+
+    Raises:
+        ValueError: what the workers found to be beyond another try (see run_worker).
+        KeyboardInterrupt: it was stopped, after a checkpoint or at once.
+        ChildProcessError: workers failed again and again, or Ray Train did.
+    """
+    require_healthy(config, settings.data_digest)
     # The controller answers a worker's report at its next look; the default of 2 s would be most of a short epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.cluster.hang_seconds)
+    with followed(settings.run_folder):
+        while True:
+            for line in mend_snapshot(storage):
+                append_event(settings.run_folder, {"message": line}, FAILURES)
+            result = _sitting(config, storage, settings)
+            if not isinstance(result.return_value, DamagedCheckpointError):
+                break
+    match result.return_value:
+        case StoppedError() as stopped:
+            raise KeyboardInterrupt(str(stopped))
+        case Exception() as error:
+            raise error
+    return Path(result.checkpoint.path)
+
+
+def _sitting(config: Config, storage: Path, settings: WorkerSettings) -> ray.train.Result:
+    """One call of Ray Train, which starts the workers again as often as cluster.max_failures says."""
+    cluster = config.cluster
+    elastic = cluster.min_workers not in (None, cluster.num_workers)
+    num_workers = (cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=replace(settings, config=with_absolute_paths(config)),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.cluster.num_workers, **worker_resources(config)),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, **worker_resources(config)),
         run_config=ray.train.RunConfig(
             name=storage.name,
             storage_path=str(storage.parent),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[FailureTeller(settings.run_folder), WaitTeller(settings.run_folder)],
         ),
     )
-    with followed(settings.run_folder):
-        try:
-            result = trainer.fit()
-        except SystemExit:  # how Ray Train ends a driver that was sent SIGINT
-            raise KeyboardInterrupt("interrupted; the same command goes on from the last checkpoint") from None
-    return Path(result.checkpoint.path)
+    # An evaluation has no checkpoints to stop at.
+    stopping = nullcontext() if settings.evaluate_model else stoppable(RunFolder(settings.run_folder))
+    try:
+        with stopping, restored(signal.SIGINT):
+            return trainer.fit()
+    except SystemExit:  # by SIGINT, which Ray Train handles, or by what `stoppable` sets
+        raise KeyboardInterrupt("interrupted; the same command goes on from the last checkpoint") from None
+    except (TrainingFailedError, RayActorError) as error:
+        raise ChildProcessError(explain_end(error, config.name)) from error
 
 
 def _collect(checkpoint: Path, folder: RunFolder) -> None:
@@ -149,6 +172,12 @@ def _collect(checkpoint: Path, folder: RunFolder) -> None:
     merge(parts).save(folder.predictions)
     if not folder.model.exists():
         write_whole(folder.model, (checkpoint / folder.model.name).read_bytes())
+
+
+def stage_validation(config: Config) -> None:
+    """Bring the images that the report shows to the driver's node: first, so that it cannot fail for want of them."""
+    if config.data.uri:
+        stage(config.data.uri, config.data.folder, splits=[VALIDATION])
 
 
 def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: Costs) -> dict[str, Any]:
@@ -189,7 +218,7 @@ def _tracked(config: Config, folder: RunFolder, manifest: Manifest) -> Iterator[
     try:
         yield tracking
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
@@ -197,14 +226,14 @@ def _tracked(config: Config, folder: RunFolder, manifest: Manifest) -> Iterator[
 
 
 @contextmanager
-def _only_driver(folder: RunFolder) -> Iterator[None]:
-    """Hold the run against a second driver; the lock ends with the process, however that ends."""
-    with folder.driver_lock.open("w") as file:
+def only_driver(lock: Path) -> Iterator[None]:
+    """Hold the folder of `lock` against a second driver; the lock ends with the process, however that ends."""
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"another driver is at work on {folder.path}; wait for it, stop it, or give this run another name"
+                f"another driver is at work on {lock.parent}; wait for it, stop it, or give this run another name"
             ) from None
         yield
 
@@ -213,8 +242,7 @@ def _refuse_drift(folder: RunFolder, config: Config) -> None:
     """A run goes on with the configuration it began with."""
     if not folder.config.exists():
         return
-    before = parse_config(yaml.safe_load(folder.config.read_text()), str(folder.config))
-    changed = [line for line in differences(before, config) if not line.startswith(FREE_TO_CHANGE)]
+    changed = drift(parse_config(yaml.safe_load(folder.config.read_text()), str(folder.config)), config)
     if changed:
         listing = "\n".join(f"  - {line}" for line in changed)
         raise ValueError(

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import ray
 
 from datasets.beton import Manifest, verify_betons
+from datasets.staging import remote_manifest
 from pipeline.config import Config
 from pipeline.config_file import ConfigError
-from pipeline.describe import alpha_problems
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import build_drnet
 from pipeline.training.checkpoint import load_model
+from pipeline.training.costs import alpha_problems
 
 
-def check_config(config: Config) -> tuple[Manifest, Costs]:
+def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Costs]:
     """The data's manifest and the model's costs.
+
+    Args:
+        capacity: also whether this machine has room for the workers, where no other cluster is meant.
 
     Raises:
         ConfigError: with every problem of data, model, targets, files and this machine together.
@@ -26,10 +30,12 @@ def check_config(config: Config) -> tuple[Manifest, Costs]:
     problems: list[str] = []
     manifest: Manifest | None = None
     costs: Costs | None = None
+    data = config.data
     try:
-        manifest = verify_betons(config.data.folder)
-    except ValueError as error:
-        problems.append(f"data.folder: {error}")
+        # The betons of an address are checked by the nodes that copy them.
+        manifest = remote_manifest(data.uri) if data.uri else verify_betons(data.folder)
+    except (ValueError, OSError) as error:
+        problems.append(f"{'data.uri' if data.uri else 'data.folder'}: {error}")
     try:
         num_classes = len(manifest.classes) if manifest else 2
         costs = measure_costs(build_drnet(config.model, num_classes, (0.5,) * 3, (0.25,) * 3))
@@ -37,8 +43,9 @@ def check_config(config: Config) -> tuple[Manifest, Costs]:
     except ValueError as error:
         problems.append(f"model: {error}")
     problems.extend(_start_problems(config, manifest))
-    if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-        problems.extend(_capacity_problems(config, os.cpu_count() or 1))
+    if capacity and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+        gpus = config.cluster.num_workers  # those that Ray will find on this machine are looked at when it is started
+        problems.extend(capacity_problems(config, [Capacity(os.cpu_count() or 1, gpus)]))
     if problems or manifest is None or costs is None:
         raise ConfigError(problems, f"the run {config.name}")
     return manifest, costs
@@ -46,7 +53,9 @@ def check_config(config: Config) -> tuple[Manifest, Costs]:
 
 def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
     """What keeps a stage from starting with another run's model."""
-    ours = config.model.model_dump(exclude={"weights"})
+    # What a network starts from does not matter to one that goes on from another.
+    start: Any = {"weights": True, "predictor": {"initial_shares"}}
+    ours = config.model.model_dump(exclude=start)
     for name, stage in config.stages.present():
         if stage.init_from is None:
             continue
@@ -55,40 +64,61 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
         except ValueError as error:
             yield f"stages.{name}.init_from: {error}"
             continue
-        theirs = found.config.model_dump(exclude={"weights"})
+        theirs = found.config.model_dump(exclude=start)
         for key in (key for key, value in ours.items() if theirs[key] != value):
             yield f"stages.{name}.init_from {stage.init_from} has model.{key} {theirs[key]}, this run {ours[key]}"
         if manifest and list(found.classes) != list(manifest.classes):
             yield f"stages.{name}.init_from {stage.init_from} knows other classes than the data in {config.data.folder}"
 
 
-def check_cluster(config: Config) -> None:
-    """Raise ConfigError where the connected cluster cannot hold the workers."""
-    resources = ray.cluster_resources()
-    problems = _capacity_problems(config, int(resources.get("CPU", 0)))
-    gpus = int(resources.get("GPU", 0))
-    if config.cluster.use_gpu is True and gpus < config.cluster.num_workers:
-        problems.append(
-            f"cluster.num_workers {config.cluster.num_workers} with one GPU each, but the cluster has {gpus}; "
-            "lower it, or set cluster.use_gpu=false"
-        )
-    if problems:
-        raise ConfigError(problems, "the cluster")
-
-
 def worker_resources(config: Config) -> dict[str, Any]:
     """The part of Ray's ScalingConfig that says what each worker gets, on the connected cluster."""
-    resources, workers = ray.cluster_resources(), config.cluster.num_workers
-    use_gpu = resources.get("GPU", 0) >= workers if config.cluster.use_gpu == "auto" else config.cluster.use_gpu
-    cpus = config.cluster.cpus_per_worker or max(1, int(resources.get("CPU", 1)) // workers)
+    nodes, workers = cluster_capacity(), config.cluster.num_workers
+    use_gpu = config.cluster.use_gpu
+    if config.cluster.min_workers:  # nodes may be away, and come back
+        workers = max(config.cluster.min_workers, min(workers, num_fitting(nodes, 1, use_gpu=use_gpu is True)))
+    if use_gpu == "auto":
+        use_gpu = num_fitting(nodes, config.cluster.cpus_per_worker or 1, use_gpu=True) >= workers
+    cpus = config.cluster.cpus_per_worker or cpus_for_each(nodes, workers, use_gpu=use_gpu)
     return {"use_gpu": use_gpu, "resources_per_worker": {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}}
 
 
-def _capacity_problems(config: Config, cpus: int) -> list[str]:
-    workers, each = config.cluster.num_workers, config.cluster.cpus_per_worker or 1
-    if workers * each <= cpus:
+class Capacity(NamedTuple):
+    """What a node gives to workers."""
+
+    cpus: int
+    gpus: int
+
+
+def cluster_capacity() -> list[Capacity]:
+    """Of each node of the connected cluster."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Capacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
+
+
+def num_fitting(nodes: Iterable[Capacity], cpus: int, *, use_gpu: bool) -> int:
+    """How many workers of so many CPUs, and a GPU each where `use_gpu`, find room; none is spread over two nodes."""
+    return sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
+
+
+def cpus_for_each(nodes: Sequence[Capacity], workers: int, *, use_gpu: bool) -> int:
+    """The most CPUs that every one of `workers` can have, at least one."""
+    largest = max((node.cpus for node in nodes), default=1)
+    return next((cpus for cpus in range(largest, 1, -1) if num_fitting(nodes, cpus, use_gpu=use_gpu) >= workers), 1)
+
+
+def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
+    """Why the workers would wait for ever for room."""
+    field = "min_workers" if config.cluster.min_workers else "num_workers"
+    workers, cpus = getattr(config.cluster, field), config.cluster.cpus_per_worker or 1
+    use_gpu = config.cluster.use_gpu is True
+    fitting = num_fitting(nodes, cpus, use_gpu=use_gpu)
+    if workers <= fitting:
         return []
+    has = " and ".join(f"{node.cpus} CPUs, {node.gpus} GPUs" if use_gpu else f"{node.cpus} CPUs" for node in nodes)
+    each = f"{cpus} CPU{'s' if cpus > 1 else ''}{' and a GPU' if use_gpu else ''} each"
     return [
-        f"cluster.num_workers {workers} with {each} CPU{'s' if each > 1 else ''} each need {workers * each} CPUs, "
-        f"but there are {cpus}; lower cluster.num_workers or cluster.cpus_per_worker"
+        f"cluster.{field} {workers} with {each}, but there is room for {fitting} ({has}); "
+        f"lower cluster.{field} or cluster.cpus_per_worker{', set cluster.use_gpu=false' if use_gpu else ''}, "
+        "or add nodes"
     ]

@@ -1,5 +1,7 @@
 """Progress that a person can follow: rank 0 appends events to a file of the run folder, the driver prints them.
 
+What befalls the workers has a file of its own, to which the driver's node appends.
+
 A file on the shared storage, rather than workers' output through Ray, keeps the terminal free of log prefixes and of
 other processes' lines, and a second terminal can follow it too.
 """
@@ -15,35 +17,42 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "progress.jsonl"
+FILE_NAME, FAILURES = "progress.jsonl", "failures.jsonl"
 SECONDS_BETWEEN_STEPS = 5.0
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def append_event(run_folder: Path, event: Mapping[str, Any]) -> None:
-    """Add one event; a line is written at once, so a reader sees whole lines or nothing."""
-    with (run_folder / FILE_NAME).open("a") as file:
-        file.write(json.dumps(event) + "\n")
+def append_event(run_folder: Path, event: Mapping[str, Any], file_name: str = FILE_NAME) -> None:
+    """Add one event and when it was; a line is written at once, so a reader sees whole lines or nothing.
+
+    Args:
+        file_name: FILE_NAME for rank 0, FAILURES for the driver's node: over a network file system, two machines that
+            append to one file can write over each other.
+    """
+    with (run_folder / file_name).open("a") as file:
+        file.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
 @contextmanager
 def followed(run_folder: Path, show: Callable[[str], None] = print) -> Iterator[None]:
     """Print the run's new events while the body runs."""
-    path = run_folder / FILE_NAME
-    position = path.stat().st_size if path.exists() else 0
+    paths = [run_folder / FILE_NAME, run_folder / FAILURES]
+    positions = {path: path.stat().st_size if path.exists() else 0 for path in paths}
     stop = threading.Event()
 
+    def show_new(path: Path) -> None:
+        with path.open() as file:
+            file.seek(positions[path])
+            for line in iter(file.readline, ""):
+                if line.endswith("\n"):
+                    positions[path] = file.tell()
+                    show(describe(json.loads(line)))
+
     def follow() -> None:
-        nonlocal position
         while True:
             last_look = stop.wait(SECONDS_BETWEEN_LOOKS)
-            if path.exists():
-                with path.open() as file:
-                    file.seek(position)
-                    for line in iter(file.readline, ""):
-                        if line.endswith("\n"):
-                            position = file.tell()
-                            show(describe(json.loads(line)))
+            for path in filter(Path.exists, paths):
+                show_new(path)
             if last_look:
                 return
 
@@ -60,6 +69,8 @@ def describe(event: Mapping[str, Any]) -> str:
     """One event as one line for the terminal."""
     if "message" in event:
         return str(event["message"])
+    if "goodput" in event:
+        return goodput_table(event["goodput"])
     head = f"{event['stage']:<9} epoch {event['epoch'] + 1:>3}/{event['epochs']}"
     if "values" not in event:
         return (
@@ -74,6 +85,14 @@ def describe(event: Mapping[str, Any]) -> str:
             shares = "/".join(f"{100 * values[key]:.0f}" for key in values if key.startswith("share_"))
             parts.append(f"shares {shares} %  {values['gflops_routed']:.3g} GFLOPs")
     return "  ".join([*parts, f"{values['train_images_per_second']:.0f} images/s"])
+
+
+def goodput_table(seconds: Mapping[str, float]) -> str:
+    """Seconds and percent of each phase of the workers' sitting, one line each."""
+    total = sum(seconds.values())
+    rows = [(phase.replace("_", " "), value) for phase, value in seconds.items()]
+    lines = [f"{name:<12}{value:>9.1f} s {100 * value / max(total, 1e-9):>6.1f} %" for name, value in rows]
+    return "\n".join(["where the time went:", *lines, f"{'together':<12}{total:>9.1f} s"])
 
 
 class StepClock:

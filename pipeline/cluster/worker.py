@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
+from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, load_manifest
-from datasets.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
+from datasets.beton import Manifest, load_manifest
+from datasets.loader import MultiResolutionLoader
+from datasets.staging import stage
+from pipeline.assembly import build_model, equip_for_training, open_loaders, placed
+from pipeline.cluster.checkpoints import STATE_FILE, DamagedCheckpointError, read_state
+from pipeline.cluster.observe import Gauges, Labels, labelled_logs
 from pipeline.cluster.progress import StepClock, append_event
+from pipeline.cluster.stopping import StoppedError, is_stop_asked
 from pipeline.config import Config
+from pipeline.config_file import ConfigError
 from pipeline.evaluation.predictions import collect_predictions
-from pipeline.models.cost import measure_costs
-from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.drnet import DRNet
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.tracker import RunHandle, RunLogger, system_metrics
-from pipeline.training.checkpoint import TrainingState, load_model, save_model
-from pipeline.training.loop import Progress, Run, train
+from pipeline.training import distributed
+from pipeline.training.checkpoint import OtherRunError, TrainingState, load_model, save_model
+from pipeline.training.costs import costs_of_run, refuse_unreachable
+from pipeline.training.divergence import DivergedError
+from pipeline.training.goodput import EVALUATE, Goodput
+from pipeline.training.loop import Run, train
+from pipeline.training.reporting import Progress
 
-STATE_FILE = "state.pt"
+# Raised by every rank at the same step; to start the workers again would end the same.
+FINAL_ERRORS = (ConfigError, DivergedError, OtherRunError, DamagedCheckpointError, StoppedError)
 
 
 @dataclass(frozen=True)
@@ -36,94 +48,184 @@ class WorkerSettings:
 
     config: Config
     run_folder: Path
+    data_digest: str
+    """of the data that the driver saw: no worker takes other data"""
     tracking: RunHandle | None
     evaluate_model: Path | None = None
     """evaluate this model.pt and train nothing"""
 
 
-def run_worker(settings: WorkerSettings) -> None:
-    """Ray Train's train function."""
-    config, context = settings.config, ray.train.get_context()
+def run_worker(settings: WorkerSettings) -> Exception | None:
+    """Ray Train's train function.
+
+    Returns:
+        Why the run does not go on, where the workers must not be started again: an error that is returned is not
+        counted as a failure of the worker.
+    """
+    goodput = Goodput()
+    try:
+        _train_and_predict(settings, goodput)
+    except FINAL_ERRORS as error:
+        return error
+    return None
+
+
+def _train_and_predict(settings: WorkerSettings, goodput: Goodput) -> None:
+    config, context, folder = settings.config, ray.train.get_context(), RunFolder(settings.run_folder)
     device = ray.train.torch.get_device()
-    manifest = load_manifest(config.data.folder)
+    manifest = data_of_node(settings, context.get_node_rank())
     with ExitStack() as stack:
-        reporter = WorkerReporter(settings, context.get_world_rank(), manifest)
+        labels = stack.enter_context(labelled_logs(config.name, context.get_world_rank()))
+        reporter = WorkerReporter(settings, context.get_world_rank(), manifest, goodput, labels)
         stack.callback(reporter.close)
         if settings.tracking and config.tracking.system_metrics and context.get_local_rank() == 0:
             stack.enter_context(system_metrics(settings.tracking, f"node-{context.get_node_rank()}"))
-        train_loader, validation_loader = stack.enter_context(loaders(config, context))
+        train_loader, validation_loader = stack.enter_context(
+            open_loaders(
+                config,
+                context.get_world_rank(),
+                context.get_world_size(),
+                config.loader.num_threads or _worker_cpus(),
+            )
+        )
         if settings.evaluate_model:
             model = load_model(settings.evaluate_model).model.to(device)
+            if config.cost == "milliseconds":
+                trained = placed(load_model(settings.evaluate_model).model, config, device)
+                costs_of_run(trained, config, folder.latency, resumed=False)
         else:
-            torch.manual_seed(config.seed)  # the same initial weights on every rank
-            model = build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std)
-            model = model.to(device)
-            if config.training.channels_last:
-                model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
-            if config.training.compile:
-                model.backbone.compile()
-            run = Run(config, model, measure_costs(model), train_loader, validation_loader, device, reporter)
-            train(run, _last_state())
-        reporter.predictions(model, validation_loader)
+            model, state = build_model(config, manifest, device), _last_state()
+            # Before anything is put around the network: rank 0 measures alone.
+            costs = costs_of_run(model, config, folder.latency, resumed=state is not None)
+            refuse_unreachable(config, costs)
+            equip_for_training(model, config)
+            run = Run(
+                config,
+                model,
+                costs,
+                train_loader,
+                validation_loader,
+                device,
+                reporter,
+                manifest,
+                folder.tables,
+                goodput,
+            )
+            going_on = f"going on from {state.name}" if state else "beginning"
+            num_workers = context.get_world_size()
+            reporter.message(f"{going_on} with {num_workers} worker{'s' if num_workers > 1 else ''}")
+            train(run, state)
+        with goodput.inside(EVALUATE):
+            reporter.predictions(model, validation_loader)
+        if not settings.evaluate_model:
+            reporter.goodput(goodput)
 
 
-@contextmanager
-def loaders(config: Config, context) -> Iterator[tuple[MultiResolutionLoader, MultiResolutionLoader]]:
-    """This rank's training and validation loaders."""
-    threads = config.loader.num_threads or _worker_cpus()
-    shared = {
-        "sides": {*config.model.resolutions, config.model.predictor.input_size},
-        "batch_size": config.training.batch_size,
-        "seed": config.seed,
-        "rank": context.get_world_rank(),
-        "world_size": context.get_world_size(),
-        "num_threads": threads,
-        "batches_ahead": config.loader.batches_ahead,
-    }
-    settings = config.loader
-    augmented = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, settings.flip)
-    folder = config.data.folder
-    train_loader = MultiResolutionLoader(beton_path(folder, TRAIN), crop=augmented, shuffle=True, **shared)
-    validation_loader = MultiResolutionLoader(
-        beton_path(folder, VALIDATION), crop=CenterCrop(settings.validation_crop), shuffle=False, **shared
-    )
-    try:
-        yield train_loader, validation_loader
-    finally:
-        train_loader.close()
-        validation_loader.close()
+def data_of_node(settings: WorkerSettings, node: int) -> Manifest:
+    """The manifest of the data in this node's data.folder, which is brought there first where it has an address.
+
+    Raises:
+        ValueError: the data cannot be staged, or is not the data that the driver saw.
+        OSError: the address cannot be read, or there is no space.
+    """
+    data = settings.config.data
+
+    def tell(line: str) -> None:
+        if node == 0:  # as rank 0: only one machine appends to a file that others may see over a network
+            append_event(settings.run_folder, {"message": line})
+        else:
+            print(line)
+
+    manifest = stage(data.uri, data.folder, tell=tell) if data.uri else load_manifest(data.folder)
+    if manifest.digest != settings.data_digest:
+        raise ValueError(
+            f"{data.folder} on node {node} holds other data (digest {manifest.digest}) than the driver of the run saw "
+            f"(digest {settings.data_digest}); make the folder the same on every node, or, where the data at "
+            "data.uri has just changed, start again"
+        )
+    return manifest
 
 
 class WorkerReporter:
-    """The loop's Reporter: progress file, MLflow, Ray Train checkpoints."""
+    """The loop's Reporter: progress file, MLflow, gauges, Ray Train checkpoints."""
 
-    def __init__(self, settings: WorkerSettings, rank: int, manifest: Manifest):
-        self.settings, self.rank, self.manifest = settings, rank, manifest
+    def __init__(self, settings: WorkerSettings, rank: int, manifest: Manifest, goodput: Goodput, labels: Labels):
+        self.settings, self.rank, self.manifest, self.labels = settings, rank, manifest, labels
+        self.gauges = Gauges(settings.config.name, rank, goodput)
         self.logger = RunLogger(settings.tracking) if settings.tracking and rank == 0 else None
         self.clock = StepClock(settings.config.training.batch_size)
+        self._written = threading.Event()
+        self._written.set()
 
     def step(self, progress: Progress, loss: Tensor) -> None:
         done = progress.epoch * progress.steps + progress.step
-        if self.rank == 0 and self.clock.due(progress.stage, done):
-            speed = self.clock.speed(done, progress.epochs * progress.steps)
-            self._show({**vars(progress), "loss": loss.item(), **speed})
+        self.labels.stage = progress.stage
+        if not self.clock.due(progress.stage, done):
+            return
+        self.gauges.waiting(progress.stage)
+        if self.rank == 0:
+            speed, loss_value = self.clock.speed(done, progress.epochs * progress.steps), loss.item()
+            self._show({**vars(progress), "loss": loss_value, **speed})
+            self.gauges.set("drnet_images_per_second", speed["images_per_second"], progress.stage)
+            self.gauges.set("drnet_loss", loss_value, progress.stage)
 
     def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
         if self.rank == 0:
             self._show({**vars(progress), "values": dict(values)})
+            self.gauges.epoch(progress.stage, progress.epochs_done, values)
         if self.logger:
             self.logger.metrics(progress.stage, values, progress.epoch + 1)
 
+    def message(self, text: str) -> None:
+        if self.rank == 0:
+            self._show({"message": text})
+
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            if self.rank == 0:
-                state.save(Path(folder) / STATE_FILE)
-            self._report(folder if self.rank == 0 else None, values)
+        """Report the state, and end there where the run's driver was asked to stop.
+
+        Raises:
+            StoppedError: on every rank.
+        """
+        self._report(state, values)
+        asked = self.rank == 0 and is_stop_asked(RunFolder(self.settings.run_folder))
+        if distributed.sum_over_ranks(torch.tensor(float(asked), device=ray.train.torch.get_device())) > 0:
+            raise StoppedError(f"stopped after {state.name}; the same command goes on from there")
+
+    def _report(self, state: TrainingState, values: Mapping[str, float]) -> None:
+        """Copy the state now, and let Ray Train's upload thread write it while training goes on.
+
+        The file goes straight to where it stays, rather than to a folder that Ray would copy. An error in the thread
+        fails the worker. At most one copy waits to be written: the next checkpoint waits for it. Ray's controller takes
+        a report in at its next look, so checkpoints that follow closer than its looks (see `_fit`) hold training up.
+        """
+        if self.rank != 0:  # every rank reports, so that Ray counts the same on all of them
+            ray.train.report(dict(values), checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+            return
+        self._written.wait()
+        self._written.clear()
+        kept, run_folder, written = state.copy(), self.settings.run_folder, self._written
+
+        def write(_: Checkpoint, name: str) -> Checkpoint:
+            try:
+                folder = run_folder / name
+                folder.mkdir(exist_ok=True)
+                kept.save(folder / STATE_FILE)
+                return Checkpoint.from_directory(folder)
+            finally:
+                written.set()
+
+        ray.train.report(
+            dict(values),
+            # Ray hands this on to `write`, and deletes it afterwards: so it is an empty folder of its own.
+            checkpoint=Checkpoint.from_directory(tempfile.mkdtemp()),
+            checkpoint_dir_name=state.name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=write,
+        )
 
     def predictions(self, model: DRNet, validation_loader: MultiResolutionLoader) -> None:
         """The last report: the model, and each rank's predictions for its part of the validation images."""
-        if self.rank == 0:
-            self._show({"message": f"evaluating {validation_loader.num_samples} validation images"})
+        self.message(f"evaluating {validation_loader.num_samples} validation images")
         with tempfile.TemporaryDirectory() as folder:
             collect_predictions(model, validation_loader.epoch(0)).save(Path(folder) / f"predictions-{self.rank}.npz")
             if self.rank == 0:
@@ -131,28 +233,29 @@ class WorkerReporter:
                 about = {"classes": self.manifest.classes, "mean": self.manifest.mean, "std": self.manifest.std}
                 save_model(RunFolder(Path(folder)).model, model, config, **about)
                 # A driver that dies after this report comes back to a checkpoint that has nothing left to train.
-                TrainingState.finished(model, config).save(Path(folder) / STATE_FILE)
-            self._report(folder, {})
+                TrainingState.finished(model, config, self.manifest.digest).save(Path(folder) / STATE_FILE)
+            ray.train.report({}, checkpoint=Checkpoint.from_directory(folder))
+
+    def goodput(self, goodput: Goodput) -> None:
+        """Where the time of this sitting went."""
+        if self.rank == 0:
+            self._show({"goodput": dict(goodput.seconds)})
+        if self.logger:
+            epochs = sum(stage.epochs for _, stage in self.settings.config.stages.present())
+            self.logger.metrics(None, goodput.metrics(), epochs)
 
     def close(self) -> None:
         if self.logger:
             self.logger.close()
-
-    def _report(self, folder: str | None, values: Mapping[str, float]) -> None:
-        checkpoint = Checkpoint.from_directory(folder) if folder else None
-        ray.train.report(dict(values), checkpoint=checkpoint)
 
     def _show(self, event: Mapping) -> None:
         append_event(self.settings.run_folder, event)
 
 
 def _last_state() -> TrainingState | None:
-    """The state in the run's latest checkpoint, if it has one."""
+    """The state in the run's latest checkpoint, if it has one; raises DamagedCheckpointError."""
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return TrainingState.load(Path(folder) / STATE_FILE)
+    return None if checkpoint is None else read_state(Path(checkpoint.path))
 
 
 def _worker_cpus() -> int:

@@ -1,4 +1,9 @@
-"""Accuracy against cost without retraining: a bias b * cost_j on the predictor's logits, swept exactly."""
+"""Accuracy against cost without retraining: a bias on the predictor's logits, swept exactly.
+
+`budget_bias` is one number for all images: budget_bias * c_j is added to the logit of candidate j, where c_j
+is its cost on a scale from 0 (the cheapest) to 1 (the dearest). Above 0 spends more, below 0 less, 0 is the network as
+it was trained. It is the same number here, in the report and in the registered model's `params`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.evaluation.statistics import accuracy, paired_difference
 from pipeline.models.cost import Costs
 
 
-def biased_choice(predictor_logits_NR: np.ndarray, costs: Costs, bias: float) -> np.ndarray:
-    """(N,): argmax_j(logits_j + bias * C_j); `bias` is in logits per GFLOP, above 0 spends more, below 0 less."""
-    return (predictor_logits_NR.astype(np.float64) + bias * np.asarray(costs.backbone_gflops)).argmax(axis=1)
+def biased_choice(predictor_logits_NR: np.ndarray, costs: Costs, budget_bias: float) -> np.ndarray:
+    """(N,): argmax_j(logits_j + budget_bias * c_j), c = `costs.relative`; the first of equals."""
+    return (predictor_logits_NR.astype(np.float64) + budget_bias * np.asarray(costs.relative)).argmax(axis=1)
 
 
 def budget_curve(
@@ -19,12 +25,14 @@ def budget_curve(
 ) -> list[dict[str, Any]]:
     """Every trade that a bias can reach, cheapest first, thinned to about `max_points` evenly spaced in cost.
 
-    Exact: as the bias grows, an image's choice climbs the upper envelope of its R lines logit_j + b * C_j. All images'
+    Exact: as b grows, an image's choice climbs the upper envelope of its R lines logit_j + b * C_j. All images'
     crossings, sorted, give the whole curve by cumulative sums; no grid of biases is tried.
 
     Returns:
-        Points of `bias_per_gflop`, `top1`, `mean_gflops` (predictor included) and `shares` (per resolution). The point
-        of bias 0 is the routed network itself and always among them.
+        Points of `budget_bias`, `top1` with Wilson's interval `top1_low` to `top1_high`, `difference_points` against
+        the routed network with its paired interval `low_points` to `high_points`, `mean_gflops` and `mean_cost`
+        (predictor included) and `shares` (per resolution). The point of bias 0 is the routed network itself and always
+        among them. Intervals are of each point for itself.
     """
     N, R = correct_NR.shape
     gflops_R = np.asarray(costs.backbone_gflops)
@@ -39,15 +47,35 @@ def budget_curve(
     gflops_S = counts_SR @ gflops_R / N + costs.predictor_gflops
     reachable_T, bias_T = _states(bias_E)
     keep_T = _thin(gflops_S[reachable_T], bias_T, max_points)
-    return [
-        {
-            "bias_per_gflop": float(bias),
-            "top1": float(right_S[state] / N),
-            "mean_gflops": float(gflops_S[state]),
-            "shares": (counts_SR[state] / N).tolist(),
-        }
-        for state, bias in zip(reachable_T[keep_T], bias_T[keep_T], strict=True)
-    ]
+    routed_N = _right_at(correct_NR, predictor_logits_NR, costs, 0.0)
+    points = []
+    for state, bias in zip(reachable_T[keep_T], bias_T[keep_T] * np.ptp(gflops_R), strict=True):
+        shares = (counts_SR[state] / N).tolist()
+        right_N = _right_at(correct_NR, predictor_logits_NR, costs, bias)
+        points.append(
+            {"budget_bias": float(bias), "mean_gflops": float(gflops_S[state]), "mean_cost": costs.mean(shares)}
+            | _accuracy(int(right_S[state]), right_N, routed_N)
+            | {"shares": shares}
+        )
+    return points
+
+
+def _right_at(correct_NR: np.ndarray, predictor_logits_NR: np.ndarray, costs: Costs, budget_bias: float) -> np.ndarray:
+    """(N,): whether each image is right at the resolution that it goes to."""
+    return correct_NR[np.arange(len(correct_NR)), biased_choice(predictor_logits_NR, costs, budget_bias)]
+
+
+def _accuracy(num_right: int, right_N: np.ndarray, routed_N: np.ndarray) -> dict[str, float]:
+    top1 = accuracy(num_right, len(right_N))
+    difference = paired_difference(int((right_N & ~routed_N).sum()), int((routed_N & ~right_N).sum()), len(right_N))
+    return {
+        "top1": top1.value,
+        "top1_low": top1.low,
+        "top1_high": top1.high,
+        "difference_points": 100 * difference.value,
+        "low_points": 100 * difference.low,
+        "high_points": 100 * difference.high,
+    }
 
 
 def _switches(logits_NR: np.ndarray, gflops_R: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -25,7 +25,8 @@ def table_rows(
     correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray, costs: Costs, resampled: Resamples
 ) -> list[dict[str, Any]]:
     """The rows, each with `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its
-    method), `mean_gflops`, `backbone_gflops` (without the predictor) and `shares` (per resolution).
+    method), `mean_gflops`, `backbone_gflops` (without the predictor), `mean_cost` (in the report's unit of cost, which
+    is what is compared by) and `shares` (per resolution).
 
     Kinds: `static` (one a resolution), then, with more than one resolution, `routed` (argmax of the predictor),
     `random` (the same shares drawn without looking: its expected accuracy sum_j share_j * accuracy_j, counted at the
@@ -44,8 +45,8 @@ def table_rows(
         return rows
     shares_R = shares(chosen_N, R)
     routed_cost = _cost(shares_R, costs, with_predictor=True)
-    line_R = interpolation_shares(costs, routed_cost["mean_gflops"])
-    lower, upper = interpolation_ends(costs, routed_cost["mean_gflops"])
+    line_R = interpolation_shares(costs, routed_cost["mean_cost"])
+    lower, upper = interpolation_ends(costs, routed_cost["mean_cost"])
     line_label = f"static {upper} px" if lower == upper else f"line, static {lower} to {upper} px"
     random = percentile_interval(static_R @ shares_R, random_accuracy(resampled))
     line = percentile_interval(static_R @ line_R, interpolation_accuracy(resampled, costs))
@@ -70,9 +71,10 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """The routed network minus every other row, by that row's id, on the same images.
 
-    Each with `difference_points`, `low_points`, `high_points`, `interval` (its method) and `gflops_ratio` (the routed
-    network's cost over the other's). Against one fixed answer an image (static, oracle) also `only_routed_right`,
-    `only_other_right` and `mcnemar_p` (exact, two-sided); null against the two mixtures.
+    Each with `difference_points`, `low_points`, `high_points`, `interval` (its method), `cost_ratio` and `gflops_ratio`
+    (the routed network's over the other's; `cost_ratio` in the report's unit of cost). Against one fixed answer an
+    image (static, oracle) also `only_routed_right`, `only_other_right` and `mcnemar_p` (exact, two-sided); null against
+    the two mixtures.
     """
     by_id = {row["id"]: row for row in rows}
     routed, routed_N = by_id["routed"], _right(correct_NR, chosen_N)
@@ -103,20 +105,20 @@ def random_accuracy(resampled: Resamples) -> np.ndarray:
 
 def interpolation_accuracy(resampled: Resamples, costs: Costs) -> np.ndarray:
     """(B,): accuracy on the static line at the resample's routed cost, predictor included."""
-    routed_gflops_B = resampled.shares_BR @ np.asarray(costs.backbone_gflops) + costs.predictor_gflops
-    return line_accuracy(costs.backbone_gflops, resampled.static_BR, routed_gflops_B)
+    routed_cost_B = resampled.shares_BR @ np.asarray(costs.backbone) + costs.predictor
+    return line_accuracy(costs.backbone, resampled.static_BR, routed_cost_B)
 
 
-def interpolation_shares(costs: Costs, gflops: float) -> np.ndarray:
-    """(R,): the mixture of the two neighbouring static resolutions that costs `gflops`."""
-    lower, upper, weight = line_neighbours(costs.backbone_gflops, np.array([gflops]))
+def interpolation_shares(costs: Costs, cost: float) -> np.ndarray:
+    """(R,): the mixture of the two neighbouring static resolutions that costs `cost`."""
+    lower, upper, weight = line_neighbours(costs.backbone, np.array([cost]))
     identity = np.eye(len(costs.resolutions))
     return (1 - weight[0]) * identity[lower[0]] + weight[0] * identity[upper[0]]
 
 
-def interpolation_ends(costs: Costs, gflops: float) -> tuple[int, int]:
-    """Sides in pixels of the cheaper and the dearer neighbour; both the dearest where `gflops` lies beyond it."""
-    lower, upper, weight = line_neighbours(costs.backbone_gflops, np.array([gflops]))
+def interpolation_ends(costs: Costs, cost: float) -> tuple[int, int]:
+    """Sides in pixels of the cheaper and the dearer neighbour; both the dearest where `cost` lies beyond it."""
+    lower, upper, weight = line_neighbours(costs.backbone, np.array([cost]))
     dearer = costs.resolutions[upper[0]]
     return (dearer if weight[0] == 1 else costs.resolutions[lower[0]]), dearer
 
@@ -148,6 +150,7 @@ def _cost(shares_R: np.ndarray, costs: Costs, with_predictor: bool) -> dict[str,
     return {
         "mean_gflops": costs.mean_gflops(shares_list, with_predictor),
         "backbone_gflops": costs.mean_gflops(shares_list, with_predictor=False),
+        "mean_cost": costs.mean(shares_list, with_predictor),
         "shares": shares_list,
     }
 
@@ -160,5 +163,6 @@ def _difference(
         "low_points": 100 * difference.low,
         "high_points": 100 * difference.high,
         "interval": interval,
+        "cost_ratio": routed["mean_cost"] / other["mean_cost"],
         "gflops_ratio": routed["mean_gflops"] / other["mean_gflops"],
     }

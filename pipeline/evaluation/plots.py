@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.evaluation.budget_figure import draw_budget
 from pipeline.evaluation.style import (
     FONT_SIZE,
     Theme,
@@ -25,9 +26,10 @@ from pipeline.evaluation.tradeoff import draw_tradeoff
 
 
 def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
-    """PNG bytes by name: tradeoff; with more than one resolution shares; with attributes attribute."""
+    """PNG bytes by name: tradeoff; with more than one resolution budget and shares; with attributes attribute."""
     figures = {"tradeoff": draw_tradeoff(report, theme)}
     if report["routing"] is not None:
+        figures["budget"] = draw_budget(report, theme)
         figures["shares"] = draw_shares(report, theme)
     if report["attributes"]:
         figures["attribute"] = draw_attributes(report, theme)

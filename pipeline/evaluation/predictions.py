@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datasets.files import whole_file
 
@@ -124,7 +124,9 @@ class Predictions:
                 yield f"{name} is NaN or infinite for {len(rows)} images, the first at index {self.indices_N[rows[0]]}"
 
 
-def collect_predictions(model: DRNet, batches: Iterable) -> Predictions:
+def collect_predictions(
+    model: DRNet, batches: Iterable, backbone_logits: Callable[[Tensor], Tensor] | None = None
+) -> Predictions:
     """Run every image at every resolution and through the predictor, in eval mode and without gradients.
 
     Each layer's training flag is as before afterwards. Empty batches are skipped; without any image, the result has
@@ -132,6 +134,8 @@ def collect_predictions(model: DRNet, batches: Iterable) -> Predictions:
 
     Args:
         batches: with `images` (side -> uint8 (n, side, side, 3)), `labels` and `indices` (n,), on any device.
+        backbone_logits: indices (n,) -> logits (n, R, K), where those of the model's backbone are known: then the
+            backbone is not run, and `images` need hold the predictor's input alone.
     """
     device = next(model.parameters()).device
     labels, indices, logits, predictor = [], [], [], []
@@ -140,8 +144,12 @@ def collect_predictions(model: DRNet, batches: Iterable) -> Predictions:
             if len(batch.labels) == 0:
                 continue
             images = {side: pixels.to(device, non_blocking=True) for side, pixels in batch.images.items()}
-            static = [model.static_logits(images, index) for index in range(len(model.resolutions))]
-            logits.append(torch.stack(static, dim=1).float().cpu().numpy())
+            if backbone_logits is None:
+                static = [model.static_logits(images, index) for index in range(len(model.resolutions))]
+                logits_NRK = torch.stack(static, dim=1)
+            else:
+                logits_NRK = backbone_logits(batch.indices)
+            logits.append(logits_NRK.float().cpu().numpy())
             predictor.append(model.predictor_logits(images).float().cpu().numpy())
             # Copies: the loader may reuse the batch's memory.
             labels.append(batch.labels.cpu().numpy().astype(np.int64))

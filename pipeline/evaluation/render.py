@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from pipeline.evaluation.tables import (
     cell,
     comparison_table,
     confusion_table,
+    cost_cells,
+    cost_headers,
+    cost_words,
     gflops,
     markdown_table,
     method_notes,
@@ -32,6 +36,7 @@ from pipeline.evaluation.tables import (
 TEMPLATE = "report.html.j2"
 CAPTIONS = {
     "tradeoff": "Accuracy against cost",
+    "budget": "What a budget bias does",
     "shares": "What the predictor chooses",
     "attribute": "What decides the resolution",
     "gallery": "Images by chosen resolution",
@@ -48,7 +53,7 @@ def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
         parts += ["Published elsewhere, under other protocols:", markdown_table(*reference_table(report))]
     if report["comparisons"] is not None:
         parts += ["## The routed network against the others", markdown_table(*comparison_table(report))]
-        parts += ["## Budget curve", BUDGET_NOTE, markdown_table(*budget_table(report))]
+        parts += ["## Budget curve", _figure("budget", figures), BUDGET_NOTE, markdown_table(*budget_table(report))]
         parts += ["## What the predictor does", _figure("shares", figures)]
         parts += [
             "Static top-1 of the images that were sent to each resolution:",
@@ -88,6 +93,9 @@ def render_html(
     return environment.get_template(TEMPLATE).render(
         report=report,
         rows={row["id"]: row for row in report["rows"]},
+        words=cost_words(report),
+        cost_headers=cost_headers(report),
+        cost_cells=partial(cost_cells, report),
         colors=resolution_colors(len(report["resolutions"])),
         light=light,
         dark=dark,

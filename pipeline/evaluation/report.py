@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from pipeline.evaluation.statistics import CONFIDENCE, RESAMPLES, oracle_choice,
 from pipeline.evaluation.style import DARK, LIGHT
 from pipeline.evaluation.verdict import judge
 from pipeline.models.cost import Costs
+from pipeline.models.latency import Latency
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BOOTSTRAP_SEED = 0
-FIGURES = ("tradeoff", "shares", "attribute", "gallery")
+FIGURES = ("tradeoff", "budget", "shares", "attribute", "gallery")
 
 
 def build_report(
@@ -47,7 +49,8 @@ def build_report(
             `{"label", "top1", "note"}`) where they are known; all else is put under `environment`.
 
     Returns:
-        Accuracies are fractions of 1, differences points (percent), costs GFLOPs (1e9 multiply-adds an image). Lists
+        Accuracies are fractions of 1, differences points (percent), GFLOPs 1e9 multiply-adds an image. What is called
+        cost is in the unit that `costs` names, gflops or (measured) milliseconds, and is what is compared by. Lists
         over resolutions follow `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`,
         `dataset`, `n`, `num_classes`, `classes`, `resolutions`, `costs`; `outcome`, `verdict`, `verdict_details` (see
         `verdict.judge`); `headline` (what the model reaches as deployed); `best_static` (id of a row); `rows` (see
@@ -62,7 +65,7 @@ def build_report(
     if problems:
         raise ValueError(f"no report can be made: {'; '.join(problems)}")
     correct_NR, chosen_N = predictions.correct_NR, predictions.chosen_N
-    oracle_N = oracle_choice(correct_NR, costs.backbone_gflops)
+    oracle_N = oracle_choice(correct_NR, costs.backbone)
     resampled = resample(correct_NR, chosen_N, BOOTSTRAP_SEED)
     rows = table_rows(correct_NR, chosen_N, oracle_N, costs, resampled)
     routed = len(costs.resolutions) > 1
@@ -77,9 +80,10 @@ def build_report(
         "classes": list(classes),
         "resolutions": list(costs.resolutions),
         "costs": {
-            "unit": "GFLOPs = 1e9 multiply-adds an image",
+            "unit": costs.unit,
             "backbone_gflops": list(costs.backbone_gflops),
             "predictor_gflops": costs.predictor_gflops,
+            "latency": None if costs.latency is None else _latency(costs.latency),
         },
         "headline": next(row for row in rows if row["kind"] == ("routed" if routed else "static")),
         "best_static": max((row for row in rows if row["kind"] == "static"), key=_accurate_then_cheap)["id"],
@@ -167,7 +171,7 @@ _NAMED_CONTEXT = ("dataset", "git_commit", "created", "references")
 
 
 def _accurate_then_cheap(row: Mapping[str, Any]) -> tuple[float, float]:
-    return row["top1"], -row["mean_gflops"]
+    return row["top1"], -row["mean_cost"]
 
 
 def _mismatches(
@@ -186,6 +190,12 @@ def _mismatches(
             yield f"attribute {name} has {len(values)} values, but image {last} was predicted"
         elif not np.isfinite(np.asarray(values, np.float64)).all():
             yield f"attribute {name} has values that are NaN or infinite"
+
+
+def _latency(latency: Latency) -> dict[str, Any]:
+    """What was measured, and in a line how: `measured`."""
+    sides = list(latency.backbone_milliseconds)
+    return asdict(latency) | {"backbone_milliseconds": sides, "measured": str(latency)}
 
 
 def _routing(correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray) -> dict[str, Any]:

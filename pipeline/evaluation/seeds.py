@@ -30,13 +30,18 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `mean`, `std` (of the seeds, n - 1; null for one), `min` and `max`.
 
     Raises:
-        ValueError: there is no report, or they differ in data set, resolutions or number of images, or route nothing.
+        ValueError: there is no report, or they differ in data set, resolutions, number of images or unit of cost, or
+            route nothing.
     """
     if not reports:
         raise ValueError("there is no report to summarise; give at least one")
-    kinds = {(report["dataset"], tuple(report["resolutions"]), report["n"]) for report in reports}
+    kinds = {
+        (report["dataset"], tuple(report["resolutions"]), report["n"], report["costs"]["unit"]) for report in reports
+    }
     if len(kinds) > 1:
-        listing = "; ".join(f"{dataset}, {list(sides)} px, {n} images" for dataset, sides, n in sorted(kinds, key=str))
+        listing = "; ".join(
+            f"{dataset}, {list(sides)} px, {n} images, by {unit}" for dataset, sides, n, unit in sorted(kinds, key=str)
+        )
         raise ValueError(f"reports of different runs cannot be summarised together: {listing}")
     if reports[0]["comparisons"] is None:
         raise ValueError("reports with one resolution have no routed network to summarise")

@@ -1,7 +1,7 @@
 """Intervals, paired tests and baselines, computed from what is right at which resolution. NumPy and SciPy only.
 
 Everything works on `correct_NR` (bool, is image n right at resolution j) and `chosen_N` (the resolution that the
-predictor chose), never on logits. Accuracies are fractions of 1, costs GFLOPs (1e9 multiply-adds).
+predictor chose), never on logits. Accuracies are fractions of 1; costs are of any unit, the same throughout.
 """
 
 from __future__ import annotations
@@ -61,9 +61,23 @@ def paired_difference(only_first: int, only_second: int, num_images: int) -> Est
     return Estimate(value, max(-1.0, centre - margin), min(1.0, centre + margin))
 
 
-def oracle_choice(correct_NR: np.ndarray, gflops_R: Sequence[float]) -> np.ndarray:
+def mean_over_seeds(values_SN: np.ndarray) -> Estimate:
+    """Mean of what S seeds reach on the same N images, with a normal interval over images and seeds.
+
+    The variance of the mean is that of the images' means over seeds, by N, plus that of the seeds' means, by S: images
+    and seeds are taken for independent draws. With one seed the interval covers the choice of images alone.
+    """
+    S, N = values_SN.shape
+    variance = float(values_SN.mean(axis=0).var(ddof=1)) / N if N > 1 else 0.0
+    if S > 1:
+        variance += float(values_SN.mean(axis=1).var(ddof=1)) / S
+    value, margin = float(values_SN.mean()), float(ndtri((1 + CONFIDENCE) / 2)) * variance**0.5
+    return Estimate(value, max(-1.0, value - margin), min(1.0, value + margin))
+
+
+def oracle_choice(correct_NR: np.ndarray, costs_R: Sequence[float]) -> np.ndarray:
     """(N,): the cheapest resolution at which each image is right; where it is right at none, the cheapest."""
-    cheapest_first_R = np.argsort(gflops_R, kind="stable")
+    cheapest_first_R = np.argsort(costs_R, kind="stable")
     return cheapest_first_R[np.argmax(correct_NR[:, cheapest_first_R], axis=1)]
 
 
@@ -72,27 +86,27 @@ def shares(chosen_N: np.ndarray, num_resolutions: int) -> np.ndarray:
     return np.bincount(chosen_N, minlength=num_resolutions) / len(chosen_N)
 
 
-def line_neighbours(gflops_R: Sequence[float], at_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def line_neighbours(costs_R: Sequence[float], at_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The static resolutions on both sides of given costs; there must be at least two.
 
     Returns:
         Index of the cheaper, index of the dearer, weight of the dearer in [0, 1], each (B,). A cost beyond the dearest
         resolution gives it the weight 1; one below the cheapest gives the weight 0.
     """
-    order_R = np.argsort(gflops_R, kind="stable")
-    costs_R = np.asarray(gflops_R, dtype=np.float64)[order_R]
-    upper_B = np.clip(np.searchsorted(costs_R, at_B, side="left"), 1, len(costs_R) - 1)
-    span_B = costs_R[upper_B] - costs_R[upper_B - 1]
-    weight_B = np.divide(at_B - costs_R[upper_B - 1], span_B, out=np.ones(np.shape(at_B)), where=span_B > 0)
+    order_R = np.argsort(costs_R, kind="stable")
+    ordered_R = np.asarray(costs_R, dtype=np.float64)[order_R]
+    upper_B = np.clip(np.searchsorted(ordered_R, at_B, side="left"), 1, len(ordered_R) - 1)
+    span_B = ordered_R[upper_B] - ordered_R[upper_B - 1]
+    weight_B = np.divide(at_B - ordered_R[upper_B - 1], span_B, out=np.ones(np.shape(at_B)), where=span_B > 0)
     return order_R[upper_B - 1], order_R[upper_B], np.clip(weight_B, 0, 1)
 
 
-def line_accuracy(gflops_R: Sequence[float], static_BR: np.ndarray, at_B: np.ndarray) -> np.ndarray:
+def line_accuracy(costs_R: Sequence[float], static_BR: np.ndarray, at_B: np.ndarray) -> np.ndarray:
     """(B,): accuracy on the straight line between the neighbouring static resolutions, at cost `at_B`.
 
-    It is what sending images to the two neighbours at random would reach for the same FLOPs.
+    It is what sending images to the two neighbours at random would reach at the same cost.
     """
-    lower_B, upper_B, weight_B = line_neighbours(gflops_R, at_B)
+    lower_B, upper_B, weight_B = line_neighbours(costs_R, at_B)
     rows_B = np.arange(len(static_BR))
     return (1 - weight_B) * static_BR[rows_B, lower_B] + weight_B * static_BR[rows_B, upper_B]
 

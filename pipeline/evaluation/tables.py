@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 BUDGET_ROWS = 9
 BUDGET_NOTE = (
-    "A bias b on the predictor's logits (logit_j + b * C_j) trades accuracy against cost without retraining; "
-    "b is in logits per GFLOP, and 0 is the routed network."
+    "A bias b on the predictor's logits (logit_j + b * c_j) trades accuracy against cost without retraining; c_j is a "
+    "resolution's cost from 0, the cheapest, to 1, the dearest, and b = 0 is the routed network. It is `budget_bias` "
+    "of the registered model, and is of GFLOPs whatever the report counts in. Intervals are of each point for itself; "
+    "differences are paired, against b = 0."
 )
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """header and body"""
+
+
+@dataclass(frozen=True)
+class CostWords:
+    """How a report speaks of its cost."""
+
+    unit: str
+    noun: str
+    axis: str
+
+
+_COST_WORDS = {
+    "gflops": CostWords("GFLOPs", "FLOPs", "cost of one image, GFLOPs (1e9 multiply-adds, predictor included)"),
+    "milliseconds": CostWords("ms", "time", "cost of one image, measured ms (predictor included)"),
+}
+
+
+def cost_words(report: Mapping[str, Any]) -> CostWords:
+    """By the report's unit of cost."""
+    return _COST_WORDS[report["costs"]["unit"]]
+
+
+def cost_headers(report: Mapping[str, Any]) -> list[str]:
+    """Headers of `cost_cells`: the report's unit first, and always GFLOPs."""
+    return list(dict.fromkeys([cost_words(report).unit, "GFLOPs"]))
+
+
+def cost_cells(report: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    """The cost of a row, or of a point of the budget curve."""
+    both = {cost_words(report).unit: row["mean_cost"], "GFLOPs": row["mean_gflops"]}
+    return [gflops(both[header]) for header in cost_headers(report)]
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -32,16 +66,24 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
         "Cost is counted by torch's FLOP counter (convolutions and matrix products) in GFLOPs of 1e9 multiply-adds an "
         "image, the predictor included wherever it runs.",
     ]
+    latency = report["costs"]["latency"]
+    if latency is not None:
+        notes.append(
+            f"What is compared, drawn and called cost here is measured time: {latency['measured']}. Decoding and "
+            "resizing are not in it, and images of one resolution are taken to come in full batches."
+        )
     if report["comparisons"] is None:
         return notes
-    predictor = report["costs"]["predictor_gflops"]
+    words, latency = cost_words(report), report["costs"]["latency"]
+    predictor = report["costs"]["predictor_gflops"] if latency is None else latency["predictor_milliseconds"]
     return [
         *notes,
         "Routed: each image at the resolution with the largest predictor logit, without noise.",
         "Random: the same shares, drawn without looking at the image. Its accuracy is the exact expectation. It is "
-        f"placed at the routed network's cost; without the predictor it would cost {gflops(predictor)} GFLOPs less.",
+        f"placed at the routed network's cost; without the predictor it would cost {gflops(predictor)} {words.unit} "
+        "less.",
         "Line: what a random mixture of the two neighbouring static resolutions, which needs no predictor, reaches for "
-        "the same FLOPs. A routed network that is not above it saves nothing.",
+        f"the same {words.noun}. A routed network that is not above it saves nothing.",
         "Oracle: each image at the cheapest resolution that is right, without a predictor; where none is right, at the "
         "cheapest. It bounds what any predictor could reach with this backbone.",
         "Differences are paired, on the same images: Bonett and Price's interval and McNemar's exact test against "
@@ -64,6 +106,12 @@ def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "predictor GFLOPs": gflops(report["costs"]["predictor_gflops"]),
         "classes": str(report["num_classes"]),
     }
+    latency = report["costs"]["latency"]
+    if latency is not None:
+        sides = zip(report["resolutions"], latency["backbone_milliseconds"], strict=True)
+        named["backbone ms"] = ", ".join(f"{gflops(cost)} at {side} px" for side, cost in sides)
+        named["predictor ms"] = gflops(latency["predictor_milliseconds"])
+        named["ms measured as"] = latency["measured"]
     pairs = [*named.items(), *report["environment"].items()]
     return [(str(key), str(value)) for key, value in pairs if value is not None]
 
@@ -98,12 +146,12 @@ def result_table(report: Mapping[str, Any]) -> Table:
             row["label"],
             percent(row["top1"]),
             f"{100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f}",
-            gflops(row["mean_gflops"]),
+            *cost_cells(report, row),
             *(percent(share) if share else "" for share in row["shares"]),
         )
         for row in report["rows"]
     ]
-    return ("", "top-1", "95 % interval", "GFLOPs", *(f"at {side} px" for side in sides)), body
+    return ("", "top-1", "95 % interval", *cost_headers(report), *(f"at {side} px" for side in sides)), body
 
 
 def reference_table(report: Mapping[str, Any]) -> Table:
@@ -121,23 +169,27 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
             labels[other],
             signed(found["difference_points"]),
             f"{signed(found['low_points'])} to {signed(found['high_points'])}",
-            f"{found['gflops_ratio']:.2f}",
+            f"{found['cost_ratio']:.2f}",
             "-" if found["mcnemar_p"] is None else f"{found['only_routed_right']:,} / {found['only_other_right']:,}",
             p_value(found["mcnemar_p"]),
         )
         for other, found in report["comparisons"].items()
     ]
-    return ("routed minus", "points", "95 % interval", "FLOPs ratio", "only it / only the other", "McNemar p"), body
+    ratio = f"{cost_words(report).noun} ratio"
+    return ("routed minus", "points", "95 % interval", ratio, "only it / only the other", "McNemar p"), body
 
 
 def budget_table(report: Mapping[str, Any]) -> Table:
     """A few points of the budget curve."""
-    header = ("bias b", "GFLOPs", "top-1", *(f"at {side} px" for side in report["resolutions"]))
+    sides = (f"at {side} px" for side in report["resolutions"])
+    header = ("bias b", *cost_headers(report), "top-1", "95 % interval", "points against b = 0", *sides)
     return header, [
         (
-            _bias(point["bias_per_gflop"]),
-            gflops(point["mean_gflops"]),
+            bias_text(point["budget_bias"]),
+            *cost_cells(report, point),
             percent(point["top1"]),
+            f"{100 * point['top1_low']:.1f} to {100 * point['top1_high']:.1f}",
+            _against_routed(point),
             *(percent(share) if share else "" for share in point["shares"]),
         )
         for point in every(report["budget_curve"], BUDGET_ROWS)
@@ -182,7 +234,7 @@ def every(points: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, 
     """About `count` of the points, evenly spaced, with both ends and bias 0."""
     last = len(points) - 1
     wanted = {round(last * k / (count - 1)) for k in range(count)} if last >= 0 else set()
-    return [point for k, point in enumerate(points) if k in wanted or point["bias_per_gflop"] == 0]
+    return [point for k, point in enumerate(points) if k in wanted or point["budget_bias"] == 0]
 
 
 def cell(text: object) -> str:
@@ -190,5 +242,12 @@ def cell(text: object) -> str:
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _bias(value: float) -> str:
+def _against_routed(point: Mapping[str, Any]) -> str:
+    if point["budget_bias"] == 0:
+        return ""
+    return f"{signed(point['difference_points'])} ({signed(point['low_points'])} to {signed(point['high_points'])})"
+
+
+def bias_text(value: float) -> str:
+    """A budget bias with its sign."""
     return "0" if value == 0 else f"{'+' if value > 0 else '-'}{gflops(abs(value))}"

@@ -1,4 +1,4 @@
-"""The figure that matters: accuracy against cost, every way to spend FLOPs in one picture."""
+"""The figure that matters: accuracy against cost, every way to spend it in one picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.evaluation.style import (
     style_axes,
     subject,
 )
-from pipeline.evaluation.tables import percent, signed
+from pipeline.evaluation.tables import cost_words, percent, signed
 
 _MARKERS = {"static": "o", "routed": "D", "random": "s", "oracle": "*"}
 
@@ -34,7 +34,7 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     axes = figure.add_axes((0.085, 0.105, 0.895, 0.775))
     style_axes(axes, theme)
     points = [row for row in report["rows"] if row["kind"] in _MARKERS]
-    static = sorted((row for row in points if row["kind"] == "static"), key=lambda row: row["mean_gflops"])
+    static = sorted((row for row in points if row["kind"] == "static"), key=lambda row: row["mean_cost"])
     line = np.array([_position(row) for row in static])
     curve = np.array([_position(point) for point in report["budget_curve"]]).reshape(-1, 2)
     references = _set_limits(axes, points, curve, report["references"])
@@ -50,7 +50,7 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     for row in points:
         _draw_point(axes, row, colors[row["id"]], theme)
     whiskers = [
-        np.array([[row["mean_gflops"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")]) for row in points
+        np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")]) for row in points
     ]
     place_labels(
         axes,
@@ -59,14 +59,14 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
         size=FONT_SIZE,
         background=theme.background,
     )
-    axes.set_xlabel("cost of one image, GFLOPs (1e9 multiply-adds, predictor included)", color=theme.muted)
+    axes.set_xlabel(cost_words(report).axis, color=theme.muted)
     axes.set_ylabel("top-1, %", color=theme.muted)
     heading(figure, "Accuracy against cost", f"{subject(report)}; bars are 95 % intervals", theme)
     return figure
 
 
 def _position(row: Mapping[str, Any]) -> tuple[float, float]:
-    return row["mean_gflops"], 100 * row["top1"]
+    return row["mean_cost"], 100 * row["top1"]
 
 
 def _sides_colors(report: Mapping[str, Any]) -> list[str]:
@@ -76,7 +76,7 @@ def _sides_colors(report: Mapping[str, Any]) -> list[str]:
 def _gap(report: Mapping[str, Any]) -> np.ndarray:
     """From the static line up (or down) to the routed network; empty without one, or beyond the line's end."""
     rows = {row["kind"]: row for row in report["rows"]}
-    if "routed" not in rows or not np.isclose(rows["interpolation"]["mean_gflops"], rows["routed"]["mean_gflops"]):
+    if "routed" not in rows or not np.isclose(rows["interpolation"]["mean_cost"], rows["routed"]["mean_cost"]):
         return np.zeros((0, 2))
     return np.array([_position(rows["interpolation"]), _position(rows["routed"])])
 
@@ -92,7 +92,7 @@ def _set_limits(
     low, high = (end([edge, *(100 * found["top1"] for found in near)]) for end, edge in ((min, low), (max, high)))
     span = max(high - low, 2)
     axes.set_ylim(low - 0.1 * span, high + 0.14 * span)
-    axes.set_xlim(0, 1.1 * max([row["mean_gflops"] for row in points] + curve[:, 0].tolist()))
+    axes.set_xlim(0, 1.1 * max([row["mean_cost"] for row in points] + curve[:, 0].tolist()))
     percent_axis(axes)
     return near
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.evaluation.tables import gflops, percent, signed
+from pipeline.evaluation.tables import cost_words, gflops, percent, signed
 
 COLLAPSED_SHARE = 0.99
 
@@ -14,7 +14,7 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
     """`outcome`, `verdict` (text; its first sentence is the outcome) and `verdict_details` (further sentences).
 
     Outcomes: `dominated` (a static resolution costs no more and is no less accurate), `below_line` (below the line
-    between the neighbouring static resolutions at equal FLOPs), `unproven` (above it, but the 95 % interval holds 0),
+    between the neighbouring static resolutions at equal cost), `unproven` (above it, but the 95 % interval holds 0),
     `gain` (above it, and the interval is above 0), `single_resolution` (nothing to route).
     """
     rows = {row["id"]: row for row in report["rows"]}
@@ -23,7 +23,7 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
         text = (
             f"There is one resolution, so nothing is routed: {row['label']} reaches {percent(row['top1'])} "
             f"(95 % CI {percent(row['top1_low'])} to {percent(row['top1_high'])}) "
-            f"at {gflops(row['mean_gflops'])} GFLOPs."
+            f"at {gflops(row['mean_cost'])} {cost_words(report).unit}."
         )
         return {"outcome": "single_resolution", "verdict": text, "verdict_details": []}
     line = report["comparisons"]["interpolation"]
@@ -33,7 +33,10 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
     elif line["difference_points"] <= 0:
         sure = "Static wins" if line["high_points"] < 0 else "Routing shows no gain"
         outcome = "below_line"
-        text = f"{sure}: at equal FLOPs the routed network is {_against_line(report, rows)}. {_trade(report, rows)}."
+        text = (
+            f"{sure}: at equal {cost_words(report).noun} the routed network is {_against_line(report, rows)}. "
+            f"{_trade(report, rows)}."
+        )
     elif line["low_points"] <= 0:
         outcome = "unproven"
         text = (
@@ -51,9 +54,9 @@ def _dominating(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Mapping[s
     better = [
         row
         for row in report["rows"]
-        if row["kind"] == "static" and row["mean_gflops"] <= routed["mean_gflops"] and row["top1"] >= routed["top1"]
+        if row["kind"] == "static" and row["mean_cost"] <= routed["mean_cost"] and row["top1"] >= routed["top1"]
     ]
-    return max(better, key=lambda row: (row["top1"], -row["mean_gflops"])) if better else None
+    return max(better, key=lambda row: (row["top1"], -row["mean_cost"])) if better else None
 
 
 def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str:
@@ -64,7 +67,8 @@ def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str
     by = "" if clearly else f"{signed(points)} points, "
     return (
         f"Static wins: {static['label']} is {accurate} the routed network ({by}95 % CI {signed(low)} "
-        f"to {signed(high)}, McNemar {_p(found['mcnemar_p'])}) at {1 / found['gflops_ratio']:.2f} of its FLOPs."
+        f"to {signed(high)}, McNemar {_p(found['mcnemar_p'])}) at {1 / found['cost_ratio']:.2f} of its "
+        f"{cost_words(report).noun}."
     )
 
 
@@ -72,21 +76,22 @@ def _trade(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     """The routed network against the most accurate static resolution, without a full stop."""
     best, found = rows[report["best_static"]], report["comparisons"][report["best_static"]]
     return (
-        f"At {found['gflops_ratio']:.2f} of the FLOPs of {best['label']} the routed network is "
+        f"At {found['cost_ratio']:.2f} of the {cost_words(report).noun} of {best['label']} the routed network is "
         f"{_side(found['difference_points'], 'it')} ({_interval(found)})"
     )
 
 
 def _against_line(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     found, line = report["comparisons"]["interpolation"], rows["interpolation"]
+    equal = f"at equal {cost_words(report).noun}"
     if sum(share > 0 for share in line["shares"]) == 1:
-        ends = rows["routed"]["mean_gflops"] > line["mean_gflops"] * (1 + 1e-9)
-        where = ", where the static line ends" if ends else " at equal FLOPs"
+        ends = rows["routed"]["mean_cost"] > line["mean_cost"] * (1 + 1e-9)
+        where = ", where the static line ends" if ends else f" {equal}"
         return f"{_side(found['difference_points'], line['label'])}{where} ({_interval(found)})"
     lower, upper = (side for side, share in zip(report["resolutions"], line["shares"], strict=True) if share > 0)
     return (
         f"{_side(found['difference_points'], 'the line')} between static {min(lower, upper)} px and "
-        f"{max(lower, upper)} px at equal FLOPs ({_interval(found)})"
+        f"{max(lower, upper)} px {equal} ({_interval(found)})"
     )
 
 
@@ -106,8 +111,8 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
     oracle, routing = rows["oracle"], report["routing"]
     yield (
         f"An oracle, which knows the cheapest resolution that is right, would reach {percent(oracle['top1'])} at "
-        f"{gflops(oracle['mean_gflops'])} GFLOPs. Of the routed network's {routing['wrong']} wrong answers, "
-        f"{routing['wrong_but_right_elsewhere']} are right at another resolution."
+        f"{gflops(oracle['mean_cost'])} {cost_words(report).unit}. Of the routed network's {routing['wrong']} wrong "
+        f"answers, {routing['wrong_but_right_elsewhere']} are right at another resolution."
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, PredictorConfig
 from pipeline.models.backbone import ResolutionBackbone, build_backbone
-from pipeline.models.predictor import Predictor, build_predictor
+from pipeline.models.predictor import Predictor, build_predictor, predictor_shape, start_with_shares
 
 
 class DRNet(nn.Module):
@@ -78,7 +78,16 @@ def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], st
     backbone = build_backbone(
         config.backbone, num_classes, num_resolutions, width=config.backbone_width, weights=config.weights
     )
-    predictor = build_predictor(
-        config.predictor.architecture, num_resolutions, width=config.predictor.width, dropout=config.predictor.dropout
-    )
+    predictor = build_configured(config.predictor, num_resolutions)
     return DRNet(backbone, predictor, config.resolutions, config.predictor.input_size, mean, std)
+
+
+def build_configured(config: PredictorConfig, num_resolutions: int) -> Predictor:
+    """The predictor that `config` describes; raises ValueError where there is none."""
+    shape = predictor_shape(
+        config.architecture, blocks=config.blocks, kernel=config.kernel, stem_stride=config.stem_stride
+    )
+    predictor = build_predictor(shape, num_resolutions, width=config.width, dropout=config.dropout)
+    if config.initial_shares is not None:
+        start_with_shares(predictor, config.initial_shares)
+    return predictor

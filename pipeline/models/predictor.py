@@ -1,15 +1,63 @@
-"""The resolution predictor: the four architectures of the paper's supplement, Table 1."""
+"""The resolution predictor: a family of small networks, of which the paper's four (supplement, Table 1) are points."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.models.small_resnet import init_convolutions, residual_block, scaled_channels
 
-ARCHITECTURES = (1, 2, 3, 4)
 _CHANNELS = (64, 128, 256, 512)
+MAX_STAGES = len(_CHANNELS)
+
+
+@dataclass(frozen=True)
+class PredictorShape:
+    """A point of the family, but for its width and input size.
+
+    Attributes:
+        blocks: BasicBlocks of each stage, at most MAX_STAGES stages of 64, 128, 256 and 512 channels. 0 is one plain
+            convolution with stride 2 in their place.
+        kernel: side of the stem's and the plain convolutions' kernel, odd.
+        stem_stride: of the stem's convolution, which a max pool of stride 2 follows.
+
+    Raises:
+        ValueError: with everything that is wrong.
+    """
+
+    blocks: tuple[int, ...]
+    kernel: int = 7
+    stem_stride: int = 2
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 1 <= len(self.blocks) <= MAX_STAGES or min(self.blocks) < 0:
+            problems.append(f"blocks {list(self.blocks)}: give 1 to {MAX_STAGES} stages of 0 or more blocks each")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            problems.append(f"kernel {self.kernel}: give an odd side")
+        if self.stem_stride < 1:
+            problems.append(f"stem_stride {self.stem_stride}: give 1 or more")
+        if problems:
+            raise ValueError(f"there is no predictor with {'; '.join(problems)}")
+
+
+ARCHITECTURES = {
+    1: PredictorShape((1, 1, 1, 1)),
+    2: PredictorShape((1, 1)),
+    3: PredictorShape((1, 1), stem_stride=4),
+    4: PredictorShape((0,)),
+}
+"""The paper's four predictors [Zhu et al., NeurIPS 2021, supplement, Table 1], with the cost at 128x128 and width 1:
+
+1. 7x7/2 stem, then one BasicBlock each of 64, 128, 256 and 512 channels (290 M multiply-adds).
+2. As 1, with the first two blocks only (173 M).
+3. As 2, with a stem of stride 4 (43 M).
+4. 7x7/2 stem, then one convolution of 64 channels (89.9 M). The source does not give that convolution's size; 7x7 with
+   stride 2 is inferred, as the size that gives the cost which the table states.
+"""
 
 
 class Predictor(nn.Module):
@@ -39,47 +87,67 @@ class Predictor(nn.Module):
         return self.fc(self.dropout(self.pool(self.body(self.stem(images))).flatten(1)))
 
 
-def build_predictor(architecture: int, num_resolutions: int, *, width: float = 1.0, dropout: float = 0.2) -> Predictor:
-    """One of the paper's four predictors [Zhu et al., NeurIPS 2021, supplement, Table 1].
-
-    1. 7x7/2 stem, then one BasicBlock each of 64, 128, 256 and 512 channels (290 M multiply-adds at 128x128).
-    2. As 1, with the first two blocks only (173 M).
-    3. As 2, with a stem of stride 4 (43 M).
-    4. 7x7/2 stem, then one convolution of 64 channels (89.9 M). The source does not give that convolution's size;
-       7x7 with stride 2 is inferred, as the size that gives the cost which the table states.
-
-    Args:
-        architecture: 1, 2, 3 or 4.
-        num_resolutions: R.
-        width: multiplies every channel count; the result is rounded to a multiple of 8, at least 8.
-        dropout: before the classifier.
+def predictor_shape(
+    architecture: int,
+    *,
+    blocks: Sequence[int] | None = None,
+    kernel: int | None = None,
+    stem_stride: int | None = None,
+) -> PredictorShape:
+    """One of the ARCHITECTURES, changed in what is given.
 
     Raises:
-        ValueError: unknown architecture.
+        ValueError: unknown architecture, or there is no such predictor.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"predictor architecture {architecture} is not one of 1, 2, 3, 4")
-    channels = [scaled_channels(base, width) for base in _CHANNELS]
-    stem = _stem(channels[0], stride=4 if architecture == 3 else 2)
-    if architecture == 4:
-        return Predictor(stem, _convolution(channels[0], channels[0], stride=2), channels[0], num_resolutions, dropout)
-    num_blocks = 4 if architecture == 1 else 2
-    body = _residual_stages(channels[:num_blocks])
-    return Predictor(stem, body, channels[num_blocks - 1], num_resolutions, dropout)
-
-
-def _stem(channels: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(*_convolution(3, channels, stride), nn.MaxPool2d(3, stride=2, padding=1))
-
-
-def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 7, stride=stride, padding=3, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
+    base = ARCHITECTURES[architecture]
+    return PredictorShape(
+        blocks=base.blocks if blocks is None else tuple(blocks),
+        kernel=base.kernel if kernel is None else kernel,
+        stem_stride=base.stem_stride if stem_stride is None else stem_stride,
     )
 
 
-def _residual_stages(channels: list[int]) -> nn.Sequential:
-    first = residual_block(channels[0], channels[0], stride=1)
-    return nn.Sequential(first, *(residual_block(i, o, stride=2) for i, o in itertools.pairwise(channels)))
+def build_predictor(
+    shape: PredictorShape, num_resolutions: int, *, width: float = 1.0, dropout: float = 0.2
+) -> Predictor:
+    """A predictor of the family, from the global random state.
+
+    Args:
+        num_resolutions: R.
+        width: multiplies every channel count; the result is rounded to a multiple of 8, at least 8.
+        dropout: before the classifier.
+    """
+    channels = [scaled_channels(base, width) for base in _CHANNELS[: len(shape.blocks)]]
+    stem = nn.Sequential(
+        *_convolution(3, channels[0], shape.kernel, shape.stem_stride), nn.MaxPool2d(3, stride=2, padding=1)
+    )
+    body = nn.Sequential(*_body(shape, channels))
+    return Predictor(stem, body, channels[-1], num_resolutions, dropout)
+
+
+def start_with_shares(predictor: Predictor, shares_R: Sequence[float]) -> None:
+    """Make an untrained predictor draw resolution j with probability shares_R[j] / sum(shares_R) for every image."""
+    with torch.no_grad():
+        predictor.fc.weight.zero_()
+        predictor.fc.bias.copy_(torch.tensor(shares_R).log())
+
+
+def _body(shape: PredictorShape, channels: Sequence[int]) -> Iterator[nn.Module]:
+    inputs = channels[0]
+    for stage, (count, outputs) in enumerate(zip(shape.blocks, channels, strict=True)):
+        if count == 0:
+            yield from _convolution(inputs, outputs, shape.kernel, stride=2)
+        for block in range(count):
+            # The stem has already divided the sides, so the first stage keeps them.
+            yield residual_block(inputs if block == 0 else outputs, outputs, stride=2 if stage and block == 0 else 1)
+        inputs = outputs
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class ResolutionBatchNorm2d(nn.Module):
@@ -19,15 +22,21 @@ class ResolutionBatchNorm2d(nn.Module):
     """
 
     active: int
+    keeps_statistics: bool
+    """in training mode, normalise with the batch's statistics and leave the running ones as they are"""
 
     def __init__(self, norm: nn.BatchNorm2d, num_resolutions: int):
         super().__init__()
         self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_resolutions - 1))])
         self.active = 0
+        self.keeps_statistics = False
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise (N, C, H, W) with the active copy."""
-        return self.norms[self.active](features)
+        norm = self.norms[self.active]
+        if self.keeps_statistics:
+            return functional_call(norm, {name: value.clone() for name, value in norm.named_buffers()}, features)
+        return norm(features)
 
     def extra_repr(self) -> str:
         return f"active={self.active}"
@@ -71,6 +80,22 @@ def select_resolution(module: nn.Module, index: int) -> None:
             if not 0 <= index < len(layer.norms):
                 raise ValueError(f"resolution index {index} is not in 0..{len(layer.norms) - 1}")
             layer.active = index
+
+
+@contextmanager
+def kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Forward passes of the body, in training mode too, leave every running statistic inside `module` as it is.
+
+    For a pass that is run a second time: a batch counts once.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ResolutionBatchNorm2d)]
+    for layer in layers:
+        layer.keeps_statistics = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keeps_statistics = False
 
 
 def keep_resolution(module: nn.Module, index: int) -> None:

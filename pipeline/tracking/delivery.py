@@ -9,12 +9,19 @@ from itertools import groupby, islice
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
-from pipeline.tracking.journal import Journal, Record, metric_values
-from pipeline.tracking.runs import Description, children, find_or_create_run, find_or_create_stage
+from pipeline.tracking.journal import JOURNAL_FILE, Journal, Record, metric_values
+from pipeline.tracking.runs import (
+    Description,
+    children,
+    find_or_create_run,
+    find_or_create_stage,
+    find_run,
+    param_text,
+)
 from pipeline.tracking.store import REJECTED, TrackingError, redacted
 
 _logger = logging.getLogger(__name__)
@@ -27,11 +34,13 @@ class Delivery:
     Args:
         uri: the server or store.
         folder: the run's folder.
-        run_id: of the folder's run there; None looks it up, and makes it where there is none.
+        run_id: of the folder's run there; None looks it up.
+        name: of the journal. Where the run is not on the server, only the main journal's delivery makes it.
     """
 
-    def __init__(self, uri: str, folder: Path, run_id: str | None = None):
-        self.journal = Journal(folder)
+    def __init__(self, uri: str, folder: Path, run_id: str | None = None, name: str = JOURNAL_FILE):
+        self.journal = Journal(folder, name)
+        self._makes_run = name == JOURNAL_FILE
         self.run_id = run_id
         self.uri, self._folder = uri, folder
         self._server = redacted(uri)
@@ -58,9 +67,13 @@ class Delivery:
         if self._client is None:
             self._client = MlflowClient(self.uri)
         if self.run_id is None:
-            self.run_id, created = find_or_create_run(self._client, self.uri, Description.load(self._folder))
-            if created:
-                self.journal.set_delivered(self._server, 0)
+            description = Description.load(self._folder)
+            if self._makes_run:
+                self.run_id, created = find_or_create_run(self._client, self.uri, description)
+                if created:
+                    self.journal.set_delivered(self._server, 0)
+            else:
+                self.run_id = find_run(self._client, self.uri, description)
         return self._client
 
     def _send(self, client: MlflowClient, records: list[Record]) -> None:
@@ -115,6 +128,9 @@ class Delivery:
         assert self.run_id is not None
         if record["kind"] == "opened":
             client.update_run(self.run_id, status="RUNNING")
+        elif record["kind"] == "params":
+            params = [Param(key, param_text(value)) for key, value in record["params"].items()]
+            client.log_batch(self._target(client, record), params=params)
         elif record["kind"] == "artifacts":
             path = self._folder / record["path"]
             if path.is_dir():

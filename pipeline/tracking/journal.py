@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets.files import write_whole
 
-JOURNAL_FILE = "journal.jsonl"
+JOURNAL_FILE, NODE_JOURNALS = "journal.jsonl", "journal-*.jsonl"
 Record = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
@@ -22,13 +22,15 @@ _logger = logging.getLogger(__name__)
 class Journal:
     """An append-only file of records, and for one server the place up to which it has them.
 
+    A run's folder has one that the driver and rank 0 write, and one more for each node's system metrics.
+
     A record is delivered at least once: the place is written after the server has answered. MLflow keeps metrics that
     are equal in run, key, step, time and value once only, so there they arrive exactly once.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / JOURNAL_FILE
-        self._delivered_path = folder / f"{JOURNAL_FILE}.delivered"
+    def __init__(self, folder: Path, name: str = JOURNAL_FILE):
+        self.path = folder / name
+        self._delivered_path = folder / f"{name}.delivered"
 
     def append(self, record: Record) -> None:
         """Add a record, on disk when this returns; raises OSError."""
@@ -104,6 +106,12 @@ def metrics_record(stage: str | None, values: Mapping[str, float], step: int, si
     written = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
     times = {"since_ms": since_ms, "time_ms": now_ms()}
     return {"kind": "metrics", "stage": stage, "step": step, **times, "values": written}
+
+
+def params_record(stage: str, params: Mapping[str, object]) -> Record:
+    """What a stage was run with."""
+    times = {"since_ms": now_ms(), "time_ms": now_ms()}
+    return {"kind": "params", "stage": stage, **times, "params": {key: str(value) for key, value in params.items()}}
 
 
 def metric_values(record: Record) -> dict[str, float]:

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
+import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema, TensorSpec
-from PIL import Image
 
 from pipeline.config import Config
-from pipeline.tracking import serving
-from pipeline.tracking.export import export_model
+from pipeline.evaluation.gate import Answers
+from pipeline.evaluation.predictions import Predictions
+from pipeline.run_folder import RunFolder
+from pipeline.tracking.package import code_files, save_pyfunc
+from pipeline.tracking.promotion import ANSWERS_FILE, give_first
 from pipeline.tracking.runs import COMMIT_TAG, Description
 from pipeline.tracking.store import TrackingError, explained, redacted
 from pipeline.tracking.tracker import replay
-from pipeline.training.checkpoint import LoadedModel, load_model
+from pipeline.training.checkpoint import load_model
 
-REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow")
 DIGEST_TAG = "content_digest"
-_OUTPUT_TYPES = {"Int64": "long", "Float64": "double", "string": "string"}
+MODEL_FILE = "model.pt"
+"""in a version's artifacts: the network as it was trained, for whoever goes on from it"""
 
 
 @dataclass(frozen=True)
@@ -43,19 +40,22 @@ class RegisteredModel:
     name: str
     version: str
     alias: str
+    champion: str
+    """the version that has the alias: this one, where it is the first"""
     tags: dict[str, str]
     is_new: bool
     """False where the same model with the same report was there already"""
 
     @property
     def uri(self) -> str:
-        return f"models:/{self.name}@{self.alias}"
+        return f"models:/{self.name}/{self.version}"
 
 
 def register_model(config: Config, folder: Path, model_file: Path, report_file: Path) -> RegisteredModel:
-    """Put a finished run's model into the registry and set the configured alias on it.
+    """Put a finished run's model into the registry; where nothing has the configured alias yet, it gets it.
 
-    The version carries its accuracy, GFLOPs, data digest and commit as tags. The same model is not put in twice.
+    The version carries its accuracy, GFLOPs, data digest and commit as tags, and as a file which validation images it
+    gets right: `promotion.promote` compares by it. The same model is not put in twice.
 
     Args:
         folder: the run's folder.
@@ -63,25 +63,34 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
         report_file: its report.json.
 
     Raises:
-        ValueError: the run has not finished, or its predictor was never trained.
+        ValueError: the run has not finished, its predictor was never trained, or its report is not of its predictions.
         TrackingError: the server cannot be reached or refuses; the alias is not allowed.
     """
-    _refuse_unfit(config, [path for path in (model_file, report_file) if not path.is_file()])
+    predictions_file = RunFolder(folder).predictions
+    files = (model_file, report_file, predictions_file)
+    _refuse_unfit(config, [path for path in files if not path.is_file()])
     handle = replay(config, folder)
     if handle.run_id is None:
         raise TrackingError(
             f"MLflow at {redacted(handle.uri)} does not answer, so nothing was registered; try again later"
         )
-    report = json.loads(report_file.read_text())
-    tags = _tags(Description.load(folder), report, _digest(model_file, report_file))
+    report, description = json.loads(report_file.read_text()), Description.load(folder)
+    tags = _tags(description, report, _digest(*files))
+    reached = report["headline"]
+    answers = Answers.of(Predictions.load(predictions_file), description.dataset["digest"], reached["mean_gflops"])
+    if abs(answers.top1 - reached["top1"]) > 1e-9:
+        raise ValueError(
+            f"{report_file} says top-1 {reached['top1']:.6f}, but {predictions_file} {answers.top1:.6f}: they are not "
+            "of one evaluation; run jobs.evaluate"
+        )
     mlflow.set_tracking_uri(handle.uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(handle.uri):
         client = MlflowClient(handle.uri)
-        return _register(client, config, load_model(model_file), handle.run_id, tags)
+        return _register(client, config, model_file, answers, handle.run_id, tags)
 
 
 def _register(
-    client: MlflowClient, config: Config, loaded: LoadedModel, run_id: str, tags: dict[str, str]
+    client: MlflowClient, config: Config, model_file: Path, answers: Answers, run_id: str, tags: dict[str, str]
 ) -> RegisteredModel:
     name, alias = config.registry.name, config.registry.alias
     try:
@@ -97,55 +106,27 @@ def _register(
         ),
         None,
     )
-    number = str(present.version if present else _create_version(client, name, loaded, run_id, tags))
-    client.set_registered_model_alias(name, alias, number)
-    return RegisteredModel(name, number, alias, tags, is_new=present is None)
+    number = str(present.version if present else _create_version(client, name, model_file, answers, run_id, tags))
+    champion = give_first(client, name, alias, number)
+    return RegisteredModel(name, number, alias, champion, tags, is_new=present is None)
 
 
-def _create_version(client: MlflowClient, name: str, loaded: LoadedModel, run_id: str, tags: Mapping[str, str]) -> str:
-    """Upload the model as one that the run has put out, and make a version of it."""
+def _create_version(
+    client: MlflowClient, name: str, model_file: Path, answers: Answers, run_id: str, tags: Mapping[str, str]
+) -> str:
+    """Upload the model, and which images it gets right, as one that the run has put out, and make a version of it."""
     experiment = client.get_run(run_id).info.experiment_id
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        save_pyfunc(loaded, folder)
+        save_pyfunc(load_model(model_file), folder)
+        shutil.copyfile(model_file, folder / MODEL_FILE)
+        answers.save(folder / ANSWERS_FILE)
         logged = client.create_logged_model(experiment, name, run_id, tags=dict(tags))
         client.log_model_artifacts(logged.model_id, str(folder))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     source = f"models:/{logged.model_id}"
     return client.create_model_version(name, source, run_id, tags=dict(tags), model_id=logged.model_id).version
-
-
-def save_pyfunc(loaded: LoadedModel, folder: Path) -> None:
-    """Write an MLflow model that needs neither this project nor pickle: programs, description and serving.py."""
-    with tempfile.TemporaryDirectory() as temporary:
-        programs = Path(temporary) / serving.FOLDER_ARTIFACT
-        programs.mkdir()
-        export_model(loaded, programs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of pandas, for how MLflow reads the example
-            mlflow.pyfunc.save_model(
-                folder,
-                python_model=serving.__file__,
-                artifacts={serving.FOLDER_ARTIFACT: str(programs)},
-                signature=_signature(),
-                input_example=_example(loaded.model.sides[0]),
-                pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
-            )
-
-
-def _signature() -> ModelSignature:
-    outputs: list[ColSpec | TensorSpec] = [
-        ColSpec(_OUTPUT_TYPES[kind], name, required=name == "gflops") for name, kind in serving.OUTPUT_COLUMNS.items()
-    ]
-    return ModelSignature(Schema([ColSpec("binary", serving.IMAGE_COLUMN)]), Schema(outputs))
-
-
-def _example(side: int) -> pd.DataFrame:
-    """One grey JPEG."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
-    return pd.DataFrame({serving.IMAGE_COLUMN: [buffer.getvalue()]})
 
 
 def _tags(description: Description, report: Mapping[str, Any], digest: str) -> dict[str, str]:
@@ -163,8 +144,8 @@ def _tags(description: Description, report: Mapping[str, Any], digest: str) -> d
 
 
 def _digest(*files: Path) -> str:
-    """Of what makes a version: the model, its report, and the code that serves it."""
-    parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*files, Path(serving.__file__))]
+    """Of what makes a version: the model, its report and predictions, and the code that serves it."""
+    parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*files, *code_files())]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from datasets.files import write_whole
 from pipeline.config import Config
 from pipeline.config_file import flattened
 from pipeline.tracking.journal import now_ms
-from pipeline.tracking.store import PROJECT_FOLDER, experiment_id, redacted
+from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, experiment_id, redacted
 
 if TYPE_CHECKING:
     from datasets.beton import Manifest
@@ -63,15 +63,13 @@ def describe_run(config: Config, folder: Path, manifest: Manifest) -> Descriptio
     """Describe the run as it is now; key and first start stay those of the run's folder. Writes tracking.json."""
     before = Description.load(folder) if (folder / DESCRIPTION_FILE).exists() else None
     tree = config.model_dump(mode="json")
-    if config.tracking.uri:
-        tree["tracking"]["uri"] = redacted(config.tracking.uri)
     description = Description(
         key=before.key if before else uuid.uuid4().hex,
         started_ms=before.started_ms if before else now_ms(),
         name=config.name,
         experiment=config.tracking.experiment,
         tags={"drnet.run_folder": str(folder), **git_tags(PROJECT_FOLDER)},
-        params={key: _param(value) for key, value in flattened(tree)},
+        params={key: param_text(value) for key, value in flattened(tree)},
         dataset=_dataset(config, manifest),
         config=yaml.safe_dump(tree, sort_keys=False),
     )
@@ -87,12 +85,14 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
         MlflowException: the server cannot be reached, or refuses.
     """
     experiment = experiment_id(client, uri, description.experiment)
-    found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{description.key}'")
-    run = next((run for run in found if PARENT_TAG not in run.data.tags), None)
+    tagged = f"tags.`{KEY_TAG}` = '{description.key}'"
+    run = _one_run(client, experiment, tagged)
     created = run is None
     if run is None:
         tags = {KEY_TAG: description.key, **description.tags}
-        run = client.create_run(experiment, description.started_ms, tags, description.name)
+        client.create_run(experiment, description.started_ms, tags, description.name)
+        run = _one_run(client, experiment, tagged)
+        assert run is not None
     run_id = run.info.run_id
     if DESCRIBED_TAG not in run.data.tags:
         params = [Param(key, value) for key, value in description.params.items()]
@@ -105,6 +105,31 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
     elif not created:
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in description.tags.items()])
     return run_id, created
+
+
+def find_run(client: MlflowClient, uri: str, description: Description) -> str:
+    """The id of the run.
+
+    Raises:
+        TrackingError: it is not there yet, or the experiment was deleted.
+        MlflowException: the server cannot be reached, or refuses.
+    """
+    experiment = experiment_id(client, uri, description.experiment)
+    run = _one_run(client, experiment, f"tags.`{KEY_TAG}` = '{description.key}'")
+    if run is None:
+        raise TrackingError(f"the run {description.name} is not in {redacted(uri)} yet")
+    return run.info.run_id
+
+
+def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
+    """The run of a condition that holds for one at most; None where there is none.
+
+    Where the answer to a creation is lost, MLflow's client asks again and a second one is made: the oldest is kept.
+    """
+    found = sorted(client.search_runs([experiment], condition), key=lambda run: (run.info.start_time, run.info.run_id))
+    for other in found[1:]:
+        client.delete_run(other.info.run_id)
+    return found[0] if found else None
 
 
 def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_ms: int) -> str:
@@ -124,8 +149,10 @@ def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_
             client.set_terminated(child.info.run_id, "FINISHED", started_ms)
     if stage_id is None:
         tags = {PARENT_TAG: run_id, STAGE_TAG: stage}
-        name = f"{parent.info.run_name} {stage}"
-        stage_id = client.create_run(parent.info.experiment_id, started_ms, tags, name).info.run_id
+        name, experiment = f"{parent.info.run_name} {stage}", parent.info.experiment_id
+        client.create_run(experiment, started_ms, tags, name)
+        run = _one_run(client, experiment, f"tags.`{PARENT_TAG}` = '{run_id}' and tags.`{STAGE_TAG}` = '{stage}'")
+        stage_id = run.info.run_id
     return stage_id
 
 
@@ -167,7 +194,7 @@ def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _param(value: Any) -> str:
+def param_text(value: Any) -> str:
     """A value as MLflow shows it, no longer than it accepts."""
     text = str(value)
     return text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.config import Config
+from pipeline.job_package import job_package
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -23,7 +24,8 @@ class TrackingError(ValueError):
 
 
 def tracking_uri(config: Config | None = None) -> str:
-    """The address of the MLflow server or store: MLFLOW_TRACKING_URI, else the configuration, else the project's own.
+    """The address of the MLflow server or store: MLFLOW_TRACKING_URI, else the configuration, else mlflow.db in the
+    project's folder or, for a Ray job, whose project folder is deleted with it, in cluster.storage.
 
     A relative SQLite file is taken from the project's folder, so that every process means the same one.
 
@@ -31,7 +33,7 @@ def tracking_uri(config: Config | None = None) -> str:
         TrackingError: MLflow has no such kind of store.
     """
     configured = config.tracking.uri if config else None
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or configured or "sqlite:///mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or configured or _default_store(config)
     scheme = re.split(r"[+:]", uri, maxsplit=1)[0]
     if scheme not in SCHEMES:
         raise TrackingError(
@@ -40,6 +42,12 @@ def tracking_uri(config: Config | None = None) -> str:
         )
     file = sqlite_file(uri)
     return uri if file is None else f"sqlite:///{file}"
+
+
+def _default_store(config: Config | None) -> str:
+    if config and job_package(PROJECT_FOLDER):
+        return f"sqlite:///{Path(config.cluster.storage).absolute() / 'mlflow.db'}"
+    return "sqlite:///mlflow.db"
 
 
 def redacted(uri: str) -> str:
@@ -77,6 +85,15 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise TrackingError(explanation(error, uri)) from error
+
+
+def server_problem(uri: str) -> str | None:
+    """Why the server does not answer a question, and what to change; None where it does."""
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        return explanation(error, uri)
+    return None
 
 
 def explanation(error: Exception, uri: str) -> str:

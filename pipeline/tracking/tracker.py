@@ -10,7 +10,8 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from pipeline.config import Config
 from pipeline.tracking.delivery import Delivery
 from pipeline.tracking.journal import (
+    JOURNAL_FILE,
+    NODE_JOURNALS,
     Journal,
     Record,
     artifacts_record,
@@ -26,6 +29,7 @@ from pipeline.tracking.journal import (
     metrics_record,
     now_ms,
     opened_record,
+    params_record,
     status_record,
 )
 from pipeline.tracking.runs import describe_run
@@ -43,7 +47,7 @@ _logger = logging.getLogger(__name__)
 class RunHandle:
     """A run as the driver hands it to workers."""
 
-    uri: str
+    uri: str = field(repr=False)
     """the MLflow server or store"""
     folder: Path
     """the run's folder, with its journal"""
@@ -66,20 +70,20 @@ def open_run(config: Config, folder: Path, manifest: Manifest) -> RunHandle:
 
 
 def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> None:
-    """End the run and send everything; what cannot be sent stays in the journal. Raises nothing but OSError.
+    """End the run and send everything; what cannot be sent stays in the journal. Raises nothing.
 
     Args:
         status: FINISHED, FAILED or KILLED.
         artifacts: a folder to upload under its own name, where it exists.
     """
     journal = Journal(handle.folder)
-    if artifacts is not None and artifacts.exists():
-        journal.append(artifacts_record(str(artifacts.resolve()), artifacts.name))
-    journal.append(status_record(status))
     try:
+        if artifacts is not None and artifacts.exists():
+            journal.append(artifacts_record(str(artifacts.resolve()), artifacts.name))
+        journal.append(status_record(status))
         _send_now(handle.uri, handle.folder)
-    except TrackingError as error:
-        _logger.warning("%s", error)
+    except (TrackingError, OSError) as error:  # a full disk has ended the run: that is told, not this
+        _logger.warning("the end of the run is not in MLflow: %s", error)
 
 
 def replay(config: Config, folder: Path) -> RunHandle:
@@ -94,16 +98,20 @@ def replay(config: Config, folder: Path) -> RunHandle:
 
 def _send_now(uri: str, folder: Path) -> RunHandle:
     delivery = Delivery(uri, folder)
+    nodes = [Delivery(uri, folder, name=path.name) for path in sorted(folder.glob(NODE_JOURNALS))]
     try:
         delivery.send()
+        for node in nodes:
+            node.run_id = delivery.run_id
+            node.send()
     except TrackingError:
         raise
     except Exception as error:  # whatever a client or a file system can raise: training does without MLflow
         _logger.warning(
             "%s Going on without it: %d records wait in %s and are sent when it answers.",
             explanation(error, uri),
-            delivery.num_pending,
-            delivery.journal.path,
+            sum(each.num_pending for each in (delivery, *nodes)),
+            folder,
         )
     return RunHandle(uri, folder, delivery.run_id)
 
@@ -112,14 +120,17 @@ class RunLogger:
     """What rank 0 logs with: to the journal at once, to the server from a thread. It never ends the training.
 
     After a restart, values that were logged before it are not logged again.
+
+    Args:
+        journal: its name. A node's is never logged to twice for one step, so nobody looks.
     """
 
-    def __init__(self, handle: RunHandle):
-        self._journal = Journal(handle.folder)
-        self._logged = _logged_values(self._journal)
+    def __init__(self, handle: RunHandle, journal: str = JOURNAL_FILE):
+        self._journal = Journal(handle.folder, journal)
+        self._logged = _logged_values(self._journal) if journal == JOURNAL_FILE else set()
         self._since_ms = now_ms()
         self._wake, self._closing = threading.Event(), threading.Event()
-        delivery = Delivery(handle.uri, handle.folder, handle.run_id)
+        delivery = Delivery(handle.uri, handle.folder, handle.run_id, journal)
         self._thread = threading.Thread(target=self._deliver, args=(delivery,), name="mlflow-delivery", daemon=True)
         self._thread.start()
 
@@ -130,6 +141,10 @@ class RunLogger:
         if fresh:
             self._write(metrics_record(stage, fresh, step, self._since_ms))
         self._since_ms = now_ms()
+
+    def params(self, stage: str, params: Mapping[str, object]) -> None:
+        """Log what a stage is run with; where it was logged before, with the same values."""
+        self._write(params_record(stage, params))
 
     def close(self) -> None:
         """Stop; waits at most `CLOSE_SECONDS` for what is still to be sent, the driver sends the rest."""
@@ -182,9 +197,6 @@ def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
 @contextmanager
 def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
     """Record CPU, memory, network and GPU use of this node inside. Failure is a warning; it waits for no server."""
-    if handle.run_id is None:
-        yield
-        return
     ended = threading.Event()
     thread = threading.Thread(target=_monitor, args=(handle, node, ended), name="system-metrics", daemon=True)
     thread.start()
@@ -192,14 +204,24 @@ def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join(CLOSE_SECONDS)
+        thread.join(2 * CLOSE_SECONDS)
 
 
 def _monitor(handle: RunHandle, node: str, ended: threading.Event) -> None:
+    """The thread. MLflow's own ends for good at the first call that fails: here MLflow measures, and the node has a
+    journal like rank 0's, so what a server misses arrives later."""
     try:
-        monitor = SystemMetricsMonitor(handle.run_id, resume_logging=True, node_id=node, tracking_uri=handle.uri)
-        monitor.start()
-        ended.wait()
-        monitor.finish()
+        name = NODE_JOURNALS.replace("*", node)
+        first = 1 + max((record["step"] for _, record in Journal(handle.folder, name).read()), default=-1)
+        logger = RunLogger(handle, name)
+        monitor = SystemMetricsMonitor(handle.run_id, node_id=node, tracking_uri=handle.uri)
+        for step in count(first):
+            monitor.collect_metrics()
+            if ended.wait(monitor.sampling_interval):
+                break
+            logger.metrics(None, {f"system/{node}/{key}": of for key, of in monitor.aggregate_metrics().items()}, step)
+            for part in monitor.monitors:
+                part.clear_metrics()
+        logger.close()
     except Exception as error:
         _logger.warning("system metrics of %s are not recorded: %s", node, error)

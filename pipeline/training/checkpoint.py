@@ -11,41 +11,98 @@ import torch
 
 from datasets.files import whole_file
 from pipeline.config import Config, ModelConfig
+from pipeline.config_file import drift, parse_config
 from pipeline.models.drnet import DRNet, build_drnet
 
-FORMAT = 1
+STATE_FORMAT = 2
+MODEL_FORMAT = 1
+
+
+class OtherRunError(ValueError):
+    """A training state belongs to other data or to another configuration."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that differs between two moments of a run.
+    """Everything that differs between two moments of a run, and what it was computed from.
 
-    Random draws are functions of (seed, epoch, step, sample) and learning rates of progress, so neither is here.
+    Random draws are functions of (seed, epoch, step, rank, sample) and learning rates of progress, so neither is here.
+    Batch norm's running statistics are each rank's own between checkpoints. They are averaged over the ranks *at* every
+    checkpoint, also where nothing fails: so a run that goes on from one and a run that passes it are the same, and
+    checkpoint_steps is part of what a run with several workers computes.
     """
 
     stage: str
     data_epoch: int
     """epochs done, over all stages"""
+    step: int
+    """steps done of the epoch after those"""
     model: Mapping[str, Any]
+    """at a stage's end, its result"""
     optimizer: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    """what the stage trains beside the model, such as the weights of an ensemble"""
+    averaged: Mapping[str, Any] | None
+    """the moving average of the weights, where the stage has one"""
+    meter: Mapping[str, Any]
+    """sums of what the epoch reports, over its steps so far"""
+    config: Mapping[str, Any]
+    data_digest: str
 
     @classmethod
-    def capture(cls, model: DRNet, optimizer: torch.optim.Optimizer, stage: str, data_epoch: int) -> TrainingState:
-        return cls(stage, data_epoch, model.state_dict(), optimizer.state_dict())
-
-    @classmethod
-    def finished(cls, model: DRNet, config: Config) -> TrainingState:
+    def finished(cls, model: DRNet, config: Config, data_digest: str) -> TrainingState:
         """The state after the last epoch of the last stage."""
-        return cls("finished", sum(stage.epochs for _, stage in config.stages.present()), model.state_dict(), {})
+        epochs = sum(stage.epochs for _, stage in config.stages.present())
+        described = config.model_dump(mode="json")
+        return cls("finished", epochs, 0, model.state_dict(), {}, {}, None, {}, described, data_digest)
+
+    @property
+    def name(self) -> str:
+        """Names the moment within its run; names of a run sort in its order."""
+        return f"checkpoint_{self.data_epoch:04d}_{self.step:06d}_{self.stage}"
+
+    def refuse_other(self, config: Config, data_digest: str) -> None:
+        """Raise OtherRunError, naming every difference, unless the state is one of this configuration and data.
+
+        What is free to change between sittings may differ. Data are compared by content, not by where they lie.
+        """
+        began_with = parse_config(dict(self.config), "the checkpoint's configuration")
+        changed = [line for line in drift(began_with, config) if not line.startswith("data.")]
+        if self.data_digest != data_digest:
+            changed.append(f"digest of the prepared data: {self.data_digest} -> {data_digest}")
+        if changed:
+            listing = "\n".join(f"  - {line}" for line in changed)
+            raise OtherRunError(
+                f"the checkpoint {self.name} is of a run with another configuration or other data:\n{listing}\n"
+                "put them back, or start a run with another name (name=...)"
+            )
+
+    def copy(self) -> TrainingState:
+        """The state on the CPU, in memory of its own: training may go on while it is written."""
+        return TrainingState(**{field: _copied(getattr(self, field)) for field in self.__dataclass_fields__})
 
     def save(self, path: Path) -> None:
-        _save({"format": FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}, path)
+        """Write the state, atomically."""
+        _save({"format": STATE_FORMAT, **{field: getattr(self, field) for field in self.__dataclass_fields__}}, path)
 
     @classmethod
     def load(cls, path: Path) -> TrainingState:
-        """Raises ValueError where the file is not a whole training state of this format."""
-        content = _load(path)
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        """Read what `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: the file is not a whole training state of this format.
+        """
+        content = _load(path, STATE_FORMAT)
+        return cls(**{field: content[field] for field in cls.__dataclass_fields__})
+
+
+def _copied(value: Any) -> Any:
+    """A tree of mappings and lists with every tensor copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -65,7 +122,7 @@ def save_model(
 ) -> None:
     """Write the finished model, atomically."""
     content = {
-        "format": FORMAT,
+        "format": MODEL_FORMAT,
         "config": config.model.model_dump(mode="json"),
         "classes": list(classes),
         "mean": list(mean),
@@ -78,7 +135,7 @@ def save_model(
 
 def load_model(path: Path) -> LoadedModel:
     """Read a model.pt of `save_model`, on the CPU and in inference mode; raises ValueError where it is not one."""
-    content = _load(path)
+    content = _load(path, MODEL_FORMAT)
     config = ModelConfig.model_validate(content["config"] | {"weights": None})
     mean, std = tuple(content["mean"]), tuple(content["std"])
     model = build_drnet(config, len(content["classes"]), mean, std)
@@ -91,13 +148,13 @@ def _save(content: Mapping[str, Any], path: Path) -> None:
         torch.save(dict(content), file)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, expected: int) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the model.pt or checkpoint of a run")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of format {FORMAT} of this project")
+    if not isinstance(content, dict) or content.get("format") != expected:
+        raise ValueError(f"{path} is not a checkpoint of format {expected} of this project")
     return content

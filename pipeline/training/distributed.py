@@ -7,11 +7,14 @@ gradient at all. One flat sum a step is exact in every one of these cases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -30,36 +33,69 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
     """Replace every gradient by its sum over the ranks, in one message for each dtype.
 
     A parameter without gradient counts as zero, on one rank as on many, so that optimisers treat a resolution that
     nobody chose in this step the same way everywhere.
+
+    Args:
+        loss: this rank's, a scalar that travels in the same message.
+
+    Returns:
+        The sum of `loss` over the ranks, without gradient.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if world_size() == 1:
-        return
-    for dtype in {parameter.dtype for parameter in trained}:
-        gradients = [parameter.grad for parameter in trained if parameter.dtype == dtype and parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view(gradient.shape))
+    total = loss.detach().clone()
+    _sum_in_place([*(parameter.grad for parameter in trained if parameter.grad is not None), total])
+    return total
 
 
 def average_running_statistics(model: nn.Module) -> None:
     """Replace the batch norms' running means and variances by their means over the ranks.
 
     Each rank updates them from its own sub-batches; after this every rank, and the checkpoint, holds the same model.
+    Those of frozen layers are the same already and are left alone: the mean of equal values may differ in its last bit.
     """
+    statistics = [
+        buffer
+        for layer in model.modules()
+        if any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+        for name, buffer in layer.named_buffers(recurse=False)
+        if name in ("running_mean", "running_var")
+    ]
+    if world_size() > 1:
+        _sum_in_place(statistics)
+        torch._foreach_div_(statistics, world_size())
+
+
+def gather_integers(values: Tensor) -> list[int]:
+    """The integers of all ranks' tensors (N,), rank by rank; N may differ."""
+    parts = [values.tolist()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, values.tolist())
+    return [value for part in parts for value in part]
+
+
+def from_first_rank(value: Value) -> Value:
+    """What rank 0 gives, on all ranks; what the others give does not matter."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _sum_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over the ranks, in one message for each dtype."""
     if world_size() == 1:
         return
-    statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    flat = torch.cat([buffer.flatten() for buffer in statistics])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for buffer, part in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
-        buffer.copy_(part.view(buffer.shape))
+    # In order of appearance, the same on every rank: messages that cross would be taken for one another.
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        dist.all_reduce(flat)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view(tensor.shape))

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config import Config, Stage
+from datasets.beton import Manifest
+from pipeline.config import Config, RoutedStage, Stage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet
 from pipeline.training import distributed
 from pipeline.training.checkpoint import TrainingState, load_model
+from pipeline.training.collapse import collapse_warning
+from pipeline.training.divergence import Watch
+from pipeline.training.ema import MovingAverage
+from pipeline.training.goodput import CHECKPOINT, COMPILE, DATA_WAIT, EVALUATE, SET_UP, STEP, Goodput
 from pipeline.training.metrics import Meter
 from pipeline.training.noise import gumbel_noise, step_seed
+from pipeline.training.reporting import Progress, Reporter
 from pipeline.training.schedule import learning_rate
-from pipeline.training.stages import StepBatch, build_objective, build_optimizer, trained_parameters
+from pipeline.training.stage_data import StageData, open_stage_data
+from pipeline.training.stages import Objective, StepBatch, build_objective, build_optimizer, trained_parameters
 
 
 class Epoch(Protocol):
@@ -44,34 +53,24 @@ class Batches(Protocol):
 
     def global_size(self, step: int) -> int: ...
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Epoch: ...
+    def epoch(
+        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
+    ) -> Epoch: ...
 
-
-class Reporter(Protocol):
-    """Where the loop tells what happens; every rank calls it, most of it matters on rank 0 only."""
-
-    def step(self, progress: Progress, loss: Tensor) -> None: ...
-
-    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None: ...
-
-    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is. `epoch` counts within the stage; `data_epoch` over all stages, and keys every random draw."""
-
-    stage: str
-    epoch: int
-    epochs: int
-    data_epoch: int
-    step: int = 0
-    steps: int = 0
+    def read(
+        self, view: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
+    ) -> Epoch: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a training run works with."""
+    """Everything that a training run works with.
+
+    Attributes:
+        manifest: of the prepared data that the loaders read.
+        tables: folder of logit tables, the same for every rank.
+        stage_data: what the stages read, where that is known before; None opens it when a stage begins.
+    """
 
     config: Config
     model: DRNet
@@ -80,87 +79,149 @@ class Run:
     validation: Batches
     device: torch.device
     reporter: Reporter
+    manifest: Manifest
+    tables: Path
+    goodput: Goodput = field(default_factory=Goodput)
+    stage_data: StageData | None = None
+
+
+@dataclass
+class Work:
+    """What one stage trains with, besides the model."""
+
+    stage: Stage
+    data: StageData
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    averaged: MovingAverage | None
+    watch: Watch
+    meter: Meter
+    phase: str = COMPILE
+    """of the goodput: COMPILE until the process has taken its first step of the stage"""
 
 
 def train(run: Run, state: TrainingState | None = None) -> None:
-    """Run all stages of the configuration, or what is left of them after `state`."""
+    """Run all stages of the configuration, or what is left of them after `state`.
+
+    Raises:
+        OtherRunError: the state is of another configuration or other data.
+        DivergedError: a loss, gradient or weight is not finite, or a loss above training.max_loss; on all ranks.
+        TableError: a logit table cannot be computed or read.
+    """
+    if state is not None:
+        state.refuse_other(run.config, run.manifest.digest)
+        run.model.load_state_dict(state.model)
+    watch = Watch(run.config.training.max_loss, state.name if state else None)
     data_epoch = 0
     for name, stage in run.config.stages.present():
         end = data_epoch + stage.epochs
         if state is None or state.data_epoch < end:
-            train_stage(run, name, stage, data_epoch, state)
+            train_stage(run, name, stage, data_epoch, watch, state)
             state = None
         data_epoch = end
-    if state is not None:
-        run.model.load_state_dict(state.model)
 
 
-def train_stage(run: Run, name: str, stage: Stage, data_epoch: int, state: TrainingState | None) -> None:
+def train_stage(
+    run: Run, name: str, stage: Stage, data_epoch: int, watch: Watch, state: TrainingState | None = None
+) -> None:
     """Train one stage; `data_epoch` is the number of epochs of the stages before it."""
-    if state is not None:
-        run.model.load_state_dict(state.model)
-    resumed = state is not None and state.stage == name
-    if stage.init_from is not None and not resumed:
+    run.goodput.enter(SET_UP)
+    if state is not None and state.stage != name:
+        state = None
+    if stage.init_from is not None and state is None:
         run.model.load_state_dict(load_model(stage.init_from).model.state_dict())
-    costs_R = torch.tensor(run.costs.backbone_gflops, device=run.device)
-    objective = build_objective(run.model, stage, costs_R, run.config.training.precision)
-    optimizer = build_optimizer(run.model, stage)
-    done = 0
-    if state is not None and resumed:
-        optimizer.load_state_dict(dict(state.optimizer))
-        done = state.data_epoch - data_epoch
-
-    for epoch in range(done, stage.epochs):
-        progress = Progress(name, epoch, stage.epochs, data_epoch + epoch, 0, run.train.num_batches)
-        values = train_epoch(run, stage, objective, optimizer, progress)
-        distributed.average_running_statistics(run.model)
+    work = prepare(run, stage, data_epoch, watch, state)
+    first, step = (state.data_epoch - data_epoch, state.step) if state else (0, 0)
+    for epoch in range(first, stage.epochs):
+        progress = Progress(name, epoch, stage.epochs, data_epoch + epoch, step, run.train.num_batches)
+        values, warning = train_epoch(run, work, progress), None
+        work.meter, step = Meter(), 0
+        average_over_ranks(run, work)
         last = epoch + 1 == stage.epochs
+        if last and work.averaged is not None:
+            run.model.load_state_dict(work.averaged.module.state_dict())
         if last or (epoch + 1) % run.config.training.evaluate_epochs == 0:
-            values |= evaluate(run.model, run.validation.epoch(0), run.costs)
-        run.reporter.epoch(progress, values)
+            evaluated, warning = validate(run, work, name)
+            values |= evaluated
+        done = replace(progress, step=progress.steps)
+        run.reporter.epoch(done, values)
+        if warning is not None:
+            run.reporter.message(warning)
         if last or (epoch + 1) % run.config.training.checkpoint_epochs == 0:
-            run.reporter.checkpoint(TrainingState.capture(run.model, optimizer, name, progress.data_epoch + 1), values)
+            checkpoint(run, work, done, values)
 
 
-def train_epoch(run: Run, stage: Stage, objective, optimizer, progress: Progress) -> dict[str, float]:
-    """One pass over the training images; returns the epoch's means, images/s and share of time spent waiting."""
-    meter, waited, started = Meter(), 0.0, time.perf_counter()
-    parameters = list(trained_parameters(optimizer))
-    with closing(run.train.epoch(progress.data_epoch)) as batches:
-        for step in range(progress.steps):
-            asked = time.perf_counter()
+def prepare(run: Run, stage: Stage, data_epoch: int, watch: Watch, state: TrainingState | None) -> Work:
+    """What a stage trains with: new, or as `state`, which is of this stage, has it. Every rank must call it."""
+    costs_R = torch.tensor(run.costs.backbone, device=run.device)
+    objective = build_objective(run.model, stage, costs_R, run.config.training.precision)
+    optimizer = build_optimizer(run.model, stage, objective.own)
+    averaged = MovingAverage(run.model, stage.ema_decay) if stage.ema_decay is not None else None
+    data = run.stage_data or open_stage_data(run, stage, data_epoch)
+    if state is None:
+        return Work(stage, data, objective, optimizer, averaged, watch, Meter())
+    optimizer.load_state_dict(dict(state.optimizer))
+    objective.own.load_state_dict(state.objective)
+    if averaged is not None and state.averaged is not None:
+        averaged.load_state_dict(state.averaged)
+    return Work(stage, data, objective, optimizer, averaged, watch, Meter(state.meter))
+
+
+def train_epoch(run: Run, work: Work, progress: Progress) -> dict[str, float]:
+    """The steps of one pass over the training images, from `progress.step` on.
+
+    Returns:
+        The whole epoch's means; of the steps taken here images/s, seconds, and the share of them spent waiting.
+    """
+    stage, optimizer, before = work.stage, work.optimizer, run.goodput.seconds
+    parameters, checkpoint_steps = list(trained_parameters(optimizer)), run.config.training.checkpoint_steps
+    with closing(work.data.epoch(progress.data_epoch, progress.step)) as batches:
+        for step in range(progress.step, progress.steps):
+            now, done = replace(progress, step=step), replace(progress, step=step + 1)
+            run.goodput.enter(DATA_WAIT)
             batch = next(batches)
-            waited += time.perf_counter() - asked
-            step_batch = place(batch, run, progress.data_epoch, run.train.global_size(step))
-            set_learning_rate(optimizer, learning_rate(stage, progress.epoch + step / progress.steps))
+            run.goodput.enter(work.phase)
+            step_batch = place(batch, run, work.data, now)
+            set_learning_rate(optimizer, learning_rate(stage, now.epochs_done))
             torch.manual_seed(step_seed(run.config.seed, progress.data_epoch, step, distributed.rank()))
 
-            sums = objective(step_batch)
-            distributed.sum_gradients(parameters)
-            if stage.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, stage.clip_grad_norm)
+            sums = work.objective(step_batch)
+            loss = distributed.sum_gradients(parameters, sums["loss"]) / step_batch.global_size
+            gradient_norm = clip(parameters, stage.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if work.averaged is not None:
+                work.averaged.update_parameters(run.model)
 
-            meter.update(sums, step_batch.global_size)
-            run.reporter.step(replace(progress, step=step + 1), sums["loss"] / max(1, len(step_batch)))
-    values = meter.means()
-    seconds = time.perf_counter() - started
-    return {f"train_{key}": value for key, value in values.items()} | {
-        "train_images_per_second": run.train.num_samples / seconds,
-        "train_data_wait_share": waited / seconds,
-        "train_epoch_seconds": seconds,
-    }
+            work.phase = STEP
+            work.meter.update(sums, step_batch.global_size)
+            work.watch.step(done, loss, gradient_norm, batch.indices)
+            run.reporter.step(done, loss)
+            if checkpoint_steps and done.step % checkpoint_steps == 0 and done.step < done.steps:
+                average_over_ranks(run, work)
+                checkpoint(run, work, done, {})
+    work.watch.check()
+    means = {f"train_{key}": value for key, value in work.meter.means().items()}
+    images = sum(map(run.train.global_size, range(progress.step, progress.steps)))
+    return means | speed(images, before, run.goodput.seconds)
 
 
-def place(batch, run: Run, data_epoch: int, global_size: int) -> StepBatch:
-    """Move a loader's batch to the device and draw its Gumbel noise."""
-    gumbel_NR = gumbel_noise(run.config.seed, data_epoch, batch.indices, len(run.model.resolutions))
+def place(batch, run: Run, data: StageData, progress: Progress) -> StepBatch:
+    """Move a loader's batch to the device, look up its stored logits and draw its Gumbel noise.
+
+    Args:
+        progress: before the step.
+    """
+    gumbel_NR = gumbel_noise(run.config.seed, progress.data_epoch, batch.indices, len(run.model.resolutions))
+    logits_NRK = data.logits(progress.data_epoch, batch.indices)
     return StepBatch(
         images={side: images.to(run.device, non_blocking=True) for side, images in batch.images.items()},
         labels_N=batch.labels.to(run.device, non_blocking=True),
         gumbel_NR=gumbel_NR.to(run.device, non_blocking=True),
-        global_size=global_size,
+        global_size=run.train.global_size(progress.step),
+        logits_NRK=None if logits_NRK is None else logits_NRK.to(run.device, non_blocking=True),
+        epoch=progress.epochs_done,
+        num_slices=run.config.training.accumulate,
     )
 
 
@@ -168,3 +229,63 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set every group's rate; a group's `lr_scale` multiplies the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradient down to `max_norm`, where there is one; returns the norm that it had."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def validate(run: Run, work: Work, name: str) -> tuple[dict[str, float], str | None]:
+    """How what the stage would end with now does on the validation images, and a warning where that has collapsed."""
+    with run.goodput.inside(EVALUATE):
+        model = run.model if work.averaged is None else work.averaged.module
+        values = evaluate(model, work.data.validation_epoch(), run.costs, work.data.validation_logits)
+    if not isinstance(work.stage, RoutedStage):
+        return values, None
+    warning = collapse_warning(name, work.stage, run.costs, values)
+    return values | {"collapsed": float(warning is not None)}, warning
+
+
+def average_over_ranks(run: Run, work: Work) -> None:
+    """Make what ranks have of their own the same on all of them: running statistics, and sums of the epoch so far."""
+    distributed.average_running_statistics(run.model)
+    if work.averaged is not None:
+        distributed.average_running_statistics(work.averaged.module)
+    work.meter.fold()
+
+
+def checkpoint(run: Run, work: Work, progress: Progress, values: Mapping[str, float]) -> None:
+    """Hand over the state, unless something in it is not finite."""
+    work.watch.check()
+    epochs, step = divmod(progress.data_epoch * progress.steps + progress.step, progress.steps)
+    with run.goodput.inside(CHECKPOINT):
+        work.watch.check_weights(progress, run.model, work.objective.own)
+        state = TrainingState(
+            stage=progress.stage,
+            data_epoch=epochs,
+            step=step,
+            model=run.model.state_dict(),
+            optimizer=work.optimizer.state_dict(),
+            objective=work.objective.own.state_dict(),
+            averaged=work.averaged.state_dict() if work.averaged is not None else None,
+            meter=work.meter.state_dict(),
+            config=run.config.model_dump(mode="json"),
+            data_digest=run.manifest.digest,
+        )
+        run.reporter.checkpoint(state, values)
+        work.watch.last_checkpoint = state.name
+
+
+def speed(images: int, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """What `images` took to train on, evaluation and checkpoints left out, by the goodput's seconds around them."""
+    spent = {phase: after[phase] - before[phase] for phase in (COMPILE, DATA_WAIT, STEP)}
+    seconds = sum(spent.values())
+    return {
+        "train_images_per_second": images / seconds,
+        "train_data_wait_share": spent[DATA_WAIT] / seconds,
+        "train_epoch_seconds": seconds,
+    }

@@ -6,15 +6,25 @@ then sums gradients over ranks. So k ranks and one process take the same step, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import BackboneStage, JointStage, PredictorStage, Stage
+from pipeline.config import BackboneStage, JointStage, PredictorStage, RoutedStage, Stage
 from pipeline.models.drnet import DRNet
+from pipeline.models.resolution_norm import kept_statistics
+from pipeline.models.sync_norm import has_synchronized_norms
 from pipeline.training import distributed, losses
+from pipeline.training.distillation import Ensemble
+from pipeline.training.mixing import Mixed, Mixing
+from pipeline.training.schedule import cost_target, temperature
 
 # A batch norm in training mode needs two values a channel; a lone image at the smallest resolution may leave just one.
 MIN_IMAGES_FOR_STATISTICS: int = 2
@@ -30,28 +40,62 @@ class StepBatch:
     gumbel_NR: Tensor
     global_size: int
     """images of this step over all ranks"""
+    logits_NRK: Tensor | None = None
+    """the frozen backbone's logits, where they are known; then the predictor's input is all that `images` need hold"""
+    epoch: float = 0.0
+    """epochs of the stage that are done, for what is annealed; a fraction counts the steps within one"""
+    num_slices: int = 1
+    """parts that the backbone is trained on one after another, so that it holds the activations of one at a time"""
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def slices(self) -> list[slice]:
+        """The rows of each part: as many parts on every rank, of sizes that differ by at most one, so maybe empty."""
+        bounds = [len(self) * part // self.num_slices for part in range(self.num_slices + 1)]
+        return [slice(first, last) for first, last in itertools.pairwise(bounds)]
+
+    def part(self, rows: slice) -> StepBatch:
+        """Some of the images, of a global batch that is as large as before."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return StepBatch(**{name: _rows_of(value, rows) for name, value in values.items()})
+
+
+def _rows_of(value: Any, rows: slice) -> Any:
+    if isinstance(value, Mapping):
+        return {key: tensor[rows] for key, tensor in value.items()}
+    return value[rows] if isinstance(value, Tensor) else value
+
 
 Sums = dict[str, Tensor]
 """Sums over a rank's images of what is reported: loss, correct answers, choices, cost."""
-Objective = Callable[[StepBatch], Sums]
+
+
+class Objective(ABC):
+    """Adds a step's gradient to the parameters and returns what to report.
+
+    `own` holds what the stage trains beside the model: part of the optimiser and of checkpoints, never of a finished
+    model. Most objectives own nothing.
+    """
+
+    own: nn.Module = nn.Module()
+
+    @abstractmethod
+    def __call__(self, batch: StepBatch) -> Sums: ...
 
 
 def build_objective(model: DRNet, stage: Stage, costs_R: Tensor, precision: str = "float32") -> Objective:
     """The objective of a stage; also freezes what the stage does not train.
 
     Args:
-        costs_R: the backbone's GFLOPs at each resolution, on the model's device.
+        costs_R: the backbone's cost at each resolution in the unit of the stage's alpha, on the model's device.
         precision: float32, or bfloat16 to run forward passes under autocast.
     """
     forward = Forward(model, precision)
     model.requires_grad_(True)
     if isinstance(stage, BackboneStage):
         model.predictor.requires_grad_(False)
-        return BackboneObjective(forward, stage)
+        return BackboneObjective(forward, stage, costs_R.device)
     if isinstance(stage, PredictorStage):
         model.backbone.requires_grad_(False)
         return PredictorObjective(forward, stage, costs_R)
@@ -59,8 +103,12 @@ def build_objective(model: DRNet, stage: Stage, costs_R: Tensor, precision: str 
     return JointObjective(forward, stage, costs_R)
 
 
-def build_optimizer(model: DRNet, stage: Stage) -> torch.optim.Optimizer:
-    """The stage's optimiser over the parameters that it trains; `lr_scale` of a group multiplies the schedule."""
+def build_optimizer(model: DRNet, stage: Stage, own: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The stage's optimiser over the parameters that it trains; `lr_scale` of a group multiplies the schedule.
+
+    Args:
+        own: the objective's own parameters. They are not decayed: weights of an ensemble have no reason to be equal.
+    """
     predictor_scale = stage.predictor_lr_scale if isinstance(stage, JointStage) else 1.0
     groups = [
         {"params": parameters, "lr": stage.lr, "lr_scale": scale, "weight_decay": decay}
@@ -68,6 +116,8 @@ def build_optimizer(model: DRNet, stage: Stage) -> torch.optim.Optimizer:
         for parameters, decay in _decay_groups(module, stage)
         if parameters
     ]
+    if own is not None and (parameters := [parameter for parameter in own.parameters() if parameter.requires_grad]):
+        groups.append({"params": parameters, "lr": stage.lr, "lr_scale": 1.0, "weight_decay": 0.0})
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=stage.lr, fused=True)
     return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.nesterov, fused=True)
@@ -76,63 +126,161 @@ def build_optimizer(model: DRNet, stage: Stage) -> torch.optim.Optimizer:
 class Forward:
     """The model's two forward passes in the run's precision; logits come back as float32.
 
-    Batch norm runs in inference mode for fewer than MIN_IMAGES_FOR_STATISTICS images, and gradients still flow.
+    Batch norm runs in inference mode for fewer than MIN_IMAGES_FOR_STATISTICS images, and gradients still flow. Where
+    it is synchronised, the images of all ranks count, and every rank must make the same passes in training mode.
     """
 
     def __init__(self, model: DRNet, precision: str):
         self.model, self.enabled = model, precision == "bfloat16"
+        self.synchronized = has_synchronized_norms(model)
 
     def backbone(self, images: Mapping[int, Tensor], index: int, *, training: bool) -> Tensor:
         """Logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}."""
         side = self.model.resolutions[index]
-        self.model.backbone.train(training and len(images[side]) >= MIN_IMAGES_FOR_STATISTICS)
+        self.model.backbone.train(training and self._has_statistics(images[side]))
         with torch.autocast(images[side].device.type, torch.bfloat16, enabled=self.enabled):
             return self.model.static_logits(images, index).float()
+
+    @torch.no_grad()
+    def frozen_backbone(self, images: Mapping[int, Tensor]) -> Tensor:
+        """Logits (N, R, K) at every resolution, without gradient and with batch norm in inference mode."""
+        indices = range(len(self.model.resolutions))
+        return torch.stack([self.backbone(images, index, training=False) for index in indices], dim=1)
 
     def predictor(self, images: Mapping[int, Tensor]) -> Tensor:
         """Logits (N, R) over the candidate resolutions."""
         inputs = images[self.model.predictor_size]
-        self.model.predictor.train(len(inputs) >= MIN_IMAGES_FOR_STATISTICS)
+        self.model.predictor.train(self._has_statistics(inputs))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
             return self.model.predictor_logits(images).float()
 
+    def _has_statistics(self, images: Tensor) -> bool:
+        """Whether the images that batch norm sees together are enough for statistics."""
+        count = len(images)
+        if self.synchronized:
+            count = int(distributed.sum_over_ranks(torch.tensor(count, device=images.device)))
+        return count >= MIN_IMAGES_FOR_STATISTICS
 
-class BackboneObjective:
-    """The losses of all resolutions, summed. Backward runs per resolution, so activations of one are held at a time."""
 
-    def __init__(self, forward: Forward, stage: BackboneStage):
+class BackboneObjective(Objective):
+    """The losses of all resolutions, summed. Backward runs per slice and resolution: activations of one are held.
+
+    With distillation (Wang et al., ECCV 2020): L = sum_j (L_ce(y_j) + weight * KL(p_ensemble || p_j)), and
+    L_ce(ensemble) for the ensemble's own weights where they are learned.
+    """
+
+    def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device):
         self.forward, self.stage = forward, stage
+        self.mixing = Mixing(stage) if stage.mixup_alpha or stage.cutmix_alpha else None
+        self.ensemble: Ensemble | None = None
+        if stage.distillation != "none":
+            num_resolutions = len(forward.model.resolutions)
+            self.ensemble = Ensemble(num_resolutions, learned=stage.distillation == "learned").to(device)
+            self.own = self.ensemble
 
     def __call__(self, batch: StepBatch) -> Sums:
-        sums: Sums = {"loss": torch.zeros((), device=batch.labels_N.device)}
-        for index, side in enumerate(self.forward.model.resolutions):
-            logits_NK = self.forward.backbone(batch.images, index, training=True)
-            loss = losses.summed_cross_entropy(logits_NK, batch.labels_N, self.stage.label_smoothing)
-            (loss / batch.global_size).backward()
-            sums["loss"] += loss.detach()
-            sums[f"accuracy_{side}"] = _correct(logits_NK, batch.labels_N)
+        mixed: Mixed | None = None
+        if self.mixing is not None:  # once, for all slices: who is mixed with whom does not depend on them
+            sides = self.forward.model.resolutions
+            mixed = self.mixing({side: batch.images[side] for side in sides}, batch.labels_N)
+            batch = replace(batch, images=mixed.images, labels_N=mixed.dominant_N)
+        sums: Sums = {}
+        for rows in batch.slices():
+            _add(sums, self._train_on(batch.part(rows), mixed.part(rows) if mixed else None))
         return sums
 
+    def _train_on(self, part: StepBatch, mixed: Mixed | None) -> Sums:
+        """Forward and backward of a slice; `mixed` is the same slice, where it is of mixtures."""
+        sides = self.forward.model.resolutions
+        sums: Sums = {"loss": torch.zeros((), device=part.labels_N.device)}
+        teacher_NK: Tensor | None = None
+        if self.ensemble is None:
+            students = (self.forward.backbone(part.images, index, training=True) for index in range(len(sides)))
+        else:
+            students = self._students(part.images)
+            teacher_NK = self.ensemble(torch.stack(students, dim=1))
+            sums["accuracy_ensemble"] = _correct(teacher_NK, part.labels_N)
+        for side, logits_NK in zip(sides, students, strict=True):
+            loss = self._cross_entropy(logits_NK, part, mixed)
+            if teacher_NK is not None:
+                loss = loss + self.stage.distillation_weight * losses.summed_distillation(logits_NK, teacher_NK)
+            sums["loss"] += _backward(loss, part)
+            sums[f"accuracy_{side}"] = _correct(logits_NK, part.labels_N)
+        if teacher_NK is not None and teacher_NK.requires_grad:
+            sums["loss"] += _backward(self._cross_entropy(teacher_NK, part, mixed), part)
+        return sums
 
-class PredictorObjective:
-    """The predictor's choice among the outputs of a frozen backbone (inference mode of batch norm, no gradient)."""
+    def _cross_entropy(self, logits_NK: Tensor, part: StepBatch, mixed: Mixed | None) -> Tensor:
+        targets = part.labels_N if mixed is None else mixed.targets(logits_NK.shape[1])
+        return losses.summed_cross_entropy(logits_NK, targets, self.stage.label_smoothing)
 
-    def __init__(self, forward: Forward, stage: PredictorStage, costs_R: Tensor):
+    def _students(self, images: Mapping[int, Tensor]) -> list[Tensor]:
+        """Logits (N, K) at every resolution, all of which the teacher needs before the first backward.
+
+        The largest keeps its activations; those of the others are computed again in their backward, when the largest's
+        are gone. So the peak is that of the largest alone, for one more forward pass of the smaller ones, which batch
+        norm does not count twice.
+        """
+        backbone = self.forward.model.backbone
+        smaller = [
+            checkpoint(
+                self.forward.backbone,
+                images,
+                index,
+                training=True,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), kept_statistics(backbone)),
+            )
+            for index in range(1, len(self.forward.model.resolutions))
+        ]
+        return [self.forward.backbone(images, 0, training=True), *smaller]
+
+
+class RoutedObjective(Objective):
+    """The predictor's straight-through choices among the backbone's logits: L = L_ce + eta * L_reg.
+
+    The backbone runs forward and backward slice by slice, and the gradient of the choices is collected; the predictor,
+    which is small, has seen the whole batch and runs backward once. So E[F] is over the global batch, and batch norm in
+    the predictor over the rank's, however the batch is sliced.
+    """
+
+    def __init__(self, forward: Forward, stage: RoutedStage, costs_R: Tensor):
         self.forward, self.stage, self.costs_R = forward, stage, costs_R
+        self.unit = "milliseconds" if stage.alpha_gflops is None else "gflops"
+
+    @abstractmethod
+    def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
+        """The backbone's logits (N, R, K) for a slice and the indices that its images chose."""
 
     def __call__(self, batch: StepBatch) -> Sums:
-        with torch.no_grad():
-            logits_NRK = torch.stack(
-                [self.forward.backbone(batch.images, index, training=False) for index in range(len(self.costs_R))],
-                dim=1,
-            )
-        choice_NR = losses.straight_through_choice(
-            self.forward.predictor(batch.images), batch.gumbel_NR, self.stage.tau
-        )
-        return _routed_backward(batch, choice_NR, logits_NRK, self.stage, self.costs_R)
+        tau, alpha = temperature(self.stage, batch.epoch), cost_target(self.stage, batch.epoch)
+        choice_NR = losses.straight_through_choice(self.forward.predictor(batch.images), batch.gumbel_NR, tau)
+        # The predictor's graph is cut here and run once, at the end.
+        cut_NR = choice_NR.detach().requires_grad_()
+        sums: Sums = {}
+        for rows in batch.slices():
+            part, h_NR = batch.part(rows), cut_NR[rows]
+            logits_NK = losses.mixed_logits(h_NR, self.logits(part, h_NR.detach().argmax(dim=1)))
+            loss = losses.summed_cross_entropy(logits_NK, part.labels_N, self.stage.label_smoothing)
+            _add(sums, {"loss": _backward(loss, part), "accuracy_routed": _correct(logits_NK, part.labels_N)})
+        cost_N = cut_NR @ self.costs_R
+        local_cost = cost_N.sum() / batch.global_size
+        others_cost = distributed.sum_over_ranks(local_cost) - local_cost.detach()
+        penalty = self.stage.eta * losses.cost_penalty(local_cost, others_cost, self.costs_R, alpha)
+        penalty.backward()
+        choice_NR.backward(cut_NR.grad)
+        _add(sums, {"loss": penalty.detach() * len(batch), f"{self.unit}_backbone": cost_N.detach().sum()})
+        return sums | {f"share_{index}": share for index, share in enumerate(cut_NR.detach().sum(dim=0))}
 
 
-class JointObjective:
+class PredictorObjective(RoutedObjective):
+    """The predictor alone, on a frozen backbone (inference mode of batch norm, no gradient) or its stored logits."""
+
+    def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
+        return self.forward.frozen_backbone(part.images) if part.logits_NRK is None else part.logits_NRK
+
+
+class JointObjective(RoutedObjective):
     """Predictor and backbone together.
 
     With hard choices the backbone's gradient flows through the chosen resolution only, and the choice's own gradient
@@ -140,51 +288,33 @@ class JointObjective:
     sub-batch, and evaluated at the others without gradient and with batch-norm statistics untouched.
     """
 
-    def __init__(self, forward: Forward, stage: JointStage, costs_R: Tensor):
-        self.forward, self.stage, self.costs_R = forward, stage, costs_R
+    def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
+        indices = range(len(self.costs_R))
+        return torch.stack([self._logits_at(index, part, chosen_N == index) for index in indices], dim=1)
 
-    def __call__(self, batch: StepBatch) -> Sums:
-        choice_NR = losses.straight_through_choice(
-            self.forward.predictor(batch.images), batch.gumbel_NR, self.stage.tau
-        )
-        chosen_N = choice_NR.detach().argmax(dim=1)
-        logits_NRK = torch.stack(
-            [self._logits_at(index, batch, chosen_N == index) for index in range(len(self.costs_R))], dim=1
-        )
-        return _routed_backward(batch, choice_NR, logits_NRK, self.stage, self.costs_R)
-
-    def _logits_at(self, index: int, batch: StepBatch, chosen_N: Tensor) -> Tensor:
+    def _logits_at(self, index: int, part: StepBatch, chosen_N: Tensor) -> Tensor:
         """Logits (N, K) at one resolution: with gradient for the images that chose it, without for the rest."""
         side = self.forward.model.resolutions[index]
-        images = batch.images[side]
+        images = part.images[side]
         trained, valued = chosen_N.nonzero().squeeze(1), (~chosen_N).nonzero().squeeze(1)
-        parts = []
+        logits = []
         if len(valued):  # first, while the running statistics are still those of the step before
             with torch.no_grad():
-                parts.append(self.forward.backbone({side: images[valued]}, index, training=False))
-        if len(trained) or not len(batch):
-            parts.append(self.forward.backbone({side: images[trained]}, index, training=True))
-        return torch.cat(parts)[torch.cat([valued, trained]).argsort()]
+                logits.append(self.forward.backbone({side: images[valued]}, index, training=False))
+        if len(trained) or not len(part) or self.forward.synchronized:
+            logits.append(self.forward.backbone({side: images[trained]}, index, training=True))
+        return torch.cat(logits)[torch.cat([valued, trained]).argsort()]
 
 
-def _routed_backward(
-    batch: StepBatch, choice_NR: Tensor, logits_NRK: Tensor, stage: PredictorStage | JointStage, costs_R: Tensor
-) -> Sums:
-    """L = L_ce + eta * L_reg, its backward pass, and what to report."""
-    logits_NK = losses.mixed_logits(choice_NR, logits_NRK)
-    loss = losses.summed_cross_entropy(logits_NK, batch.labels_N, stage.label_smoothing)
-    cost_N = choice_NR @ costs_R
-    local_cost = cost_N.sum() / batch.global_size
-    others_cost = distributed.sum_over_ranks(local_cost) - local_cost.detach()
-    penalty = losses.flops_penalty(local_cost, others_cost, costs_R, stage.alpha_gflops)
-    (loss / batch.global_size + stage.eta * penalty).backward()
-    shares_R = choice_NR.detach().sum(dim=0)
-    return {
-        "loss": loss.detach() + stage.eta * penalty.detach() * len(batch),
-        "accuracy_routed": _correct(logits_NK, batch.labels_N),
-        "gflops_backbone": cost_N.detach().sum(),
-        **{f"share_{index}": share for index, share in enumerate(shares_R)},
-    }
+def _backward(loss: Tensor, part: StepBatch) -> Tensor:
+    """Add the gradient of a slice's summed loss, over the global batch's size; returns the sum."""
+    (loss / part.global_size).backward()
+    return loss.detach()
+
+
+def _add(sums: Sums, more: Sums) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def _decay_groups(module: nn.Module, stage: Stage) -> Iterator[tuple[list[nn.Parameter], float]]:

@@ -1,6 +1,7 @@
 """k ranks take the step that one process takes on the whole batch, for every stage and however the batch falls."""
 
 import functools
+import math
 import tempfile
 from pathlib import Path
 
@@ -10,50 +11,103 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline.config import BackboneStage, JointStage, PredictorStage
+from pipeline.config_file import parse_config
+from pipeline.models.sync_norm import synchronize_batch_norms
 from pipeline.training import distributed, stages
+from pipeline.training.costs import costs_of_run
+from pipeline.training.divergence import DivergedError, Watch
+from pipeline.training.ema import MovingAverage
 from pipeline.training.metrics import Meter
+from pipeline.training.reporting import Progress
 from pipeline.training.stages import StepBatch, build_objective, build_optimizer, trained_parameters
 from tests.small import COSTS_R, batch_of, small_model
 
 # alpha lies within the reachable costs, so E[F] over the global batch decides whether the penalty acts.
 STAGES = {
     "backbone": BackboneStage(epochs=1, lr=0.05),
+    "distillation": BackboneStage(epochs=1, lr=0.05, distillation="learned"),
     "predictor": PredictorStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
     "joint": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
 }
-# Parts of a batch of 5 that ranks hold: one of them none, one of them a single image.
-PARTS = {1: [range(5)], 2: [range(4), range(4, 5)], 3: [range(3), range(3), range(3, 5)]}
-PARTS[3][1] = range(0)
+# Which of a batch of 5 ranks hold: one of them none, one of them a single image. In two slices, what the ranks together
+# hold of a slice is what one process holds of it.
+PARTS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2, 3], [4]], 3: [[0, 2, 3], [], [1, 4]]}
+# Batch norm by running statistics, or by the batch's over all ranks: with a rank's own, k ranks differ by design. With
+# running ones, k ranks take k slices, and one process the batch as a whole.
+NUM_SLICES: dict[str, int | None] = {"running": None, "synchronized": 1, "synchronized, sliced": 2}
+CASES = [f"{stage} {norm}" for stage in STAGES for norm in NUM_SLICES]
+
+States = dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]]
 
 
-def steps_of(rank: int, world_size: int) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]]:
+def steps_of(rank: int, world_size: int, norm: str) -> States:
     """Two steps of every stage on this rank's part; the weights after them and the meter's means."""
-    # Batch norm by running statistics: with a rank's own, k ranks differ from one process by design.
-    stages.MIN_IMAGES_FOR_STATISTICS = 1000
+    stages.MIN_IMAGES_FOR_STATISTICS = 1000 if norm == "running" else 2
     whole = batch_of(5)
-    mine = torch.tensor([*PARTS[world_size][rank]], dtype=torch.long)
+    mine = torch.tensor(PARTS[world_size][rank], dtype=torch.long)
     batch = StepBatch(
-        {side: images[mine] for side, images in whole.images.items()}, whole.labels_N[mine], whole.gumbel_NR[mine], 5
+        {side: images[mine] for side, images in whole.images.items()},
+        whole.labels_N[mine],
+        whole.gumbel_NR[mine],
+        global_size=5,
+        num_slices=NUM_SLICES[norm] or world_size,
     )
     results = {}
     for name, stage in STAGES.items():
         model, meter = small_model(), Meter()
-        objective, optimizer = build_objective(model, stage, COSTS_R), build_optimizer(model, stage)
+        if norm != "running":
+            synchronize_batch_norms(model)
+        objective = build_objective(model, stage, COSTS_R)
+        optimizer, averaged = build_optimizer(model, stage, objective.own), MovingAverage(model, 0.5)
         for _ in range(2):
-            meter.update(objective(batch), batch.global_size)
-            distributed.sum_gradients(trained_parameters(optimizer))
+            sums = objective(batch)
+            meter.update(sums, batch.global_size)
+            loss = distributed.sum_gradients(trained_parameters(optimizer), sums["loss"])
             optimizer.step()
             optimizer.zero_grad()
+            averaged.update_parameters(model)
         distributed.average_running_statistics(model)
-        results[name] = (model.state_dict(), meter.means())
+        distributed.average_running_statistics(averaged.module)
+        state = model.state_dict() | objective.own.state_dict()
+        state |= {f"averaged.{name}": value for name, value in averaged.module.state_dict().items()}
+        results[f"{name} {norm}"] = (state, meter.means() | {"last_loss": loss.item()})
     return results
+
+
+def divergence_of(rank: int, world_size: int) -> str:
+    """What a rank says when the last of them, at its second step, has a loss that is not a number."""
+    watch = Watch(max_loss=None, last_checkpoint="checkpoint_x")
+    for step in (1, 2, 3):
+        loss = torch.tensor(math.nan if (step, rank) == (2, world_size - 1) else 1.0)
+        total = distributed.sum_gradients([], loss)
+        watch.step(Progress("joint", 0, 1, 7, step, 9), total, torch.tensor(1.0), torch.tensor([10 * step + rank]))
+    try:
+        watch.check()
+    except DivergedError as error:
+        return str(error)
+    return "nothing"
+
+
+def costs_on(folder: str) -> list[float]:
+    """The milliseconds that this rank trains with: one rank measures them."""
+    tree = {"name": "ranks", "cost": "milliseconds", "cost_batch_size": 2, "stages": {"backbone": {"epochs": 1}}}
+    config = parse_config(tree | {"data": {"dataset": "glyphs", "folder": folder}})
+    costs = costs_of_run(small_model(), config, Path(folder) / "latency.json", resumed=False)
+    return [*costs.backbone, costs.predictor]
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    torch.save(steps_of(rank, world_size), f"{folder}/{rank}.pt")
+    results: dict = {case: result for norm in NUM_SLICES for case, result in steps_of(rank, world_size, norm).items()}
+    results |= {"divergence": divergence_of(rank, world_size), "milliseconds": costs_on(folder)}
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _plain(name: str) -> str:
+    """The name in the model of what is the moving average's."""
+    return name.removeprefix("averaged.")
 
 
 @functools.cache
@@ -63,27 +117,57 @@ def results_of(world_size: int) -> list[dict]:
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_equal_one_process(world_size: int, stage: str) -> None:
+def test_ranks_equal_one_process(world_size: int, case: str) -> None:
     (whole,) = results_of(1)
-    expected_state, expected_means = whole[stage]
+    expected_state, expected_means = whole[case]
     for result in results_of(world_size):
-        state, means = result[stage]
+        state, means = result[case]
         for name, value in state.items():
-            torch.testing.assert_close(value, expected_state[name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(value, expected_state[name], rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")
         assert means == pytest.approx(expected_means, rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_steps_moved_the_weights(stage: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_the_steps_moved_the_weights(case: str) -> None:
     (whole,) = results_of(1)
+    before = small_model().state_dict() | {"scores_R": torch.zeros(3)}
+    moved = {name for name, value in whole[case][0].items() if not torch.equal(value, before[_plain(name)])}
+    assert any(name.endswith("weight") for name in moved)
+    assert any(name.endswith("running_var") for name in moved) == ("synchronized" in case)
+    assert ("scores_R" in moved) == case.startswith("distillation")
+
+
+def test_a_frozen_backbone_keeps_its_bits_on_any_number_of_ranks() -> None:
+    """A logit table is found again by them."""
     before = small_model().state_dict()
-    assert any(not torch.equal(value, before[name]) for name, value in whole[stage][0].items())
+    for result in (*results_of(1), *results_of(3)):
+        for norm in NUM_SLICES:
+            state, _ = result[f"predictor {norm}"]
+            frozen = [name for name in state if _plain(name).startswith("backbone.")]
+            assert all(torch.equal(state[name], before[_plain(name)]) for name in frozen)
+            assert len(frozen) == 2 * sum(name.startswith("backbone.") for name in before)
 
 
 def test_all_ranks_end_with_the_same_bits() -> None:
     first, *others = results_of(3)
     for other in others:
-        for stage in STAGES:
-            assert all(torch.equal(value, other[stage][0][name]) for name, value in first[stage][0].items())
+        for case in CASES:
+            assert all(torch.equal(value, other[case][0][name]) for name, value in first[case][0].items())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_have_the_same_milliseconds_to_the_bit(world_size: int) -> None:
+    first, *others = (result["milliseconds"] for result in results_of(world_size))
+    assert min(first) > 0
+    assert others == [first] * (world_size - 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_all_ranks_stop_at_the_step_at_which_one_diverged(world_size: int) -> None:
+    first, *others = (result["divergence"] for result in results_of(world_size))
+    assert "stage joint, epoch 1 of 1, step 2 of 9: loss nan, gradient norm 1." in first
+    assert f"those at {[20, 21, 22][:world_size]} of the training data" in first
+    assert "checkpoint_x" in first
+    assert others == [first] * (world_size - 1)

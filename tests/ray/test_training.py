@@ -1,26 +1,25 @@
-"""A real Ray Train run of two workers: all stages, a killed worker, finished, changed, registered, evaluated again."""
+"""A real Ray Train run of two workers: all stages, finished, changed, registered, evaluated again."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
+from datasets.beton import load_manifest, verify_betons
 from datasets.glyphs import GlyphSettings
 from datasets.prepare import prepare
 from pipeline.cluster.launch import evaluate_run, train_run
 from pipeline.config import Config
 from pipeline.config_file import ConfigError, parse_config
+from pipeline.models.latency import Latency
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.inference import classify_files, open_model
 from pipeline.tracking.registry import register_model
 from pipeline.training.checkpoint import load_model
+from tests.chaos.matrix import Row, record
 
 pytestmark = pytest.mark.ray
 
@@ -46,7 +45,7 @@ def config_of(folder: Path, name: str, **changed: object) -> Config:
                 "resolutions": [48, 32],
                 "predictor": {"input_size": 24, "width": 0.25},
             },
-            "training": {"batch_size": 20},
+            "training": {"batch_size": 20, "checkpoint_steps": 4},
             "stages": {"backbone": {"epochs": 6, "lr": 0.02}, "predictor": routed, "joint": routed},
             "cluster": {"num_workers": 2, "cpus_per_worker": 1, "storage": str(folder / "runs")},
             "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
@@ -80,38 +79,14 @@ def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(undisturbed: C
         train_run(config_of(folder, "undisturbed", seed=5))
 
 
-def test_a_killed_worker_costs_no_bit_of_the_result(undisturbed: Config, folder: Path) -> None:
-    config = config_of(folder, "disturbed")
-    path, killed = RunFolder.of(config).path, threading.Event()
-    over = threading.Event()
-
-    def kill_after_the_first_checkpoint() -> None:
-        while not over.wait(0.02):
-            if (path / "checkpoint_manager_snapshot.json").exists():
-                workers = [process for process in psutil.process_iter() if "RayTrainWorker" in process.name()]
-                if workers:
-                    os.kill(workers[0].pid, signal.SIGKILL)
-                    killed.set()
-                    return
-
-    killer = threading.Thread(target=kill_after_the_first_checkpoint)
-    killer.start()
-    try:
+def test_a_diverged_run_says_so_and_is_not_tried_again(folder: Path, ray_cluster: str) -> None:
+    config = config_of(folder, "diverged", stages={"backbone": {"epochs": 1, "lr": 1e25}})
+    with pytest.raises(ValueError, match="diverged in stage backbone, epoch 1 of 1, step 2 of 11") as caught:
         train_run(config)
-    finally:
-        over.set()
-        killer.join()
-    assert killed.is_set(), "the run was over before a worker could be killed"
-    lines = [json.loads(line) for line in (path / "progress.jsonl").read_text().splitlines()]
-    assert sum("message" in line for line in lines) == 1, "evaluated once, at the end"
-    model, other = (load_model(RunFolder.of(each).model).model for each in (config, undisturbed))
-    for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(value, expected), name
-
-
-def test_evaluating_again_gives_the_same_report(undisturbed: Config) -> None:
-    before = json.loads(RunFolder.of(undisturbed).report_json.read_text())
-    assert evaluate_run(undisturbed).report["rows"] == before["rows"]
+    assert "before it: none" in str(caught.value), "one sitting: the next would have ended as the first, three times"
+    assert not RunFolder.of(config).finished.exists()
+    seen = str(caught.value).partition(" To change")[0]
+    record(Row("loss not finite", f"`error: {seen}`", "the run ends at once; nothing that is not finite is saved"))
 
 
 def test_the_registered_model_classifies_files(
@@ -129,15 +104,56 @@ def test_the_registered_model_classifies_files(
     assert last["error"]
 
 
-def test_a_stage_starts_from_another_runs_model(undisturbed: Config, folder: Path) -> None:
+def test_a_stage_starts_from_another_runs_model_and_the_data_from_its_address(
+    undisturbed: Config, folder: Path
+) -> None:
     start = {"epochs": 1, "alpha_gflops": 0.0012, "lr": 1e-9, "init_from": str(RunFolder.of(undisturbed).model)}
-    config = config_of(folder, "started", stages={"predictor": start})
+    data = {"dataset": "glyphs", "folder": str(folder / "node"), "uri": (folder / "data").as_uri()}
+    config = config_of(folder, "started", stages={"predictor": start}, data=data)
     train_run(config)
+    assert verify_betons(folder / "node", full=True) == load_manifest(folder / "data")
     model, other = (load_model(RunFolder.of(each).model).model.backbone for each in (config, undisturbed))
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
     wrong = config_of(folder, "wrong", stages={"predictor": start}, model={"resolutions": [64, 48, 32]})
     with pytest.raises(ConfigError, match=r"model\.resolutions"):
         train_run(wrong)
+
+
+def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(folder: Path, ray_cluster: str) -> None:
+    """They are there before it begins: as for a run that was interrupted, on a machine that is faster now."""
+    config = config_of(
+        folder,
+        "timed",
+        cost="milliseconds",
+        cost_batch_size=4,
+        stages={"backbone": {"epochs": 1}, "predictor": {"epochs": 1, "alpha_milliseconds": 2.0}},
+    )
+    run = RunFolder.of(config)
+    run.path.mkdir(parents=True)
+    known = Latency((3.0, 1.0), 0.125, 4, "float32", "another machine", 1, "2.13")
+    known.save(run.latency)
+    report = train_run(config).report
+    assert report["costs"]["latency"]["device"] == "another machine"
+    share, _ = report["headline"]["shares"]
+    assert report["headline"]["mean_cost"] == pytest.approx(3 * share + (1 - share) + 0.125)
+    lines = [json.loads(line) for line in (run.path / "progress.jsonl").read_text().splitlines()]
+    (values,) = [line["values"] for line in lines if line.get("stage") == "predictor" and "values" in line]
+    assert 1 <= values["train_milliseconds_backbone"] <= 3
+    assert values["milliseconds_routed"] == pytest.approx(report["headline"]["mean_cost"])
+
+    assert evaluate_run(config).report["rows"] == report["rows"], "evaluated again: the same"
+    run.latency.unlink()
+    measured = evaluate_run(config, "milliseconds").report["costs"]["latency"]
+    assert (measured["batch_size"], measured["device"]) == (4, "the CPU")
+    assert Latency.load(run.latency).backbone_milliseconds == tuple(measured["backbone_milliseconds"])
+
+
+def test_a_target_in_milliseconds_out_of_reach_ends_the_run_at_once(folder: Path, ray_cluster: str) -> None:
+    stages = {"predictor": {"epochs": 1, "alpha_milliseconds": 1e9}}
+    config = config_of(folder, "unreachable", cost="milliseconds", cost_batch_size=2, stages=stages)
+    with pytest.raises(ConfigError, match=r"(?s)alpha_milliseconds is 1e\+09.*reaches .* ms \(median of 15 rounds"):
+        train_run(config)
+    assert Latency.load(RunFolder.of(config).latency).batch_size == 2
 
 
 def test_every_problem_is_told_before_ray_is_asked(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_the_error_names_the_file_and_counts(file):
         ("model.resolution=[64]", "did you mean model.resolutions"),
         ("clip_grad_norm=1", "did you mean stages."),
         ("stages.backbone.alpha_gflops=1", "did you mean stages.joint.alpha_gflops"),
-        ("zzz=1", "allowed there: cluster, data, loader, model, name,"),
+        ("zzz=1", "allowed there: cluster, cost, cost_batch_size, data, loader, model, name,"),
     ],
 )
 def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
@@ -199,12 +199,17 @@ def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
         ({"stages": {}}, "stages names no stage"),
         ({"model.resolutions": [64], "stages.joint": {"epochs": 1, "alpha_gflops": 1}}, "nothing to predict"),
         ({"training.batch_size": 255, "cluster.num_workers": 2}, "cannot be shared out evenly"),
+        ({"cluster.num_workers": 2, "cluster.min_workers": 3}, "cluster.min_workers 3 is more than"),
         ({"loader.crop_scale": [0.5, 1.5]}, "loader.crop_scale is [0.5, 1.5]"),
         ({"loader.crop_scale": [0.0, 1.0]}, "loader.crop_scale is [0.0, 1.0]"),
         ({"loader.crop_ratio": [2.0, 1.0]}, "loader.crop_ratio is [2.0, 1.0]"),
         ({"data.glyphs.min_height": 0.7, "data.glyphs.max_height": 0.7}, "min_height must be smaller"),
         ({"data.dataset": "imagefolder"}, "data.source is missing"),
         ({"stages.backbone.warmup_epochs": 2}, "stages.backbone.warmup_epochs 2 must be less than epochs 2"),
+        (
+            {"stages.predictor": {"epochs": 2, "alpha_gflops": 1, "views": 3}},
+            "stages.predictor.views 3 must not be more than epochs 2",
+        ),
         ({"stages.backbone.lr": float("inf")}, "stages.backbone.lr is inf"),
         ({"stages.backbone.lr": float("nan")}, "stages.backbone.lr is nan"),
         ({"cluster.use_gpu": "maybe"}, "cluster.use_gpu is 'maybe'"),
@@ -212,6 +217,10 @@ def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
         ({"name": None}, "name is None"),
         ({"model.predictor.architecture": 5}, "1, 2, 3 or 4"),
         ({"training": 5}, "training is 5"),
+        ({"model.predictor.initial_shares": [1, 1]}, "give one for each of model.resolutions [224, 168, 112]"),
+        ({"model.predictor.initial_shares": [1, 0, 1]}, "model.predictor.initial_shares.1 is 0"),
+        ({"model.resolutions": [64], "stages.backbone.distillation": "mean"}, "distillation needs several"),
+        ({"stages.backbone.schedule": "one_cycle"}, "rises for warmup_epochs; give more than 0, such as 0.6"),
     ],
 )
 def test_a_contradiction_is_refused(dotted, named):

@@ -81,3 +81,8 @@ def test_images_too_small_for_the_network_are_refused():
         model = build_drnet(config, 5, (0.5,) * 3, (0.25,) * 3)
     with pytest.raises(ValueError, match="backbone cannot run on images of 16 px"):
         measure_costs(model)
+
+
+def test_relative_costs_run_from_the_cheapest_to_the_dearest():
+    assert Costs((96, 64, 32), (0.9, 0.4, 0.1), 0.03).relative == pytest.approx((1, 0.375, 0))
+    assert Costs((96,), (0.9,), 0.03).relative == (0,)

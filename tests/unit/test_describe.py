@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
 
-from datasets.beton import BetonError, Manifest, Split
+from datasets.beton import FORMAT, BetonError, Manifest, Split
 from jobs import describe as job
 from pipeline.config import Config
 from pipeline.config_file import ConfigError, load_config, parse_config
-from pipeline.describe import alpha_problems, describe, summarize_data
+from pipeline.describe import describe, summarize_data
 from pipeline.models.backbone import build_backbone
 from pipeline.models.cost import Costs
 from pipeline.models.memory import measure_activations
+from pipeline.training.costs import alpha_problems
 
 COSTS = Costs(resolutions=(96, 64, 32), backbone_gflops=(0.9, 0.4, 0.1), predictor_gflops=0.05)
 
@@ -45,7 +46,7 @@ def write_manifest(folder: Path, num_train: int = 70) -> Manifest:
         name: Split(f"{name}.beton", count, [count // 7] * 7, 1000 * count, "0" * 64, {})
         for name, count in (("train", num_train), ("validation", 14))
     }
-    manifest = Manifest(1, "glyphs", list("ABCDEFG"), {}, (0.5,) * 3, (0.2,) * 3, "0" * 64, [], {}, splits)
+    manifest = Manifest(FORMAT, "glyphs", list("ABCDEFG"), {}, (0.5,) * 3, (0.2,) * 3, "0" * 64, [], {}, splits)
     (folder / "manifest.json").write_text(manifest.to_json())
     return manifest
 
@@ -181,9 +182,22 @@ def test_memory_of_each_stage(tmp_path: Path):
     assert joint.optimizer == 0
     assert joint.activations == backbone.activations + predictor.activations
     assert joint.images == 16 * 3 * (96**2 + 64**2 + 48**2 + 32**2)
+    assert predictor.images == 16 * 3 * 48**2
     assert joint.total == joint.weights + joint.gradients + joint.activations + joint.images
     alone = config_in(tmp_path, stages=stages, cluster={"num_workers": 1})
     assert describe(alone).stages[0].memory.activations == pytest.approx(2 * backbone.activations, rel=0.01)
+
+
+@pytest.mark.parametrize(("changed", "num_views"), [({}, 6), ({"views": 2}, 2), ({"logits": "live"}, None)])
+def test_a_logit_table_has_two_bytes_for_each_logit(tmp_path: Path, changed: dict, num_views: int | None):
+    write_manifest(tmp_path)
+    predictor = {"epochs": 6, "alpha_gflops": 0.005, **changed}
+    description = describe(config_in(tmp_path, stages={"backbone": {"epochs": 1}, "predictor": predictor}))
+    backbone, stage = description.stages
+    assert backbone.table_bytes is None
+    num_images = num_views and num_views * 70 + 14
+    assert stage.table_bytes == (num_images and num_images * 3 * 7 * 2)
+    assert ("the predictor stage keeps" in job.as_text(description)) == (num_images is not None)
 
 
 @pytest.mark.parametrize("name", ["small_resnet", "resnet18", "mobilenet_v2"])

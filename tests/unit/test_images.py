@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import io
 import struct
+from itertools import product
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from datasets.conversion import channel_statistics
+from datasets import turbojpeg
 from datasets.images import MAX_JPEG_BYTES, MAX_PIXELS, BadImageError, store_image
+from datasets.statistics import channel_statistics, pixel_sums
+from tests.betons import photograph
 from tests.unit.pictures import decoded, encoded, jpeg, png_bomb, smooth_rgb
 
 RGB = smooth_rgb()
@@ -47,6 +50,18 @@ def test_jpegs_that_fit_are_kept_byte_for_byte(data):
     stored = store_image(data, 48, 1)
     assert stored.jpeg == data
     assert (stored.width, stored.height) == (64, 48)
+
+
+def test_checking_the_header_alone_finds_what_is_cut_short_and_leaves_the_rest_to_the_loader():
+    data = jpeg()
+    damaged = data[: len(data) // 2] + b"\xff\xd9" + data[len(data) // 2 :]
+    with pytest.raises(BadImageError, match="damaged JPEG"):
+        store_image(damaged, 48, 90)
+    assert store_image(damaged, 48, 90, "header").jpeg == damaged
+    with pytest.raises(BadImageError, match="cut short: it has no end"):
+        store_image(data[:-2], 48, 90, "header")
+    with pytest.raises(BadImageError, match="damaged JPEG"):
+        store_image(damaged, 24, 90, "header")  # has to be decoded, for it is resized
 
 
 def test_shorter_side_is_what_max_side_limits():
@@ -143,7 +158,6 @@ def test_grey_jpegs_that_are_turned_stay_grey():
     exif[0x0112] = 6
     stored = store_image(encoded(image, exif=exif, quality=95), None, 95)
     assert closeness(decoded(stored.jpeg), np.repeat(GREY.T[:, ::-1, None], 3, 2)) < 3
-    assert stored.histogram[0].tolist() == stored.histogram[2].tolist()
     assert Image.open(io.BytesIO(stored.jpeg)).mode == "L"
 
 
@@ -228,6 +242,15 @@ def test_bad_images_are_refused_with_a_reason(data, reason):
         store_image(data, 500, 90)
 
 
+@pytest.mark.parametrize("bad", [twelve_bit_jpeg(), truncated_in_the_middle(), b"\xff\xd8\xff\xe0 and then words" * 9])
+@pytest.mark.parametrize("max_side", [None, 24])
+def test_a_bad_image_does_no_harm_to_the_next(bad, max_side):
+    good = store_image(jpeg(), max_side, 95)
+    with pytest.raises(BadImageError):
+        store_image(bad, max_side, 95)
+    assert store_image(jpeg(), max_side, 95) == good
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
 def test_extreme_shapes_survive(size):
     stored = store_image(encoded(Image.new("RGB", size, (9, 200, 30)), "PNG"), 100, 90)
@@ -239,9 +262,103 @@ def test_sides_that_no_jpeg_can_have_are_refused():
         store_image(encoded(Image.new("L", (65_501, 1)), "PNG"), None, 90)
 
 
-def test_histogram_gives_mean_and_deviation_of_the_pixels():
-    stored = store_image(jpeg(), None, 90)
-    pixels_NC = decoded(stored.jpeg).reshape(-1, 3) / 255
-    mean, std = channel_statistics(stored.histogram)
+def test_sums_give_mean_and_deviation_of_the_pixels():
+    images = [jpeg(), jpeg(40, 30, seed=1), encoded(Image.fromarray(GREY))]
+    pixels_NC = np.concatenate([decoded(image).reshape(-1, 3) for image in images]) / 255
+    mean, std = channel_statistics(pixel_sums(images[0]) + pixel_sums(images[1]) + pixel_sums(images[2]))
     assert mean == pytest.approx(pixels_NC.mean(0), abs=1e-6)
     assert std == pytest.approx(pixels_NC.std(0), abs=1e-6)
+
+
+def verdict(read, data: bytes) -> str:
+    try:
+        read(data, turbojpeg.read_header(data))
+    except turbojpeg.JpegError as error:
+        return str(error)
+    return "sound"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subsampling": 0},
+        {"progressive": True},
+        {"optimize": True},
+        {"restart_marker_rows": 1},
+        {"kind": "L"},
+        {"kind": "CMYK"},
+    ],
+    ids=["4:2:0", "4:4:4", "progressive", "own tables", "restart markers", "grey", "cmyk"],
+)
+def test_verification_finds_what_decoding_every_pixel_finds(options):
+    kind = options.pop("kind", "RGB")
+    data = encoded(photograph(120, 90, 1).convert(kind), "JPEG", **{"quality": 90, **options})
+    rng = np.random.default_rng(0)
+    damaged = [data, *(data[:end] for end in rng.integers(200, len(data), 40))]
+    for start in rng.integers(len(data) // 5, len(data) - 40, 80):
+        flipped, zeroed = bytearray(data), bytearray(data)
+        flipped[start] ^= 1 << int(rng.integers(8))
+        zeroed[start : start + 30] = bytes(30)
+        damaged += [bytes(flipped), bytes(zeroed)]
+    verdicts = [verdict(turbojpeg.decode, one) for one in damaged]
+    assert [verdict(turbojpeg.verify, one) for one in damaged] == verdicts
+    assert verdicts[0] == "sound"
+    assert sum(reason != "sound" for reason in verdicts) > 40
+
+
+def muted_photograph(width: int, height: int) -> Image.Image:
+    """A photograph whose colours have as little fine detail as those of real ones."""
+    image = photograph(width, height, 3)
+    return Image.blend(image.convert("L").convert("RGB"), image, 0.2)
+
+
+def luma(data: bytes | Image.Image) -> np.ndarray:
+    return np.asarray((data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data))).convert("L"))
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
+@pytest.mark.parametrize("size", [(400, 300), (333, 401)])
+def test_resizing_brightness_and_colours_apart_gives_pillows_pixels(size, subsampling):
+    for image, max_side in product((muted_photograph(*size), Image.fromarray(smooth_rgb(*size))), (299, 200, 151)):
+        original = encoded(image, "JPEG", quality=95, subsampling=subsampling)
+        stored = store_image(original, max_side, 100)
+        expected = Image.open(io.BytesIO(original)).resize((stored.width, stored.height), Image.Resampling.BILINEAR)
+        assert min(stored.width, stored.height) == max_side
+        assert closeness(decoded(stored.jpeg), np.asarray(expected)) < 1
+        assert closeness(luma(stored.jpeg), luma(expected)) < 0.5
+
+
+@pytest.mark.parametrize(("max_side", "num_pixels"), [(75, 4), (74, 4), (37, 16), (18, 64)])
+def test_what_shrinks_much_is_decoded_small_without_harm(max_side, num_pixels, monkeypatch):
+    original, scales = encoded(photograph(400, 300, 5), "JPEG", quality=95), []
+    decode_planes = turbojpeg.decode_planes
+    monkeypatch.setattr(
+        turbojpeg, "decode_planes", lambda *arguments: scales.append(arguments[2]) or decode_planes(*arguments)
+    )
+    stored = store_image(original, max_side, 100)
+    assert scales[0] ** 2 == num_pixels
+    expected = Image.open(io.BytesIO(original)).resize((stored.width, stored.height), Image.Resampling.BILINEAR)
+    assert closeness(luma(stored.jpeg), luma(expected)) < 1
+
+
+def test_grey_jpegs_that_are_resized_stay_grey():
+    stored = store_image(encoded(photograph(133, 99, 2).convert("L"), quality=98), 51, 98)
+    assert (stored.width, stored.height) == (69, 51)
+    assert Image.open(io.BytesIO(stored.jpeg)).mode == "L"
+    expected = photograph(133, 99, 2).convert("L").resize((69, 51), Image.Resampling.BILINEAR)
+    assert closeness(luma(stored.jpeg), np.asarray(expected)) < 1
+
+
+def test_orientation_is_found_behind_other_metadata():
+    turned = with_orientation(6)
+    icc = encoded(Image.fromarray(RGB), icc_profile=b"Exif" * 9_000, quality=95)
+    start = icc.index(b"\xff\xe2")
+    end = start + 2 + int.from_bytes(icc[start + 2 : start + 4])
+    moved = turned[:2] + icc[start:end] + turned[2:]
+    assert store_image(moved, None, 95).width == 48
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf tiff:Orientation="6"/>'
+    data = jpeg()
+    by_xmp = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(by_xmp))).size == (48, 64)
+    assert store_image(by_xmp, None, 95).width == 48

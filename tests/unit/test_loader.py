@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.beton_file import BetonError, read_jpeg, read_layout
+from datasets.beton_file import METADATA, METADATA_START, BetonError, checksum, read_jpeg, read_layout
 from datasets.loader import CenterCrop, DecodeError, MultiResolutionLoader, RandomResizedCrop
 from tests.betons import photograph, write_images
 
@@ -36,14 +36,18 @@ def beton(images, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def damaged(beton, tmp_path):
-    """Copies of the beton whose sample 11 has other bytes; returns a function of what to do to its JPEG."""
+    """Copies of the beton some of whose JPEGs are other bytes; returns a function of what to do to them."""
 
-    def damage(change) -> Path:
-        copy = tmp_path / "damaged.beton"
+    def damage(change, samples=(11,), known: bool = True) -> Path:
+        """`known`: the checksums are those of the other bytes, as if the beton had been written with them."""
+        copy, layout = tmp_path / "damaged.beton", read_layout(beton)
         data = bytearray(beton.read_bytes())
-        allocation = read_layout(beton).allocations[11]
-        first, last = int(allocation["ptr"]), int(allocation["ptr"] + allocation["size"])
-        data[first:last] = change(data[first:last])
+        for index in samples:
+            first, size = int(layout.allocations["ptr"][index]), int(layout.allocations["size"][index])
+            data[first : first + size] = change(data[first : first + size])
+            place = METADATA_START + index * METADATA.itemsize + METADATA.fields["checksum"][1]
+            if known:
+                data[place : place + 8] = checksum(bytes(data[first : first + size])).to_bytes(8, "little", signed=True)
         copy.write_bytes(data)
         return copy
 
@@ -55,18 +59,25 @@ def load(beton: Path, **changes) -> MultiResolutionLoader:
     return MultiResolutionLoader(beton, **{**settings, **changes})
 
 
-def digests(loader: MultiResolutionLoader, epoch: int, start_step: int = 0) -> dict[int, str]:
-    """Sample index -> hash of its pixels at every side."""
+def digests(loader: MultiResolutionLoader, epoch: int, **arguments) -> dict[int, str]:
+    """Sample index -> hash of its pixels at every side; in the order of the epoch."""
+    return digests_of(loader.epoch(epoch, **arguments))
+
+
+def digests_of(batches) -> dict[int, str]:
     found = {}
-    for batch in loader.epoch(epoch, start_step):
+    for batch in batches:
         for row, index in enumerate(batch.indices.tolist()):
-            pixels = b"".join(images[row].numpy().tobytes() for images in batch.images.values())
-            found[index] = hashlib.sha256(pixels).hexdigest()
+            found[index] = digest_of(batch, row)
     return found
 
 
+def digest_of(batch, row: int) -> str:
+    return hashlib.sha256(b"".join(images[row].numpy().tobytes() for images in batch.images.values())).hexdigest()
+
+
 def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def assert_threads_end() -> None:
@@ -187,11 +198,42 @@ def test_a_damaged_jpeg_is_an_error_that_names_it(damaged, change):
     loader = load(path, shuffle=False, num_threads=2)
     epoch = loader.epoch(0)
     assert next(epoch).indices.tolist() == list(range(8))
-    with pytest.raises(DecodeError, match=f"sample 11, .* at offset {offset:,}, is damaged: ") as error:
+    with pytest.raises(DecodeError, match=rf"1 sample is damaged; .*\n  sample 11, .* at offset {offset:,}: ") as error:
         next(epoch)
     assert str(path) in str(error.value)
     assert list(epoch) == []
     assert_threads_end()
+
+
+def flipped_bit(jpeg: bytearray) -> bytearray:
+    """One bit in the middle of the coefficients, of which libjpeg-turbo says nothing here."""
+    jpeg[len(jpeg) * 2 // 3] ^= 8
+    return jpeg
+
+
+def test_one_flipped_bit_is_an_error_though_the_jpeg_still_decodes(damaged):
+    unnoticed = load(damaged(flipped_bit), shuffle=False)
+    assert len(list(unnoticed.epoch(0))) == 4
+    with pytest.raises(DecodeError, match=r"sample 11, .*: its bytes do not have their checksum"):
+        list(load(damaged(flipped_bit, known=False), shuffle=False).epoch(0))
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_damaged_samples_are_replaced_up_to_a_limit(beton, damaged, num_threads, caplog):
+    path = damaged(DAMAGE["cut short"], samples=(11, 12, NUM_SAMPLES - 1))
+    shown = []
+    with load(path, shuffle=False, max_damaged=3, num_threads=num_threads).epoch(2) as epoch:
+        for batch in epoch:
+            pixels = [digest_of(batch, row) for row in range(len(batch.labels))]
+            shown += zip(batch.indices.tolist(), batch.labels.tolist(), pixels, strict=True)
+        assert sorted(epoch.damaged) == [11, 12, NUM_SAMPLES - 1]
+    assert caplog.text.count("another is shown in its place: sample") == 3
+    replaced = {11: 13, 12: 13, NUM_SAMPLES - 1: 0}
+    expected = digests(load(beton, shuffle=False), 2)
+    indices = [replaced.get(index, index) for index in range(NUM_SAMPLES)]
+    assert shown == [(index, index % 7, expected[index]) for index in indices]
+    with pytest.raises(DecodeError, match=r"3 samples are damaged, and 2 may be \(loader\.max_damaged\)"):
+        list(load(path, shuffle=False, max_damaged=2, num_threads=num_threads).epoch(2))
 
 
 def test_batches_before_start_step_are_not_read(damaged):
@@ -252,14 +294,14 @@ def test_numba_still_writes_bytes(beton):
 FRESH_PROCESS = """
 import sys, torch
 torch.set_num_threads(3)
-from datasets.kernels import decode_views
+from datasets.kernels import decode_boxes
 from datasets.loader import CenterCrop, MultiResolutionLoader
 assert torch.get_num_threads() == 3, torch.get_num_threads()
 loader = MultiResolutionLoader(sys.argv[1], (48, 32), 8, crop=CenterCrop(), shuffle=False)
 epoch = loader.epoch(0)
 next(epoch)
-assert not decode_views.stats.cache_misses, decode_views.stats
-assert sum(decode_views.stats.cache_hits.values()) == 1, decode_views.stats
+assert not decode_boxes.stats.cache_misses, decode_boxes.stats
+assert sum(decode_boxes.stats.cache_hits.values()) == 1, decode_boxes.stats
 """
 
 
@@ -289,10 +331,51 @@ def test_the_centre_has_to_be_a_part_of_the_image(beton):
         load(beton, crop=CenterCrop(1.5))
 
 
-@pytest.mark.parametrize(("epoch", "start_step"), [(-1, 0), (0, -1), (0, 5)])
-def test_epoch_and_start_step_have_to_exist(beton, epoch, start_step):
+@pytest.mark.parametrize(
+    ("epoch", "start_step", "view"), [(-1, 0, None), (0, -1, None), (0, 5, None), (0, 0, -1), (-1, 0, 0)]
+)
+def test_epoch_step_and_view_have_to_exist(beton, epoch, start_step, view):
     with pytest.raises(ValueError, match="start_step"):
-        load(beton).epoch(epoch, start_step)
+        load(beton).epoch(epoch, start_step, view=view)
+
+
+def test_an_epoch_may_show_another_ones_crops_in_its_own_order(beton):
+    loader = load(beton)
+    found = digests(loader, 3, view=1)
+    assert found == digests(loader, 1)
+    assert list(found) == list(digests(loader, 3)) != list(digests(loader, 1))
+
+
+def test_given_samples_are_read_as_an_epoch_shows_them(beton):
+    whole = digests(load(beton), 2)
+    given = [np.array([7, 3, 28]), np.array([0]), np.array([], int)]
+    batches = load(beton, rank=1, world_size=2, num_threads=2).read(2, given)
+    found = digests_of(batches)
+    assert list(found) == [7, 3, 28, 0]
+    assert found == {index: whole[index] for index in found}
+    assert [len(batch.indices) for batch in load(beton).read(2, given)] == [3, 1, 0]
+
+
+@pytest.mark.parametrize(("view", "index"), [(-1, 0), (0, NUM_SAMPLES), (0, -1)])
+def test_given_samples_and_their_view_have_to_exist(beton, view, index):
+    with pytest.raises(ValueError, match=f"view {view}, samples .* 0 to {NUM_SAMPLES - 1}"):
+        load(beton).read(view, [np.array([0, index])])
+
+
+def test_sides_that_are_not_wanted_cost_nothing_and_change_nothing(beton):
+    loader, small = load(beton), load(beton, sides=[32])
+    epoch = loader.epoch(0, sides=[32])
+    assert all(len(job.slot.memory["image"][0]) == 0 for job in epoch._jobs)
+    pairs = list(zip(loader.epoch(0), epoch, small.epoch(0), strict=True))
+    assert all(list(some.images) == [32] for _, some, _ in pairs)
+    assert all(torch.equal(whole.images[32], some.images[32]) for whole, some, _ in pairs)
+    assert not all(torch.equal(some.images[32], alone.images[32]) for _, some, alone in pairs), "decoded as finely"
+
+
+@pytest.mark.parametrize("sides", [[], [48, 40]])
+def test_wanted_sides_have_to_be_the_loaders(beton, sides):
+    with pytest.raises(ValueError, match=r"loader's, \[48, 32\]"):
+        load(beton).epoch(0, sides=sides)
 
 
 def test_a_beton_has_to_be_one(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.training.losses import flops_penalty, mixed_logits, straight_through_choice, summed_cross_entropy
+from pipeline.training.losses import cost_penalty, mixed_logits, straight_through_choice, summed_cross_entropy
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -36,6 +36,15 @@ def test_gradient_of_the_choice_is_that_of_the_relaxed_choice(tau: float) -> Non
     relaxed = torch.exp((torch.log_softmax(soft, 1) + gumbel_NR) / tau)
     ((relaxed / relaxed.sum(1, keepdim=True)) * weight_NR).sum().backward()
     torch.testing.assert_close(hard.grad, soft.grad)
+    # And by hand: dr_j / dl_k = r_j (1[j = k] - r_k) / tau, r = softmax((log p + g) / tau).
+    assert hard.grad is not None
+    for logits, noise, weight, gradient in zip(
+        *(each.tolist() for each in (logits_NR, gumbel_NR, weight_NR, hard.grad)), strict=True
+    ):
+        powers = [math.exp((logit + g) / tau) for logit, g in zip(logits, noise, strict=True)]
+        r = [power / sum(powers) for power in powers]
+        slow = [sum(weight[j] * r[j] * ((j == k) - r[k]) / tau for j in range(3)) for k in range(3)]
+        assert gradient == pytest.approx(slow, rel=1e-4, abs=1e-6)
 
 
 def test_mixed_logits_of_a_one_hot_choice_are_the_chosen_ones() -> None:
@@ -61,7 +70,7 @@ def test_cross_entropy_sums_and_smooths() -> None:
 def test_penalty_follows_the_formula_not_the_prose(mean_cost: float, alpha: float, expected: float) -> None:
     costs_R = torch.tensor([4.0, 2.0, 1.0])
     local = torch.tensor(mean_cost - 0.5, requires_grad=True)
-    penalty = flops_penalty(local, torch.tensor(0.5), costs_R, alpha)
+    penalty = cost_penalty(local, torch.tensor(0.5), costs_R, alpha)
     assert penalty.item() == pytest.approx(expected)
     penalty.backward()
     # No pressure below the target, and the full slope above it, whatever part of the mean is on this rank.

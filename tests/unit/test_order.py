@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.order import ViewOrder, batch_bounds, count_batches, epoch_order, pack_views, sample_indices
+from datasets.order import (
+    PageWindows,
+    ViewOrder,
+    batch_bounds,
+    count_batches,
+    epoch_order,
+    pack_views,
+    rank_part,
+    sample_indices,
+)
 
 SIZES = st.integers(1, 300)
 RANKS = st.integers(1, 5)
@@ -93,3 +102,72 @@ def test_start_step_skips_batches(start_step):
 
 def test_views_of_a_rank_are_contiguous():
     assert all(views.flags.c_contiguous for views in ViewOrder(50, 13, shuffle=True, world_size=3).batches(0))
+
+
+def windowed(num_samples, batch_size, world_size, window, seed=0):
+    """An order for each rank over pages of 7 samples."""
+    windows = PageWindows(3 + np.arange(num_samples) // 7, window)
+    return [
+        ViewOrder(num_samples, batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size, windows=windows)
+        for rank in range(world_size)
+    ]
+
+
+@given(SIZES, SIZES, RANKS, st.integers(1, 6))
+def test_an_epoch_of_windows_has_every_sample_once_and_its_batches_do_not_depend_on_ranks(
+    num_samples, batch_size, world_size, window
+):
+    steps = [
+        [
+            set(sample_indices(np.concatenate(step)))
+            for step in zip(*(order.batches(2) for order in orders), strict=True)
+        ]
+        for orders in (windowed(num_samples, batch_size, ranks, window) for ranks in (1, world_size))
+    ]
+    assert steps[0] == steps[1]
+    assert sorted(index for step in steps[0] for index in step) == list(range(num_samples))
+
+
+def test_what_is_read_together_lies_in_the_pages_of_a_window():
+    (order,) = windowed(7 * 20, 35, 1, 5)
+    for epoch in range(3):
+        pages = [set((sample_indices(views) // 7).tolist()) for views in order.batches(epoch)]
+        assert all(len(read) <= 5 for read in pages)  # a batch is a window here
+        assert set.union(*pages) == set(range(20))
+    assert order.batches(0)[0].tolist() != order.batches(1)[0].tolist()
+
+
+def test_most_that_a_rank_reads_is_in_its_part_of_the_pages():
+    for order in windowed(7 * 512, 128, 4, 64):
+        own = np.concatenate(order.pages_ahead(0))
+        assert len(own) == 512 / 4
+        read = 3 + sample_indices(order.sample_order(0)) // 7
+        assert np.isin(read, own).mean() > 0.9
+
+
+@pytest.mark.parametrize(("world_size", "start_step"), [(1, 0), (3, 0), (3, 4)])
+def test_every_page_is_fetched_before_its_samples_are_read(world_size, start_step):
+    orders = windowed(7 * 64, 28, world_size, 8)
+    pages = orders[0].windows.page_order(0, 1)
+    places = {page: place for place, page in enumerate(pages.tolist())}
+    fetched = [[set(batch.tolist()) for batch in order.pages_ahead(1, start_step)] for order in orders]
+    for step, batches in enumerate(zip(*(order.batches(1, start_step) for order in orders), strict=True)):
+        so_far = set.union(*(one for rank in fetched for one in rank[: step + 1]))
+        needed = set((3 + sample_indices(np.concatenate(batches)) // 7).tolist())
+        # What a resumed epoch finds half-read is not fetched as a whole.
+        assert {page for page in needed if places[page] >= start_step * 4} <= so_far
+    every = [page for rank in fetched for one in rank for page in one]
+    assert len(every) == len(set(every))
+
+
+def test_an_order_without_windows_fetches_nothing():
+    assert [len(pages) for pages in ViewOrder(50, 13, shuffle=True).pages_ahead(0, 1)] == [0, 0, 0]
+
+
+@given(st.lists(st.integers(0, 3), max_size=50))
+def test_ranks_share_a_batch_evenly_and_keep_what_is_theirs(owners):
+    parts = [rank_part(np.array(owners, np.int64), rank, 4) for rank in range(4)]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(owners)))
+    assert [len(part) for part in parts] == [len(part) for part in np.array_split(owners, 4)]
+    for rank, part in enumerate(parts):
+        assert sum(owners[position] == rank for position in part) == min(len(part), owners.count(rank))

@@ -94,7 +94,7 @@ def assert_inside(texts: list[Text], frame: BboxBase) -> None:
 def test_every_figure_is_drawn_on_its_background(theme):
     report = json.loads(json.dumps(three_resolutions()))
     figures = draw_figures(report, theme)
-    assert list(figures) == ["tradeoff", "shares", "attribute"]
+    assert list(figures) == ["tradeoff", "budget", "shares", "attribute"]
     background = tuple(int(theme.background[k : k + 2], 16) for k in (1, 3, 5))
     for content in figures.values():
         pixels = pixels_of(content)

@@ -90,3 +90,27 @@ def test_an_unknown_model_is_one_message(registry, pictures, monkeypatch, capsys
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     assert ran(monkeypatch, "--model", "models:/drnet@nobody", pictures) == 2
     assert "has no alias 'nobody' (it has: champion)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "results", "b.jpg"], "--out takes one folder of images"),
+        (["--out", "results", "--json", "."], "no --json"),
+        (["--out", "results", ".", "."], "--out takes one folder of images"),
+        (["--files-per-part", "8", "."], "--files-per-part is for --out"),
+        (["--files-per-part", "0", "--out", "results", "."], "--files-per-part is 0; give 1 or more"),
+    ],
+)
+def test_what_does_not_fit_out_is_refused_before_anything_is_loaded(pictures, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(pictures)
+    assert ran(monkeypatch, "--model", "models:/drnet@champion", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (pictures / "results").exists()
+
+
+def test_a_bias_spends_more_or_less(registry, pictures, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    for bias, side in ((1000, 48), (-1000, 32)):
+        assert ran(monkeypatch, "--json", "--budget-bias", bias, "--model", "models:/drnet/1", pictures) == 0
+        assert {row["resolution"] for row in json.loads(capsys.readouterr().out)} == {side}

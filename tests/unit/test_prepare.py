@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from datasets.beton import BetonError, beton_path, load_manifest, read_jpeg, ver
 from datasets.beton_file import read_layout
 from datasets.build import BadImagesError
 from datasets.changes import ChangedInputsError, read_records
+from datasets.conversion import IMAGES_IN_STATISTICS, counted_chunks
 from datasets.glyphs import GlyphSettings, glyph_height
+from datasets.parallel import map_ordered
 from datasets.prepare import prepare
-from datasets.sources import SourceError
+from datasets.sources import ImageRef, SourceError
 from jobs.prepare import main
 from tests.unit.pictures import decoded, jpeg, png_bomb, write_class_folders
 from tests.unit.test_imagenet import CLASSES, arranged_tree, official_tars
@@ -76,6 +79,16 @@ def test_statistics_are_those_of_the_training_pixels(tmp_path, source):
     pixels = np.concatenate([decoded(read_jpeg(path, n)).reshape(-1, 3) for n in range(manifest.splits["train"].count)])
     assert manifest.mean == pytest.approx(pixels.mean(0) / 255, abs=1e-5)
     assert manifest.std == pytest.approx(pixels.std(0) / 255, abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [IMAGES_IN_STATISTICS - 1, IMAGES_IN_STATISTICS, 2 * IMAGES_IN_STATISTICS + 1])
+def test_an_even_sample_of_many_images_is_counted(count):
+    refs = [ImageRef(str(number), 0, "", 0, 0) for number in range(count)]
+    chunks = counted_chunks(refs, count_pixels=True)
+    assert [ref for chunk in chunks for ref in chunk.refs] == refs
+    counted = [int(chunk.refs[position].name) for chunk in chunks for position in chunk.counted]
+    assert counted == list(range(0, count, -(-count // IMAGES_IN_STATISTICS)))
+    assert not any(len(chunk.counted) for chunk in counted_chunks(refs, count_pixels=False))
 
 
 def test_doing_it_again_does_nothing_and_reads_no_image(tmp_path, source, monkeypatch):
@@ -168,7 +181,8 @@ def test_an_unreadable_file_is_a_bad_image(tmp_path, source):
             tmp_path,
             module.Conversion(None, 90),
             seed=0,
-            num_processes=1,
+            made_from={},
+            map_chunks=partial(map_ordered, num_processes=1),
             skip_bad=False,
             advance=lambda count: None,
         )
@@ -319,8 +333,26 @@ def test_job_verifies_every_byte(run, tmp_path):
     assert "every byte is as it was prepared" in run("--verify")
     path = beton_path(tmp_path / "out", "train")
     data = bytearray(path.read_bytes())
-    data[int(read_layout(path).allocations["ptr"][4]) - 300] ^= 1
+    data[int(read_layout(path).allocations["ptr"][0]) - 300] ^= 1  # where no image is
     path.write_bytes(data)
     assert "nothing to do" in run()
     with pytest.raises(BetonError, match=r"train\.beton is damaged: SHA-256"):
         run("--verify")
+
+
+def test_job_goes_on_after_ctrl_c(run, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.unfinished.SECONDS_BETWEEN_WRITES", 0.0)
+    for number in range(100):
+        (source / "cat" / f"more-{number}.jpg").write_bytes(jpeg(seed=5_000 + number))
+
+    def interrupted(function, work, num_processes):
+        yield function(next(iter(work)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "map_ordered", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on where it stopped"):
+            run()
+    assert "60 images in" in (printed := run())
+    assert "after 64 that were done before" in printed
+    verify_betons(tmp_path / "out", full=True)

@@ -3,16 +3,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import mlflow
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -20,6 +16,8 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.models.drnet import DRNet
+from pipeline.search.source import load_backbone
+from pipeline.tracking.backbones import registered_backbone
 from pipeline.tracking.inference import classify_files, open_model
 from pipeline.tracking.registry import RegisteredModel, register_model
 from pipeline.tracking.store import TrackingError
@@ -33,7 +31,6 @@ from tests.unit.tracking_fixtures import (
     make_model,
     random_crops,
     routed_logits,
-    wait_until,
 )
 
 
@@ -79,13 +76,25 @@ def test_a_version_says_what_it_is_worth_and_where_it_comes_from(finished):
     run = MlflowClient(finished.store).get_run(version.run_id)
     assert run.info.run_name == "small"
     assert run.info.status == "FINISHED"
-    assert finished.registered.uri == "models:/drnet@champion"
+    assert finished.registered.uri == "models:/drnet/1"
+
+
+def test_a_version_holds_the_backbone_as_it_was_trained(finished):
+    found = registered_backbone("models:/drnet@champion")
+    expected = load_backbone(finished.files[0])
+    assert found.origin == "models:/drnet@champion"
+    assert found.state.keys() == expected.state.keys()
+    assert all(torch.equal(value, expected.state[name]) for name, value in found.state.items())
+    assert (found.resolutions, found.classes, found.mean) == (expected.resolutions, expected.classes, expected.mean)
+    with pytest.raises(TrackingError, match="nobody"):
+        registered_backbone("models:/drnet@nobody")
 
 
 def test_signature_example_and_exact_requirements(finished):
     model = open_model("models:/drnet@champion")
     assert str(model.metadata.get_input_schema().inputs[0].type) == "DataType.binary"
     assert model.metadata.get_output_schema().input_names()[0] == "class_index"
+    assert [(spec.name, spec.default) for spec in model.metadata.get_params_schema().params] == [("budget_bias", 0.0)]
     folder = Path(mlflow.artifacts.download_artifacts("models:/drnet@champion"))
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert base64.b64decode(example["dataframe_split"]["data"][0][0]).startswith(b"\xff\xd8")
@@ -94,22 +103,37 @@ def test_signature_example_and_exact_requirements(finished):
     assert all("==" in line and "+" not in line for line in requirements)
 
 
+def test_who_loads_a_model_says_how_it_runs(finished):
+    config = {"device": "cpu", "precision": "bfloat16"}
+    model = mlflow.pyfunc.load_model("models:/drnet@champion", model_config=config)
+    placement = model.unwrap_python_model().classifier.network.placement
+    assert (placement.device, placement.precision, placement.compiled) == ("cpu", "bfloat16", False)
+
+
 def test_the_same_model_is_not_put_in_twice_but_takes_another_alias(finished):
     again = register_model(with_registry(finished.config, alias="second"), finished.folder, *finished.files)
     assert (again.version, again.is_new) == ("1", False)
     assert {str(version_of(finished, alias).version) for alias in ("second", "champion")} == {"1"}
 
 
-def test_another_report_is_another_version(finished, tmp_path):
+def test_another_evaluation_is_another_version_and_the_alias_stays(finished, tmp_path):
+    config = with_registry(finished.config, name="other")
+    first = register_model(config, finished.folder, *finished.files)
+    report = json.loads(finished.files[1].read_text())
+    report["headline"]["mean_gflops"] = 0.5
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    second = register_model(config, finished.folder, finished.files[0], tmp_path / "report.json")
+    assert (first.version, second.version, second.is_new) == ("1", "2", True)
+    assert (first.champion, second.champion) == ("1", "1")
+    assert str(MlflowClient(finished.store).get_model_version_by_alias("other", "champion").version) == "1"
+
+
+def test_a_report_that_is_not_of_the_predictions_is_refused(finished, tmp_path):
     report = json.loads(finished.files[1].read_text())
     report["headline"]["top1"] = 0.5
     (tmp_path / "report.json").write_text(json.dumps(report))
-    config = with_registry(finished.config, name="other")
-    first = register_model(config, finished.folder, *finished.files)
-    second = register_model(config, finished.folder, finished.files[0], tmp_path / "report.json")
-    assert (first.version, second.version, second.is_new) == ("1", "2", True)
-    client = MlflowClient(finished.store)
-    assert client.get_model_version_by_alias("other", "champion").tags["accuracy"] == "0.500000"
+    with pytest.raises(ValueError, match=r"says top-1 0\.500000, but .*predictions\.npz 0\.937500.*jobs\.evaluate"):
+        register_model(finished.config, finished.folder, finished.files[0], tmp_path / "report.json")
 
 
 def test_a_run_that_has_not_finished_is_named(finished, tmp_path):
@@ -183,7 +207,7 @@ import mlflow.pyfunc
 model = mlflow.pyfunc.load_model("models:/drnet@champion")
 data = np.load("crops.npz")
 crops = {int(side): torch.from_numpy(data[side]) for side in data.files}
-routed = model.unwrap_python_model().network.classify(crops)
+routed = model.unwrap_python_model().classifier.network.classify(crops)
 rows = model.predict(pd.DataFrame({"image": [open("image.png", "rb").read()]}))
 np.savez("answers.npz", logits=routed.logits_NK, choice=routed.choice_N, row=rows["probability"].to_numpy(float))
 """
@@ -210,49 +234,3 @@ def test_a_fresh_process_without_this_project_predicts_as_the_trained_model(fini
     own = {side: picture.resize((side, side), Image.Resampling.BILINEAR, box=box) for side in finished.model.sides}
     expected, _ = routed_logits(finished.model, {side: torch.tensor(np.asarray(own[side]))[None] for side in own})
     assert answers["row"] == pytest.approx(expected.softmax(dim=1).max().item(), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_it_is_served_over_http(finished, tmp_path):
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/drnet@champion"]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    with (tmp_path / "serve.log").open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=tmp_path, env=environment, start_new_session=True
-        )
-    try:
-        wait_until(lambda: process.poll() is not None or answers(port), "the model server answers")
-        assert process.poll() is None, (tmp_path / "serve.log").read_text()
-        files = [jpeg(60, 50, seed=1), b"hello", jpeg(60, 50, seed=2)]
-        encoded = [[base64.b64encode(file).decode()] for file in files]
-        rows = post(port, {"dataframe_split": {"columns": ["image"], "data": encoded}})["predictions"]
-        expected = open_model("models:/drnet@champion").predict(pd.DataFrame({"image": files}))
-        assert [row["label"] for row in rows] == [None if pd.isna(label) else label for label in expected["label"]]
-        assert rows[0]["probability"] == pytest.approx(expected["probability"][0], rel=1e-4)
-        assert rows[1]["error"] == "not a JPEG or PNG file"
-        with pytest.raises(urllib.error.HTTPError, match="400"):
-            post(port, {"nonsense": 1})
-        alone = post(port, {"dataframe_records": [{"image": encoded[0][0]}]})["predictions"][0]
-        # A batch of another size may round differently in the last bit.
-        assert alone == rows[0] | {"probability": pytest.approx(rows[0]["probability"], rel=1e-5)}
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-def post(port: int, content: dict) -> dict:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)

@@ -129,7 +129,7 @@ def test_the_report_is_strict_json_with_the_documented_keys():
     assert read == report
     documented = re.findall(r"`(\w+)`", build_report.__doc__.split("Keys:")[1].split("With one")[0])
     assert set(report) == {key for key in documented if key not in ("judge", "table_rows", "compare")}
-    assert read["schema_version"] == 1
+    assert read["schema_version"] == 2
     assert read["environment"] == {"torch": "2.13"}
     assert (read["dataset"], read["git_commit"], read["created"]) == ("glyphs", "abc123", CONTEXT["created"])
 
@@ -245,7 +245,16 @@ def report_folder(tmp_path_factory) -> Path:
 
 
 def test_the_folder_holds_whole_files_and_nothing_else(report_folder):
-    expected = {"report.json", "report.md", "report.html", "tradeoff.png", "shares.png", "attribute.png", "gallery.png"}
+    expected = {
+        "report.json",
+        "report.md",
+        "report.html",
+        "tradeoff.png",
+        "budget.png",
+        "shares.png",
+        "attribute.png",
+        "gallery.png",
+    }
     assert {file.name for file in report_folder.iterdir()} == expected
 
 
@@ -257,8 +266,8 @@ def test_the_html_loads_nothing_from_outside(report_folder):
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert not re.search(r"https?://|url\(|@import", text)
-    assert page.tags.count("img") == 3 + 24, "three figures and three rows of eight images"
-    assert page.tags.count("source") == 3, "a dark look of every figure"
+    assert page.tags.count("img") == 4 + 24, "four figures and three rows of eight images"
+    assert page.tags.count("source") == 4, "a dark look of every figure"
 
 
 def test_the_html_says_what_the_json_says(report_folder):
@@ -289,7 +298,7 @@ def test_the_markdowns_tables_are_regular_and_its_figures_exist(report_folder):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
     figures = re.findall(r"!\[.*\]\((.*)\)", markdown)
-    assert sorted(figures) == ["attribute.png", "gallery.png", "shares.png", "tradeoff.png"]
+    assert sorted(figures) == ["attribute.png", "budget.png", "gallery.png", "shares.png", "tradeoff.png"]
     assert all((report_folder / figure).is_file() for figure in figures)
 
 
@@ -327,7 +336,7 @@ def test_a_report_without_images_or_attributes_removes_the_earlier_figures(tmp_p
     written(tmp_path)
     report = written(tmp_path, read_image=None, attributes={})
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"report.json", "report.md", "report.html", "tradeoff.png", "shares.png"}
+    assert names == {"report.json", "report.md", "report.html", "tradeoff.png", "budget.png", "shares.png"}
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 

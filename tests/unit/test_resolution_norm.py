@@ -9,6 +9,7 @@ from torch import nn
 from pipeline.models.resolution_norm import (
     ResolutionBatchNorm2d,
     keep_resolution,
+    kept_statistics,
     make_resolution_aware,
     select_resolution,
 )
@@ -68,6 +69,39 @@ def test_statistics_of_each_resolution_equal_those_of_a_network_that_saw_this_re
         keep_resolution(kept, index)
         for (name, value), expected in zip(kept.state_dict().items(), alone[index].state_dict().values(), strict=True):
             assert torch.equal(value, expected), name
+
+
+def test_running_statistics_follow_the_formula_from_a_resolutions_own_images_alone():
+    """m <- (1 - momentum) m + momentum mean, v <- ... with the variance over n - 1, channel by channel in loops."""
+    layer = ResolutionBatchNorm2d(nn.BatchNorm2d(2, momentum=0.3), 2)
+    mean, variance = [[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]
+    for step, index in enumerate((0, 1, 0)):
+        layer.active = index
+        features = 1 + 2 * images(3, 2, 4 - index, 4 - index, seed=step)
+        layer(features)
+        for channel in range(2):
+            values = [float(value) for value in features[:, channel].flatten()]
+            batch_mean = sum(values) / len(values)
+            batch_variance = sum((value - batch_mean) ** 2 for value in values) / (len(values) - 1)
+            mean[index][channel] = 0.7 * mean[index][channel] + 0.3 * batch_mean
+            variance[index][channel] = 0.7 * variance[index][channel] + 0.3 * batch_variance
+    for index, norm in enumerate(layer.norms):
+        assert norm.running_mean.tolist() == pytest.approx(mean[index], rel=1e-5)
+        assert norm.running_var.tolist() == pytest.approx(variance[index], rel=1e-5)
+        assert norm.num_batches_tracked == (2, 1)[index]
+
+
+def test_kept_statistics_normalise_by_the_batch_and_stay():
+    module = network()
+    make_resolution_aware(module, 2)
+    reference, batch = copy.deepcopy(module), images(4, 3, 8, 8)
+    before = copy.deepcopy(module.state_dict())
+    with kept_statistics(module):
+        again = module(batch)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(again, reference(batch))
+    module(batch)
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in module.state_dict().items())
 
 
 def test_a_norm_used_in_two_places_stays_one_norm():

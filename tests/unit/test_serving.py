@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import ast
-import io
+import asyncio
 import json
 import sys
+import threading
 import zipfile
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from torch import nn
 
-from datasets.loader import CenterCrop, MultiResolutionLoader
+from pipeline.models.backbone import build_backbone
 from pipeline.models.drnet import DRNet
+from pipeline.models.fold import fold_batch_norms
 from pipeline.tracking import serving
 from pipeline.tracking.export import export_model
+from pipeline.tracking.package import code_files, write_code
+from pipeline.tracking.routed import Placement, RoutedNetwork
+from pipeline.tracking.routed.classifier import IMAGES_AT_ONCE
+from pipeline.tracking.routed.programs import META_FILE, PREDICTOR_FILE, load_program, split
 from pipeline.training.checkpoint import load_model, save_model
-from tests.betons import jpeg_bytes, photograph, write_images
-from tests.unit.pictures import jpeg, png_bomb, smooth_rgb
+from tests.unit.pictures import encoded, jpeg
+from tests.unit.test_routed_images import BAD, centre_crops
 from tests.unit.tracking_fixtures import make_config, make_model, random_crops, routed_logits
 
 
@@ -32,19 +37,22 @@ def model(tmp_path_factory) -> DRNet:
 
 @pytest.fixture(scope="module")
 def programs(model, tmp_path_factory) -> Path:
-    return exported(model, make_config(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("programs"))
+    folder = exported(model, make_config(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("programs"))
+    write_code(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def network(programs) -> serving.RoutedNetwork:
-    return serving.RoutedNetwork(programs)
+def network(programs) -> RoutedNetwork:
+    return RoutedNetwork(programs)
 
 
-@pytest.fixture
-def classifier(network) -> serving.RoutedClassifier:
-    classifier = serving.RoutedClassifier()
-    classifier.network = network
-    return classifier
+@pytest.fixture(scope="module")
+def served(programs):
+    model = serving.RoutedClassifier()
+    model.load_context(SimpleNamespace(artifacts={serving.FOLDER_ARTIFACT: str(programs)}, model_config={}))
+    yield model
+    model.classifier.close()
 
 
 def exported(model: DRNet, config, folder: Path) -> Path:
@@ -54,18 +62,42 @@ def exported(model: DRNet, config, folder: Path) -> Path:
     return folder
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+def frame(images: list) -> pd.DataFrame:
+    return pd.DataFrame({"image": pd.Series(images, dtype=object)})
 
 
-def test_the_file_imports_nothing_of_this_project():
-    tree = ast.parse(Path(serving.__file__).read_text())
-    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    third_party = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
+def test_the_stored_files_import_nothing_of_this_project():
+    third_party = set()
+    for file in code_files():
+        tree = ast.parse(file.read_text())
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        own = {path.stem for path in code_files()}
+        assert {str(node.module) for node in imports if node.level} <= own
+        modules |= {str(node.module) for node in imports if not node.level}
+        third_party |= {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
     assert third_party == {"mlflow", "numpy", "pandas", "torch", "PIL"}
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "resnet18", "mobilenet_v2", "densenet121"])
+def test_a_folded_network_answers_as_the_unfolded_at_every_resolution(name):
+    torch.manual_seed(1)
+    backbone = build_backbone(name, 7, 2).eval()
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -0.5, 0.5)
+            for values in (layer.weight, layer.bias, layer.running_var):
+                nn.init.uniform_(values, 0.7, 1.3)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        for index in range(2):
+            expected, network = backbone(images, index), fold_batch_norms(backbone.at(index))
+            answer = network(images)
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4 * scale)
+            left = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+            assert bool(left) == (name == "densenet121"), "there most batch norms come before a convolution"
+    assert any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules()), "the original is as it was"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 41])
@@ -84,7 +116,7 @@ def test_each_resolution_has_its_own_batch_norm(model, network):
     crops = random_crops(model, 8)
     with torch.inference_mode():
         wrong = model.backbone(model.normalize(crops[model.resolutions[0]]), 1)
-        right = network._backbones[0](crops[model.resolutions[0]])
+        right = network.logits(0, crops[model.resolutions[0]])
     assert not torch.allclose(wrong, right, atol=1e-2)
 
 
@@ -92,13 +124,13 @@ def test_one_resolution_needs_no_predictor(tmp_path):
     config = make_config(tmp_path, model={"resolutions": [32]}, stages={"predictor": None, "joint": None})
     model = make_model(config)
     folder = exported(model, config, tmp_path)
-    assert not (folder / serving.PREDICTOR_FILE).exists()
-    network = serving.RoutedNetwork(folder)
+    assert not (folder / PREDICTOR_FILE).exists()
+    network = RoutedNetwork(folder)
     crops = random_crops(model, 6)
     with torch.inference_mode():
         expected = model.static_logits(crops, 0)
     torch.testing.assert_close(network.classify({32: crops[32]}).logits_NK, expected, rtol=1e-4, atol=1e-4)
-    assert network.gflops == tuple(json.loads((folder / serving.META_FILE).read_text())["backbone_gflops"])
+    assert network.gflops == tuple(json.loads((folder / META_FILE).read_text())["backbone_gflops"])
 
 
 def test_the_programs_hold_no_pickle(programs):
@@ -111,8 +143,8 @@ def test_the_programs_hold_no_pickle(programs):
 
 @pytest.mark.parametrize("kind", ["sample inputs", "weight", "custom object"])
 def test_a_program_with_a_pickle_in_it_is_refused(programs, tmp_path, kind):
-    altered = tmp_path / serving.PREDICTOR_FILE
-    with zipfile.ZipFile(programs / serving.PREDICTOR_FILE) as source, zipfile.ZipFile(altered, "w") as target:
+    altered = tmp_path / PREDICTOR_FILE
+    with zipfile.ZipFile(programs / PREDICTOR_FILE) as source, zipfile.ZipFile(altered, "w") as target:
         for member in source.infolist():
             content = source.read(member)
             if kind == "sample inputs" and member.filename.endswith("sample_inputs/model.pt"):
@@ -123,80 +155,89 @@ def test_a_program_with_a_pickle_in_it_is_refused(programs, tmp_path, kind):
         if kind == "custom object":
             target.writestr("predictor/data/constants/custom_obj_0", b"a pickle")
     with pytest.raises(ValueError, match="pickled"):
-        serving.load_program(altered)
+        load_program(altered)
 
 
-def test_the_crops_are_the_loaders(tmp_path):
-    images = [photograph(120, 90, seed=1), photograph(333, 500, seed=2), photograph(64, 64, seed=3)]
-    sides, fraction = (64, 48, 32), 0.875
-    beton = write_images(tmp_path / "validation.beton", images)
-    with closing(MultiResolutionLoader(beton, sides, 3, crop=CenterCrop(fraction), shuffle=False)) as loader:
-        (loaded,) = [{side: batch.images[side].clone() for side in sides} for batch in loader.epoch(0)]
-    for index, image in enumerate(images):
-        crops = serving.centre_crops(serving.decode(jpeg_bytes(image)), sides, fraction)
-        for side in sides:
-            assert crops[side].shape == (side, side, 3)
-            # A large JPEG is decoded at a fraction of its size by the loader, the others as here.
-            limit = 2.5 if index == 1 else 0.5
-            assert np.abs(crops[side].astype(int) - loaded[side][index].numpy()).mean() < limit, (index, side)
+def test_the_budget_moves_images_along_their_costs(model, network):
+    logits_NR = network.predictor_logits(random_crops(model, 41)[model.predictor_size])
+    assert torch.equal(network.choose(logits_NR), logits_NR.argmax(dim=1))
+    at_bias = [network.choose(logits_NR, bias) for bias in (-1e6, -0.05, 0, 0.05, 1e6)]
+    assert set(at_bias[0].tolist()) == {1}, "the last resolution is the cheapest"
+    assert set(at_bias[-1].tolist()) == {0}
+    shares = [(choice_N == 0).float().mean().item() for choice_N in at_bias]
+    assert shares == sorted(shares)
+    gap = logits_NR[:, 1].double() - logits_NR[:, 0]
+    assert torch.equal(network.choose(logits_NR, 0.05) == 0, gap <= 0.05)
 
 
-def test_odd_kinds_of_files_become_upright_rgb():
-    rgb = Image.fromarray(smooth_rgb(40, 20))
-    pixels = np.asarray(rgb).astype(int)
-    grey = Image.fromarray(np.linspace(0, 255, 800).astype(np.uint8).reshape(20, 40))
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    assert np.array_equal(serving.decode(encoded(rgb)), pixels)
-    assert np.array_equal(serving.decode(encoded(grey)), np.stack([grey] * 3, axis=2))
-    assert np.array_equal(serving.decode(encoded(deep)), np.stack([grey] * 3, axis=2))
-    assert np.abs(np.asarray(serving.decode(encoded(rgb.convert("CMYK"), "JPEG", quality=95))) - pixels).mean() < 8
-    turned = serving.decode(encoded(rgb, "JPEG", quality=95, exif=exif))
-    assert np.abs(np.asarray(turned).astype(int) - np.rot90(pixels, -1)).mean() < 8
-    clear = Image.merge("RGBA", (*rgb.split(), Image.new("L", rgb.size, 0)))
-    assert np.asarray(serving.decode(encoded(clear))).min() == 255
-    palette = rgb.quantize(16)
-    palette.info["transparency"] = 0
-    assert serving.decode(encoded(palette)).mode == "RGB"
+def test_the_same_call_gives_the_same_bits(model, network):
+    crops = random_crops(model, 41)
+    first, second = network.classify(crops), network.classify(crops)
+    assert torch.equal(first.logits_NK, second.logits_NK)
 
 
-BAD = {
-    "empty": (b"", "empty"),
-    "text": (b"hello", "not a JPEG or PNG file"),
-    "truncated": (jpeg(64, 64)[:500], "."),
-    "a gif": (encoded(Image.fromarray(smooth_rgb()), "GIF"), "not a JPEG or PNG file"),
-    "bomb": (png_bomb(), "pixels"),
-    "no bytes": ("text", "given as str"),
-    "nothing": (None, "given as NoneType"),
-}
+def test_bfloat16_is_near(model, programs, network):
+    crops = random_crops(model, 41)
+    rough = RoutedNetwork(programs, Placement(device="cpu", precision="bfloat16"))
+    exact_NK, rough_NK = network.logits(0, crops[48]), rough.logits(0, crops[48])
+    assert rough_NK.dtype == torch.float32
+    assert not torch.equal(exact_NK, rough_NK)
+    torch.testing.assert_close(rough_NK, exact_NK, rtol=0.05, atol=0.05 * exact_NK.abs().max().item())
 
 
-@pytest.mark.parametrize(("file", "reason"), BAD.values(), ids=BAD.keys())
-def test_bad_bytes_have_a_reason(file, reason):
-    with pytest.raises(serving.BadImageError, match=reason):
-        serving.decode(file)
+@pytest.mark.gpu
+def test_a_gpu_answers_as_the_cpu(model, programs):
+    crops = random_crops(model, 41)
+    on_cpu, on_gpu = (RoutedNetwork(programs, Placement(device=name)).classify(crops) for name in ("cpu", "cuda"))
+    assert torch.equal(on_cpu.choice_N, on_gpu.choice_N)
+    torch.testing.assert_close(on_cpu.logits_NK, on_gpu.logits_NK, rtol=1e-2, atol=1e-2)
 
 
-def test_bad_images_do_not_fail_the_others(classifier):
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by what torch's own compiler imports
+def test_a_compiled_network_answers_alike(model, programs, network):
+    crops = random_crops(model, 9)
+    compiled = RoutedNetwork(programs, Placement(device="cpu", compiled=True)).classify(crops)
+    torch.testing.assert_close(compiled.logits_NK, network.classify(crops).logits_NK, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "sizes"),
+    [(1, 224, [1]), (16, 224, [16]), (21, 224, [11, 10]), (64, 112, [64]), (2, 1000, [1, 1])],
+)
+def test_a_cpu_runs_equal_parts_of_as_many_pixels(count, side, sizes):
+    images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(count, side, side, 3)
+    assert [len(part) for part in split(images, torch.device("cpu"))] == sizes
+    assert [len(part) for part in split(images, torch.device("cuda"))] == [count]
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"'half' is not one of float32, bfloat16"):
+        Placement(precision="half")
+
+
+def test_bad_images_do_not_fail_the_others(served):
     good = [jpeg(60, 50, seed=seed) for seed in range(3)]
-    bad = [file for file, _ in BAD.values()]
+    bad = [image for image, _ in BAD.values()]
     mixed = [good[0], *bad, good[1], bad[1], good[2]]
-    rows = classifier.predict(None, pd.DataFrame({"image": mixed}))
-    alone = classifier.predict(None, pd.DataFrame({"image": good}))
+    rows = served.predict(None, frame(mixed))
+    alone = served.predict(None, frame(good))
     sound = rows["error"].isna()
-    assert sound.tolist() == [file in good for file in mixed]
+    assert sound.tolist() == [True, *(False for _ in bad), True, False, True]
     pd.testing.assert_frame_equal(rows[sound].reset_index(drop=True), alone, check_exact=False, rtol=1e-4)
     assert rows[~sound].drop(columns=["error", "gflops"]).isna().all(axis=None)
     assert (rows["gflops"][~sound] == 0).all()
+    only_bad = served.predict(None, frame(bad))
+    assert only_bad["error"].notna().all()
 
 
-def test_rows_say_what_was_found_and_what_it_cost(classifier, model, programs):
+def test_rows_say_what_was_found_and_what_it_cost(served, model, programs):
     files = [jpeg(60, 50, seed=seed) for seed in range(12)]
-    rows = classifier.predict(None, pd.DataFrame({"image": files}))
-    meta = json.loads((programs / serving.META_FILE).read_text())
+    rows = served.predict(None, frame(files))
+    meta = json.loads((programs / META_FILE).read_text())
+    assert meta["relative_costs"] == [1, 0]
     for row, file in zip(rows.to_dict("records"), files, strict=True):
-        crops = serving.centre_crops(serving.decode(file), model.sides, 0.875)
+        crops = centre_crops(file, model.sides, 0.875)
         logits_NK, choice_N = routed_logits(model, {side: torch.tensor(crop)[None] for side, crop in crops.items()})
         index, choice = int(logits_NK.argmax()), int(choice_N)
         assert (row["class_index"], row["label"]) == (index, "abcde"[index])
@@ -205,18 +246,73 @@ def test_rows_say_what_was_found_and_what_it_cost(classifier, model, programs):
         assert row["gflops"] == pytest.approx(meta["backbone_gflops"][choice] + meta["predictor_gflops"])
 
 
-@pytest.mark.parametrize("count", [0, serving.IMAGES_AT_ONCE, serving.IMAGES_AT_ONCE + 1])
-def test_any_number_of_images_keeps_its_order(classifier, count):
+def test_the_budget_is_a_parameter_of_a_call(served):
+    files = [jpeg(60, 50, seed=seed) for seed in range(6)]
+    sides = [set(served.predict(None, frame(files), {"budget_bias": bias})["resolution"]) for bias in (-1e6, 1e6)]
+    assert sides == [{32}, {48}]
+    with pytest.raises(ValueError, match="budget_bias is nan; give a finite number"):
+        served.predict(None, frame(files), {"budget_bias": float("nan")})
+
+
+def test_crops_are_taken_as_they_are(served, model):
+    crops = random_crops(model, 9)[48].numpy()
+    rows = served.predict(None, frame(list(crops)), {"budget_bias": 1e6})
+    with torch.inference_mode():
+        expected_NK = model.static_logits({48: torch.from_numpy(crops)}, 0)
+    assert rows["class_index"].tolist() == expected_NK.argmax(dim=1).tolist()
+    assert rows["probability"].to_numpy(float) == pytest.approx(expected_NK.softmax(dim=1).amax(dim=1), rel=1e-4)
+    mixed = served.predict(None, frame([crops[0], encoded_png(crops[1])]))
+    assert mixed["error"].isna().all()
+
+
+def encoded_png(crop: np.ndarray) -> bytes:
+    from PIL import Image
+
+    return encoded(Image.fromarray(crop), "PNG")
+
+
+@pytest.mark.parametrize("count", [0, 1, IMAGES_AT_ONCE, IMAGES_AT_ONCE + 1, 3 * IMAGES_AT_ONCE])
+def test_any_number_of_images_keeps_its_order(served, count):
     files = [jpeg(40, 30, seed=seed) for seed in range(count)]
-    rows = classifier.predict(None, pd.DataFrame({"image": pd.Series(files, dtype=object)}))
+    rows = served.predict(None, frame(files))
     assert len(rows) == count
     assert list(rows.columns) == list(serving.OUTPUT_COLUMNS)
-    if count:
-        backwards = classifier.predict(None, pd.DataFrame({"image": files[::-1]}))
-        assert rows["class_index"].tolist() == backwards["class_index"].tolist()[::-1]
+    backwards = served.predict(None, frame(files[::-1]))
+    assert rows["class_index"].tolist() == backwards["class_index"].tolist()[::-1]
 
 
-def test_the_context_names_the_programs(programs):
-    classifier = serving.RoutedClassifier()
-    classifier.load_context(SimpleNamespace(artifacts={serving.FOLDER_ARTIFACT: str(programs)}))
-    assert classifier.network.classes == tuple("abcde")
+@pytest.mark.slow
+def test_ten_thousand_images_in_a_call(served):
+    files = [jpeg(40, 30, seed=seed) for seed in range(10)]
+    bad = [b"", b"text"]
+    rows = served.predict(None, frame((files + bad) * 834))
+    assert len(rows) == 10_008
+    assert rows["error"].isna().sum() == 8_340
+    first = rows["class_index"][:10].tolist()
+    assert all(rows["class_index"][start : start + 10].tolist() == first for start in range(0, 10_008, 12))
+
+
+def test_the_server_has_threads_for_many_requests_at_once():
+    together = threading.Barrier(serving.REQUESTS_AT_ONCE)
+
+    async def serve() -> None:
+        serving.widen_server()
+        await asyncio.gather(*(asyncio.to_thread(together.wait, 60) for _ in range(serving.REQUESTS_AT_ONCE)))
+
+    serving.widen_server()  # outside of a loop there is nothing to do
+    asyncio.run(serve())
+
+
+def test_models_of_other_versions_run_in_one_process(programs, tmp_path):
+    other = tmp_path / "other"
+    write_code_with(other, "IMAGES_AT_ONCE = 64", "IMAGES_AT_ONCE = 3")
+    ours, theirs = serving.load_code(programs / serving.CODE_FOLDER), serving.load_code(other / serving.CODE_FOLDER)
+    assert ours.classifier.IMAGES_AT_ONCE == 64
+    assert theirs.classifier.IMAGES_AT_ONCE == 3
+
+
+def write_code_with(folder: Path, old: str, new: str) -> None:
+    write_code(folder)
+    file = folder / serving.CODE_FOLDER / "classifier.py"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))

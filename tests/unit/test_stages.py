@@ -1,6 +1,8 @@
 """One step of each stage against naive formulations that run every image at every resolution."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from torch import nn
 from pipeline.config import BackboneStage, JointStage, PredictorStage
 from pipeline.models.drnet import DRNet
 from pipeline.models.resolution_norm import ResolutionBatchNorm2d
-from pipeline.training import losses
-from pipeline.training.stages import StepBatch, build_objective, build_optimizer
+from pipeline.training import losses, stages
+from pipeline.training.stages import Forward, StepBatch, build_objective, build_optimizer
 from tests.small import COSTS_R, batch_of, small_model
 
 JOINT = JointStage(epochs=1, alpha_gflops=1.5, eta=0.5)
@@ -40,7 +42,7 @@ def naive_joint_loss(model: DRNet, batch: StepBatch) -> torch.Tensor:
         columns.append(valued_NK)
     logits_NRK = torch.stack(columns, 1)
     mean_cost = (choice_NR * COSTS_R).sum(1).mean()
-    penalty = torch.relu((mean_cost - JOINT.alpha_gflops) / 3.0)
+    penalty = torch.relu((mean_cost - JOINT.alpha) / 3.0)
     output_NK = (choice_NR[:, :, None] * logits_NRK).sum(1)
     return nn.functional.cross_entropy(output_NK, batch.labels_N) + JOINT.eta * penalty
 
@@ -104,12 +106,129 @@ def test_predictor_step_leaves_the_backbone_as_it_is() -> None:
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.predictor.parameters())
 
 
-@pytest.mark.parametrize("stage", [BackboneStage(epochs=1), PredictorStage(epochs=1, alpha_gflops=1.5), JOINT])
+@pytest.mark.parametrize("alpha", [0.5, 3.9])
+def test_gradient_at_the_predictor_is_that_of_the_papers_loss(alpha: float) -> None:
+    """L = L_ce + eta max(0, (E[F] - alpha) / (C_max - C_min)) in loops; 6 of the 16 images are on other ranks."""
+    model, batch = small_model(), batch_of(10)
+    stage = PredictorStage(epochs=1, alpha_gflops=alpha, eta=0.7, tau=1.5, label_smoothing=0.1)
+    seen: list[torch.Tensor] = []
+    model.predictor.fc.register_full_backward_hook(lambda _module, _inputs, outputs: seen.append(outputs[0]))
+    with torch.no_grad():
+        answers = [model.backbone.eval() and model.static_logits(batch.images, index) for index in range(3)]
+        y_NRK = torch.stack(answers, dim=1).double()
+        predicted = copy.deepcopy(model).predictor.train()(model.normalize(batch.images[model.predictor_size])).double()
+    build_objective(model, stage, COSTS_R)(batch)
+
+    costs = COSTS_R.tolist()
+    scores_NR = (predicted.log_softmax(1) + batch.gumbel_NR).tolist()
+    chosen = [max(range(3), key=scores.__getitem__) for scores in scores_NR]
+    mean_cost = sum(costs[index] for index in chosen) / 16
+    above = mean_cost > alpha
+    assert above == (alpha == 0.5)
+    for row, scores in enumerate(scores_NR):
+        q_K = y_NRK[row, chosen[row]].softmax(0).tolist()
+        target_K = [0.9 * (k == int(batch.labels_N[row])) + 0.1 / 5 for k in range(5)]
+        by_choice = [
+            (
+                sum((q - t) * y for q, t, y in zip(q_K, target_K, y_NRK[row, j].tolist(), strict=True))
+                + above * 0.7 * costs[j] / (max(costs) - min(costs))
+            )
+            / 16
+            for j in range(3)
+        ]
+        powers = [math.exp(score / 1.5) for score in scores]
+        r = [power / sum(powers) for power in powers]
+        slow = [sum(by_choice[j] * r[j] * ((j == k) - r[k]) / 1.5 for j in range(3)) for k in range(3)]
+        assert seen[0][row].tolist() == pytest.approx(slow, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        BackboneStage(epochs=1),
+        BackboneStage(epochs=1, distillation="learned"),
+        BackboneStage(epochs=1, mixup_alpha=1.0),
+        BackboneStage(epochs=1, cutmix_alpha=1.0),
+        PredictorStage(epochs=1, alpha_gflops=1.5),
+        JOINT,
+    ],
+)
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_rank_may_hold_no_image_or_one(stage: BackboneStage, count: int) -> None:
     model = small_model()
     sums = build_objective(model, stage, COSTS_R)(batch_of(count))
     assert all(torch.isfinite(value) for value in sums.values())
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        BackboneStage(epochs=1),
+        BackboneStage(epochs=1, distillation="learned"),
+        BackboneStage(epochs=1, mixup_alpha=1.0),
+        BackboneStage(epochs=1, cutmix_alpha=1.0),
+        PredictorStage(epochs=1, alpha_gflops=1.5, eta=1.0),
+        JOINT,
+    ],
+)
+@pytest.mark.parametrize(("count", "num_slices"), [(16, 3), (5, 5), (2, 4), (0, 3)])
+def test_a_step_in_slices_is_the_step_on_the_whole_batch(
+    stage: BackboneStage, count: int, num_slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Batch norm by running statistics in both: with a slice's own, steps differ by design.
+    monkeypatch.setattr(stages, "MIN_IMAGES_FOR_STATISTICS", 1000)
+    whole, sliced = small_model(), small_model()
+    torch.manual_seed(4)  # mixtures are drawn for the batch, whatever its slices
+    expected = build_objective(whole, stage, COSTS_R)(batch_of(count))
+    torch.manual_seed(4)
+    sums = build_objective(sliced, stage, COSTS_R)(dataclasses.replace(batch_of(count), num_slices=num_slices))
+    assert list(sums) == list(expected)
+    for name, value in sums.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    gradient_of = gradients(whole)
+    assert count == 0 or any(gradient.any() for gradient in gradient_of.values())
+    for name, gradient in gradients(sliced).items():
+        torch.testing.assert_close(gradient, gradient_of[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("num_slices", [1, 3])
+def test_a_step_on_stored_logits_is_the_step_on_the_live_backbone(num_slices: int) -> None:
+    stage, live, stored = PredictorStage(epochs=1, alpha_gflops=1.5, eta=1.0), small_model(), small_model()
+    batch = dataclasses.replace(batch_of(16), num_slices=num_slices)
+    expected = build_objective(live, stage, COSTS_R)(batch)
+    logits_NRK = Forward(small_model(), "float32").frozen_backbone(batch.images)
+    only_predictors = {stored.predictor_size: batch.images[stored.predictor_size]}
+    known = dataclasses.replace(batch, images=only_predictors, logits_NRK=logits_NRK)
+    sums = build_objective(stored, stage, COSTS_R)(known)
+    assert list(sums) == list(expected)
+    for name, value in sums.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    for parameter, other in zip(stored.predictor.parameters(), live.predictor.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [BackboneStage(epochs=1), PredictorStage(epochs=1, alpha_gflops=1.5), JOINT])
+def test_a_step_in_bfloat16_is_that_in_float32_to_its_rounding(stage: BackboneStage) -> None:
+    model, half = small_model(), small_model()
+    expected = build_objective(model, stage, COSTS_R)(batch_of(16))["loss"]
+    loss = build_objective(half, stage, COSTS_R, "bfloat16")(batch_of(16))["loss"]
+    assert loss != expected, "autocast is on"
+    torch.testing.assert_close(loss, expected, rtol=3e-2, atol=0)
+    flat, flat_half = (torch.cat([value.flatten() for value in gradients(each).values()]) for each in (model, half))
+    assert flat_half.dtype == torch.float32
+    assert torch.cosine_similarity(flat, flat_half, dim=0) > 0.98
+
+
+def test_the_backbone_sees_a_slice_at_a_time_and_the_predictor_the_batch() -> None:
+    model, seen = small_model(), {"backbone": [], "predictor": []}
+    for name in seen:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(len(inputs[0])))
+    build_objective(model, BackboneStage(epochs=1), COSTS_R)(dataclasses.replace(batch_of(16), num_slices=5))
+    assert seen == {"backbone": [3] * 12 + [4] * 3, "predictor": []}
+    build_objective(model, JOINT, COSTS_R)(dataclasses.replace(batch_of(16), num_slices=5))
+    assert max(seen["backbone"]) == 4
+    assert seen["predictor"] == [16]
 
 
 def test_groups_of_the_optimiser() -> None:

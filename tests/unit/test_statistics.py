@@ -226,19 +226,27 @@ def test_every_point_of_the_budget_curve_is_what_its_bias_reaches(evaluation):
     correct_NR, logits_NR, costs = evaluation
     rows, gflops = np.arange(len(correct_NR)), np.array(costs.backbone_gflops)
     for point in budget_curve(logits_NR, correct_NR, costs, max_points=1000):
-        if point["bias_per_gflop"] == 0:
+        if point["budget_bias"] == 0:
             continue
-        choice_N = biased_choice(logits_NR, costs, point["bias_per_gflop"])
+        choice_N = biased_choice(logits_NR, costs, point["budget_bias"])
         assert point["top1"] == pytest.approx(correct_NR[rows, choice_N].mean())
         assert point["mean_gflops"] == pytest.approx(gflops[choice_N].mean() + 0.1)
         assert point["shares"] == pytest.approx(shares(choice_N, len(gflops)).tolist())
+        right_N, routed_N = (correct_NR[rows, picked] for picked in (choice_N, biased_choice(logits_NR, costs, 0)))
+        assert point["top1_low"] <= point["top1"] <= point["top1_high"]
+        wilson = accuracy(int(right_N.sum()), len(rows))
+        assert (point["top1_low"], point["top1_high"]) == (wilson.low, wilson.high)
+        only_it, only_routed = int((right_N & ~routed_N).sum()), int((routed_N & ~right_N).sum())
+        expected = paired_difference(only_it, only_routed, len(rows))
+        found = (point["difference_points"], point["low_points"], point["high_points"])
+        assert found == pytest.approx(tuple(100 * end for end in (expected.value, expected.low, expected.high)))
 
 
 @settings(deadline=None, max_examples=60)
 @given(evaluations(), st.floats(-40, 40))
 def test_no_bias_reaches_a_trade_that_the_budget_curve_lacks(evaluation, bias):
     correct_NR, logits_NR, costs = evaluation
-    biased_NR = logits_NR.astype(np.float64) + bias * np.array(costs.backbone_gflops)
+    biased_NR = logits_NR.astype(np.float64) + bias * np.array(costs.relative)
     ordered_NR = np.sort(biased_NR, axis=1)
     assume((ordered_NR[:, -1] - ordered_NR[:, -2]).min() > 1e-9)  # at a tie either choice is right
     choice_N = biased_NR.argmax(axis=1)
@@ -258,7 +266,7 @@ def test_the_budget_curve_runs_from_cheapest_to_dearest_through_the_routed_netwo
     assert len(curve) in (30, 31)
     assert max(np.diff(costs)) < 1.5 * (costs[-1] - costs[0]) / 29
     assert (curve[0]["shares"], curve[-1]["shares"]) == ([0, 0, 1], [1, 0, 0])
-    (here,) = [point for point in curve if point["bias_per_gflop"] == 0]
+    (here,) = [point for point in curve if point["budget_bias"] == 0]
     routed_N = logits_NR.argmax(axis=1)
     assert here["top1"] == correct_NR[np.arange(500), routed_N].mean()
     assert here["shares"] == pytest.approx(shares(routed_N, 3).tolist())
@@ -267,7 +275,7 @@ def test_the_budget_curve_runs_from_cheapest_to_dearest_through_the_routed_netwo
 def test_a_predictor_without_opinion_has_the_ends_alone():
     curve = budget_curve(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), Costs((64, 32), (0.4, 0.1), 0.0))
     assert [point["shares"] for point in curve] == [[0, 1], [1, 0]]
-    assert curve[1]["bias_per_gflop"] == 0
+    assert curve[1]["budget_bias"] == 0
 
 
 @pytest.mark.parametrize("steps", [None, 17], ids=["continuous", "on the bounds"])

@@ -2,13 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -285,90 +279,22 @@ def test_system_metrics_are_recorded_by_node(opened, monkeypatch):
     assert 0 <= client.get_run(opened.run_id).data.metrics[key] <= 100
 
 
-class Server:
-    """A real `mlflow server` on a SQLite store, to be killed and started again on the same port."""
-
-    def __init__(self, folder: Path, store: str):
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        self._command += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
-        self._command += ["--workers", "1", "--allowed-hosts", "127.0.0.1:*"]
-        self._folder = folder
-        self._process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self._folder / "server.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                self._command,
-                stdout=output,
-                stderr=output,
-                cwd=self._folder,
-                env=environment,
-                start_new_session=True,
-            )
-        wait_until(self._answers, "the server answers")
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-
-@pytest.fixture
-def server(tmp_path, store) -> Iterator[Server]:
-    server = Server(tmp_path, store)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.mark.slow
-def test_a_server_killed_and_restarted_has_every_value_once(server, store, tmp_path, folder, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    config = make_config(tmp_path)
-    handle = open_run(config, folder, make_manifest())
-    logger = RunLogger(handle)
-    logger.metrics("backbone", {"loss": 1.0, "nan": math.nan}, 1)
-    wait_until(lambda: not Journal(folder).num_pending(server.uri), "the thread has sent everything")
-    server.kill()
-    for step in (2, 3):
-        logger.metrics("backbone", {"loss": 1 / step, "nan": math.nan}, step)
-    logger.close()  # as a worker's end, with the server still away
-
-    server.start()
-    # What a server that died after storing, before answering, has already.
-    (folder / f"{JOURNAL_FILE}.delivered").unlink()
-    report = folder / "report"
-    report.mkdir()
-    (report / "report.json").write_text("{}")
-    resumed = open_run(config, folder, make_manifest())
-    log(resumed, ("backbone", {"loss": 1 / 3}, 3), ("joint", {"loss": 0.1}, 1))
-    close_run(resumed, "FINISHED", artifacts=report)
-    server.kill()
-
-    assert resumed.run_id == handle.run_id
-    assert len(runs_of(store)) == 3
-    ids = stage_ids(RunHandle(store, folder, handle.run_id))
-    assert history(store, ids["backbone"], "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    assert [step for step, _ in history(store, ids["backbone"], "nan")] == [1, 2, 3]
-    assert history(store, ids["joint"], "loss") == [(1, 0.1)]
-    assert list((tmp_path / "artifacts").rglob("report.json"))
-
-
 def test_a_stage_of_the_journal_needs_no_configuration(opened, tmp_path, folder):
     Journal(folder).append(metrics_record("another", {"loss": 1.0}, 1, since_ms=1000))
     replay(make_config(tmp_path), folder)
     child = MlflowClient(opened.uri).get_run(stage_ids(opened)["another"])
     assert child.info.start_time == 1000
+
+
+def test_what_a_stage_is_run_with_is_kept_with_it_however_often_it_is_told(opened):
+    for _ in range(2):
+        logger = RunLogger(opened)
+        logger.params("trial 1", {"width": 0.25, "blocks": [1, 1]})
+        logger.metrics("trial 1", {"accuracy": 0.9}, 2)
+        logger.params("trial 2", {"width": 0.5})
+        logger.close()
+    close_run(opened, "FINISHED")
+    client, ids = MlflowClient(opened.uri), stage_ids(opened)
+    assert client.get_run(ids["trial 1"]).data.params == {"width": "0.25", "blocks": "[1, 1]"}
+    assert client.get_run(ids["trial 2"]).data.params == {"width": "0.5"}
+    assert history(opened.uri, ids["trial 1"], "accuracy") == [(2, 0.9)]

@@ -1,0 +1,133 @@
+"""A prepared folder at a remote address: s3://, gs://, hdfs://, file:// and what else `pyarrow.fs` opens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+CHUNK_BYTES = 8 << 20
+HIDDEN = "***"
+# Parameters of an address that are no secrets; the values of all others are hidden.
+OPEN_PARAMETERS = {"allow_bucket_creation", "endpoint_override", "region", "retry_limit_seconds", "scheme", "user"}
+# Up to the last @: a password may hold anything, also what should have been written as %XX.
+_PASSWORD = re.compile(r"(?<=//)([^/?#@:]*):(.+)@", re.DOTALL)
+_PARAMETER = re.compile(r"(?<=[?&])(?:([^?&=]*)=)?([^?&]+)")
+_ADVICE = (
+    "check the address, this machine's network and its credentials (s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "a profile or a role; gs: GOOGLE_APPLICATION_CREDENTIALS), on every node"
+)
+
+
+def redacted(uri: str) -> str:
+    """The address as it may be shown: without its password and without parameters that may be secret."""
+    shown = _PASSWORD.sub(rf"\1:{HIDDEN}@", uri)
+    return _PARAMETER.sub(
+        lambda found: found[0] if found[1] in OPEN_PARAMETERS else f"{found[1] or ''}={HIDDEN}".lstrip("="), shown
+    )
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder of a `pyarrow.fs` file system; `str` gives its address as it may be shown.
+
+    Every method raises OSError where the address cannot be reached, with what to change and without secrets.
+    """
+
+    uri: str = field(repr=False)
+    filesystem: FileSystem
+    path: str
+
+    def __str__(self) -> str:
+        return redacted(self.uri)
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where there is no such file."""
+        with self._explained(f"{name} cannot be read"):
+            try:
+                with self.filesystem.open_input_file(self._path(name)) as file:
+                    return file.read()
+            except FileNotFoundError:
+                return None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is no such file."""
+        with self._explained(f"{name} cannot be looked at"):
+            return self.filesystem.get_file_info(self._path(name)).size
+
+    def chunks(self, name: str, start: int) -> Iterator[bytes]:
+        """The bytes of a file from `start`, CHUNK_BYTES at a time."""
+        problem = f"{name} cannot be read"
+        with self._explained(problem):
+            file = self.filesystem.open_input_file(self._path(name))
+        with file:
+            with self._explained(problem):
+                file.seek(start)
+            while True:
+                with self._explained(problem):
+                    chunk = file.read(CHUNK_BYTES)
+                if not chunk:
+                    return
+                yield chunk
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a file, and the folder where the file system has folders."""
+        problem = f"{name} cannot be written"
+        with self._explained(problem):
+            if self.filesystem.type_name in ("local", "hdfs"):  # elsewhere a folder is a part of a name
+                self.filesystem.create_dir(self.path)
+            file = self.filesystem.open_output_stream(self._path(name))
+        try:
+            for chunk in chunks:
+                with self._explained(problem):
+                    file.write(chunk)
+        finally:
+            with self._explained(problem):
+                file.close()
+
+    def _path(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}"
+
+    @contextmanager
+    def _explained(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise OSError(f"{self}: {problem}: {_said(error, self.uri)}; {_ADVICE}") from None
+
+
+def open_remote(uri: str) -> RemoteFolder:
+    """The folder at an address, which pyarrow understands with its parameters: `?endpoint_override=HOST:PORT`.
+
+    Raises:
+        ValueError: not an address of a folder.
+        OSError: its file system cannot be used from here.
+    """
+    from pyarrow.fs import FileSystem  # not while a configuration is being read
+
+    forms = "give s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, hdfs://HOST:PORT/FOLDER or file:///FOLDER"
+    try:
+        filesystem, path = FileSystem.from_uri(uri)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{redacted(uri)!r} is no address of a folder ({_said(error, uri)}); {forms}") from None
+    except OSError as error:
+        raise OSError(f"{redacted(uri)} cannot be opened: {_said(error, uri)}; {_ADVICE}") from None
+    if not path.strip("/"):
+        raise ValueError(f"{redacted(uri)!r} names no folder; {forms}")
+    return RemoteFolder(uri, filesystem, path)
+
+
+def _said(error: Exception, uri: str) -> str:
+    """What pyarrow said, on one line, without what the address hides."""
+    text = " ".join(str(error).split()).replace(uri, redacted(uri))
+    hidden = [found[2] for found in _PASSWORD.finditer(uri)]
+    hidden += [found[2] for found in _PARAMETER.finditer(uri) if found[1] not in OPEN_PARAMETERS]
+    for secret in {*hidden, *map(unquote, hidden)}:
+        text = text.replace(secret, HIDDEN)
+    return text

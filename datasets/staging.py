@@ -1,0 +1,291 @@
+"""Prepared folders at remote addresses: brought to a node once, however many processes ask, and put there.
+
+A staged folder holds, besides betons and manifest, the file STAGED with the SHA-256 of the manifest that came with it.
+By that a folder that was prepared here is told from a staged one: only the latter is ever replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from datasets.beton import (
+    MANIFEST,
+    SPLITS,
+    BetonError,
+    Manifest,
+    Split,
+    beton_path,
+    load_manifest,
+    parse_manifest,
+    verify_betons,
+)
+from datasets.beton_file import file_sha256
+from datasets.files import sync_folder, write_whole
+from datasets.publish import exclusive
+from datasets.remote import CHUNK_BYTES, RemoteFolder, open_remote
+
+STAGED = "staged.txt"
+SECONDS_BETWEEN_LINES = 5.0
+
+Tell = Callable[[str], None]
+
+
+def remote_manifest(uri: str) -> Manifest:
+    """The manifest of the prepared folder at an address.
+
+    Raises:
+        BetonError: no prepared folder is there, or its manifest is damaged.
+        ValueError, OSError: as `open_remote`.
+    """
+    return _read_manifest(open_remote(uri))[1]
+
+
+def stage(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, tell: Tell = print) -> Manifest:
+    """Make `folder` hold the betons of `splits` at an address, checked against the manifest there; often there is
+    nothing to do.
+
+    One process at a time; others wait, and find the work done. A beton takes its name when every byte of it was
+    compared, and the manifest comes last. A download that was cut short goes on where it stopped. Where the data at
+    the address has changed since it was staged, it is staged again.
+
+    Args:
+        tell: told in a line what happens and, every few seconds, how far it is.
+
+    Raises:
+        BetonError: no prepared folder is there, what was read is not what its manifest says (it changed meanwhile, or
+            is damaged), or `folder` holds other data that was prepared here.
+        OSError: no space, or as `open_remote`.
+    """
+    folder, remote = Path(folder), open_remote(uri)
+    _, manifest = _read_manifest(remote)
+    if held := _held(folder, manifest, splits):
+        return held
+    with exclusive(folder, waiting=lambda: tell(f"{folder}: another process prepares or stages it; waiting")):
+        text, manifest = _read_manifest(remote)  # as it is now, after waiting
+        if held := _held(folder, manifest, splits):
+            return held
+        _require_replaceable(folder, manifest, remote)
+        _bring(remote, folder, text, manifest, splits, tell)
+        return verify_betons(folder, splits=splits)
+
+
+def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
+    """Put a prepared folder at an address for `stage`: the betons, then the manifest, so that none comes without them.
+
+    Raises:
+        BetonError: the folder is not prepared or damaged, or other data is at the address.
+        ValueError, OSError: as `open_remote`.
+    """
+    folder, remote = Path(folder), open_remote(uri)
+    manifest = verify_betons(folder)
+    splits = list(manifest.splits.values())
+    if remote.read(MANIFEST) is not None:
+        _, there = _read_manifest(remote)
+        if there.digest != manifest.digest:
+            raise BetonError(
+                f"{remote} holds other data (digest {there.digest}) than {folder} (digest {manifest.digest}); "
+                "upload to another address, or remove what is there"
+            )
+        if all(remote.size(split.file) == split.size_bytes for split in splits):
+            tell(f"{remote} holds this data already; nothing to do")
+            return manifest
+    progress = _Progress(f"uploading {folder}", sum(split.size_bytes for split in splits), tell)
+    for split in splits:
+        sha256 = hashlib.sha256()
+        remote.write(split.file, _read_file(folder / split.file, sha256, progress))
+        if sha256.hexdigest() != split.sha256:
+            raise BetonError(
+                f"{folder / split.file} is damaged: SHA-256 {sha256.hexdigest()}, its manifest says {split.sha256}; "
+                "prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
+            )
+    remote.write(MANIFEST, [(folder / MANIFEST).read_bytes()])
+    progress.finish(f"{remote} holds {folder} now")
+    return manifest
+
+
+def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
+    content = remote.read(MANIFEST)
+    if content is None:
+        raise BetonError(
+            f"{remote} holds no prepared data ({MANIFEST} is missing): check the address, wait where it is still "
+            "being uploaded, or put it there: `python -m jobs.prepare --config CONFIG --upload ADDRESS`"
+        )
+    text = content.decode(errors="replace")
+    manifest = parse_manifest(text, f"{MANIFEST} of {remote}")
+    # A name from elsewhere must not lead out of the folder.
+    odd = [split.file for name, split in manifest.splits.items() if split.file != beton_path(Path(), name).name]
+    if odd:
+        raise BetonError(f"{MANIFEST} of {remote} is damaged: it names the betons {', '.join(map(repr, odd))}")
+    return text, manifest
+
+
+def _held(folder: Path, manifest: Manifest, splits: Sequence[str]) -> Manifest | None:
+    """The manifest of `folder` where that holds this data, sound. Reading it needs no lock: the manifest comes last."""
+    try:
+        held = verify_betons(folder, splits=splits)
+    except BetonError:
+        return None
+    prepared_here = held.digest == manifest.digest and not _is_staged(folder)
+    return held if held == manifest or prepared_here else None
+
+
+def _is_staged(folder: Path) -> bool:
+    """Whether what the folder holds was staged: its manifest came so, or is not there yet."""
+    manifest, record = folder / MANIFEST, folder / STAGED
+    if not record.exists():
+        return False
+    return not manifest.exists() or record.read_text().split()[:1] == [file_sha256(manifest)]
+
+
+def _require_replaceable(folder: Path, manifest: Manifest, remote: RemoteFolder) -> None:
+    """Raise BetonError where the folder holds what was prepared here."""
+    files = [path for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)) if path.exists()]
+    if not files or _is_staged(folder):
+        return
+    if load_manifest(folder).digest == manifest.digest:
+        verify_betons(folder)  # the same data, damaged: says how
+    raise BetonError(
+        f"{folder} holds data that was prepared here, and {remote} holds other data (digest {manifest.digest}); choose "
+        f"another data.folder, set data.uri=null to use what is here, or remove {' and '.join(map(str, files))}"
+    )
+
+
+def _bring(
+    remote: RemoteFolder, folder: Path, text: str, manifest: Manifest, splits: Sequence[str], tell: Tell
+) -> None:
+    before = load_manifest(folder) if (folder / MANIFEST).exists() else None
+    absent = [name for name in manifest.splits if not _is_in_place(folder, name, before, manifest.splits[name])]
+    wanted = {name: manifest.splits[name] for name in absent if name in splits}
+    partials = {name: folder / f".staging-{split.sha256}.partial" for name, split in wanted.items()}
+    for path in folder.glob(".staging-*.partial"):
+        if path not in partials.values():
+            path.unlink()  # of data that the address no longer holds
+    if before and before.digest != manifest.digest:
+        tell(f"{remote} has changed since it was staged (digest {before.digest}, now {manifest.digest})")
+    progress = _Progress(f"staging {folder}", _bytes_to_read(remote, folder, wanted, partials), tell)
+    for name, split in wanted.items():
+        _download(remote, split, partials[name], progress, tell)
+
+    # From here on nothing takes long. A process that dies here leaves no manifest, so that the next one looks at bytes.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_whole(folder / STAGED, f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST} of {remote}\n")
+    for name in absent:
+        if name in partials:
+            partials[name].replace(beton_path(folder, name))
+        else:
+            beton_path(folder, name).unlink(missing_ok=True)  # it would pass for the one of the new manifest
+    sync_folder(folder)
+    write_whole(folder / MANIFEST, text)
+    progress.finish(f"{folder} holds {' and '.join(splits)} of {remote} now")
+
+
+def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split) -> bool:
+    """Whether the beton of a split is the one that is called for; without a manifest beside it, by all its bytes."""
+    path = beton_path(folder, name)
+    if before is None:
+        return path.exists() and path.stat().st_size == split.size_bytes and file_sha256(path) == split.sha256
+    try:
+        verify_betons(folder, splits=[name])
+    except BetonError:
+        return False
+    return before.splits[name].sha256 == split.sha256
+
+
+def _bytes_to_read(remote: RemoteFolder, folder: Path, wanted: dict[str, Split], partials: dict[str, Path]) -> int:
+    """What is left to download; raises where it is not there or does not fit."""
+    left = 0
+    for name, split in wanted.items():
+        size = remote.size(split.file)
+        if size != split.size_bytes:
+            has = f"no {split.file}" if size is None else f"a {split.file} of {size:,} bytes"
+            raise BetonError(
+                f"{remote} has {has}, its manifest says {split.size_bytes:,} bytes: wait where it is still being "
+                "uploaded, or remove what is there and upload it again"
+            )
+        left += max(0, size - (partials[name].stat().st_size if partials[name].exists() else 0))
+    free = shutil.disk_usage(folder).free
+    if left > free:
+        raise OSError(
+            f"{folder} has {_amount(free)} free, {_amount(left)} of {remote} are still to come; make room, or choose "
+            "another data.folder"
+        )
+    return left
+
+
+def _download(remote: RemoteFolder, split: Split, partial: Path, progress: _Progress, tell: Tell) -> None:
+    """Complete the partial file and compare its hash; what was left by an earlier process is given up if it differs."""
+    if partial.exists() and partial.stat().st_size > split.size_bytes:
+        partial.unlink()
+    kept = partial.stat().st_size if partial.exists() else 0
+    if kept:
+        tell(f"{split.file}: going on after {_amount(kept)} that are here already")
+    found = _complete(remote, split, partial, progress)
+    if found != split.sha256 and kept:
+        tell(f"{split.file}: what was here already does not fit; starting over")
+        partial.unlink()
+        progress.total += kept
+        found = _complete(remote, split, partial, progress)
+    if found != split.sha256:
+        partial.unlink()
+        raise BetonError(
+            f"{split.file} of {remote} has SHA-256 {found}, its manifest says {split.sha256}: it changed while it was "
+            "read, or is damaged; start again, and if it stays so, remove what is there and upload it again"
+        )
+
+
+def _complete(remote: RemoteFolder, split: Split, partial: Path, progress: _Progress) -> str:
+    """Append what the partial file lacks and flush it to disk; the SHA-256 of all of it."""
+    sha256 = hashlib.sha256()
+    with partial.open("a+b") as file:
+        file.seek(0)
+        while chunk := file.read(CHUNK_BYTES):
+            sha256.update(chunk)
+        for chunk in remote.chunks(split.file, start=file.tell()):
+            file.write(chunk)
+            file.flush()  # for the next process, should this one be killed
+            sha256.update(chunk)
+            progress.advance(len(chunk))
+        os.fsync(file.fileno())
+    return sha256.hexdigest()
+
+
+def _read_file(path: Path, sha256, progress: _Progress) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            sha256.update(chunk)
+            yield chunk
+            progress.advance(len(chunk))
+
+
+class _Progress:
+    """Tells every few seconds how far a transfer of `total` bytes is. Lines, as no terminal may be there."""
+
+    def __init__(self, what: str, total: int, tell: Tell):
+        self.what, self.total, self.tell = what, total, tell
+        self.done, self.start = 0, time.monotonic()
+        self.last_line = self.start
+        tell(f"{what}: {_amount(total)}")
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            left = (self.total - self.done) / self._speed()
+            rate = f"{_amount(self._speed())}/s, {left:,.0f} s left"
+            self.tell(f"{self.what}: {_amount(self.done)} of {_amount(self.total)}, {rate}")
+
+    def finish(self, result: str) -> None:
+        self.tell(f"{result}: {_amount(self.done)} in {time.monotonic() - self.start:.1f} s")
+
+    def _speed(self) -> float:
+        return self.done / max(time.monotonic() - self.start, 1e-9)
+
+
+def _amount(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

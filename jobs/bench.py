@@ -1,0 +1,48 @@
+"""Measure this project beside what others reach on this machine: both sides by turns in one run.
+
+Every ratio is above 1 where this project is better; its spread is that of the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+from jobs.benchmarks.harness import MIN_RUNS, show
+from jobs.cli import run_job
+
+BENCHES = {
+    "inference": "routed inference, against static networks, against masking, and over HTTP against itself",
+    "loader": "batches of training crops, against FFCV as shipped, torchvision and decoding alone",
+    "nodes": "two nodes of one worker against one node of two, on this machine",
+    "order": "windows of pages against random order, for a beton larger than memory",
+    "prepare": "images to betons, against FFCV's DatasetWriter",
+    "step": "a training step of each stage, against a plain PyTorch step that does the same",
+    "overhead": "epochs under Ray Train, against the same loop under torchrun",
+    "recovery": "a killed worker until training goes on, against Ray's own restart",
+    "search": "a trial on logit tables, against the same predictor trained live; two at once, against one",
+}
+
+
+def main() -> None:
+    listing = "\n".join(f"  {name:<10}{what}" for name, what in BENCHES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.bench",
+        description=f"{__doc__}\nbenches:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="measure on these JPEGs, not on generated ones")
+    parser.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    parser.add_argument("--runs", type=int, default=MIN_RUNS, help=f"pairs (default and at least {MIN_RUNS})")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args()
+    if args.runs < MIN_RUNS or args.threads < 1:
+        raise ValueError(f"--runs {args.runs} --threads {args.threads}: give at least {MIN_RUNS} runs and 1 thread")
+    rows, notes = import_module(f"jobs.benchmarks.{args.bench}").run(args.images, args.runs, args.threads)
+    show(args.bench, rows, notes, as_json=args.json)
+
+
+if __name__ == "__main__":
+    run_job(main)

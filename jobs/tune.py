@@ -1,0 +1,42 @@
+"""Search the predictor's size for a trained backbone, finetune the best and choose by a budget.
+
+The backbone is the trained model of the same configuration, or what search.backbone names. Interrupted, the same
+command goes on with the trials that are not finished; finished, it chooses anew and trains nothing.
+"""
+
+from __future__ import annotations
+
+from jobs.cli import job_parser, run_job
+from pipeline.config_file import load_config
+
+
+def main() -> None:
+    parser = job_parser("tune", __doc__)
+    parser.add_argument("--budget-gflops", type=float, help="choose within this cost, in place of search.budget_gflops")
+    parser.add_argument("--max-accuracy-drop", type=float, help="points, in place of search.max_accuracy_drop")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be tried and how long it takes")
+    parser.add_argument("--register", action="store_true", help="put the chosen model into the registry")
+    args = parser.parse_intermixed_args()
+    given = {"budget_gflops": args.budget_gflops, "max_accuracy_drop": args.max_accuracy_drop}
+    overrides = [f"search.{key}={value}" for key, value in given.items() if value is not None]
+    config = load_config(args.config, [*args.overrides, *overrides])
+    if args.dry_run:
+        from pipeline.cluster.search_plan import describe_search
+
+        print(describe_search(config))
+        return
+    if args.register and config.search.budget_gflops is None and config.search.max_accuracy_drop is None:
+        raise ValueError("--register needs a choice: give --budget-gflops or --max-accuracy-drop")
+    from pipeline.cluster.search import search_run
+    from pipeline.cluster.search_finetune import register_chosen
+    from pipeline.search.render import verdict
+
+    result = search_run(config)
+    print(f"{verdict(result.report)}\nreport: {result.folder.report / 'report.md'}")
+    if args.register:
+        model = register_chosen(result.chosen)
+        print(f"{model.name} version {model.version}: {model.uri}")
+
+
+if __name__ == "__main__":
+    run_job(main)

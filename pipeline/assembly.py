@@ -1,0 +1,82 @@
+"""What a worker trains with, from its configuration and its place among the workers; knows nothing of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
+from datasets.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
+from pipeline.config import Config
+from pipeline.models.backbone import ResolutionBackbone
+from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.sync_norm import synchronize_batch_norms
+
+GRAPHS_PER_RESOLUTION = 16
+"""that torch.compile may make: some 4 kinds of passes, for sizes 0, 1, the first one and any"""
+
+
+def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRNet:
+    """The untrained model, the same on every rank."""
+    torch.manual_seed(config.seed)
+    return placed(build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std), config, device)
+
+
+def placed(model: DRNet, config: Config, device: torch.device) -> DRNet:
+    """The model where it is trained, laid out as there."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if config.training.channels_last else model  # ty: ignore[no-matching-overload]
+
+
+def equip_for_training(model: DRNet, config: Config) -> None:
+    """Put around the network what only training has: norms over all workers, compiled passes."""
+    if config.training.sync_batch_norm:
+        synchronize_batch_norms(model)
+    if config.training.compile:
+        compile_backbone(model.backbone)
+
+
+def compile_backbone(backbone: ResolutionBackbone, backend: str | Callable = "inductor") -> None:
+    """Have torch.compile run the backbone's passes.
+
+    Each resolution has graphs of its own, for passes with and without gradient and for both kinds of batch-norm
+    statistics. The size of sub-batches, which changes from step to step, becomes a variable of a graph as soon as a
+    second one is seen. That is more than the 8 graphs that torch allows by default, beyond which it would go on
+    uncompiled.
+    """
+    limit = GRAPHS_PER_RESOLUTION * backbone.num_resolutions
+    backbone.compile(backend=backend, recompile_limit=limit, isolate_recompiles=True)
+
+
+@contextmanager
+def open_loaders(
+    config: Config, rank: int, world_size: int, num_threads: int
+) -> Iterator[tuple[MultiResolutionLoader, MultiResolutionLoader]]:
+    """A rank's training and validation loaders; `num_threads` is how many decode."""
+    shared: dict[str, Any] = {
+        "sides": {*config.model.resolutions, config.model.predictor.input_size},
+        "batch_size": config.training.batch_size,
+        "seed": config.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "num_threads": num_threads,
+        "batches_ahead": config.loader.batches_ahead,
+        "window_pages": config.loader.window_pages,
+    }
+    settings = config.loader
+    augmented = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, settings.flip)
+    folder = config.data.folder
+    train_loader = MultiResolutionLoader(
+        beton_path(folder, TRAIN), crop=augmented, shuffle=True, max_damaged=settings.max_damaged, **shared
+    )
+    validation_loader = MultiResolutionLoader(
+        beton_path(folder, VALIDATION), crop=CenterCrop(settings.validation_crop), shuffle=False, **shared
+    )
+    try:
+        yield train_loader, validation_loader
+    finally:
+        train_loader.close()
+        validation_loader.close()

@@ -1,0 +1,100 @@
+"""A run's checkpoints before Ray Train looks at them: what it goes on from is there and can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME as SNAPSHOT
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+    _CheckpointManagerState,
+    _TrainingResultState,
+)
+
+from datasets.files import write_whole
+from pipeline.training.checkpoint import TrainingState
+
+STATE_FILE = "state.pt"
+
+
+class DamagedCheckpointError(ValueError):
+    """The checkpoint to go on from cannot be read; `mend_snapshot` finds the one before it."""
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """The training state in a checkpoint's folder; raises DamagedCheckpointError."""
+    try:
+        return TrainingState.load(checkpoint / STATE_FILE)
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
+
+
+def mend_snapshot(run_folder: Path) -> list[str]:
+    """Make Ray Train's list of a run's checkpoints name those that can be read, in the run's order, and no others.
+
+    Ray Train overwrites its list in place, and does not start with one that is cut short or names what is not there.
+    Nobody may be at work on the run. A checkpoint that was written whole, but not listed yet, is taken too.
+
+    Returns:
+        A line for each thing that was found damaged.
+
+    Raises:
+        DamagedCheckpointError: there are checkpoints, and none can be read: whether to begin anew is not for us to say.
+    """
+    snapshot, found = run_folder / SNAPSHOT, []
+    listed = _listed(snapshot) if snapshot.exists() else {}
+    if listed is None:
+        found.append(f"{snapshot} is damaged; it is made anew from the checkpoints that are there")
+    known = listed or {}
+    unlisted = [path.parent.name for path in sorted(run_folder.glob(f"checkpoint_*/{STATE_FILE}"))]
+    positions: dict[str, tuple] = {}
+    damaged: dict[str, str] = {}
+    for name in dict.fromkeys([*known, *unlisted]):
+        try:
+            state = read_state(run_folder / name)
+        except DamagedCheckpointError as error:
+            damaged[name] = str(error)
+        else:
+            positions[name] = (state.data_epoch, state.step, state.stage == "finished", name)
+    if damaged and not positions:
+        reasons = "\n".join(f"  - {reason}" for reason in damaged.values())
+        raise DamagedCheckpointError(
+            f"no checkpoint of {run_folder} can be read:\n{reasons}\n"
+            f"put one back, or remove {run_folder} to train from the beginning"
+        )
+    found += [f"{reason}; the checkpoint before it is taken" for name, reason in damaged.items() if name in known]
+    names = sorted(positions, key=positions.__getitem__)
+    if listed is None or list(known) != names:
+        _write(snapshot, {name: known.get(name, {}) for name in names})
+    return found
+
+
+def _listed(snapshot: Path) -> dict[str, dict[str, Any]] | None:
+    """Name and metrics of every checkpoint in Ray Train's list, oldest first; None where that is damaged."""
+    try:
+        state = _CheckpointManagerState.model_validate_json(snapshot.read_bytes())
+    except ValueError:  # pydantic's are
+        return None
+    listed = {result.checkpoint_dir_name: result.metrics for result in state.checkpoint_results}
+    latest = state.latest_checkpoint_result.checkpoint_dir_name if state.latest_checkpoint_result else None
+    whole = len(listed) == len(state.checkpoint_results) == len(state.checkpoint_report_indices)
+    return listed if whole and latest == next(reversed(listed), None) else None
+
+
+def _write(snapshot: Path, checkpoints: dict[str, dict[str, Any]]) -> None:
+    if not checkpoints:
+        snapshot.unlink(missing_ok=True)
+        return
+    results = [_TrainingResultState(checkpoint_dir_name=name, metrics=of) for name, of in checkpoints.items()]
+    state = _CheckpointManagerState(
+        checkpoint_results=results,
+        checkpoint_report_indices=list(range(len(results))),
+        latest_checkpoint_result=results[-1],
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(results),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    write_whole(snapshot, state.model_dump_json())

@@ -1,0 +1,224 @@
+"""Whether the nodes of a cluster are fit for a run: every problem with what to change, all of them together.
+
+The quick form, in which every node answers within a moment, is the first step of every run. The thorough one, of
+`python -m jobs.doctor`, also reads data, counts GPUs and asks the tracking server.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets.beton import TRAIN, VALIDATION, Manifest
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity
+from pipeline.cluster.probe import Node, Request, free_bytes, marked, probe_nodes
+from pipeline.config import Config
+from pipeline.config_file import ConfigError
+from pipeline.describe import describe
+from pipeline.tracking.store import sqlite_file, tracking_uri
+
+KEPT_CHECKPOINTS = 3
+"""two that Ray Train keeps, and one that is being written"""
+
+
+@dataclass
+class Diagnosis:
+    """What was found; notes are worth knowing and keep no run from starting."""
+
+    nodes: list[Node] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def examine(config: Config) -> Diagnosis:
+    """The thorough form, on the cluster of RAY_ADDRESS or, without it, on this machine. Trains and changes nothing."""
+    found, manifest = Diagnosis(), None
+    try:
+        manifest, _ = check_config(config, capacity=False)
+    except ConfigError as error:
+        found.problems += error.problems
+    with ray_cluster():
+        _look(config, manifest.digest if manifest else None, found, thorough=True)
+    if not found.problems:
+        found.problems += space_problems(config)
+    if manifest is not None:
+        found.problems += staging_problems(config, manifest, found.nodes)
+        found.notes += memory_notes(config, manifest, found.nodes)
+    found.notes += cluster_notes()
+    found.problems = list(dict.fromkeys(found.problems))
+    return found
+
+
+def require_healthy(config: Config, data_digest: str) -> None:
+    """The quick form, on the connected cluster.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    found = Diagnosis()
+    _look(config, data_digest, found, thorough=False)
+    if found.problems:
+        raise ConfigError(found.problems, "the cluster")
+
+
+def _look(config: Config, data_digest: str | None, found: Diagnosis, *, thorough: bool) -> None:
+    storage, uri = Path(config.cluster.storage).absolute(), tracking_uri(config)
+    found.problems += capacity_problems(config, cluster_capacity())
+    try:
+        with marked(storage) as mark:
+            request = Request(
+                mark,
+                config.data.folder.absolute(),
+                config.data.uri,
+                tracking_uri=uri if uri.startswith("http") else None,
+                tokens=thorough or bool(os.environ.get("RAY_ADDRESS")),
+                thorough=thorough,
+            )
+            found.nodes, silent = probe_nodes(request)
+    except OSError as error:
+        found.problems.append(
+            f"cluster.storage {storage} cannot be written to by the driver ({error.strerror}); give a folder that can, "
+            "on a file system that every node sees"
+        )
+        return
+    found.problems += [*silent, *node_problems(config, found.nodes, data_digest)]
+    found.notes += thread_notes(config, found.nodes)
+
+
+def node_problems(config: Config, nodes: Sequence[Node], data_digest: str | None) -> Iterator[str]:
+    """What the answers of the nodes say; `data_digest` is of the data that the driver saw, None where it saw none."""
+    told: dict[str, list[Node]] = {}
+    for node in nodes:
+        for problem in node.answer.problems:
+            of_data = problem.startswith("data.")
+            if not of_data or (data_digest and (node.cpus or node.is_driver)):  # a head without workers needs no data
+                told.setdefault(problem, []).append(node)
+    yield from (f"{problem} (on {listed(where, nodes)})" for problem, where in told.items())
+    yield from version_problems(nodes)
+    if data_digest and not config.data.uri:
+        yield from digest_problems(config, nodes, data_digest)
+    yield from gpu_problems(nodes)
+    yield from sqlite_problems(config, nodes)
+
+
+def version_problems(nodes: Sequence[Node]) -> Iterator[str]:
+    """Libraries that differ between nodes."""
+    for name in dict.fromkeys(name for node in nodes for name in node.answer.versions):
+        by_version: dict[str, list[Node]] = {}
+        for node in nodes:
+            by_version.setdefault(node.answer.versions[name], []).append(node)
+        if len(by_version) > 1:
+            told = "; ".join(f"{version} on {listed(where, nodes)}" for version, where in by_version.items())
+            yield f"{name} is not the same on every node: {told}. Install requirements.lock on all (make setup)"
+
+
+def digest_problems(config: Config, nodes: Sequence[Node], data_digest: str) -> Iterator[str]:
+    """Nodes that hold other data than the driver."""
+    others = [node for node in nodes if node.answer.data_digest not in (None, data_digest)]
+    if others:
+        yield (
+            f"data.folder {config.data.folder} holds other data than the driver's (digest {data_digest}) on "
+            f"{listed(others, nodes)}; make it the same on every node, or give a data.uri that they copy it from"
+        )
+
+
+def gpu_problems(nodes: Sequence[Node]) -> Iterator[str]:
+    """GPUs that Ray counts and torch cannot use."""
+    for node in nodes:
+        if node.answer.gpus is not None and node.answer.gpus < node.gpus:
+            yield (
+                f"Ray counts {node.gpus} GPUs on {node.name}, torch sees {node.answer.gpus}; compare the driver "
+                "(nvidia-smi) with the CUDA of `python -c 'import torch; print(torch.version.cuda)'`, or start Ray "
+                f"there with --num-gpus={node.answer.gpus}"
+            )
+
+
+def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
+    """A tracking store that is a file of one machine, where the first worker may run on another."""
+    file, storage = sqlite_file(tracking_uri(config)), Path(config.cluster.storage).absolute()
+    hosts = {node.answer.host for node in nodes}
+    if file is not None and len(hosts) > 1 and storage not in file.parents:
+        yield (
+            f"the tracking store {file} is a file of one machine, and this cluster has {len(hosts)}; start `mlflow "
+            "server --allowed-hosts ...` on one and set tracking.uri=http://HOST:PORT, or put the file into "
+            f"cluster.storage: tracking.uri=sqlite:///{storage / 'mlflow.db'}"
+        )
+
+
+def space_problems(config: Config) -> Iterator[str]:
+    """A storage that cannot hold what the run will write; counts no epochs of the run that are there already."""
+    stages = describe(config).stages
+    states = [stage.memory.weights * (1 + _averages(config, stage.name)) + stage.memory.optimizer for stage in stages]
+    needed = KEPT_CHECKPOINTS * max(states) + sum(stage.table_bytes or 0 for stage in stages)
+    free = free_bytes(Path(config.cluster.storage).absolute())
+    if needed > free:
+        yield (
+            f"cluster.storage has {_gigabytes(free)} free; {KEPT_CHECKPOINTS} checkpoints and the logit tables of this "
+            f"run need {_gigabytes(needed)}: make room, or choose another cluster.storage"
+        )
+
+
+def staging_problems(config: Config, manifest: Manifest, nodes: Sequence[Node]) -> Iterator[str]:
+    """Nodes whose disk cannot hold the data that they would copy from data.uri."""
+    if not config.data.uri:
+        return
+    for node in nodes:
+        splits = (TRAIN, VALIDATION) if node.cpus else (VALIDATION,)
+        needed = sum(manifest.splits[split].size_bytes for split in splits)
+        if node.answer.data_digest != manifest.digest and node.answer.data_free_bytes < needed:
+            yield (
+                f"data.folder {config.data.folder} on {node.name} has {_gigabytes(node.answer.data_free_bytes)} free, "
+                f"the data to be copied there needs {_gigabytes(needed)}; make room, or choose another data.folder"
+            )
+
+
+def memory_notes(config: Config, manifest: Manifest, nodes: Sequence[Node]) -> Iterator[str]:
+    """Nodes that read the training images from disk in every epoch, and at random."""
+    size = manifest.splits[TRAIN].size_bytes
+    small = [node.name for node in nodes if node.cpus and node.answer.memory_bytes < size]
+    if small and config.loader.window_pages is None:
+        yield (
+            f"train.beton ({_gigabytes(size)}) is larger than the memory of {', '.join(small)}: reading will be at "
+            "random; loader.window_pages=64 reads in large pieces"
+        )
+
+
+def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
+    """More CPUs promised, or threads asked for, than there are."""
+    for node in nodes:
+        if node.cpus > node.answer.cpus:
+            yield (
+                f"Ray counts {node.cpus} CPUs on {node.name}, where processes may use {node.answer.cpus}; start Ray "
+                f"there with --num-cpus={node.answer.cpus}"
+            )
+    asked, each = config.loader.num_threads, config.cluster.cpus_per_worker
+    if asked and each and asked > each:
+        yield f"loader.num_threads {asked} is more than cluster.cpus_per_worker {each}; leave it out to have as many"
+    fewest = min((node.answer.cpus for node in nodes if node.cpus), default=0)
+    if asked and asked > fewest:
+        yield f"loader.num_threads {asked} is more than the {fewest} CPUs of a node; leave it out to have as many"
+
+
+def cluster_notes() -> Iterator[str]:
+    """What is open about the cluster itself."""
+    if os.environ.get("RAY_ADDRESS") and os.environ.get("RAY_AUTH_MODE") != "token":
+        yield (
+            "RAY_AUTH_MODE is not token: whoever reaches the cluster's ports runs code there; start it with "
+            "RAY_AUTH_MODE=token (docs/cluster.md)"
+        )
+
+
+def listed(some: Sequence[Node], everyone: Sequence[Node]) -> str:
+    """Names of nodes for people."""
+    return "every node" if len(some) == len(everyone) > 1 else ", ".join(node.name for node in some)
+
+
+def _averages(config: Config, stage: str) -> bool:
+    return dict(config.stages.present())[stage].ema_decay is not None
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB"

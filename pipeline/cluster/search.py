@@ -1,0 +1,302 @@
+"""The driver of a search: check everything, fill the tables, run the trials, finetune the best, report, choose."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray import tune
+from ray.train.torch import TorchTrainer
+
+from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
+from datasets.beton_file import read_layout
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.launch import environment, only_driver, stage_validation
+from pipeline.cluster.preflight import worker_resources
+from pipeline.cluster.progress import append_event, followed
+from pipeline.cluster.search_checks import Checked, check_search, check_trials_fit, trial_resources
+from pipeline.cluster.search_finetune import choose_finetuned, finetune, is_sound
+from pipeline.cluster.trials import EPOCH, SCORE, PatientASHA, Plan, SearchSettings, search_loader, tune_trial
+from pipeline.cluster.worker import WorkerSettings, data_of_node
+from pipeline.config import Config
+from pipeline.config_file import with_absolute_paths
+from pipeline.models.drnet import DRNet
+from pipeline.search.folder import SearchFolder
+from pipeline.search.front import spread, summarize
+from pipeline.search.records import Record, context_digest
+from pipeline.search.report import Finetuned, write_search_report
+from pipeline.search.source import model_with_backbone
+from pipeline.search.space import RECIPE_KEYS, Candidate, paper_candidates
+from pipeline.search.trial import num_views, trial_stage
+from pipeline.tracking.runs import COMMIT_TAG, git_tags
+from pipeline.tracking.store import PROJECT_FOLDER
+from pipeline.tracking.tracker import RunHandle, RunLogger, close_run, open_run
+from pipeline.training.checkpoint import load_model, save_model
+from pipeline.training.logit_table import LogitTable, TableError, TableKey
+from pipeline.training.stages import Forward
+from pipeline.training.table_writer import fill_table
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A finished search.
+
+    Attributes:
+        chosen: the finetuned candidate that the budget names; None where there is no budget, or none is within it.
+    """
+
+    folder: SearchFolder
+    report: dict[str, Any]
+    chosen: Finetuned | None
+
+
+def search_run(config: Config) -> SearchResult:
+    """Search, finetune, report and choose; goes on wherever an earlier sitting was killed.
+
+    Raises:
+        ConfigError: with every problem that can be known before the first trial.
+        ValueError: another driver is at work on the search.
+    """
+    config, folder = with_absolute_paths(config), SearchFolder.of(config)
+    checked = check_search(config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with only_driver(folder.lock), ray_cluster(), _tracked(config, folder, checked.manifest) as tracking:
+        check_trials_fit(config)
+        stage_validation(config)
+        settings = _begin(config, folder, checked)
+        _fill_tables(settings, checked.manifest)
+        correct_NR = _correct(settings, checked.manifest)
+        _run_trials(settings, checked, correct_NR, tracking)
+        records, _ = settings.records.read(settings.context)
+        finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
+        chosen = choose_finetuned(config, finetuned, correct_NR)
+        report = _report(settings, checked, records, correct_NR, finetuned, chosen)
+    return SearchResult(folder, report, chosen)
+
+
+def _begin(config: Config, folder: SearchFolder, checked: Checked) -> SearchSettings:
+    """Put the backbone into the search's folder, and name what the trials share."""
+    manifest = checked.manifest
+    model = model_with_backbone(checked.backbone, config, len(manifest.classes))
+    about = {"classes": manifest.classes, "mean": checked.backbone.mean, "std": checked.backbone.std}
+    save_model(folder.backbone, model, config, **about)
+    return SearchSettings(
+        config, folder, manifest.digest, _context(config, model, manifest), config.search.cpus_per_trial
+    )
+
+
+def _context(config: Config, model: DRNet, manifest: Manifest) -> str:
+    """The digest of all that a trial depends on, but for its candidate and seed."""
+    stage, training = trial_stage(config), config.training
+    return context_digest(
+        {
+            "tables": [TableKey.of(model, config, manifest, split).content for split in (TRAIN, VALIDATION)],
+            "stage": stage.model_dump(mode="json", exclude={*RECIPE_KEYS, "init_from", "logits"}),
+            "training": {key: getattr(training, key) for key in ("batch_size", "precision", "accumulate")},
+            "dropout": config.model.predictor.dropout,
+            "initial_shares": config.model.predictor.initial_shares,
+            "budget": config.search.budget_gflops if config.search.objective == "budget" else None,
+        }
+    )
+
+
+def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
+    """Compute what is missing of the logit tables, by all workers."""
+    config, folder = settings.config, settings.folder
+    if config.search.tables is not None or _tables_complete(settings, manifest):
+        return
+    shutil.rmtree(folder.path / "fill", ignore_errors=True)
+    trainer = TorchTrainer(
+        _fill_worker,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(num_workers=config.cluster.num_workers, **worker_resources(config)),
+        run_config=ray.train.RunConfig(
+            name="fill",
+            storage_path=str(folder.path),
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    with followed(folder.path):
+        trainer.fit()
+    shutil.rmtree(folder.path / "fill", ignore_errors=True)
+
+
+def _tables_complete(settings: SearchSettings, manifest: Manifest) -> bool:
+    model = load_model(settings.folder.backbone).model
+    try:
+        for split, views in _table_views(settings.config).items():
+            LogitTable(settings.tables, TableKey.of(model, settings.config, manifest, split), views)
+    except TableError:
+        return False
+    return True
+
+
+def _table_views(config: Config) -> dict[str, range]:
+    return {TRAIN: range(num_views(config)), VALIDATION: range(1)}
+
+
+def _fill_worker(settings: SearchSettings) -> None:
+    """Ray Train's train function: this rank's part of the tables."""
+    config, context = settings.config, ray.train.get_context()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
+    node = WorkerSettings(config, settings.folder.path, settings.data_digest, tracking=None)
+    manifest = data_of_node(node, context.get_node_rank())
+    model = load_model(settings.folder.backbone).model.to(device)
+    if config.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+
+    def tell(line: str) -> None:
+        if rank == 0:
+            append_event(settings.folder.path, {"message": line})
+
+    settings.folder.tables.mkdir(exist_ok=True)
+    for split, views in _table_views(config).items():
+        key = TableKey.of(model, config, manifest, split)
+        loader = search_loader(config, split, num_threads=torch.get_num_threads())
+        backbone_logits = Forward(model, key.precision).frozen_backbone
+        fill_table(settings.folder.tables, key, views, loader, backbone_logits, device=device, tell=tell)
+
+
+def _correct(settings: SearchSettings, manifest: Manifest) -> np.ndarray:
+    """Whether each resolution is right for each validation image, bool (N, R)."""
+    model = load_model(settings.folder.backbone).model
+    key = TableKey.of(model, settings.config, manifest, VALIDATION)
+    table = LogitTable(settings.tables, key, range(1))
+    logits_NRK = table.logits(0, torch.arange(key.num_samples)).numpy()
+    labels_N = read_layout(beton_path(settings.config.data.folder, VALIDATION)).metadata["label"]
+    return logits_NRK.argmax(axis=2) == labels_N[:, None]
+
+
+def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarray, tracking: RunHandle) -> None:
+    """Every trial that is not in the records."""
+    config, search = settings.config, settings.config.search
+    fixed = list(paper_candidates(config).values())
+    logger = RunLogger(tracking)
+
+    def finalists(records: Sequence[Record]) -> list[Candidate]:
+        found = [summary for summary in summarize(records, correct_NR).values() if is_sound(summary)]
+        best = spread(found, lambda summary: summary.point, search.finalists)
+        return [*fixed, *(summary.candidate for summary in best if summary.candidate not in fixed)]
+
+    def on_record(record: Record) -> None:
+        _track(logger, record)
+        print(f"[{plan.num_done}/{plan.num_planned}] {_line(record)}", flush=True)
+
+    plan = Plan(settings, checked.space, fixed, search.num_trials, finalists, on_record)
+    try:
+        for record in settings.records.read(settings.context)[0]:
+            _track(logger, record)
+        if plan.is_over:
+            return
+        print(f"{plan.num_done} of {plan.num_planned} trials are done", flush=True)
+        _fit(settings, plan)
+    finally:
+        logger.close()
+    if not plan.is_over:
+        raise KeyboardInterrupt("interrupted; the same command goes on with the trials that are not finished")
+
+
+def _fit(settings: SearchSettings, plan: Plan) -> None:
+    search, folder = settings.config.search, settings.folder
+    shutil.rmtree(folder.tune, ignore_errors=True)
+    # Tune's newer output cannot be silenced, and every trial has its line already.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    trainable = tune.with_resources(tune.with_parameters(tune_trial, settings=settings), trial_resources(search))
+    scheduler = None
+    if search.objective == "budget":
+        scheduler = PatientASHA(
+            time_attr=EPOCH,
+            metric=SCORE,
+            mode="max",
+            # One more than there are: at max_t it would stop a trial that is about to write its record.
+            max_t=trial_stage(settings.config).epochs + 1,
+            grace_period=search.grace_epochs,
+        )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=plan,
+            scheduler=scheduler,
+            num_samples=plan.num_planned,
+            max_concurrent_trials=search.max_concurrent,
+            reuse_actors=True,  # a process imports torch and opens the tables once
+        ),
+        run_config=tune.RunConfig(
+            name=folder.tune.name,
+            storage_path=str(folder.path),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=search.max_failures),
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(folder.tune, ignore_errors=True)
+
+
+def _report(
+    settings: SearchSettings,
+    checked: Checked,
+    records: Sequence[Record],
+    correct_NR: np.ndarray,
+    finetuned: Sequence[Finetuned],
+    chosen: Finetuned | None,
+) -> dict[str, Any]:
+    config = settings.config
+    return write_search_report(
+        settings.folder.report,
+        records,
+        correct_NR,
+        config=config,
+        space=checked.space,
+        backbone_gflops=checked.backbone_gflops,
+        finetuned=finetuned,
+        chosen=chosen,
+        context={
+            "dataset": checked.manifest.dataset,
+            "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
+            "backbone": checked.backbone.origin,
+            "data digest": checked.manifest.digest,
+            **environment(),
+        },
+    )
+
+
+def _line(record: Record) -> str:
+    """A trial as one line for the terminal."""
+    what = f"{record.candidate.network}, seed {record.seed}"
+    if record.accuracy is None or record.gflops is None:
+        return f"{what}: {record.outcome}: {record.reason}"
+    said = f"{what}: {100 * record.accuracy:.2f} % at {record.gflops:.4g} GFLOPs, {record.seconds:.1f} s"
+    return said if record.outcome == "finished" else f"{said}, {record.outcome}"
+
+
+def _track(logger: RunLogger, record: Record) -> None:
+    """A trial as a child run of the search's."""
+    name = f"trial {record.key[:8]}"
+    logger.params(name, {**record.candidate.described(), "seed": record.seed})
+    values = {"accuracy": record.accuracy, "gflops": record.gflops, "predictor_gflops": record.predictor_gflops}
+    numbers = {key: value for key, value in values.items() if value is not None}
+    logger.metrics(name, {**numbers, f"outcome_{record.outcome}": 1.0}, record.epochs)
+
+
+@contextmanager
+def _tracked(config: Config, folder: SearchFolder, manifest: Manifest) -> Iterator[RunHandle]:
+    """The search's MLflow run, the parent of its trials'; it ends with the report as artifact."""
+    tracking = open_run(config.model_copy(update={"name": f"{config.name}-search"}), folder.path, manifest)
+    status = "FAILED"
+    try:
+        yield tracking
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        close_run(tracking, status, artifacts=folder.report)

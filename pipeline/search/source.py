@@ -1,0 +1,142 @@
+"""The trained backbone that a search starts from, wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from datasets.beton import Manifest
+from pipeline.config import Config
+from pipeline.config_file import parse_config
+from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.run_folder import RunFolder
+from pipeline.training.checkpoint import TrainingState, load_model
+
+STATE_FILE = "state.pt"
+REGISTERED = "models:/"
+_PREFIX = "backbone."
+
+
+@dataclass(frozen=True)
+class TrainedBackbone:
+    """A backbone's weights and what is known of them; None is unknown.
+
+    Attributes:
+        origin: where they come from, in words.
+        state: state dict of the ResolutionBackbone.
+        mean, std: of the images that it was trained on, on the scale 0..1.
+        architecture: `backbone` and `backbone_width` of its ModelConfig.
+        data_digest: of the prepared data that it was trained on.
+    """
+
+    origin: str
+    state: Mapping[str, Tensor]
+    resolutions: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] | None = None
+    architecture: tuple[str, float] | None = None
+    data_digest: str | None = None
+
+
+def backbone_path(config: Config) -> Path:
+    """The file that search.backbone names: a model.pt or the state of a checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    named = config.search.backbone
+    path = RunFolder.of(config).model if named is None else Path(named)
+    found = [file for file in (path, path / RunFolder(path).model.name, path / STATE_FILE) if file.is_file()]
+    if not found:
+        hint = (
+            "train it first (python -m jobs.train with this configuration), or give search.backbone"
+            if named is None
+            else f"give the folder of a finished run, a model.pt, a checkpoint's folder, or {REGISTERED}NAME@ALIAS"
+        )
+        raise ValueError(f"search.backbone: there is no trained model at {path}; {hint}")
+    return found[0]
+
+
+def load_backbone(path: Path) -> TrainedBackbone:
+    """Read the backbone of a model.pt or of a checkpoint's state; raises ValueError where the file is neither."""
+    try:
+        loaded = load_model(path)
+    except ValueError as no_model:
+        try:
+            state = TrainingState.load(path)
+        except ValueError:
+            raise no_model from None
+        model = parse_config(dict(state.config), f"the configuration in {path}").model
+        return TrainedBackbone(
+            origin=str(path),
+            state=_backbone_part(state.model),
+            resolutions=model.resolutions,
+            mean=tuple(state.model["mean"].tolist()),
+            std=tuple(state.model["std"].tolist()),
+            architecture=(model.backbone, model.backbone_width),
+            data_digest=state.data_digest,
+        )
+    return TrainedBackbone(
+        origin=str(path),
+        state=_backbone_part(loaded.model.state_dict()),
+        resolutions=loaded.config.resolutions,
+        mean=loaded.mean,
+        std=loaded.std,
+        classes=loaded.classes,
+        architecture=(loaded.config.backbone, loaded.config.backbone_width),
+    )
+
+
+def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manifest) -> Iterator[str]:
+    """In what a backbone does not fit the configuration and its data."""
+    ours = config.model
+    if trained.resolutions != ours.resolutions:
+        yield (
+            f"the backbone of {trained.origin} has the resolutions {list(trained.resolutions)}, model.resolutions is "
+            f"{list(ours.resolutions)}; make them the same, or train a backbone for these"
+        )
+    if trained.architecture not in (None, (ours.backbone, ours.backbone_width)):
+        yield (
+            f"the backbone of {trained.origin} is {trained.architecture}, model.backbone and backbone_width are "
+            f"{(ours.backbone, ours.backbone_width)}; make them the same"
+        )
+    if trained.classes is not None and list(trained.classes) != list(manifest.classes):
+        yield (
+            f"the backbone of {trained.origin} knows {len(trained.classes)} classes ({_some(trained.classes)}), the "
+            f"data in {config.data.folder} has {len(manifest.classes)} ({_some(manifest.classes)}); name other data, "
+            "or a backbone that was trained on it"
+        )
+    if trained.data_digest not in (None, manifest.digest):
+        yield (
+            f"the backbone of {trained.origin} was trained on other data (digest {trained.data_digest}) than that in "
+            f"{config.data.folder} (digest {manifest.digest})"
+        )
+
+
+def model_with_backbone(trained: TrainedBackbone, config: Config, num_classes: int) -> DRNet:
+    """A network with this backbone, and a predictor of the configuration that knows nothing yet.
+
+    Raises:
+        ValueError: the weights are of another network.
+    """
+    plain = config.model.model_copy(update={"weights": None})
+    model = build_drnet(plain, num_classes, trained.mean, trained.std)
+    try:
+        model.backbone.load_state_dict(dict(trained.state))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"the backbone of {trained.origin} is not a {config.model.backbone}: {reason}") from None
+    return model
+
+
+def _backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    shown = ", ".join(list(names)[:3])
+    return f"{shown}, ..." if len(names) > 3 else shown

@@ -1,0 +1,200 @@
+"""Who is champion: the alias of a registered model, the gate before it, its history, and the way back.
+
+One rule: registering sets an alias that does not exist yet; one that exists moves by `promote` and `roll_back` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+
+from pipeline.config import Config
+from pipeline.evaluation.gate import Answers, Bounds, Comparison, compare_answers, objections
+from pipeline.tracking.journal import now_ms
+from pipeline.tracking.store import TrackingError, explained, tracking_uri
+
+ANSWERS_FILE = "answers.npz"
+"""in a version's artifacts: which validation images it gets right"""
+FIRST, PROMOTED, ROLLED_BACK, OUTSIDE = "first", "promoted", "rolled back", "moved outside"
+_KEPT_ENTRIES = 200
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says of a challenger."""
+
+    name: str
+    alias: str
+    challenger: str
+    champion: str
+    """the version that had the alias when the two were compared"""
+    comparison: Comparison | None
+    """None where the challenger is the champion already"""
+    objections: list[str]
+
+
+def promote(config: Config, number: str, bounds: Bounds) -> Decision:
+    """Give the configured alias to a version, where the gate has no objection; the version's tags say why or why not.
+
+    Raises:
+        TrackingError: the two versions cannot be compared, or the alias was moved by somebody else meanwhile.
+    """
+    uri = tracking_uri(config)
+    mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
+    with explained(uri):
+        client = MlflowClient(uri)
+        decision = weigh(client, config.registry.name, config.registry.alias, number, bounds)
+        if decision.comparison is None:
+            return decision
+        if not decision.objections:
+            why = f"over version {decision.champion}: {decision.comparison.sentence()}"
+            move(client, decision.name, decision.alias, decision.champion, number, PROMOTED, why)
+        record(client, decision, decision.comparison)
+    return decision
+
+
+def weigh(client: MlflowClient, name: str, alias: str, number: str, bounds: Bounds) -> Decision:
+    """Compare a version with the one that has the alias. Changes nothing.
+
+    Raises:
+        TrackingError: nothing has the alias, or the two cannot be compared.
+    """
+    champion = alias_version(client, name, alias)
+    if champion is None:
+        raise TrackingError(f"no version of {name} has the alias {alias!r}; jobs.register without --promote sets it")
+    if champion == number:
+        return Decision(name, alias, number, champion, None, [])
+    try:
+        found = compare_answers(_answers(name, number), _answers(name, champion))
+    except ValueError as error:
+        raise TrackingError(f"versions {number} and {champion} of {name}: {error}") from None
+    return Decision(name, alias, number, champion, found, objections(found, bounds))
+
+
+def record(client: MlflowClient, decision: Decision, found: Comparison) -> None:
+    """Write the decision and its reasons into the challenger's tags."""
+    verdict = "refused: " + "; ".join(decision.objections) if decision.objections else "promoted"
+    said = f"{verdict}. Against version {decision.champion}: {found.sentence()}"
+    client.set_model_version_tag(decision.name, decision.challenger, f"{decision.alias}.gate", said)
+
+
+def roll_back(config: Config) -> tuple[str, str]:
+    """Give the alias back to the version that had it before; returns that one and the one it was taken from.
+
+    Versions that were deleted meanwhile are passed over.
+
+    Raises:
+        TrackingError: nothing had the alias before, or it was moved by somebody else meanwhile.
+    """
+    uri, name, alias = tracking_uri(config), config.registry.name, config.registry.alias
+    with explained(uri):
+        client = MlflowClient(uri)
+        current = alias_version(client, name, alias)
+        if current is None:
+            raise TrackingError(f"no version of {name} has the alias {alias!r}, so there is nothing to roll back")
+        existing = {str(found.version) for found in client.search_model_versions(f"name = '{name}'")}
+        *earlier, _ = standing(history(client, name, alias))
+        earlier = [number for number in earlier if number in existing and number != current]
+        if not earlier:
+            raise TrackingError(
+                f"version {current} of {name} is the first to have the alias {alias!r}: there is none before"
+            )
+        move(client, name, alias, current, earlier[-1], ROLLED_BACK, f"from version {current}")
+    return earlier[-1], current
+
+
+def give_first(client: MlflowClient, name: str, alias: str, number: str) -> str:
+    """Give a version the alias if nothing has it; returns the version that has it then."""
+    champion = alias_version(client, name, alias)
+    if champion is not None:
+        return champion
+    move(client, name, alias, None, number, FIRST, "nothing had the alias")
+    return number
+
+
+def move(client: MlflowClient, name: str, alias: str, expected: str | None, number: str, how: str, why: str) -> None:
+    """Point the alias at a version and note it in the history.
+
+    MLflow has no compare-and-swap, so the alias is read right before and after: of two who move it at once, at least
+    the one whose version does not stay is told.
+
+    Raises:
+        TrackingError: it is not, or does not stay, where this process thinks.
+    """
+    if (found := alias_version(client, name, alias)) != expected:
+        raise TrackingError(
+            f"the alias {alias!r} of {name} was moved meanwhile, from {_version(expected)} to {_version(found)}; "
+            "run the command again, which compares with that one"
+        )
+    entries = history(client, name, alias)
+    client.set_registered_model_alias(name, alias, number)
+    entries = [*entries, {"version": number, "how": how, "why": why, "time_ms": now_ms()}][-_KEPT_ENTRIES:]
+    client.set_registered_model_tag(name, _history_tag(alias), json.dumps(entries))
+    if (found := alias_version(client, name, alias)) != number:
+        raise TrackingError(
+            f"the alias {alias!r} of {name} was given to version {number}, and by somebody else to {_version(found)} "
+            "at the same moment, where it is now; run the command again"
+        )
+
+
+def history(client: MlflowClient, name: str, alias: str) -> list[dict[str, Any]]:
+    """Every move of the alias, oldest first: `version`, `how`, `why`, `time_ms`; the last one is where it is now.
+
+    A move by other means than this module is noticed here, and is an entry too.
+    """
+    model = client.get_registered_model(name)
+    try:
+        entries = json.loads(model.tags.get(_history_tag(alias), "[]"))
+    except ValueError as error:
+        raise TrackingError(f"the tag {_history_tag(alias)} of {name} is damaged ({error}); remove it") from None
+    current = model.aliases.get(alias)
+    if current is not None and (not entries or entries[-1]["version"] != str(current)):
+        entries.append({"version": str(current), "how": OUTSIDE, "why": "by other means", "time_ms": now_ms()})
+    return entries
+
+
+def standing(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The versions that a rollback goes through, the present one last: going back undoes what came after."""
+    stack: list[str] = []
+    for entry in entries:
+        version = entry["version"]
+        if entry["how"] == ROLLED_BACK and version in stack:
+            while stack[-1] != version:
+                stack.pop()
+        elif not stack or stack[-1] != version:
+            stack.append(version)
+    return stack
+
+
+def alias_version(client: MlflowClient, name: str, alias: str) -> str | None:
+    """The version that has the alias."""
+    found = client.get_registered_model(name).aliases.get(alias)
+    return None if found is None else str(found)
+
+
+def _answers(name: str, number: str) -> Answers:
+    """Raises ValueError where the version has none; TrackingError and MlflowException as the registry does."""
+    version = f"models:/{name}/{number}"
+    if ANSWERS_FILE not in {found.path for found in mlflow.artifacts.list_artifacts(artifact_uri=version)}:
+        raise ValueError(
+            f"{number} says not which images it gets right (it has no {ANSWERS_FILE}), for it was registered by an "
+            "older jobs.register; register its run again"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        artifact = f"{version}/{ANSWERS_FILE}"
+        return Answers.load(Path(mlflow.artifacts.download_artifacts(artifact_uri=artifact, dst_path=temporary)))
+
+
+def _history_tag(alias: str) -> str:
+    return f"{alias}.history"
+
+
+def _version(number: str | None) -> str:
+    return "no version" if number is None else f"version {number}"

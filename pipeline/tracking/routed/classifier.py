@@ -1,0 +1,144 @@
+"""Image files in, an answer for each in order: decoded on threads, run on one, broken images beside sound ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .images import BadImageError, Picture
+from .programs import BATCH_LIMIT, RoutedNetwork
+from .queue import ProgramQueue
+
+IMAGES_AT_ONCE = 64
+PATIENCE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of one image: all but `error`, or `error` alone and no cost."""
+
+    class_index: int | None = None
+    label: str | None = None
+    probability: float | None = None
+    """of the class, 0 to 1"""
+    resolution: int | None = None
+    """that it was run at, pixels"""
+    gflops: float = 0.0
+    """multiply-adds / 1e9, predictor included"""
+    error: str | None = None
+
+
+@dataclass
+class _Image:
+    """One image on its way through."""
+
+    picture: Picture | None = None
+    crop: Tensor | None = None
+    """uint8 (S, S, 3) at the side that is needed next"""
+    choice: int = 0
+    logits: Future[Tensor] | None = None
+    error: str | None = None
+
+
+class Classifier:
+    """Runs a network over the images of any number of calls at once, from any thread.
+
+    Args:
+        network: handed over; nothing else may run it meanwhile.
+        num_threads: that decode; None is one for each CPU of the process.
+        patience_seconds: see ProgramQueue.
+    """
+
+    def __init__(
+        self, network: RoutedNetwork, num_threads: int | None = None, patience_seconds: float = PATIENCE_SECONDS
+    ):
+        self.network = network
+        backbones = [partial(network.logits, index) for index in range(len(network.resolutions))]
+        programs = [network.predictor_logits, *backbones] if network.is_routed else backbones
+        self._first_backbone = len(programs) - len(backbones)
+        self._queue = ProgramQueue(programs, BATCH_LIMIT, patience_seconds)
+        self._decoders = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), "decoder")
+
+    def close(self) -> None:
+        """End the threads; no call may be under way."""
+        self._decoders.shutdown()
+        self._queue.close()
+
+    def classify(self, images: Sequence[Any], budget_bias: float = 0.0) -> Iterator[Answer]:
+        """Yield an answer for each image, in order; any number of images takes the memory of 2 * IMAGES_AT_ONCE.
+
+        Args:
+            images: each the bytes of a JPEG or PNG file, or a square crop, uint8 (S, S, 3).
+            budget_bias: see `RoutedNetwork.choose`.
+        """
+        running: list[_Image] = []
+        for start in range(0, len(images), IMAGES_AT_ONCE):
+            # These are decoded while those before them run.
+            begun = self._begin(images[start : start + IMAGES_AT_ONCE], budget_bias)
+            yield from self._answers(running)
+            running = begun
+        yield from self._answers(running)
+
+    def _begin(self, images: Sequence[Any], budget_bias: float) -> list[_Image]:
+        """Decode, choose, and hand each image to the queue at its resolution."""
+        begun = self._on_threads(self._opened, images)
+        sound = [image for image in begun if image.error is None]
+        if self.network.is_routed and sound:
+            logits = self._queue.submit(0, [_crop(image) for image in sound])
+            choice_N = self.network.choose(torch.stack([row.result() for row in logits]), budget_bias)
+            for image, choice in zip(sound, choice_N.tolist(), strict=True):
+                image.choice = choice
+            self._on_threads(self._crop_at_choice, sound)
+        for index in range(len(self.network.resolutions)):
+            group = [image for image in sound if image.error is None and image.choice == index]
+            rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in group])
+            for image, row in zip(group, rows, strict=True):
+                image.logits, image.picture, image.crop = row, None, None
+        return begun
+
+    def _on_threads(self, function: Callable[[Any], _Image], items: Sequence[Any]) -> list[_Image]:
+        return [function(item) for item in items] if len(items) == 1 else list(self._decoders.map(function, items))
+
+    def _opened(self, image: Any) -> _Image:
+        try:
+            return self._cropped(_Image(Picture(image, self.network.crop_fraction)), self.network.first_side)
+        except BadImageError as error:
+            return _Image(error=str(error))
+
+    def _crop_at_choice(self, image: _Image) -> _Image:
+        side = self.network.resolutions[image.choice]
+        return image if side == self.network.first_side else self._cropped(image, side)
+
+    def _cropped(self, image: _Image, side: int) -> _Image:
+        assert image.picture
+        try:
+            image.crop = torch.from_numpy(image.picture.crop(side))
+        except BadImageError as error:
+            image.error = str(error)
+        return image
+
+    def _answers(self, images: Sequence[_Image]) -> Iterator[Answer]:
+        for image in images:
+            if image.logits is None:
+                yield Answer(error=image.error)
+                continue
+            probability, index = image.logits.result().softmax(dim=0).max(dim=0)
+            yield Answer(
+                class_index=int(index),
+                label=self.network.classes[int(index)],
+                probability=float(probability),
+                resolution=self.network.resolutions[image.choice],
+                gflops=self.network.gflops[image.choice],
+            )
+
+
+def _crop(image: _Image) -> Tensor:
+    assert image.crop is not None
+    return image.crop

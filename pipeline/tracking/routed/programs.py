@@ -1,0 +1,167 @@
+"""The exported programs of one network: a predictor, and a backbone for each candidate resolution."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+META_FILE, PREDICTOR_FILE, BACKBONE_FILE = "meta.json", "predictor.pt2", "backbone_{side}.pt2"
+PRECISIONS = ("float32", "bfloat16")
+BATCH_LIMIT = 256
+"""images of one batch; a GPU runs them at once"""
+_PIXELS_AT_ONCE = 16 * 224 * 224
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how programs run."""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:NUMBER; auto is a GPU where there is one"""
+    precision: str = "float32"
+    """bfloat16 runs convolutions and matrix products in it (torch.autocast)"""
+    compiled: bool = False
+    """through torch.compile: minutes at the first images, faster from then on"""
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.device == "auto":
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What `RoutedNetwork.classify` finds for N images."""
+
+    logits_NK: Tensor
+    choice_N: Tensor
+    """index of the resolution that each image was run at"""
+
+
+class RoutedNetwork:
+    """The programs in a folder, loaded and placed. Not for two threads at once.
+
+    Nothing random is in it: the same images in the same call give the same bits.
+
+    Args:
+        folder: holds meta.json, a backbone_SIDE.pt2 for each resolution and, for more than one, predictor.pt2.
+
+    Raises:
+        ValueError: a program holds a pickle, which could run anything when loaded.
+    """
+
+    def __init__(self, folder: Path, placement: Placement | None = None):
+        meta = json.loads((folder / META_FILE).read_text())
+        self.placement = placement or Placement()
+        self.classes: tuple[str, ...] = tuple(meta["classes"])
+        self.resolutions: tuple[int, ...] = tuple(meta["resolutions"])
+        self.predictor_size: int = meta["predictor_size"]
+        self.crop_fraction: float = meta["validation_crop"]
+        self.gflops: tuple[float, ...] = tuple(cost + meta["predictor_gflops"] for cost in meta["backbone_gflops"])
+        self._relative_costs = torch.tensor(meta["relative_costs"], dtype=torch.float64)
+        self._predictor = self._program(folder / PREDICTOR_FILE) if len(self.resolutions) > 1 else None
+        self._backbones = [self._program(folder / BACKBONE_FILE.format(side=side)) for side in self.resolutions]
+
+    @property
+    def is_routed(self) -> bool:
+        """There is more than one resolution, and so a predictor."""
+        return self._predictor is not None
+
+    @property
+    def first_side(self) -> int:
+        """Side of the images that a choice is made from, pixels."""
+        return self.predictor_size if self.is_routed else self.resolutions[0]
+
+    def predictor_logits(self, images: Tensor) -> Tensor:
+        """Logits (N, R) over the candidates for uint8 (N, S, S, 3), S the predictor's side."""
+        assert self._predictor is not None
+        return self._run(self._predictor, images)
+
+    def logits(self, index: int, images: Tensor) -> Tensor:
+        """Class logits (N, K) at candidate `index` for uint8 (N, S, S, 3), S its side."""
+        return self._run(self._backbones[index], images)
+
+    def choose(self, logits_NR: Tensor, budget_bias: float = 0.0) -> Tensor:
+        """argmax_j(logits_j + budget_bias * c_j), int64 (N,); c_j is j's cost, 0 for the cheapest to 1.
+
+        A bias above 0 spends more, below 0 less; 0 is the network as it was trained. The first of equals is taken.
+
+        Raises:
+            ValueError: the bias is not finite.
+        """
+        if not math.isfinite(budget_bias):
+            raise ValueError(f"budget_bias is {budget_bias}; give a finite number")
+        return (logits_NR.double() + budget_bias * self._relative_costs).argmax(dim=1)
+
+    def classify(self, crops: Mapping[int, Tensor], budget_bias: float = 0.0) -> Routed:
+        """Choose each image's resolution from the whole batch, then run each group of equal choice once.
+
+        Args:
+            crops: side -> uint8 (N, side, side, 3), the same N images at each side that is needed.
+        """
+        choice_N = torch.zeros(len(crops[self.first_side]), dtype=torch.int64)
+        if self.is_routed:
+            choice_N = self.choose(self.predictor_logits(crops[self.predictor_size]), budget_bias)
+        logits_NK = torch.empty(len(choice_N), len(self.classes))
+        for index, side in enumerate(self.resolutions):
+            group = (choice_N == index).nonzero().flatten()
+            if len(group):
+                logits_NK[group] = self.logits(index, crops[side][group])
+        return Routed(logits_NK, choice_N)
+
+    def _program(self, path: Path) -> nn.Module:
+        program = load_program(path).to(self.placement.device)
+        program.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
+        if self.placement.compiled:
+            return torch.compile(program, dynamic=True)  # ty: ignore[invalid-explicit-return]  # it is one, by its class
+        return program
+
+    @torch.inference_mode()
+    def _run(self, program: nn.Module, images: Tensor) -> Tensor:
+        """float32 logits on the CPU, of uint8 images there."""
+        device = torch.device(self.placement.device)
+        parts = []
+        for part in split(images, device):
+            if device.type == "cuda":
+                part = part.pin_memory().to(device, non_blocking=True)
+            with self._precision(device):
+                parts.append(program(part).float())
+        return torch.cat(parts).cpu()
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.placement.precision == "bfloat16":
+            return torch.autocast(device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def split(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Equal parts of images (N, S, S, 3), each of as many as run fastest at once.
+
+    On a CPU activations of all of them are to stay near its caches: 16 images of 224 px, so 64 of 112 px.
+    """
+    limit = max(1, _PIXELS_AT_ONCE // images[0, ..., 0].numel()) if device.type == "cpu" else BATCH_LIMIT
+    return images.chunk(-(-len(images) // limit))
+
+
+def load_program(path: Path) -> nn.Module:
+    """Load a `torch.export` program that holds no pickle, as a callable; raises ValueError for one that does."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = member.filename.rpartition("/")[2]
+            pickled = name.endswith(".pt") or name.startswith(("custom_obj", "opaque_obj"))
+            if name.endswith("_config.json"):
+                entries = json.loads(archive.read(member))["config"].values()
+                pickled = any(entry["use_pickle"] for entry in entries)
+            if pickled and member.file_size:
+                raise ValueError(f"{path} holds pickled objects ({member.filename}), which this model never has")
+    return torch.export.load(path).module()

@@ -1,0 +1,278 @@
+"""The logit table: what a frozen backbone answers for views of every sample, computed once and kept on disk.
+
+A *view* is a sample's crop as one epoch of the loader shows it: a function of (seed, epoch, index). The table's folder
+is named by everything that its logits depend on, so a table is found where it fits and nowhere else:
+
+    ROOT/DIGEST/table.json                         the key: what the logits depend on, and how they are laid out
+    ROOT/DIGEST/view-00012/chunk-00003.npy         float16 (n, R, K) of one view and consecutive samples, then the
+                                                   SHA-256 of the file up to there
+
+A chunk is computed in batches of its own, so its bits do not depend on who computes it nor after which interruption.
+Whoever trains on the table needs the key, the folder and a loader, and neither backbone nor process group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datasets.beton import TRAIN, Manifest
+from datasets.files import write_whole
+from datasets.publish import exclusive
+from pipeline.config import Config
+from pipeline.models.drnet import DRNet
+
+FORMAT = 1
+TABLE_FILE = "table.json"
+CHUNK_SAMPLES = 1024
+"""samples of a file; what a killed computation loses at most on each rank"""
+
+
+class TableError(ValueError):
+    """A logit table is missing, incomplete, damaged, or of something else."""
+
+
+@dataclass(frozen=True)
+class TableKey:
+    """Everything that a table's logits depend on.
+
+    Attributes:
+        backbone: SHA-256 of the backbone's weights and statistics, and of the normalisation of its input.
+        data: digest of the prepared data's manifest.
+        split: train or validation.
+        crop: what is shown of an image: the settings of the split's crop, and the largest side of the loader, which
+            says how finely JPEGs are decoded.
+        resolutions: sides in pixels; axis R.
+        num_classes: axis K.
+        num_samples: of the split.
+        precision: of the forward passes.
+        chunk_samples: samples of a file; the last one may have fewer.
+    """
+
+    backbone: str
+    data: str
+    split: str
+    crop: Mapping[str, Any]
+    resolutions: list[int]
+    num_classes: int
+    num_samples: int
+    precision: str
+    chunk_samples: int = CHUNK_SAMPLES
+
+    @classmethod
+    def of(cls, model: DRNet, config: Config, manifest: Manifest, split: str) -> TableKey:
+        """The key of `model`'s logits for a split of the data that `config` loads.
+
+        The validation split is evaluated in float32 and with its central crop, as during training.
+        """
+        loader = config.loader
+        augmentation = {
+            "seed": config.seed,
+            "scale": [*loader.crop_scale],
+            "ratio": [*loader.crop_ratio],
+            "flip": loader.flip,
+        }
+        crop = augmentation if split == TRAIN else {"centre": loader.validation_crop}
+        return cls(
+            backbone=backbone_digest(model),
+            data=manifest.digest,
+            split=split,
+            crop=crop | {"decoded_for": max(model.sides)},
+            resolutions=[*model.resolutions],
+            num_classes=len(manifest.classes),
+            num_samples=manifest.splits[split].count,
+            precision=config.training.precision if split == TRAIN else "float32",
+        )
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What table.json holds."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @property
+    def digest(self) -> str:
+        """The name of the table's folder: 32 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:32]
+
+    @property
+    def num_chunks(self) -> int:
+        """Files of a view."""
+        return -(-self.num_samples // self.chunk_samples)
+
+    @property
+    def view_bytes(self) -> int:
+        """Size of a view, without the files' headers."""
+        return logits_bytes(self.num_samples, len(self.resolutions), self.num_classes)
+
+    def bounds(self, chunk: int) -> tuple[int, int]:
+        """First and one past the last sample of a chunk."""
+        return chunk * self.chunk_samples, min((chunk + 1) * self.chunk_samples, self.num_samples)
+
+
+def backbone_digest(model: DRNet) -> str:
+    """SHA-256, in hexadecimal, of all that turns images into class logits, whatever its device and memory format."""
+    digest = hashlib.sha256()
+    state = {"mean": model.mean, "std": model.std, **model.backbone.state_dict()}
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def logits_bytes(num_images: int, num_resolutions: int, num_classes: int) -> int:
+    """What stored logits take on disk."""
+    return num_images * num_resolutions * num_classes * np.dtype(np.float16).itemsize
+
+
+class LogitTable:
+    """A complete table, to read.
+
+    Args:
+        root: folder of tables: that of `fill_table`, or where the table's folder was copied to.
+        key: what the logits have to be of.
+        views: those that will be read.
+
+    Raises:
+        TableError: there is no table of this key, saying in what others differ, or a view is incomplete.
+    """
+
+    def __init__(self, root: Path, key: TableKey, views: Sequence[int]):
+        self.key, self.folder = key, root / key.digest
+        _check_key(root, key)
+        self._views = frozenset(views)
+        for view in sorted(self._views):
+            self._check_complete(view)
+        self._mapped: tuple[int, dict[int, NDArray[np.float16]]] = (-1, {})
+
+    def logits(self, view: int, indices_N: Tensor) -> Tensor:
+        """Logits (N, R, K), float32 on the CPU, of samples as `view` shows them.
+
+        A file's checksum is verified when a view is turned to and the file is first read, and the file stays mapped
+        until another view is asked for.
+
+        Raises:
+            TableError: a file is missing or damaged.
+            ValueError: a view or sample that the table was not opened for.
+        """
+        indices = indices_N.cpu().numpy()
+        if view not in self._views or (len(indices) and not 0 <= indices.min() <= indices.max() < self.key.num_samples):
+            raise ValueError(
+                f"view {view}, samples {indices[:5].tolist()}...: this table was opened for views "
+                f"{sorted(self._views)}, and has samples 0 to {self.key.num_samples - 1}"
+            )
+        logits_NRK = np.empty((len(indices), len(self.key.resolutions), self.key.num_classes), np.float16)
+        chunk_N, row_N = np.divmod(indices, self.key.chunk_samples)
+        for chunk in np.unique(chunk_N).tolist():
+            here_N = chunk_N == chunk
+            logits_NRK[here_N] = self._chunk(view, chunk)[row_N[here_N]]
+        return torch.from_numpy(logits_NRK).float()
+
+    def _chunk(self, view: int, chunk: int) -> NDArray[np.float16]:
+        # Chunks of one view at a time: those of all views together could be more mappings than a process may have.
+        if self._mapped[0] != view:
+            self._mapped = (view, {})
+        chunks = self._mapped[1]
+        if chunk not in chunks:
+            chunks[chunk] = map_chunk(self.folder, self.key, view, chunk)
+        return chunks[chunk]
+
+    def _check_complete(self, view: int) -> None:
+        folder = view_folder(self.folder, view)
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        expected = [chunk_path(self.folder, view, chunk) for chunk in range(self.key.num_chunks)]
+        missing = [path for path in expected if path.name not in found]
+        if missing:
+            raise TableError(
+                f"the logit table in {self.folder} is incomplete: view {view} lacks {len(missing)} of its "
+                f"{len(expected)} files, the first {missing[0]}; compute the table to its end, or copy it whole"
+            )
+
+
+def _check_key(root: Path, key: TableKey) -> None:
+    """Raise TableError where `root` has no table of `key`."""
+    path = root / key.digest / TABLE_FILE
+    if path.is_file():
+        if differences := _differences(path, key):
+            raise TableError(f"{path} is not of the key that its folder is named by: {'; '.join(differences)}")
+        return
+    others = [f"  - {other.parent}: {'; '.join(_differences(other, key))}" for other in root.glob(f"*/{TABLE_FILE}")]
+    found = "\n".join(["the tables there are of something else:", *sorted(others)]) if others else "no table is there"
+    raise TableError(f"{root} has no logit table of this backbone and data ({key.digest}); {found}")
+
+
+def _differences(path: Path, key: TableKey) -> list[str]:
+    """In what a table.json differs from a key, one sentence each."""
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError as error:
+        return [f"its {TABLE_FILE} is damaged ({error})"]
+    ours = key.content
+    return [
+        f"{name} is {theirs.get(name)!r}, wanted is {ours.get(name)!r}"
+        for name in sorted({*ours, *theirs})
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def view_folder(folder: Path, view: int) -> Path:
+    return folder / f"view-{view:05}"
+
+
+def chunk_path(folder: Path, view: int, chunk: int) -> Path:
+    return view_folder(folder, view) / f"chunk-{chunk:05}.npy"
+
+
+def write_chunk(path: Path, logits_NRK: NDArray[np.float16]) -> None:
+    """Write the logits (n, R, K) of a file."""
+    file = io.BytesIO()
+    np.save(file, logits_NRK)
+    content = file.getvalue()
+    write_whole(path, content + hashlib.sha256(content).digest())
+
+
+def map_chunk(folder: Path, key: TableKey, view: int, chunk: int) -> NDArray[np.float16]:
+    """The logits (n, R, K) of a file, mapped; raises TableError where it is missing or damaged."""
+    path = chunk_path(folder, view, chunk)
+    first, last = key.bounds(chunk)
+    expected = (last - first, len(key.resolutions), key.num_classes)
+    size = hashlib.sha256().digest_size
+    try:
+        content = np.memmap(path, np.uint8, "r").data
+        if hashlib.sha256(content[:-size]).digest() != content[-size:]:
+            raise ValueError("its checksum is another")
+        logits_NRK = np.load(path, mmap_mode="r")
+        if logits_NRK.dtype != np.float16 or logits_NRK.shape != expected:
+            raise ValueError(f"it holds {logits_NRK.dtype} {logits_NRK.shape} in place of float16 {expected}")
+    except (OSError, ValueError) as error:
+        raise TableError(
+            f"{path} of the logit table is missing or damaged ({error}); start the run again, which computes it anew"
+        ) from error
+    return logits_NRK
+
+
+def copy_table(source: Path, target: Path, key: TableKey, views: Sequence[int]) -> None:
+    """Copy some views of a table to a node's own disk, where they are not. One process of a node copies, others wait.
+
+    Raises:
+        TableError: `source` has no complete table of the key.
+    """
+    LogitTable(source, key, views)
+    with exclusive(target / key.digest, waiting=lambda: None):
+        for view in views:
+            folder = view_folder(target / key.digest, view)
+            folder.mkdir(exist_ok=True)
+            for chunk in range(key.num_chunks):
+                path = chunk_path(target / key.digest, view, chunk)
+                if not path.exists():
+                    write_whole(path, chunk_path(source / key.digest, view, chunk).read_bytes())
+        write_whole(target / key.digest / TABLE_FILE, (source / key.digest / TABLE_FILE).read_bytes())

@@ -1,0 +1,86 @@
+"""Mixup and cutmix over all resolutions at once: every side of an image shows the same mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms import v2
+
+from pipeline.config import BackboneStage
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Images that are each a mixture of two, and how much of the first is in them."""
+
+    images: Mapping[int, Tensor]
+    """side -> uint8 (N, side, side, 3)"""
+    labels_N: Tensor
+    partners_N: Tensor
+    """the classes of what was mixed in"""
+    share: float
+    """of the image's own class; the partner's is 1 - share"""
+
+    @property
+    def dominant_N(self) -> Tensor:
+        """The class that has the larger share of each image."""
+        return self.labels_N if self.share >= 0.5 else self.partners_N
+
+    def targets(self, num_classes: int) -> Tensor:
+        """Probability of each class, float32 (N, K)."""
+        own_NK, partner_NK = (
+            functional.one_hot(labels_N, num_classes) for labels_N in (self.labels_N, self.partners_N)
+        )
+        return self.share * own_NK + (1 - self.share) * partner_NK
+
+    def part(self, rows: slice) -> Mixed:
+        """Some of the images."""
+        images = {side: pixels[rows] for side, pixels in self.images.items()}
+        return replace(self, images=images, labels_N=self.labels_N[rows], partners_N=self.partners_N[rows])
+
+
+class Mixing:
+    """Mixes each image of a batch with the one before it, the first with the last.
+
+    Pairs, share and box are drawn once a call, from torch's global generator, and hold for every resolution; where
+    both kinds are on, each call takes one of them. Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019.
+
+    Raises:
+        ValueError: neither kind is on.
+    """
+
+    def __init__(self, stage: BackboneStage):
+        kinds = ((v2.MixUp, stage.mixup_alpha), (v2.CutMix, stage.cutmix_alpha))
+        self.transforms = [kind(alpha=alpha) for kind, alpha in kinds if alpha > 0]
+        if not self.transforms:
+            raise ValueError("mixup_alpha and cutmix_alpha are both 0; give one that is above")
+
+    def __call__(self, images: Mapping[int, Tensor], labels_N: Tensor) -> Mixed:
+        """Mix images {side: uint8 (N, side, side, 3)} with classes (N,); the images given stay as they are."""
+        transform = self.transforms[int(torch.randint(len(self.transforms), ()))]
+        largest = max(images)
+        drawn = transform.make_params([images[largest].permute(0, 3, 1, 2)])
+        mixed = {
+            side: _mixed(pixels, transform, _at_scale(drawn, side / largest), labels_N)
+            for side, pixels in images.items()
+        }
+        share = drawn["lam"] if "lam" in drawn else drawn["lam_adjusted"]
+        return Mixed(mixed, labels_N, labels_N.roll(1), share)
+
+
+def _at_scale(drawn: dict[str, Any], scale: float) -> dict[str, Any]:
+    """The parameters that were drawn at the largest side, at another: a box keeps its relative place."""
+    return drawn | {"box": tuple(round(edge * scale) for edge in drawn["box"])} if "box" in drawn else drawn
+
+
+def _mixed(pixels: Tensor, transform: v2.MixUp | v2.CutMix, drawn: dict[str, Any], labels_N: Tensor) -> Tensor:
+    # Blended in float32 and rounded to pixel values again: that is far below the noise of a JPEG, takes a quarter of
+    # the memory, and normalisation, which is affine, stays with the model.
+    inputs = pixels.permute(0, 3, 1, 2)
+    blended = transform.transform(inputs.float(), drawn | {"labels": labels_N, "batch_size": len(labels_N)})
+    return blended.round().to(torch.uint8).permute(0, 2, 3, 1)

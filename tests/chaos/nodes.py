@@ -1,0 +1,133 @@
+"""Clusters of several real nodes on this machine, one of which dies: `python -m tests.chaos.nodes FOLDER` shows it.
+
+A process of its own, as one can be the driver of one cluster only. FOLDER holds prepared data in `data`; what happened
+goes to FOLDER/results.json.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.cluster.launch import train_run
+from pipeline.run_folder import RunFolder
+from tests.chaos.runs import Condition, Saboteur, config_of, events, failures, in_stage, messages
+
+ELASTIC_EPOCHS = 300  # that Ray, which looks for new nodes once a minute, finds one before the end
+ADDRESSES = [f"127.0.0.{last}" for last in range(2, 9)]
+
+
+class Nodes:
+    """A head that runs no training, and nodes of one CPU each."""
+
+    def __init__(self, count: int):
+        # Ray's own shutdown at exit sets a signal's handler for each node, and nodes are added beside the main thread.
+        self.cluster = Cluster(
+            initialize_head=True,
+            shutdown_at_exit=False,
+            head_node_args={"num_cpus": 0, "object_store_memory": 100 * 1024**2},
+        )
+        atexit.register(self.cluster.shutdown)
+        self._addresses = iter(ADDRESSES)
+        self.nodes = [self.add() for _ in range(count)]
+        ray.init(address=self.cluster.address, log_to_driver=False, logging_level="WARNING")
+
+    def add(self):
+        """One more node, at an address of its own."""
+        return self.cluster.add_node(
+            num_cpus=1, node_ip_address=next(self._addresses), object_store_memory=100 * 1024**2
+        )
+
+    def lose(self) -> None:
+        """Kill a node and everything on it."""
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+    def gain(self) -> None:
+        self.nodes.append(self.add())
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+def lost_and_replaced(folder: Path, nodes: Nodes) -> dict[str, Any]:
+    """Two workers on two nodes; one node dies; when the user has been told that there is no room, another one comes."""
+    config = config_of(folder, "node-lost")
+    run = RunFolder.of(config).path
+
+    def no_room() -> bool:
+        return any("no room" in line for line in failures(run))
+
+    with Saboteur(run, (in_stage(run, "backbone"), nodes.lose), (no_room, nodes.gain)) as saboteur:
+        train_run(config)
+    return {"losses": saboteur.losses()[:1], "failures": failures(run)}
+
+
+def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
+    """Two workers, one when a node dies, two again when it is replaced."""
+    stages = {"backbone": {"epochs": ELASTIC_EPOCHS, "lr": 0.02}, "predictor": None, "joint": None}
+    config = config_of(
+        folder,
+        "elastic",
+        stages=stages,
+        cluster={"min_workers": 1},
+        training={"evaluate_epochs": 100, "checkpoint_epochs": 5, "checkpoint_steps": None},
+    )
+    run = RunFolder.of(config).path
+
+    def with_workers(count: int) -> Condition:
+        return lambda: any(f"with {count} worker" in event["message"] for event in messages(run, "going on"))
+
+    def epochs_after(condition: Condition, more: int) -> Condition:
+        """Whether training has gone on for some epochs since the condition held."""
+        begun: list[int] = []
+
+        def holds() -> bool:
+            if not condition():
+                return False
+            begun.append(len(events(run)))
+            return len(events(run)) > begun[0] + more
+
+        return holds
+
+    acts: list[tuple[Condition, Callable[[], None]]] = [
+        (in_stage(run, "backbone"), nodes.lose),
+        (epochs_after(with_workers(1), 3), nodes.gain),
+        (with_workers(2), lambda: None),
+    ]
+    with Saboteur(run, *acts) as saboteur:
+        train_run(config)
+    counts = [int(event["message"].split(" with ")[1].split()[0]) for event in messages(run, "going on")]
+    return {
+        "losses": saboteur.losses(),
+        "failures": failures(run),
+        "went_on_with": counts,
+        "epochs": sorted({event["epoch"] + 1 for event in events(run) if "values" in event}),
+        "last_epoch": ELASTIC_EPOCHS,
+    }
+
+
+def main(folder: Path) -> None:
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
+    nodes, results = Nodes(2), {}
+    try:
+        for case in (lost_and_replaced, elastic):
+            begun = time.monotonic()
+            results[case.__name__] = case(folder, nodes) | {"seconds": time.monotonic() - begun}
+            print(case.__name__, json.dumps(results[case.__name__]), flush=True)
+    finally:
+        nodes.close()
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

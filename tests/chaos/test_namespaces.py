@@ -1,0 +1,131 @@
+"""Nodes that share nothing but a network and the run's storage: `ray start` in namespaces of their own.
+
+Each node has its own network stack, and its own disk where the data is staged.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from datasets.beton import MANIFEST
+from pipeline.config import Config
+from pipeline.run_folder import RunFolder
+from pipeline.tracking.journal import NODE_JOURNALS
+from tests.chaos.matrix import Row, record
+from tests.chaos.runs import Driver, config_of, require_same
+from tests.unit.tracking_fixtures import wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+NETWORK = "10.213.77"
+PORT = 6399
+RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block"]
+STORE = ["--object-store-memory", str(100 * 1024**2)]
+
+
+def sh(*commands: str) -> None:
+    for command in commands:
+        done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+class Nodes:
+    """A bridge, a head on it that runs no training, and nodes of one CPU in namespaces of their own."""
+
+    def __init__(self, stack: ExitStack, disk: Path):
+        self.disk, self.processes = disk, []
+        bridge = f"drnet{os.getpid()}"[:15]
+        sh(f"ip link add {bridge} type bridge")
+        stack.callback(sh, f"ip link del {bridge}")
+        sh(f"ip addr add {NETWORK}.1/24 dev {bridge}", f"ip link set {bridge} up")
+        stack.callback(self.stop)
+        head = ["--head", "--port", str(PORT), "--node-ip-address", f"{NETWORK}.1", "--num-cpus", "0"]
+        self.start([*RAY, *head, *STORE, "--include-dashboard", "false"])
+        for number in (2, 3):
+            space, link = f"{bridge}-{number}", f"dv{os.getpid()}-{number}"[:15]
+            sh(f"ip netns add {space}")
+            stack.callback(sh, f"ip netns del {space}")
+            sh(
+                f"ip link add {link} type veth peer name eth0 netns {space}",
+                f"ip link set {link} master {bridge} up",
+                f"ip -n {space} addr add {NETWORK}.{number}/24 dev eth0",
+                f"ip -n {space} link set eth0 up",
+                f"ip -n {space} link set lo up",
+            )
+            node = ["--address", f"{NETWORK}.1:{PORT}", "--node-ip-address", f"{NETWORK}.{number}", "--num-cpus", "1"]
+            own_disk = 'mount -t tmpfs -o size=64m tmpfs "$0" && exec "$@"'
+            inside = ["ip", "netns", "exec", space, "unshare", "--mount", "sh", "-c", own_disk, str(disk)]
+            self.start([*inside, *RAY, *node, *STORE])
+
+    def start(self, command: list[str]) -> None:
+        # Gloo looks for an address by the host's name, which is that of the machine in every namespace.
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0"}
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.processes.append(subprocess.Popen(command, env=environment, **silent))
+
+    def stop(self) -> None:
+        """End the nodes and all that they have started."""
+        mine = [psutil.Process(process.pid) for process in self.processes]
+        everything = [*(child for each in mine for child in each.children(recursive=True)), *mine]
+        for each in everything:
+            if each.is_running():
+                each.kill()
+        for process in self.processes:
+            process.wait()
+
+    def staged(self) -> list[str]:
+        """The manifests that each node's own disk holds, read through its process."""
+        found = []
+        for process in self.processes[1:]:
+            path = Path(f"/proc/{process.pid}/root{self.disk}") / MANIFEST
+            found.append(path.read_text())
+        return found
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
+    assert os.geteuid() == 0, "run `make chaos` as root: a row makes network and mount namespaces"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with ExitStack() as stack:
+        yield Nodes(stack, disk)
+
+
+def test_nodes_in_namespaces_train_as_one_and_stage_the_data_each(
+    undisturbed: Config, nodes: Nodes, folder: Path
+) -> None:
+    data = {"folder": str(nodes.disk), "uri": (folder / "data").as_uri()}
+    config = config_of(folder, "namespaces", data=data)
+    address = f"{NETWORK}.1:{PORT}"
+    wait_until(lambda: _num_nodes(address) == 3, "three nodes have joined")
+    driver = Driver(config, address)
+    assert driver.ended() == 0, driver.output
+    require_same(config, undisturbed)
+    here, *there = [(nodes.disk / MANIFEST).read_text(), *nodes.staged()]
+    assert there == [here, here], "each node has staged the data to its own disk"
+    measured = {path.name for path in RunFolder.of(config).path.glob(NODE_JOURNALS)}
+    assert measured == {"journal-node-0.jsonl", "journal-node-1.jsonl"}
+    record(Row("two nodes in network and mount namespaces (no fault)", "nothing", "same result; staged once a node"))
+
+
+def _num_nodes(address: str) -> int:
+    """Nodes that are alive, by Ray's own answer."""
+    look = "import ray; ray.init(logging_level='ERROR'); print(len(ray.nodes()))"
+    done = subprocess.run(
+        [sys.executable, "-c", look],
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return int(done.stdout.splitlines()[-1]) if done.returncode == 0 else 0

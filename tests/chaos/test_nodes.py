@@ -1,0 +1,49 @@
+"""Nodes that die, and runs that go on with fewer workers: on clusters of several nodes, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config
+from tests.chaos.matrix import Row, record
+from tests.chaos.runs import config_of, require_same
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, undisturbed: Config) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.chaos.nodes", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_node_that_is_lost_and_replaced_costs_no_bit_of_the_result(
+    results: dict[str, Any], folder: Path, undisturbed: Config
+) -> None:
+    """Also: two workers on two nodes compute what two workers on one node do."""
+    found = results["lost_and_replaced"]
+    require_same(config_of(folder, "node-lost"), undisturbed)
+    lost, waiting, *_ = found["failures"]
+    assert "no room for 2" in waiting
+    ((seconds, steps, name),) = found["losses"]
+    seen = f"`{lost}`, `{waiting}`, then `going on from {name}`"
+    record(Row("node killed, another one comes", seen, "same result", seconds, steps))
+
+
+def test_an_elastic_run_goes_on_with_fewer_workers_and_with_all_again(results: dict[str, Any]) -> None:
+    found = results["elastic"]
+    assert found["went_on_with"] == [1, 2]
+    assert found["epochs"] == list(range(1, found["last_epoch"] + 1)), "every epoch was trained"
+    (seconds, _, name), *_ = found["losses"]
+    seen = f"`{found['failures'][0]}`, then `going on from {name} with 1 worker`; later `with 2 workers`"
+    outcome = "finished; not bit for bit: batches are the same, batch norm sees another part of each on a worker"
+    record(Row("cluster.min_workers=1: 2 workers, 1, 2 again", seen, outcome, seconds))

@@ -1,0 +1,99 @@
+"""Workers that die, hang or diverge."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster.checkpoints import SNAPSHOT, STATE_FILE
+from pipeline.cluster.launch import train_run
+from pipeline.config import Config
+from pipeline.run_folder import RunFolder
+from tests.chaos.matrix import Row, record
+from tests.chaos.runs import (
+    CHECKPOINT_STEPS,
+    Saboteur,
+    checkpoints,
+    config_of,
+    failures,
+    in_stage,
+    position,
+    ray_processes,
+    require_same,
+    signal_worker,
+    told,
+)
+
+pytestmark = pytest.mark.ray
+
+
+def test_workers_killed_in_every_stage_cost_no_bit_of_the_result(undisturbed: Config, folder: Path) -> None:
+    config = config_of(folder, "workers-killed")
+    run = RunFolder.of(config).path
+    acts = {
+        "worker killed (SIGKILL) in the backbone stage": (in_stage(run, "backbone"), signal_worker(0)),
+        "worker killed while the logit table is computed": (told(run, "logit table"), signal_worker(1)),
+        "worker killed in the predictor stage": (in_stage(run, "predictor"), signal_worker(1)),
+        "worker killed in the joint stage": (in_stage(run, "joint"), signal_worker(0)),
+    }
+    with Saboteur(run, *acts.values()) as saboteur:
+        train_run(config)
+    require_same(config, undisturbed)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is this process's again"
+    losses, seen = saboteur.losses(), failures(run)
+    assert len(losses) == len(acts)
+    assert len(seen) == len(acts), "the user was told of each, once"
+    assert all("worker" in line for line in seen)
+    for fault, (seconds, steps, name), line in zip(acts, losses, seen, strict=True):
+        record(Row(fault, f"`{line}`, then `going on from {name}`", "same result", seconds, steps))
+
+
+@pytest.mark.chaos
+def test_a_worker_that_hangs_is_replaced(undisturbed: Config, folder: Path) -> None:
+    config = config_of(folder, "worker-stopped", cluster={"hang_seconds": 8})
+    run, stopped = RunFolder.of(config).path, []
+
+    def stop() -> None:
+        stopped.append(ray_processes("RayTrainWorker")[0])
+        stopped[0].send_signal(signal.SIGSTOP)
+
+    with Saboteur(run, (in_stage(run, "backbone"), stop)) as saboteur:
+        train_run(config)
+    require_same(config, undisturbed)
+    (line,) = failures(run)
+    assert "no answer for cluster.hang_seconds" in line
+    assert not stopped[0].is_running(), "the one that hung was ended, and holds no GPU"
+    ((seconds, steps, name),) = saboteur.losses()
+    fault = "worker hangs (SIGSTOP), cluster.hang_seconds 8"
+    record(Row(fault, f"`{line}`, then `going on from {name}`", "same result", seconds, steps))
+
+
+@pytest.mark.chaos
+def test_a_checkpoint_that_is_damaged_under_a_run_gives_way_to_the_one_before(
+    undisturbed: Config, folder: Path
+) -> None:
+    """Found by the workers that are started again; the driver mends the list and goes on by itself."""
+    config = config_of(folder, "damaged-meanwhile")
+    run = RunFolder.of(config).path
+
+    def kill_all() -> None:
+        for worker in ray_processes("RayTrainWorker"):
+            worker.kill()
+
+    def damage() -> None:
+        latest = json.loads((run / SNAPSHOT).read_text())["latest_checkpoint_result"]["checkpoint_dir_name"]
+        (run / latest / STATE_FILE).write_bytes(b"")
+
+    def has_three() -> bool:
+        return any(position(name) >= 3 * CHECKPOINT_STEPS for name in checkpoints(run))
+
+    acts = ((has_three, kill_all), (lambda: bool(failures(run)), damage))
+    with Saboteur(run, *acts):
+        train_run(config)
+    require_same(config, undisturbed)
+    _, found, *_ = failures(run)
+    assert "the checkpoint before it is taken" in found
+    record(Row("newest checkpoint emptied while workers are started again", f"`{found}`", "same result"))

@@ -1,0 +1,146 @@
+"""Runs that die by SIGKILL and go on, beside one that nobody disturbs: `python -m tests.killed_runs FOLDER` shows them.
+
+Every run is a process of its own, or one for each rank, forked from this one: torch is imported once, and nothing is
+computed before a fork. A run kills itself right after a step, or a view of a logit table, that it was told: so it is
+the same in every try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.training.checkpoint import TrainingState
+from pipeline.training.goodput import TABLE
+from pipeline.training.loop import train
+from pipeline.training.reporting import Progress
+from tests.synthetic import config_of, run_of, without_timings
+
+ROUTED = {"epochs": 1, "lr": 0.05, "alpha_gflops": 0.0006, "eta": 0.5, "ema_decay": 0.5}
+STAGES = {
+    "backbone": {"epochs": 2, "lr": 0.05, "schedule": "cosine", "distillation": "learned", "ema_decay": 0.5},
+    "predictor": ROUTED | {"epochs": 2, "optimizer": "adamw", "lr": 0.01, "logits": "table"},
+    "joint": ROUTED | {"clip_grad_norm": 1.0},
+}
+"""with everything that a state has to hold"""
+
+Pair = tuple[str, int]
+"""A stage, and how many of its steps were done; or TABLE, and how many views of the logit tables."""
+
+STEPS_OF = {"backbone": 6, TABLE: 3, "predictor": 6, "joint": 3}
+PAIRS: dict[int, list[Pair]] = {
+    1: [(what, count) for what, counts in STEPS_OF.items() for count in range(1, counts + 1)],
+    2: [("backbone", 3), (TABLE, 2), ("predictor", 2), ("joint", 3)],
+}
+"""by number of ranks: where runs die"""
+
+
+class FileReporter:
+    """The loop's Reporter as files in a folder: the last state, and a line for each step and epoch."""
+
+    def __init__(self, folder: Path, rank: int, dies_after: Pair | None):
+        self.folder, self.rank, self.dies_after = folder, rank, dies_after
+        self._views = 0
+
+    def step(self, progress: Progress, loss: Tensor) -> None:
+        done = progress.epoch * progress.steps + progress.step
+        self._write([progress.stage, done], loss.item())
+        self._die_after((progress.stage, done))
+
+    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
+        self._write([progress.stage, f"epoch {progress.epoch}"], without_timings(values))
+
+    def message(self, text: str) -> None:
+        if text.startswith("logit table"):
+            self._views += 1
+            self._die_after((TABLE, self._views))
+
+    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
+        if self.rank == 0:
+            state.save(self.folder / "state.pt")
+
+    def _die_after(self, pair: Pair) -> None:
+        if pair == self.dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _write(self, when: list, value: Any) -> None:
+        with (self.folder / f"events-{self.rank}.jsonl").open("a") as file:
+            file.write(json.dumps([when, value]) + "\n")
+
+
+def sit(folder: Path, sitting: int, rank: int, world_size: int, dies_after: Pair | None) -> None:
+    """One process of one sitting: train from the last state, if there is one, to the end or to `dies_after`."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        rendezvous = f"file://{folder}/rendezvous-{sitting}"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    run = run_of(config_of(stages=STAGES), FileReporter(folder, rank, dies_after), folder / "tables")
+    state = folder / "state.pt"
+    train(run, TrainingState.load(state) if state.exists() else None)
+    digest = hashlib.sha256()
+    for name, value in run.model.state_dict().items():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    (folder / f"sha256-{rank}").write_text(digest.hexdigest())
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process; returns the process's id."""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return process
+
+
+def run_to_the_end(folder: Path, world_size: int, dies_after: Pair | None) -> dict[str, Any]:
+    """One run of as many sittings as it takes; how they ended, what it went on from, and what came out."""
+    folder.mkdir(parents=True)
+    ended, went_on_from = [], "nothing"
+    for sitting, pair in enumerate([dies_after, None] if dies_after else [None]):
+        ranks = [
+            forked(lambda rank=rank, sitting=sitting, pair=pair: sit(folder, sitting, rank, world_size, pair))
+            for rank in range(world_size)
+        ]
+        ended.append([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks])
+        if pair and (folder / "state.pt").exists():
+            went_on_from = TrainingState.load(folder / "state.pt").name
+    events = [json.loads(line) for line in (folder / "events-0.jsonl").read_text().splitlines()]
+    return {
+        "ranks": world_size,
+        "died_after": dies_after,
+        "went_on_from": went_on_from,
+        "ended": ended,
+        "sha256": [(folder / f"sha256-{rank}").read_text() for rank in range(world_size)],
+        "events": sorted({json.dumps(event) for event in events}),
+    }
+
+
+def main(folder: Path) -> None:
+    results = []
+    for world_size, pairs in PAIRS.items():
+        for pair in [None, *pairs]:
+            name = f"{world_size}-{'-'.join(map(str, pair)) if pair else 'undisturbed'}"
+            found = run_to_the_end(folder / name, world_size, pair)
+            results.append(found)
+            killed = f"{pair[0]:<9} {'view' if pair[0] == TABLE else 'step'} {pair[1]}" if pair else "undisturbed"
+            print(f"{world_size} rank(s)  {killed:<18}  {found['went_on_from']:<34}  {found['sha256'][0]}", flush=True)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

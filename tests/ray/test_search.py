@@ -1,0 +1,121 @@
+"""A real search on Ray Tune: killed with its driver, gone on with, finetuned, reported, chosen, registered."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datasets.beton import load_manifest
+from datasets.glyphs import GlyphSettings
+from datasets.prepare import prepare
+from pipeline.cluster.search import search_run
+from pipeline.cluster.search_finetune import register_chosen
+from pipeline.config import Config
+from pipeline.config_file import ConfigError
+from pipeline.models.drnet import build_drnet
+from pipeline.run_folder import RunFolder
+from pipeline.search.folder import SearchFolder
+from pipeline.training.checkpoint import save_model
+from tests.search_cases import config_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A search for a backbone that was trained elsewhere: here it is as it is made, which is enough to route."""
+    folder = tmp_path_factory.mktemp("search")
+    config = config_of(folder, max_accuracy_drop=100)
+    prepare(
+        "glyphs",
+        config.data.folder,
+        glyphs=GlyphSettings(num_train=60, num_validation=40, image_size=64),
+        num_processes=1,
+        show_progress=False,
+    )
+    manifest = load_manifest(config.data.folder)
+    about = {"classes": manifest.classes, "mean": manifest.mean, "std": manifest.std}
+    RunFolder.of(config).path.mkdir(parents=True)
+    save_model(RunFolder.of(config).model, build_drnet(config.model, 10, manifest.mean, manifest.std), config, **about)
+    return config
+
+
+def records_of(folder: SearchFolder) -> dict[str, int]:
+    """When each trial's record was written, by name."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.trials.glob("*.json")}
+
+
+def test_a_search_whose_driver_is_killed_goes_on_and_ends_in_a_choice(
+    config: Config, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = SearchFolder.of(config), tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "jobs.tune", "--config", str(file)],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    over = threading.Event()
+
+    def kill_after_two_trials() -> None:
+        while not over.wait(0.05):
+            if len(records_of(folder)) >= 2:
+                os.kill(driver.pid, signal.SIGKILL)
+                return
+
+    killer = threading.Thread(target=kill_after_two_trials)
+    killer.start()
+    said, _ = driver.communicate()
+    over.set()
+    killer.join()
+    assert driver.returncode == -signal.SIGKILL, said
+    before = records_of(folder)
+
+    result = search_run(config)
+    after = records_of(folder)
+    assert {name: after[name] for name in before} == before, "what was finished was not tried again"
+    trials = result.report["trials"]
+    assert len(trials) == 4 + 3 + 4 + 1, "the paper's four, three drawn, and the second seed of the four and a finalist"
+    assert {row["paper"] for row in trials} == {1, 2, 3, 4, None}
+    assert len(result.report["compared"]) == 5
+    (tuned,) = result.report["finetuned"]
+    report = json.loads((folder.finetuned / tuned["run"] / "report" / "report.json").read_text())
+    assert tuned["gflops"] == report["headline"]["mean_gflops"]
+    assert result.chosen is not None
+    assert {path.name for path in folder.report.iterdir()} >= {"report.json", "report.md", "front.png"}
+    assert not folder.tune.exists()
+
+    capsys.readouterr()
+    again = search_run(config)
+    assert records_of(folder) == after
+    assert again.report["compared"] == result.report["compared"]
+    assert again.report["finetuned"] == result.report["finetuned"]
+    assert register_chosen(again.chosen).alias == "within-100-points"
+
+
+def test_what_is_wrong_is_told_before_the_first_trial(config: Config, ray_cluster: str, tmp_path: Path) -> None:
+    search = config.search.model_copy(
+        update={"max_concurrent": 5, "backbone": str(tmp_path / "none"), "budget_gflops": 1e-6}
+    )
+    with pytest.raises(ConfigError) as caught:
+        search_run(config.model_copy(update={"search": search, "name": "wrong"}))
+    told = "\n".join(caught.value.problems)
+    assert "there is no trained model at" in told
+    assert "budget_gflops is 1e-06, but no candidate costs less than" in told
+    search = config.search.model_copy(update={"max_concurrent": 5, "backbone": str(RunFolder.of(config).path)})
+    with pytest.raises(ConfigError, match=r"5 trials at once .* need 5 CPUs, but there are 4"):
+        search_run(config.model_copy(update={"search": search, "name": "wrong"}))
+    assert not (SearchFolder.of(config).path.parent.parent / "wrong" / "search" / "trials").exists()

@@ -1,0 +1,72 @@
+"""What the tests of a search share: a configuration, candidates and records without any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.config_file import parse_config
+from pipeline.search.records import Record, choice_letters
+from pipeline.search.space import Candidate, paper_candidates
+
+BACKBONE_GFLOPS = (0.004, 0.001)
+SPACE = {
+    "blocks": [[0], [1], [1, 1]],
+    "kernel": [3, 5],
+    "stem_stride": [2, 4],
+    "input_size": [16, 24],
+    "width": [0.125, 0.25],
+}
+STAGE = {"epochs": 2, "alpha_gflops": 0.0012, "eta": 1.0, "lr": 0.05}
+
+
+def config_of(folder: Path, **search: Any) -> Config:
+    """A search over small predictors for a backbone at 48 and 32 px."""
+    return parse_config(
+        {
+            "name": "run",
+            "data": {"dataset": "glyphs", "folder": str(folder / "data")},
+            "model": {
+                "backbone": "small_resnet",
+                "backbone_width": 0.5,
+                "resolutions": [48, 32],
+                "predictor": {"input_size": 24, "width": 0.125, "dropout": 0.0},
+            },
+            "training": {"batch_size": 20},
+            "stages": {"predictor": STAGE, "joint": STAGE | {"epochs": 1, "lr": 0.001}},
+            "search": {"space": SPACE, "num_trials": 3, "seeds": 2, "finalists": 1, "finetuned": 1, **search},
+            "cluster": {"num_workers": 1, "cpus_per_worker": 1, "storage": str(folder / "runs")},
+            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}", "system_metrics": False},
+        }
+    )
+
+
+def candidate_of(**changed: Any) -> Candidate:
+    """The paper's third predictor, changed."""
+    return Candidate.parse({**paper_candidates(config_of(Path()))[3].described(), **changed})
+
+
+def correct_of(num_images: int = 200) -> np.ndarray:
+    """Whether each of two resolutions is right, bool (N, 2): for 0.9 and 0.7 of the images."""
+    generator = np.random.default_rng(0)
+    return np.stack([generator.random(num_images) < 0.9, generator.random(num_images) < 0.7], axis=1)
+
+
+def record_of(candidate: Candidate, share: float = 0.5, seed: int = 0, **changed: Any) -> Record:
+    """A record that sends a share of 200 images to the first resolution."""
+    correct_NR, generator = correct_of(), np.random.default_rng([seed, round(1000 * share)])
+    chosen_N = (generator.random(len(correct_NR)) >= share).astype(np.int64)
+    shares = tuple((np.bincount(chosen_N, minlength=2) / len(chosen_N)).tolist())
+    values: dict[str, Any] = {
+        "accuracy": float(correct_NR[np.arange(len(chosen_N)), chosen_N].mean()),
+        "gflops": float(np.dot(shares, BACKBONE_GFLOPS)) + 0.0001,
+        "predictor_gflops": 0.0001,
+        "shares": shares,
+        "choices": choice_letters(chosen_N),
+        "seconds": 3.0,
+        "epochs": 2,
+    }
+    return Record("context", candidate, seed, **{"outcome": "finished", **values, **changed})

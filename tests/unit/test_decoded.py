@@ -1,0 +1,91 @@
+"""Views decoded once are the loader's, bit for bit, in any order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.beton import TRAIN, beton_path
+from datasets.decoded import DecodedViews, Ordered, decoded_bytes
+from datasets.loader import MultiResolutionLoader
+from tests.table_runs import NUM_TRAIN, config_of, loader_of, write_data
+
+SIDES = (24, 32)
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory: pytest.TempPathFactory) -> MultiResolutionLoader:
+    return loader_of(config_of(write_data(tmp_path_factory.mktemp("data"))), TRAIN)
+
+
+def decoded_of(folder: Path, loader: MultiResolutionLoader, **about: Any) -> DecodedViews:
+    return DecodedViews(folder, loader.beton, about, views=(0, 3), sides=SIDES)
+
+
+def test_decoded_views_are_what_the_loader_reads(tmp_path: Path, loader: MultiResolutionLoader):
+    decoded = decoded_of(tmp_path, loader)
+    decoded.fill(loader)
+    assert decoded.num_samples == NUM_TRAIN
+    batches = [np.array([5, 2, 28]), np.array([], np.int64), np.array([2, 0])]
+    for view in (0, 3):
+        for ours, theirs in zip(decoded.read(view, batches), loader.read(view, batches, sides=SIDES), strict=True):
+            assert torch.equal(ours.labels, theirs.labels)
+            assert torch.equal(ours.indices, theirs.indices)
+            for side in SIDES:
+                assert torch.equal(ours.images[side], theirs.images[side])
+    files = list(tmp_path.rglob("*.npy"))
+    pixels = decoded_bytes(NUM_TRAIN, 2, SIDES)
+    assert pixels <= sum(file.stat().st_size for file in files) <= pixels + 128 * len(files)
+
+
+def test_one_side_alone_can_be_read(tmp_path: Path, loader: MultiResolutionLoader):
+    decoded = decoded_of(tmp_path, loader)
+    decoded.fill(loader)
+    assert set(next(decoded.read(0, [np.arange(4)], sides=[24])).images) == {24}
+
+
+def test_what_is_there_is_not_decoded_again(tmp_path: Path, loader: MultiResolutionLoader):
+    decoded_of(tmp_path, loader).fill(loader)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    next(iter(files)).unlink()
+    decoded_of(tmp_path, loader).fill(loader)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    assert set(after) == set(files)
+    assert sum(after[path] != files[path] for path in files) == 1
+    decoded_of(tmp_path, loader, seed=2).fill(loader)
+    assert len(list(tmp_path.rglob("*.npy"))) == 2 * len(files), "what depends on something else is elsewhere"
+
+
+def test_the_order_of_the_loaders_own_seed_is_its_order(tmp_path: Path, loader: MultiResolutionLoader):
+    ordered = Ordered(loader, 8, shuffle=True, seed=0)
+    assert (ordered.num_batches, ordered.num_samples) == (loader.num_batches, NUM_TRAIN)
+    assert [ordered.global_size(step) for step in range(4)] == [loader.global_size(step) for step in range(4)]
+    for epoch, start in ((0, 0), (2, 1)):
+        pairs = zip(ordered.epoch(epoch, start, view=1), loader.epoch(epoch, start, view=1), strict=True)
+        assert all(
+            torch.equal(ours.indices, theirs.indices) and torch.equal(ours.images[24], theirs.images[24])
+            for ours, theirs in pairs
+        )
+
+
+def test_another_seed_is_another_order_of_the_same_crops(loader: MultiResolutionLoader):
+    def shown(seed: int) -> dict[int, bytes]:
+        epoch = Ordered(loader, 8, shuffle=True, seed=seed).epoch(1)
+        return {
+            int(index): image.numpy().tobytes()
+            for batch in epoch
+            for index, image in zip(batch.indices, batch.images[24], strict=True)
+        }
+
+    first, second = shown(0), shown(1)
+    assert first == second
+    assert list(first) != list(second)
+
+
+def test_a_beton_that_is_missing_is_told(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"train\.beton"):
+        DecodedViews(tmp_path, beton_path(tmp_path, TRAIN), {}, (0,), SIDES)

@@ -1,0 +1,239 @@
+"""ray_cluster.yaml, the `local` variant of docs/cluster.md, and what is in deploy/."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray._private.runtime_env.packaging as packaging
+import ray.autoscaler._private.util as launcher
+import ray.dashboard.modules.metrics.dashboards.default_dashboard_panels as rays_panels
+import yaml
+from jsonschema import ValidationError
+
+from jobs.cli import job_parser, parsed_config
+from pipeline.cluster.observe import GAUGES, TAGS
+from pipeline.cluster.stopping import WAIT_VARIABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+AWS = (ROOT / "ray_cluster.yaml").read_text()
+[LOCAL] = re.findall(r"```yaml\n(cluster_name: .*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+BOTH = pytest.mark.parametrize("text", [AWS, LOCAL], ids=["aws", "local"])
+
+
+def prepared(text: str) -> dict[str, Any]:
+    return launcher.prepare_config(yaml.safe_load(text))
+
+
+@BOTH
+def test_the_launcher_takes_the_cluster_and_refuses_a_mistyped_key(text: str) -> None:
+    launcher.validate_config(prepared(text))
+    with pytest.raises(ValidationError, match="idle_timeout"):
+        launcher.validate_config(prepared(text) | {"idle_timeout": 5})
+
+
+@BOTH
+def test_every_start_has_token_authentication_and_no_dashboard_is_open(text: str) -> None:
+    config = prepared(text)
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [command for command in config[key] if "ray start" in command]
+        assert len(starts) == 1
+        assert "RAY_AUTH_MODE=token" in starts[0]
+    [head] = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    assert "--dashboard-host=127.0.0.1" in head
+    assert f"{WAIT_VARIABLE}=" in head, "or `ray job stop` kills before the next checkpoint"
+    assert "0.0.0.0" not in text
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert any("chmod 600 ~/.ray/auth_token" in command for command in config["setup_commands"])
+
+
+@BOTH
+def test_nodes_are_set_up_from_the_lock_file(text: str) -> None:
+    config = prepared(text)
+    sent = [place for place in config["file_mounts"].values() if not place.startswith("~")]
+    assert "requirements.lock" in sent
+    assert all((ROOT / place).exists() for place in sent)
+    assert any("scripts/setup.sh" in command for command in config["setup_commands"])
+
+
+def test_the_head_on_aws_runs_no_training_and_workers_are_on_spot() -> None:
+    config = prepared(AWS)
+    types = config["available_node_types"]
+    head = types.pop(config["head_node_type"])
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    for worker in types.values():
+        assert 0 < worker["min_workers"] <= worker["max_workers"] <= config["max_workers"]
+        assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    # Without a group of its own the launcher opens SSH to everybody.
+    assert all(kind["node_config"]["SecurityGroupIds"] for kind in [head, *types.values()])
+
+
+def test_a_jobs_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
+    packaging.create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True, excludes=[])
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        names = package.namelist()
+    assert (tmp_path / "package.zip").stat().st_size < 2_000_000
+    assert {name.split("/")[0] for name in names if "/" in name} == {"datasets", "pipeline", "jobs"}
+    tracked = [path for folder in ("datasets", "pipeline", "jobs") for path in (ROOT / folder).rglob("*.*")]
+    assert {str(path.relative_to(ROOT)) for path in tracked if "__pycache__" not in path.parts} <= set(names)
+
+
+# The fields that deploy/rayjob.yaml uses, of KubeRay's reference of ray.io/v1 (1.6.2). Not the CRD's own schema, which
+# no package carries; what is not here is refused, so that a new field is looked up first.
+POD = {
+    "type": "object",
+    "required": ["spec"],
+    "additionalProperties": False,
+    "properties": {
+        "spec": {
+            "type": "object",
+            "required": ["containers"],
+            "additionalProperties": False,
+            "properties": {
+                "terminationGracePeriodSeconds": {"type": "integer"},
+                "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+                "containers": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "image"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string"},
+                            "image": {"type": "string"},
+                            "env": {"type": "array", "items": {"properties": {"value": {"type": "string"}}}},
+                            "ports": {"type": "array", "items": {"required": ["containerPort"]}},
+                            "resources": {"additionalProperties": False, "properties": {"requests": {}, "limits": {}}},
+                            "volumeMounts": {"type": "array", "items": {"required": ["name", "mountPath"]}},
+                        },
+                    },
+                },
+            },
+        }
+    },
+}
+START = {"type": "object", "additionalProperties": {"type": "string"}}
+COUNT = {"type": "integer", "minimum": 0}
+RAY_JOB = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayJob"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+                "entrypoint": {"type": "string"},
+                "runtimeEnvYAML": {"type": "string"},
+                "backoffLimit": COUNT,
+                "shutdownAfterJobFinishes": {"type": "boolean"},
+                "ttlSecondsAfterFinished": COUNT,
+                "rayClusterSpec": {
+                    "type": "object",
+                    "required": ["headGroupSpec"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "rayVersion": {"type": "string"},
+                        "authOptions": {
+                            "additionalProperties": False,
+                            "properties": {"mode": {"enum": ["disabled", "token"]}},
+                        },
+                        "headGroupSpec": {
+                            "type": "object",
+                            "required": ["rayStartParams", "template"],
+                            "additionalProperties": False,
+                            "properties": {
+                                "serviceType": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+                                "rayStartParams": START,
+                                "template": POD,
+                            },
+                        },
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "groupName": {"type": "string"},
+                                    "replicas": COUNT,
+                                    "minReplicas": COUNT,
+                                    "maxReplicas": COUNT,
+                                    "rayStartParams": START,
+                                    "template": POD,
+                                },
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+@pytest.fixture
+def ray_job() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())
+
+
+def test_the_ray_job_has_fields_that_kuberay_knows(ray_job: dict[str, Any]) -> None:
+    jsonschema.validate(ray_job, RAY_JOB)
+    ray_job["spec"]["rayClusterSpec"]["authOption"] = {"mode": "token"}
+    with pytest.raises(ValidationError, match="authOption"):
+        jsonschema.validate(ray_job, RAY_JOB)
+
+
+def test_the_ray_job_is_of_this_project(ray_job: dict[str, Any]) -> None:
+    spec = ray_job["spec"]
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert (
+        f'"ray[default,train,tune]=={cluster["rayVersion"].rpartition(".")[0]}.*"'
+        in (ROOT / "pyproject.toml").read_text()
+    )
+    assert set(yaml.safe_load(spec["runtimeEnvYAML"])) == {"env_vars"}
+    words = spec["entrypoint"].split()
+    assert words[:3] == ["python", "-m", "jobs.train"]
+    config = parsed_config(job_parser("train", "").parse_args(words[3:]))
+    [workers] = cluster["workerGroupSpecs"]
+    assert config.cluster.num_workers == workers["replicas"] == workers["minReplicas"]
+    pods = [cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]]
+    for pod in pods:
+        mounted = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert {"/shared", "/local"} <= mounted
+        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {
+            volume["name"] for volume in pod["volumes"]
+        }
+
+
+def test_every_metric_of_the_dashboard_is_ours_or_rays() -> None:
+    dashboard = json.loads((ROOT / "deploy" / "grafana_dashboard.json").read_text())
+    panels = dashboard["panels"]
+    asked = {
+        name
+        for panel in panels
+        for target in panel.get("targets", [])
+        for name in re.findall(r"\bray_\w+", target["expr"])
+    }
+    ours = {f"ray_{name}" for name in GAUGES}
+    rays = set(re.findall(r"\bray_\w+", Path(str(rays_panels.__file__)).read_text()))
+    assert ours <= asked, "each of our gauges is shown"
+    assert asked - ours <= rays
+    labels = {*TAGS, "resolution", "instance", "GpuIndex", "GpuDeviceName"}
+    for panel in panels:
+        for target in panel.get("targets", []):
+            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= labels
+    assert len({panel["id"] for panel in panels}) == len(panels)

@@ -1,0 +1,84 @@
+"""What befell workers, in one line, from the errors that Ray has for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, SchedulingState
+from ray.train.v2._internal.execution.scaling_policy import ScalingDecision
+
+from pipeline.cluster.failures import FailureTeller, WaitTeller, explain_end, explain_workers
+from pipeline.cluster.progress import FAILURES, append_event, followed
+
+DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DEAD, "worker 0: its process died"),
+        (
+            WorkerHealthCheckFailedError("", ActorUnavailableError("The actor is temporarily unavailable", b"0" * 16)),
+            "worker 0: its process cannot be reached",
+        ),
+        (WorkerHealthCheckTimeoutError("hanging"), "worker 0: no answer for cluster.hang_seconds"),
+        (OSError(28, "No space left on device"), "worker 0: OSError: [Errno 28] No space left on device"),
+        (GLOO, "worker 0: lost its connection to another worker"),
+    ],
+)
+def test_each_kind_has_words_of_its_own(error: Exception, expected: str) -> None:
+    assert explain_workers({0: error}).startswith(expected)
+    assert "\n" not in explain_workers({0: error})
+
+
+def test_the_worker_that_died_is_named_before_those_that_missed_it() -> None:
+    assert explain_workers({0: GLOO, 1: DEAD, 2: GLOO}).startswith("worker 1 (and 2 with it): its process died")
+
+
+def test_the_end_names_the_reason_and_what_to_do() -> None:
+    full = WorkerGroupError("", {1: OSError(28, "No space left on device")})
+    for error, expected in (
+        (full, "No space left on device"),
+        (ControllerError(OSError(30, "Read-only file system")), "controller: [Errno 30] Read-only file system"),
+        (ActorDiedError(), "controller: its process died"),
+    ):
+        said = explain_end(error, "small")
+        assert expected in said
+        assert "the run small" in said
+        assert "the same command goes on" in said
+
+
+def test_whoever_follows_a_run_sees_failures_too(tmp_path: Path) -> None:
+    append_event(tmp_path, {"message": "of an earlier sitting"})
+    shown: list[str] = []
+    with followed(tmp_path, shown.append):
+        append_event(tmp_path, {"message": "beginning with 2 workers"})
+        FailureTeller(tmp_path).after_exception(None, {1: DEAD})
+    assert shown[0] == "beginning with 2 workers"
+    assert shown[1].startswith("worker 1: its process died")
+    assert len(shown) == 2
+
+
+def test_whoever_waits_for_nodes_is_told_so(tmp_path: Path) -> None:
+    error = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
+    teller = WaitTeller(tmp_path)
+    teller.after_controller_state_update(InitializingState(), SchedulingState(ScalingDecision()))
+    assert not (tmp_path / FAILURES).exists()
+    for _ in range(3):  # every time that Ray Train tries
+        teller.after_controller_state_update(SchedulingState(ScalingDecision()), ReschedulingState(error))
+    (line,) = (tmp_path / FAILURES).read_text().splitlines()
+    assert "the cluster has no room for 2; waiting for it" in line
+
+
+def test_a_failure_that_cannot_be_written_is_not_one_more(tmp_path: Path) -> None:
+    FailureTeller(tmp_path / "gone").after_exception(None, {0: DEAD})
+    assert not (tmp_path / "gone").exists()

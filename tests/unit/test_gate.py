@@ -1,0 +1,121 @@
+"""The gate's decision, by cases that a sceptic would ask about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.gate import Answers, Bounds, compare_answers, comparison_table, objections
+from tests.unit.evaluation_cases import easy_and_hard, predictions_of
+
+
+def answers(num_images: int, wrong: range, gflops: float = 1.0, digest: str = "d1") -> Answers:
+    """Right everywhere but at the images of `wrong`."""
+    return Answers(digest, np.arange(num_images), ~np.isin(np.arange(num_images), wrong), gflops)
+
+
+CHAMPION = answers(5000, range(500))
+
+
+@pytest.mark.parametrize(
+    ("challenger", "bounds", "expected"),
+    [
+        (answers(5000, range(500)), Bounds(), []),
+        (answers(5000, range(400)), Bounds(), []),
+        # 10 lost, 5 gained: -0.1 points, within chance and surely no loss of a point.
+        (answers(5000, range(5, 510)), Bounds(), []),
+        # 60 lost: 1.2 points, proven.
+        (answers(5000, range(560)), Bounds(), ["less accurate: -1.20"]),
+        # 30 lost: 0.6 points, proven too, though the interval excludes a whole point.
+        (answers(5000, range(530)), Bounds(), ["less accurate: -0.60"]),
+        # A loss that is proven but accepted is no objection; one that may be larger than accepted is.
+        (answers(5000, range(530)), Bounds(max_accuracy_drop=1), []),
+        (answers(5000, range(560)), Bounds(max_accuracy_drop=1), ["more than 1 points is not excluded"]),
+        (answers(5000, range(560)), Bounds(max_accuracy_drop=2), []),
+        (answers(5000, range(500)), Bounds(max_accuracy_drop=0), ["more than 0 points is not excluded"]),
+        # 500 lost and 500 gained: level, but so different that 5,000 images leave more than a point open.
+        (answers(5000, range(500, 1000)), Bounds(), ["more than 1 points is not excluded"]),
+        (answers(5000, range(500), gflops=1.02), Bounds(), ["costs 2 % more GFLOPs, and 0 % more is allowed"]),
+        (answers(5000, range(500), gflops=1.02), Bounds(max_gflops_increase=2.5), []),
+        (answers(5000, range(500), gflops=0.5), Bounds(), []),
+        (answers(5000, range(560), gflops=1.02), Bounds(), ["less accurate", "costs 2 % more"]),
+    ],
+)
+def test_decisions(challenger, bounds, expected):
+    said = objections(compare_answers(challenger, CHAMPION), bounds)
+    assert len(said) == len(expected)
+    for objection, part in zip(said, expected, strict=True):
+        assert part in objection
+
+
+def test_ten_images_prove_nothing():
+    """Neither that it is worse nor that it is not: McNemar's test alone would let a loss of 30 points pass."""
+    found = compare_answers(answers(10, range(3)), answers(10, range(0)))
+    assert found.mcnemar_p > 0.05
+    (objection,) = objections(found, Bounds())
+    assert "a loss of more than 1 points is not excluded: -30.00" in objection
+    assert "more validation images" in objection
+    assert objections(compare_answers(answers(10, range(0)), answers(10, range(0))), Bounds())
+
+
+def test_the_champion_itself_is_not_refused_where_there_are_images_enough():
+    assert objections(compare_answers(answers(300, range(9)), answers(300, range(9))), Bounds()) == []
+
+
+def test_the_difference_is_paired():
+    """19 lost and 10 gained."""
+    found = compare_answers(answers(5000, range(10, 519)), CHAMPION)
+    assert (found.only_challenger, found.only_champion, found.num_images) == (10, 19, 5000)
+    assert found.difference.value == pytest.approx(-9 / 5000)
+    assert found.difference.low < found.difference.value < found.difference.high
+    assert found.mcnemar_p == pytest.approx(0.136, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (replace(CHAMPION, data_digest="d2"), r"other data \(digest d1 and d2\)"),
+        (replace(CHAMPION, indices_N=np.arange(5000) + 1), "other images of the same data"),
+        (answers(4999, range(500)), r"5,000 and 4,999"),
+    ],
+)
+def test_other_images_are_not_compared(other, message):
+    with pytest.raises(ValueError, match=message):
+        compare_answers(CHAMPION, other)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_a_bound_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="max_accuracy_drop is"):
+        Bounds(max_accuracy_drop=value)
+    with pytest.raises(ValueError, match="max_gflops_increase is"):
+        Bounds(max_gflops_increase=value)
+
+
+def test_answers_are_those_at_the_chosen_resolution_and_survive_the_disk(tmp_path):
+    correct_NR, chosen_N, _ = easy_and_hard(200, skill=0.5)
+    made = Answers.of(predictions_of(correct_NR, chosen_N), "digest", 0.25)
+    made.save(tmp_path / "answers.npz")
+    read = Answers.load(tmp_path / "answers.npz")
+    assert (read.data_digest, read.mean_gflops) == ("digest", 0.25)
+    assert np.array_equal(read.right_N, correct_NR[np.arange(200), chosen_N])
+    assert np.array_equal(read.indices_N, np.arange(200))
+    assert read.right_N.dtype == bool
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    CHAMPION.save(tmp_path / "answers.npz")
+    content = (tmp_path / "answers.npz").read_bytes()
+    (tmp_path / "answers.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"answers\.npz does not hold a model's answers"):
+        Answers.load(tmp_path / "answers.npz")
+
+
+def test_the_table_shows_both():
+    lines = comparison_table(compare_answers(answers(5000, range(530), 0.9), CHAMPION), "new", "old").splitlines()
+    assert lines[0].split() == ["old", "new", "difference"]
+    assert lines[1].split()[1:6] == ["90.00", "%", "89.40", "%", "-0.60"]
+    assert lines[2].split() == ["right", "alone", "30", "0", "McNemar", "p", "<", "0.001"]
+    assert lines[3].split() == ["GFLOPs", "1.00", "0.900", "-10.0", "%"]

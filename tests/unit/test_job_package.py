@@ -1,0 +1,117 @@
+"""pipeline/job_package.py: what is lost with a Ray job's package, and what is missing in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import job_config, job_parser
+from pipeline.config_file import ConfigError, parse_config
+from pipeline.job_package import job_package, package_problems
+from pipeline.tracking import store
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An unpacked package, as the working folder."""
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_123"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def config_of(**changed: Any):
+    tree = {
+        "name": "run",
+        "data": {"dataset": "imagefolder", "folder": "/shared/data", "source": "/shared/images"},
+        "stages": {"backbone": {"epochs": 1}},
+        "cluster": {"storage": "/shared/runs"},
+    }
+    return parse_config(tree | changed)
+
+
+def test_a_folder_in_a_package_is_known(package: Path, tmp_path: Path) -> None:
+    assert job_package(package) == package
+    assert job_package(package / "jobs" / "configs") == package
+    assert job_package(package.parent) is None
+    assert job_package(tmp_path) is None
+
+
+def test_what_lasts_is_no_problem(package: Path) -> None:
+    assert list(package_problems(config_of(), package)) == []
+    assert list(package_problems(config_of(), package, preparing=True)) == []
+
+
+def test_what_would_be_deleted_with_the_job_is_refused(package: Path) -> None:
+    data = {"dataset": "glyphs", "folder": "data/glyphs"}
+    config = config_of(data=data, cluster={}, tracking={"uri": "sqlite:///mlflow.db"})
+
+    folder, storage, tracking = package_problems(config, package)
+
+    assert folder.startswith("data.folder is data/glyphs, in the package of this Ray job")
+    assert "data.folder=/shared/glyphs" in folder
+    assert "cluster.storage=/shared/runs" in storage
+    assert "sqlite:///mlflow.db lies in the package" in tracking
+    assert [problem.split()[0] for problem in package_problems(config, package, preparing=True)] == ["data.folder"]
+
+
+def test_an_absolute_path_into_the_package_is_refused_too(package: Path) -> None:
+    [problem] = package_problems(config_of(cluster={"storage": str(package / "runs")}), package)
+    assert problem.startswith("cluster.storage")
+
+
+def test_a_password_in_a_jobs_command_is_refused_without_telling_it(package: Path) -> None:
+    data = {"dataset": "glyphs", "folder": "/local", "uri": "s3://key:s3cr@et@bucket/folder"}
+    config = config_of(data=data, tracking={"uri": "http://me:s3cr@et@host:5000"})
+
+    problems = list(package_problems(config, package))
+
+    assert [problem.split()[0] for problem in problems] == ["data.uri", "tracking.uri"]
+    assert all("environment of the nodes" in problem for problem in problems)
+    assert "s3cr" not in "".join(problems)
+
+
+def test_a_file_that_was_not_sent_is_named_with_the_reason(package: Path) -> None:
+    (package / "there.pt").touch()
+    stages = {"backbone": {"epochs": 1, "init_from": "runs/other/model.pt"}, "joint": None}
+    config = config_of(model={"weights": "weights/net.pth"}, stages=stages)
+
+    weights, start = package_problems(config, package)
+
+    assert weights.startswith("model.weights weights/net.pth is not in the package")
+    assert start.startswith("stages.backbone.init_from runs/other/model.pt is not in the package")
+    assert ".gitignore and .rayignore" in start
+    stages = {"backbone": {"epochs": 1, "init_from": "there.pt"}}
+    assert list(package_problems(config_of(stages=stages, model={"weights": "IMAGENET1K_V1"}), package)) == []
+
+
+def test_only_a_preparation_needs_the_source(package: Path) -> None:
+    config = config_of(data={"dataset": "imagefolder", "folder": "/shared/data", "source": "data/images"})
+    [problem] = package_problems(config, package, preparing=True)
+    assert problem.startswith("data.source data/images is not in the package")
+    assert list(package_problems(config, package)) == []
+
+
+def test_a_job_refuses_and_a_configuration_that_was_not_sent_is_explained(package: Path) -> None:
+    parser = job_parser("train", "Train.")
+    with pytest.raises(ConfigError, match=r"the Ray job has 2 problems"):
+        job_config(parser.parse_args(["--config", "glyphs"]))
+    with pytest.raises(ConfigError, match=r"no such file[^\n]*\n.*not in the package of this Ray job"):
+        job_config(parser.parse_args(["--config", "data/mine.yaml"]))
+
+
+def test_outside_of_a_package_relative_paths_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert job_config(job_parser("train", "Train.").parse_args(["--config", "glyphs"])).name == "glyphs"
+    with pytest.raises(ConfigError) as raised:
+        job_config(job_parser("train", "Train.").parse_args(["--config", "data/mine.yaml"]))
+    assert len(raised.value.problems) == 1
+
+
+def test_the_default_tracking_store_of_a_job_lasts(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = store.tracking_uri(config_of())
+    monkeypatch.setattr(store, "PROJECT_FOLDER", package)
+    assert store.tracking_uri(config_of()) == "sqlite:////shared/runs/mlflow.db"
+    assert before == f"sqlite:///{Path(__file__).resolve().parents[2] / 'mlflow.db'}"

@@ -1,0 +1,227 @@
+"""The alias of a real registry: who gets it, why, and how it comes back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from jobs import register
+from jobs.cli import run_job
+from pipeline.config import Config
+from pipeline.evaluation.gate import Bounds
+from pipeline.tracking.inference import open_model
+from pipeline.tracking.promotion import (
+    FIRST,
+    OUTSIDE,
+    PROMOTED,
+    ROLLED_BACK,
+    history,
+    move,
+    promote,
+    roll_back,
+    standing,
+    weigh,
+)
+from pipeline.tracking.registry import register_model
+from pipeline.tracking.store import TrackingError
+from tests.unit.tracking_fixtures import evaluated, finish_run, fresh_store, make_config, make_model
+
+N = 2000
+# What each version gets wrong of N images, and its GFLOPs: the first, a worse, a cheaper, a dearer one.
+VERSIONS = {"1": (range(100), 1.0), "2": (range(200), 1.0), "3": (range(2, 101), 0.9), "4": (range(50), 1.1)}
+
+
+class Registry:
+    """One finished run that was evaluated to four versions; `config` names another alias for every test."""
+
+    def __init__(self, folder: Path, store: str):
+        self.folder, self.store, self.client = folder, store, MlflowClient(store)
+        self.tree = {"tracking": {"uri": store}, "cluster": {"storage": str(folder / "runs")}}
+        self.config = make_config(folder, **self.tree)
+        self.run = folder / "runs" / "small"
+        model, report = finish_run(self.config, self.run, make_model(self.config))
+        (self.run / "report").mkdir()
+        self.files = (model, report)
+        for wrong, gflops in VERSIONS.values():
+            self.evaluate(wrong, gflops)
+            register_model(self.config, self.run, *self.files)
+
+    def evaluate(self, wrong: range, gflops: float) -> None:
+        for report in (self.files[1], self.run / "report" / "report.json"):
+            evaluated(self.run, report, ~np.isin(np.arange(N), wrong), gflops)
+
+    def with_alias(self, alias: str, *versions: str) -> Config:
+        """A configuration with an alias of its own, which was given to `versions` one after another."""
+        before = None
+        for number in versions:
+            move(self.client, "drnet", alias, before, number, FIRST if before is None else PROMOTED, "for the test")
+            before = number
+        return make_config(self.folder, **self.tree, registry={"alias": alias})
+
+    def at(self, alias: str) -> str:
+        return str(self.client.get_model_version_by_alias("drnet", alias).version)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory) -> Registry:
+    folder = tmp_path_factory.mktemp("promotion")
+    return Registry(folder, fresh_store(folder, tmp_path_factory))
+
+
+def test_registering_sets_an_alias_once_and_never_moves_it(registry):
+    assert registry.at("champion") == "1"
+    (entry,) = history(registry.client, "drnet", "champion")
+    assert (entry["version"], entry["how"]) == ("1", FIRST)
+
+
+def test_a_better_one_is_promoted_and_its_tags_say_why(registry):
+    config = registry.with_alias("better", "1")
+    decision = promote(config, "3", Bounds())
+    assert decision.objections == []
+    assert registry.at("better") == "3"
+    said = registry.client.get_model_version("drnet", "3").tags["better.gate"]
+    assert said.startswith("promoted. Against version 1: +0.05 points (95 % interval -0.")
+    assert "on 2,000 images" in said
+    assert "-10.0 % GFLOPs" in said
+    assert [entry["how"] for entry in history(registry.client, "drnet", "better")] == [FIRST, PROMOTED]
+
+
+def test_a_worse_one_is_refused_and_its_tags_say_why(registry):
+    config = registry.with_alias("worse", "1")
+    decision = promote(config, "2", Bounds())
+    assert "less accurate: -5.00" in decision.objections[0]
+    assert registry.at("worse") == "1"
+    assert registry.client.get_model_version("drnet", "2").tags["worse.gate"].startswith("refused: it is less accurate")
+    assert promote(config, "2", Bounds(max_accuracy_drop=7)).objections == []
+    assert registry.at("worse") == "2"
+
+
+def test_a_dearer_one_needs_leave(registry):
+    config = registry.with_alias("dearer", "1")
+    assert "10 % more GFLOPs" in promote(config, "4", Bounds(max_gflops_increase=9)).objections[0]
+    assert promote(config, "4", Bounds(max_gflops_increase=11)).objections == []
+    assert registry.at("dearer") == "4"
+
+
+def test_a_rollback_goes_back_step_by_step(registry):
+    config = registry.with_alias("back", "1", "3", "4")
+    assert roll_back(config) == ("3", "4")
+    assert registry.at("back") == "3"
+    assert roll_back(config) == ("1", "3")
+    with pytest.raises(TrackingError, match="version 1 of drnet is the first to have the alias 'back'"):
+        roll_back(config)
+    assert registry.at("back") == "1"
+    entries = history(registry.client, "drnet", "back")
+    assert [entry["version"] for entry in entries] == ["1", "3", "4", "3", "1"]
+    assert [entry["how"] for entry in entries][-2:] == [ROLLED_BACK, ROLLED_BACK]
+
+
+def test_after_a_rollback_the_next_promotion_comes_back_to_where_it_began(registry):
+    config = registry.with_alias("again", "1", "4")
+    roll_back(config)
+    promote(config, "3", Bounds())
+    assert roll_back(config) == ("1", "3")
+
+
+def test_a_move_by_other_means_is_noticed_and_can_be_undone(registry):
+    config = registry.with_alias("outside", "1")
+    registry.client.set_registered_model_alias("drnet", "outside", "4")
+    assert roll_back(config) == ("1", "4")
+    assert [entry["how"] for entry in history(registry.client, "drnet", "outside")] == [FIRST, OUTSIDE, ROLLED_BACK]
+
+
+def test_of_two_promotions_at_once_the_later_is_told(registry):
+    """Both have looked at the champion; the other one moves it first."""
+    registry.with_alias("race", "1")
+    seen = weigh(registry.client, "drnet", "race", "3", Bounds())
+    move(registry.client, "drnet", "race", "1", "4", PROMOTED, "the other")
+    with pytest.raises(TrackingError, match="moved meanwhile, from version 1 to version 4; run the command again"):
+        move(registry.client, "drnet", "race", seen.champion, "3", PROMOTED, "late")
+    assert registry.at("race") == "4"
+
+
+def test_a_version_without_answers_cannot_be_compared(registry):
+    """As one that was registered before answers were kept."""
+    source = registry.client.get_model_version("drnet", "1")
+    bare = registry.client.create_logged_model(registry.client.get_run(source.run_id).info.experiment_id, "drnet")
+    registry.client.create_registered_model("bare")
+    registry.client.log_model_artifacts(bare.model_id, str(registry.run / "report"))
+    number = registry.client.create_model_version("bare", f"models:/{bare.model_id}", model_id=bare.model_id).version
+    registry.client.set_registered_model_alias("bare", "champion", number)
+    config = make_config(registry.folder, **registry.tree, registry={"name": "bare"})
+    added = register_model(config, registry.run, *registry.files)
+    with pytest.raises(TrackingError, match=r"1 says not which images it gets right.*register its run again"):
+        promote(config, added.version, Bounds())
+
+
+def test_nothing_to_promote_over(registry):
+    config = make_config(registry.folder, **registry.tree, registry={"alias": "nobody"})
+    with pytest.raises(TrackingError, match=r"no version of drnet has the alias 'nobody'; jobs\.register without"):
+        promote(config, "1", Bounds())
+    with pytest.raises(TrackingError, match="nothing to roll back"):
+        roll_back(config)
+
+
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        ([], []),
+        ([("1", FIRST), ("2", PROMOTED), ("1", PROMOTED)], ["1", "2", "1"]),
+        ([("1", FIRST), ("2", PROMOTED), ("3", PROMOTED), ("1", ROLLED_BACK)], ["1"]),
+        ([("1", FIRST), ("2", PROMOTED), ("1", ROLLED_BACK), ("3", PROMOTED)], ["1", "3"]),
+        # The history is kept to a length, so what was rolled back to may have left it.
+        ([("5", PROMOTED), ("4", ROLLED_BACK)], ["5", "4"]),
+    ],
+)
+def test_a_rollback_undoes_what_came_after(moves, expected):
+    assert standing([{"version": version, "how": how} for version, how in moves]) == expected
+
+
+def ran(monkeypatch, registry: Registry, tmp_path: Path, *arguments: str) -> str | int | None:
+    """Exit code of `python -m jobs.register --config ... ARGUMENTS`."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(registry.config.model_dump(mode="json")))
+    monkeypatch.setattr(sys, "argv", ["register", "--config", str(tmp_path / "config.yaml"), *arguments])
+    try:
+        run_job(register.main)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_the_job_registers_refuses_promotes_and_rolls_back(registry, tmp_path, monkeypatch, capsys):
+    def job(*arguments: str) -> tuple[str | int | None, str]:
+        code = ran(monkeypatch, registry, tmp_path, "--alias", "job", *arguments)
+        return code, "".join(capsys.readouterr())
+
+    registry.with_alias("job", "1")
+    registry.evaluate(*VERSIONS["2"])
+    code, said = job()
+    assert code == 0
+    assert "drnet version 2 (was registered already)" in said
+    assert "models:/drnet@job stays version 1; --promote compares the two" in said
+    code, said = job("--promote")
+    assert code == 1
+    assert "not promoted: models:/drnet@job stays version 1\n- it is less accurate: -5.00" in said
+    assert "job, version 1  version 2  difference" in said
+    registry.evaluate(*VERSIONS["3"])
+    code, said = job("--promote")
+    assert code == 0
+    assert "promoted: models:/drnet@job is version 3 now; --rollback undoes it" in said
+    code, said = job("--promote")
+    assert (code, "models:/drnet@job is this version" in said) == (0, True)
+    code, said = job("--rollback")
+    assert (code, said) == (0, "rolled back: models:/drnet@job is version 1 again, not 3\n")
+    code, said = job("--max-accuracy-drop", "1")
+    assert (code, "bounds of --promote" in said) == (2, True)
+    code, said = job("--promote", "--max-accuracy-drop", "-1")
+    assert (code, "max_accuracy_drop is -1" in said) == (2, True)
+
+
+def test_a_model_with_answers_beside_it_still_loads(registry, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.store)
+    assert open_model("models:/drnet/1").metadata is not None

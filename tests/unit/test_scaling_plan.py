@@ -1,0 +1,48 @@
+"""The constants of docs/scaling.md that this code decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config_file import load_config
+from pipeline.models.cost import measure_costs
+from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.training.checkpoint import TrainingState
+from pipeline.training.logit_table import logits_bytes
+from pipeline.training.stages import build_objective, build_optimizer, trained_parameters
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
+CONFIG = load_config("imagenet100")
+
+
+@pytest.fixture(scope="module")
+def model() -> DRNet:
+    return build_drnet(CONFIG.model, 1000, (0.5,) * 3, (0.25,) * 3)
+
+
+def test_gradients_and_checkpoint(model: DRNet, tmp_path: Path) -> None:
+    stage = CONFIG.stages.backbone
+    assert stage is not None
+    optimizer = build_optimizer(model, stage, build_objective(model, stage, torch.ones(3), "float32").own)
+    parameters = list(trained_parameters(optimizer))
+    assert f"| {sum(4 * parameter.numel() for parameter in parameters):,} bytes |" in PAGE
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = TrainingState("backbone", 1, 0, model.state_dict(), optimizer.state_dict(), {}, None, {}, {}, "")
+    state.save(tmp_path / "state.pt")
+    assert f"| {(tmp_path / 'state.pt').stat().st_size / 1e6:.1f} MB |" in PAGE
+
+
+def test_costs(model: DRNet) -> None:
+    costs = measure_costs(model).backbone_gflops
+    assert f"| {', '.join(f'{gflops:.3f}' for gflops in costs)} GFLOPs |" in PAGE
+    rate = 2470 * 3 * costs[0] / (3 * sum(costs))
+    assert f"| {rate:,.0f} | {rate / 1066:.1f} |" in PAGE
+
+
+def test_logits() -> None:
+    assert f"| {logits_bytes(1_281_167, 3, 1000) / 1e9:.1f} GB |" in PAGE

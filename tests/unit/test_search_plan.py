@@ -1,0 +1,283 @@
+"""Which trial comes next: the plan of a search, without Ray's cluster, and what is wrong before its first trial."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.search import Searcher
+
+from datasets.beton import TRAIN, VALIDATION, load_manifest
+from datasets.glyphs import GlyphSettings
+from datasets.prepare import prepare
+from pipeline.cluster.search_checks import check_search, trials_at_once
+from pipeline.cluster.search_plan import describe_search
+from pipeline.cluster.trials import Plan, SearchSettings, search_loader, trial_data, tune_trial
+from pipeline.config import Config
+from pipeline.config_file import ConfigError
+from pipeline.models.drnet import build_drnet
+from pipeline.run_folder import RunFolder
+from pipeline.search.folder import SearchFolder
+from pipeline.search.records import Record
+from pipeline.search.space import Candidate, paper_candidates, predictor_gflops, space_of
+from pipeline.search.trial import num_views
+from pipeline.training.checkpoint import load_model, save_model
+from pipeline.training.logit_table import TableKey
+from pipeline.training.stages import Forward
+from pipeline.training.table_writer import fill_table
+from tests.search_cases import BACKBONE_GFLOPS, config_of, record_of
+
+Told = list[Record]
+
+
+def settings_of(folder: Path, **search: Any) -> SearchSettings:
+    config = config_of(folder, **search)
+    return SearchSettings(config, SearchFolder.of(config), "digest", "context", cpus=1)
+
+
+def plan_of(settings: SearchSettings, told: Told | None = None, num_drawn: int = 3) -> Plan:
+    config = settings.config
+    fixed = list(paper_candidates(config).values())
+
+    def finalists(records: Sequence[Record]) -> Iterable[Candidate]:
+        best = max((record for record in records if record.has_result), key=lambda record: record.accuracy or 0)
+        return [*fixed, *([best.candidate] if best.candidate not in fixed else [])]
+
+    space = space_of(config, BACKBONE_GFLOPS)
+    return Plan(settings, space, fixed, num_drawn, finalists, (told if told is not None else []).append)
+
+
+def run_to_the_end(
+    plan: Plan, settings: SearchSettings, trial: Callable[[Candidate, int], Record | None], stop_after: int = 999
+) -> list[tuple[Candidate, int]]:
+    """What Tune does, two trials at once; returns what was tried."""
+    tried: list[tuple[Candidate, int]] = []
+    running: list[str] = []
+    while len(tried) < stop_after:
+        suggested = plan.suggest(f"trial-{len(tried)}")
+        if suggested == Searcher.FINISHED:
+            assert not running
+            return tried
+        if suggested is not None:
+            assert isinstance(suggested, dict)
+            tried.append((Candidate.parse(suggested["candidate"]), suggested["seed"]))
+            running.append(f"trial-{len(tried) - 1}")
+        if suggested is None or len(running) == 2:
+            ended = running.pop(0)
+            candidate, seed = tried[int(ended.split("-")[1])]
+            record = trial(candidate, seed)
+            if record is not None:
+                settings.records.write(record)
+            plan.on_trial_complete(ended, {"accuracy": 1.0, "gflops": 1.0} if record else None, error=record is None)
+    return tried
+
+
+def finished(candidate: Candidate, seed: int) -> Record:
+    """Wider ones are better and dearer."""
+    return record_of(candidate, min(1.0, 2 * candidate.width + 0.1 * len(candidate.blocks)), seed)
+
+
+def test_the_papers_four_come_first_then_what_is_drawn_then_the_seeds_of_the_best(tmp_path: Path) -> None:
+    settings, told = settings_of(tmp_path), []
+    plan = plan_of(settings, told)
+    assert not plan.is_over
+    pickle.dumps(plan)  # as Ray Tune does, for a restore that is never made
+    tried = run_to_the_end(plan, settings, finished)
+    fixed = list(paper_candidates(settings.config).values())
+    assert [candidate for candidate, _ in tried[:4]] == fixed
+    assert [seed for _, seed in tried] == [0] * 7 + [1] * (len(tried) - 7)
+    assert {candidate for candidate, seed in tried if seed == 1} >= set(fixed)
+    assert len(set(tried)) == len(tried) == len(told) == plan.num_done
+    assert plan.is_over
+
+
+def test_whatever_was_finished_is_not_tried_again(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    before = run_to_the_end(plan_of(settings), settings, finished, stop_after=6)
+    done = {(record.candidate, record.seed) for record in settings.records.read("context")[0]}
+    plan = plan_of(settings)
+    assert plan.num_done == len(done)
+    after = run_to_the_end(plan, settings, finished)
+    assert not done & set(after)
+    assert set(before) - done <= {*after} | {*before}, "what was cut off may be drawn differently"
+    drawn = {candidate for candidate, seed in done | set(after) if seed == 0}
+    assert len(drawn) == 4 + 3
+    assert plan_of(settings).is_over
+    assert run_to_the_end(plan_of(settings), settings, finished) == []
+
+
+def test_more_trials_can_be_asked_for_later(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    run_to_the_end(plan_of(settings), settings, finished)
+    more = plan_of(settings, num_drawn=5)
+    assert not more.is_over
+    assert len([seed for _, seed in run_to_the_end(more, settings, finished) if seed == 0]) == 2
+
+
+def test_records_of_another_backbone_are_not_counted(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    run_to_the_end(plan_of(settings), settings, finished)
+    other = replace(settings, context="another")
+    assert plan_of(other).num_done == 0
+    assert settings.records.read("another")[1] > 0
+
+
+def test_a_trial_whose_process_died_is_recorded_and_tried_again_by_the_next_sitting(tmp_path: Path) -> None:
+    settings, told = settings_of(tmp_path), []
+    first = paper_candidates(settings.config)[1]
+    plan = plan_of(settings, told)
+    run_to_the_end(plan, settings, lambda one, seed: None if one == first else finished(one, seed))
+    died = [record for record in told if record.outcome == "failed"]
+    assert {(record.candidate, record.seed) for record in died} == {(first, 0), (first, 1)}
+    assert "its process died, 3 times" in (died[0].reason or "")
+    assert plan.is_over
+    assert set(run_to_the_end(plan_of(settings), settings, finished)) == {(first, 0), (first, 1)}
+
+
+def test_a_trial_that_diverged_is_final_and_tells_the_sampler_nothing(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+
+    def diverging(candidate: Candidate, seed: int) -> Record:
+        if candidate in paper_candidates(settings.config).values():
+            return finished(candidate, seed)
+        nothing: dict[str, Any] = {"accuracy": None, "gflops": None, "shares": (), "choices": ""}
+        return record_of(candidate, 0.5, seed, outcome="diverged", reason="too fast", **nothing)
+
+    run_to_the_end(plan_of(settings), settings, diverging)
+    assert plan_of(settings).is_over
+
+
+def test_too_dear_predictors_are_not_tried_and_a_small_space_is_used_up(tmp_path: Path) -> None:
+    space = {"blocks": [[1]], "kernel": [3], "stem_stride": [4], "input_size": [16, 24], "width": [0.125, 0.125]}
+    settings = settings_of(tmp_path, space=space, num_trials=9)
+    tried = run_to_the_end(plan_of(settings, num_drawn=9), settings, finished)
+    assert len({candidate for candidate, _ in tried}) == 4 + 2
+    smaller = space_of(settings.config, BACKBONE_GFLOPS).candidate({"blocks": "1", "input_size": 16, "kernel": 3})
+    dearest = 1.01 * predictor_gflops(replace(smaller, stem_stride=4))
+    cheap = settings_of(tmp_path / "cheap", space=space | {"max_gflops": dearest})
+    tried = run_to_the_end(plan_of(cheap), cheap, finished)
+    fixed = set(paper_candidates(cheap.config).values())
+    assert {candidate.input_size for candidate, _ in tried if candidate not in fixed} == {16}
+
+
+def test_the_papers_preset_tries_the_four_alone(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, preset="paper")
+    tried = run_to_the_end(plan_of(settings), settings, finished)
+    assert len(tried) == 8
+    assert {candidate for candidate, _ in tried} == set(paper_candidates(settings.config).values())
+
+
+def test_with_a_budget_what_asha_stops_is_recorded(tmp_path: Path) -> None:
+    settings, told = settings_of(tmp_path, objective="budget", budget_gflops=0.003), []
+    plan = plan_of(settings, told)
+    fixed = paper_candidates(settings.config).values()
+    for number in range(5):
+        suggested = plan.suggest(str(number))
+        assert isinstance(suggested, dict)
+        candidate = Candidate.parse(suggested["candidate"])
+        assert suggested["to_the_end"] == (candidate in fixed)
+        if candidate in fixed:
+            settings.records.write(finished(candidate, 0))
+            plan.on_trial_complete(str(number), {"accuracy": 0.9, "gflops": 0.001})
+        else:
+            plan.on_trial_complete(str(number), {"accuracy": 0.5, "gflops": 0.002, "epoch": 1, "score": 0.5})
+    assert (told[-1].outcome, told[-1].epochs, told[-1].accuracy) == ("stopped", 1, 0.5)
+    assert told[-1].reason == "worse than others after 1 epochs"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Prepared images, and a backbone as it is made."""
+    config = config_of(tmp_path_factory.mktemp("search"))
+    glyphs = GlyphSettings(num_train=40, num_validation=20, image_size=64)
+    prepare("glyphs", config.data.folder, glyphs=glyphs, num_processes=1, show_progress=False)
+    manifest = load_manifest(config.data.folder)
+    about = {"classes": manifest.classes, "mean": manifest.mean, "std": manifest.std}
+    RunFolder.of(config).path.mkdir(parents=True)
+    save_model(RunFolder.of(config).model, build_drnet(config.model, 10, manifest.mean, manifest.std), config, **about)
+    return config
+
+
+def with_search(config: Config, **changed: Any) -> Config:
+    return config.model_copy(update={"search": config.search.model_copy(update=changed)})
+
+
+def test_a_search_without_problems_knows_its_space(trained: Config) -> None:
+    checked = check_search(trained)
+    assert checked.space.base == Candidate.of(trained.model.predictor, trained.stages.predictor)
+    assert checked.backbone.classes == tuple("BCDEFGHKRS")
+
+
+def test_every_problem_is_told_together(trained: Config, tmp_path: Path) -> None:
+    wrong = with_search(trained, backbone=str(tmp_path), budget_gflops=1e-6, cpus_per_trial=10_000)
+    wrong = wrong.model_copy(update={"stages": wrong.stages.model_copy(update={"joint": None})})
+    with pytest.raises(ConfigError) as caught:
+        check_search(wrong)
+    told = "\n".join(caught.value.problems)
+    for expected in ("stages.joint is missing", "no trained model", "budget_gflops is 1e-06", "need 10000 CPUs"):
+        assert expected in told
+    without = trained.model_copy(update={"stages": trained.stages.model_copy(update={"predictor": None})})
+    with pytest.raises(ConfigError, match=r"stages\.predictor is missing"):
+        check_search(without)
+
+
+def test_a_table_of_another_checkpoint_is_told_before_the_first_trial(trained: Config, tmp_path: Path) -> None:
+    fill(with_search(trained), tmp_path / "tables")
+    check_search(with_search(trained, tables=tmp_path / "tables"))
+    manifest = load_manifest(trained.data.folder)
+    about = {"classes": manifest.classes, "mean": manifest.mean, "std": manifest.std}
+    save_model(tmp_path / "other.pt", build_drnet(trained.model, 10, manifest.mean, manifest.std), trained, **about)
+    with pytest.raises(ConfigError, match="has no logit table of this backbone and data"):
+        check_search(with_search(trained, tables=tmp_path / "tables", backbone=str(tmp_path / "other.pt")))
+
+
+def fill(config: Config, folder: Path) -> None:
+    model, manifest = load_model(RunFolder.of(config).model).model, load_manifest(config.data.folder)
+    for split, views in ((TRAIN, range(num_views(config))), (VALIDATION, range(1))):
+        key = TableKey.of(model, config, manifest, split)
+        backbone_logits = Forward(model, key.precision).frozen_backbone
+        loader = search_loader(config, split, num_threads=1)
+        fill_table(folder, key, views, loader, backbone_logits, device=next(model.parameters()).device, tell=print)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_node_sets_up_once_and_an_error_in_a_trial_is_in_its_record(
+    trained: Config, tmp_path: Path, cached: bool
+) -> None:
+    config = with_search(trained, cache_gb=1.0 if cached else 0.0, node_folder=tmp_path / "node")
+    folder = SearchFolder(tmp_path / "search")
+    fill(config, folder.tables)
+    folder.backbone.write_bytes(RunFolder.of(config).model.read_bytes())
+    settings = SearchSettings(config, folder, load_manifest(config.data.folder).digest, "context", cpus=1)
+    data = trial_data(settings)
+    assert trial_data(replace(settings)) is data
+    assert (tmp_path / "node" / "tables").is_dir()
+    assert bool(list((tmp_path / "node").rglob("*.npy"))) is True
+    assert bool(list((tmp_path / "node" / "decoded").rglob("*.npy"))) is cached
+    candidate = paper_candidates(config)[3]
+    broken = {"candidate": {**candidate.described(), "input_size": 17}, "seed": 0}
+    with pytest.raises(Exception, match="17"):
+        tune_trial(broken, settings)
+    (record,) = settings.records.read("context")[0]
+    assert record.outcome == "failed"
+    assert "17" in (record.reason or "")
+
+
+def test_a_dry_run_says_what_would_be_done(trained: Config) -> None:
+    text = describe_search(trained)
+    assert "blocks: 0, 1, 1-1" in text
+    assert "trials: 7 with one seed, and 5 more for the finalists' other seeds: 12" in text
+    assert "one trial: 80 images through the predictor" in text
+    assert "100 images through the backbone" in text
+    assert not SearchFolder.of(trained).path.exists()
+
+
+def test_trials_at_once_are_what_the_scarcest_resource_allows() -> None:
+    search = config_of(Path()).search
+    assert trials_at_once(search, {"CPU": 16, "GPU": 1}, {"CPU": 1, "GPU": 0.25}) == 4
+    assert trials_at_once(search, {"CPU": 3}, {"CPU": 1}) == 3
+    assert trials_at_once(search.model_copy(update={"max_concurrent": 2}), {"CPU": 3}, {"CPU": 1}) == 2

@@ -1,0 +1,151 @@
+"""The report of a search, from records alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.evaluation.style import DARK
+from pipeline.search.figures import draw_search_figures
+from pipeline.search.importance import parameter_importance
+from pipeline.search.records import Record
+from pipeline.search.render import verdict
+from pipeline.search.report import Finetuned, build_search_report, write_search_report
+from pipeline.search.space import Candidate, paper_candidates, space_of
+from tests.search_cases import BACKBONE_GFLOPS, config_of, correct_of, record_of
+
+CONFIG = config_of(Path(), preset="full", seeds=2)
+SPACE_OF = space_of(CONFIG, BACKBONE_GFLOPS)
+TUNED = {
+    "headline": {"top1": 0.88, "top1_low": 0.83, "top1_high": 0.92, "mean_gflops": 0.0025},
+    "costs": {"predictor_gflops": 0.0001},
+    "verdict": "fine",
+}
+
+
+def drawn(number: int) -> Candidate:
+    """A candidate whose alpha decides how much goes to the first resolution."""
+    generator = np.random.default_rng(number)
+    values: dict[str, Any] = {"blocks": ["0", "1", "1-1"][number % 3], "kernel": [3, 5][number % 2]}
+    values |= {"stem_stride": 2, "input_size": 16, "width": 0.125}
+    values |= {"alpha_gflops": 0.0015 + 0.0001 * number, "eta": 1.0, "tau": 1.0}
+    return SPACE_OF.candidate(values | {"lr": float(generator.uniform(0.02, 0.1))})
+
+
+def records() -> list[Record]:
+    """Fifteen that were drawn, two that went wrong, the paper's four and a finalist with two seeds."""
+    found = [record_of(drawn(number), number / 14) for number in range(15)]
+    found += [record_of(candidate, 0.5, seed) for candidate in paper_candidates(CONFIG).values() for seed in (0, 1)]
+    found.append(record_of(drawn(7), 0.5, 1))
+    reason = "training diverged | at <once>"
+    nothing: dict[str, Any] = {"accuracy": None, "gflops": None, "shares": (), "choices": ""}
+    found.append(record_of(drawn(15), 0.5, outcome="diverged", reason=reason, **nothing))
+    found.append(record_of(drawn(16), 1.0, outcome="collapsed", reason="all to 48 px"))
+    return found
+
+
+def report_of(found: list[Record], **changed: Any) -> dict[str, Any]:
+    tuned = Finetuned(drawn(7), CONFIG, TUNED)
+    failed = Finetuned(drawn(8), CONFIG, None, "it diverged")
+    given: dict[str, Any] = {"finetuned": [tuned, failed], "chosen": tuned, "context": {"dataset": "cases"}}
+    return build_search_report(
+        found, correct_of(), config=CONFIG, space=SPACE_OF, backbone_gflops=BACKBONE_GFLOPS, **(given | changed)
+    )
+
+
+def test_every_trial_is_in_the_report_with_its_reason() -> None:
+    report = report_of(records())
+    assert len(report["trials"]) == 26
+    bad = {row["outcome"]: row["reason"] for row in report["trials"] if row["outcome"] != "finished"}
+    assert bad == {"diverged": "training diverged | at <once>", "collapsed": "all to 48 px"}
+    trials = {row["key"]: row for row in report["trials"]}
+    front = [trials[key] for key in report["front"]]
+    assert all(row["seed"] == 0 and row["outcome"] == "finished" for row in front)
+    for row in report["trials"]:
+        if row["accuracy"] is not None:
+            assert row["low"] < row["accuracy"] < row["high"]
+            assert (
+                row["outcome"] == "collapsed"
+                or any(one["accuracy"] >= row["accuracy"] and one["gflops"] <= row["gflops"] for one in front)
+                or row["seed"] != 0
+            )
+
+
+def test_means_and_totals_are_those_of_the_records() -> None:
+    report, found = report_of(records()), records()
+    assert [row["label"] for row in report["compared"] if row["paper"] is None] == ["A"]
+    row = next(row for row in report["compared"] if row["label"] == "A")
+    mine = [record for record in found if record.candidate == drawn(7)]
+    assert row["accuracy"] == pytest.approx(np.mean([record.accuracy for record in mine]))
+    assert row["gflops"] == pytest.approx(np.mean([record.gflops for record in mine]))
+    assert row["low"] < row["accuracy"] < row["high"]
+    shares, correct_NR = np.asarray(row["shares"]), correct_of()
+    assert row["random"]["accuracy"] == pytest.approx(float(shares @ correct_NR.mean(axis=0)))
+    assert [static["accuracy"] for static in report["statics"]] == pytest.approx(correct_NR.mean(axis=0))
+    assert report["oracle"]["accuracy"] == pytest.approx(correct_NR.any(axis=1).mean())
+
+
+def test_a_finalist_that_is_better_and_cheaper_dominates() -> None:
+    everything, first = correct_of(), drawn(7)
+    best_N = (~everything[:, 0] & everything[:, 1]).astype(int)
+    letters = "".join("ab"[choice] for choice in best_N)
+    perfect: dict[str, Any] = {"choices": letters, "gflops": 0.001, "accuracy": float(everything.any(axis=1).mean())}
+    found = [record for record in records() if record.candidate != first]
+    found += [record_of(first, 0.5, seed, **perfect) for seed in (0, 1)]
+    report = report_of(found, chosen=None, finetuned=[])
+    assert [row["dominated_by"] for row in report["against_paper"]] == ["A"] * 4
+    assert all(row["low_points"] > 0 and row["gflops_ratio"] < 1 for row in report["against_paper"])
+    assert verdict(report) == "Dominated by a finalist: number 1, 2, 3, 4 of the paper's four."
+
+
+def test_files_are_written_and_figures_can_be_looked_at(tmp_path: Path) -> None:
+    tuned = Finetuned(drawn(7), CONFIG, TUNED)
+    report = write_search_report(
+        tmp_path / "report",
+        records(),
+        correct_of(),
+        config=CONFIG,
+        space=SPACE_OF,
+        backbone_gflops=BACKBONE_GFLOPS,
+        finetuned=[tuned],
+        chosen=tuned,
+        context={"dataset": "cases", "backbone": "runs/x/model.pt"},
+    )
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "training diverged \\| at &lt;once>" in text
+    assert "| paper 3 |" in text
+    assert text.startswith("# Search: run\n\n**A (")
+    for name, picture in draw_search_figures(report, DARK).items():
+        assert f"({name}.png)" in text
+        assert min(Image.open(io.BytesIO(picture)).size) > 300
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "report.json",
+        "report.md",
+        "front.png",
+        "importance.png",
+    }
+
+
+def test_a_search_that_has_nothing_to_show_yet_can_be_reported() -> None:
+    report = report_of([], chosen=None, finetuned=[])
+    assert (report["trials"], report["front"], report["compared"], report["importance"]) == ([], [], [], [])
+    assert draw_search_figures(report, DARK).keys() == {"front"}
+
+
+def test_importance_finds_the_parameter_that_decides() -> None:
+    rows = parameter_importance([record for record in records() if record.seed == 0], SPACE_OF)
+    assert {row["parameter"] for row in rows} == set(SPACE_OF.parameters)
+    by_cost = max(rows, key=lambda row: row["gflops"]["mean"])
+    assert by_cost["parameter"] == "alpha_gflops"
+    assert all(row[target]["low"] <= row[target]["mean"] <= row[target]["high"] for row in rows for target in TARGETS)
+    assert parameter_importance(records()[:5], SPACE_OF) == [], "too few to say"
+
+
+TARGETS = ("accuracy", "gflops")

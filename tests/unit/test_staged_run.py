@@ -1,0 +1,114 @@
+"""data.uri from the configuration to the worker: checked by the driver, staged by every node, the same on all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datasets.beton import load_manifest
+from datasets.glyphs import GlyphSettings
+from datasets.prepare import prepare
+from jobs.prepare import main
+from pipeline.cluster.preflight import check_config
+from pipeline.cluster.worker import WorkerSettings, data_of_node
+from pipeline.config import Config
+from pipeline.config_file import ConfigError, differences, parse_config
+from pipeline.describe import summarize_data
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("staged-run") / "remote"
+    prepare("glyphs", folder, glyphs=GlyphSettings(num_train=20, num_validation=10, image_size=48), num_processes=1)
+    return folder
+
+
+def config_of(tmp_path: Path, uri: str | None) -> Config:
+    return parse_config(
+        {
+            "name": "staged",
+            "data": {"dataset": "glyphs", "folder": str(tmp_path / "node"), "uri": uri},
+            "model": {
+                "backbone": "small_resnet",
+                "backbone_width": 0.25,
+                "resolutions": [32],
+                "predictor": {"input_size": 24, "width": 0.25},
+            },
+            "training": {"batch_size": 10},
+            "stages": {"backbone": {"epochs": 1}},
+            "cluster": {"storage": str(tmp_path / "runs"), "cpus_per_worker": 1},
+        }
+    )
+
+
+def settings_of(config: Config, run_folder: Path, digest: str) -> WorkerSettings:
+    run_folder.mkdir(exist_ok=True)
+    return WorkerSettings(config, run_folder, digest, tracking=None)
+
+
+def test_the_driver_needs_the_manifest_alone(remote: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path, remote.as_uri())
+    manifest, _ = check_config(config)
+    assert manifest == load_manifest(remote)
+    summary = summarize_data(config.data)
+    assert (summary.folder, summary.num_train, summary.num_validation) == (remote.as_uri(), 20, 10)
+    assert not config.data.folder.exists()
+
+
+def test_an_address_without_data_is_told_before_ray_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.uri: file:///.*nothing holds no prepared data"):
+        check_config(config_of(tmp_path, (tmp_path / "nothing").as_uri()))
+
+
+def test_a_worker_stages_and_refuses_other_data_than_the_drivers(remote: Path, tmp_path: Path) -> None:
+    config, manifest = config_of(tmp_path, remote.as_uri()), load_manifest(remote)
+    settings = settings_of(config, tmp_path / "run", manifest.digest)
+    for node in (1, 0):  # two workers of which only that of node 0 tells the run's progress
+        assert data_of_node(settings, node) == manifest
+        assert not (tmp_path / "run" / "progress.jsonl").exists()
+    shutil.rmtree(config.data.folder)
+    data_of_node(settings, 0)
+    lines = (tmp_path / "run" / "progress.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["message"].startswith(f"staging {config.data.folder}: ")
+
+    other = settings_of(config, tmp_path / "run", "0" * 32)
+    with pytest.raises(ValueError, match=rf"on node 3 holds other data \(digest {manifest.digest}\) than the driver"):
+        data_of_node(other, 3)
+    here = config_of(tmp_path, None)
+    with pytest.raises(ValueError, match="holds other data"):
+        data_of_node(settings_of(here, tmp_path / "run", "0" * 32), 0)
+
+
+def test_what_is_kept_of_a_configuration_holds_no_secret(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "s3://KEY:secret@bucket/folder")
+    assert config.data.uri == "s3://KEY:secret@bucket/folder"
+    assert config.model_dump(mode="json")["data"]["uri"] == "s3://KEY:***@bucket/folder"
+    assert differences(config_of(tmp_path, None), config) == ["data.uri: None -> 's3://KEY:***@bucket/folder'"]
+    assert "secret" not in repr(config)
+
+
+def test_data_with_an_address_needs_no_source() -> None:
+    tree = {"name": "run", "data": {"dataset": "imagefolder", "folder": "f"}, "stages": {"backbone": {"epochs": 1}}}
+    with pytest.raises(ConfigError, match=r"data\.source is missing; .* or a data\.uri"):
+        parse_config(tree)
+    tree["data"]["uri"] = "s3://bucket/folder"
+    assert parse_config(tree).data.source is None
+
+
+def test_the_job_prepares_and_uploads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    glyphs = {"num_train": 10, "num_validation": 10, "image_size": 32}
+    data = {"dataset": "glyphs", "folder": str(tmp_path / "here"), "num_processes": 1, "glyphs": glyphs}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"name": "n", "data": data, "stages": {"backbone": {"epochs": 1}}}))
+    there = tmp_path / "there"
+    monkeypatch.setattr(sys, "argv", ["prepare", "--config", str(tmp_path / "c.yaml"), "--upload", there.as_uri()])
+    main()
+    assert f"{there.as_uri()} holds {tmp_path / 'here'} now" in capsys.readouterr().out
+    for name in ("manifest.json", "train.beton", "validation.beton"):
+        assert (there / name).read_bytes() == (tmp_path / "here" / name).read_bytes()

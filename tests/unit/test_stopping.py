@@ -1,0 +1,90 @@
+"""pipeline/cluster/stopping.py: SIGTERM asks a run to stop, a second one or a job's patience ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster.stopping import JOB_VARIABLE, WAIT_VARIABLE, is_stop_asked, patience, stoppable
+from pipeline.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def outside_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+    monkeypatch.delenv(WAIT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_first_signal_asks_and_the_second_ends(folder: RunFolder) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stoppable(folder):
+        assert not is_stop_asked(folder)
+        sigterm()
+        assert is_stop_asked(folder)
+        with pytest.raises(SystemExit) as ended:
+            sigterm()
+        assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_next_sitting_is_not_stopped_by_the_last_ones_signal(folder: RunFolder) -> None:
+    with stoppable(folder):
+        sigterm()
+    with stoppable(folder):
+        assert not is_stop_asked(folder)
+
+
+def test_a_job_that_is_killed_soon_ends_at_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    assert patience() == 0
+    with stoppable(folder), pytest.raises(SystemExit):
+        sigterm()
+
+
+def test_a_jobs_patience_comes_to_an_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    monkeypatch.setenv(WAIT_VARIABLE, "10.05")
+    with stoppable(folder):
+        sigterm()
+        assert is_stop_asked(folder)
+        with pytest.raises(SystemExit):
+            threading.Event().wait(60)
+
+
+def test_a_signal_after_the_end_is_the_callers_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    monkeypatch.setenv(WAIT_VARIABLE, "60")
+    with stoppable(folder):
+        sigterm()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_in_another_thread_nothing_can_be_asked(folder: RunFolder) -> None:
+    def body() -> None:
+        with stoppable(folder):
+            seen.append(is_stop_asked(folder))
+
+    seen: list[bool] = []
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_without_the_file_asks_nothing(folder: RunFolder) -> None:
+    assert not is_stop_asked(folder)

@@ -1,0 +1,46 @@
+"""Synchronised batch norm in one process; over ranks it is tested in tests/parity/test_ranks.py."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.models.resolution_norm import ResolutionBatchNorm2d
+from pipeline.models.sync_norm import SynchronizedBatchNorm2d, has_synchronized_norms, synchronize_batch_norms
+from tests.small import batch_of, small_model
+
+
+def test_every_norm_is_replaced_and_the_state_dict_stays() -> None:
+    model = small_model()
+    before = copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    assert not has_synchronized_norms(model)
+    synchronize_batch_norms(model)
+    assert has_synchronized_norms(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(type(norm) is SynchronizedBatchNorm2d for norm in norms)
+    assert sum(isinstance(module, ResolutionBatchNorm2d) for module in model.modules()) > 0
+    assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_alone_it_is_a_batch_norm_to_the_last_bit(training: bool) -> None:
+    model, batch = small_model().train(training), batch_of(8)
+    other = copy.deepcopy(model)
+    synchronize_batch_norms(other)
+    for index in range(3):
+        assert torch.equal(model.static_logits(batch.images, index), other.static_logits(batch.images, index))
+    assert torch.equal(model.predictor_logits(batch.images), other.predictor_logits(batch.images))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_settings_and_mode_are_kept() -> None:
+    norm = nn.BatchNorm2d(3, eps=1e-3, momentum=None).eval()
+    layer = SynchronizedBatchNorm2d.of(norm)
+    assert (layer.num_features, layer.eps, layer.momentum, layer.training) == (3, 1e-3, None, False)
+    assert layer.running_mean is norm.running_mean
