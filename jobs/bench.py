@@ -13,6 +13,7 @@ from jobs.benchmarks.harness import MIN_RUNS, show
 from jobs.cli import run_job
 
 BENCHES = {
+    "gpu": "on a GPU, in bfloat16: training steps against plain PyTorch, and routed against static inference",
     "inference": "routed inference, against static networks, against masking, and over HTTP against itself",
     "loader": "batches of training crops, against FFCV as shipped, torchvision and decoding alone",
     "nodes": "two nodes of one worker against one node of two, on this machine",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,12 @@ class FixedMix(RoutedNetwork):
         return (mask_NR[:, :, None] * logits_NRK).sum(dim=1)
 
 
-def program_rows(name: str, network: FixedMix, runs: int) -> tuple[list[Row], list[str]]:
+def program_rows(
+    name: str, network: FixedMix, runs: int, batches: Mapping[int, int] = CALLS
+) -> tuple[list[Row], list[str]]:
     """The rows that need one process and no decoding, and the latencies as notes."""
     rows, notes = [], []
-    for batch, calls in CALLS.items():
+    for batch, calls in batches.items():
         parts = _parts(name, network, batch)
         for part in parts.values():
             part()
@@ -86,11 +88,13 @@ def _parts(name: str, network: FixedMix, batch: int) -> dict[str, Callable[[], o
     device = network.placement.device
     plain = torchvision.models.get_model(name, num_classes=NUM_CLASSES).eval()
     plain = plain.to(device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
-    pixels = torch.rand(batch, 3, 224, 224, generator=generator).to(device, memory_format=torch.channels_last)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
 
     @torch.inference_mode()
     def torchvision_alone() -> Tensor:
-        return plain(pixels).cpu()
+        pixels = crops[RESOLUTIONS[0]].to(device).permute(0, 3, 1, 2)
+        with network.precision():
+            return plain((pixels.float() / 255 - mean) / std).float().cpu()
 
     parts: dict[str, Callable[[], object]] = {"torchvision": torchvision_alone}
     parts |= {f"{side} px": partial(network.logits, j, crops[side]) for j, side in enumerate(RESOLUTIONS)}
@@ -134,7 +138,7 @@ def _latencies(title: str, batch: int, samples: Samples) -> str:
     for what, runs in samples.items():
         each = np.concatenate([np.asarray(run) for run in runs]) * 1e3 / batch
         p50, p95, p99 = np.percentile(each, (50, 95, 99), method="higher")
-        cells.append(f"{what} {p50:.1f}/{p95:.1f}/{p99:.1f}")
+        cells.append(f"{what} {p50:.3g}/{p95:.3g}/{p99:.3g}")
     calls = sum(map(len, next(iter(samples.values()))))
     return f"{title} (p50/p95/p99 of {calls} calls): {', '.join(cells)}"
 

@@ -33,6 +33,7 @@ from pipeline.training.goodput import TABLE
 from pipeline.training.loop import Run, prepare, train, train_epoch
 from pipeline.training.reporting import Progress
 
+CPU = torch.device("cpu")
 SECONDS = 3.0
 """of a value at least, in whole epochs"""
 EVENTS = "progress.jsonl"
@@ -62,9 +63,9 @@ class FileReporter:
 
 
 @contextmanager
-def opened_run(config: Config, folder: Path) -> Iterator[Run]:
-    """What this rank trains with, on the CPU."""
-    manifest, device = load_manifest(config.data.folder), torch.device("cpu")
+def opened_run(config: Config, folder: Path, device: torch.device = CPU) -> Iterator[Run]:
+    """What this rank trains with."""
+    manifest = load_manifest(config.data.folder)
     threads = config.loader.num_threads or torch.get_num_threads()
     with open_loaders(config, distributed.rank(), distributed.world_size(), threads) as (training, validation):
         model = build_model(config, manifest, device)

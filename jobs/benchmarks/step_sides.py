@@ -4,42 +4,51 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.assembly import compile_backbone
 from pipeline.config import BackboneStage, JointStage, ModelConfig
+from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.training.distributed import sum_gradients
 from pipeline.training.loop import set_learning_rate
 from pipeline.training.stages import StepBatch, build_objective, build_optimizer, trained_parameters
 
 RESOLUTIONS, PREDICTOR_SIZE, NUM_CLASSES = (224, 168, 112), 128, 100
-COSTS_R = torch.tensor([1.82, 1.02, 0.46])
-"""GFLOPs of ResNet-18 at these resolutions, for the penalty"""
+STEPS_ON_GPU = 4
+"""of a value: a GPU works behind the process that tells it what to do"""
 STAGES = {"backbone": BackboneStage(epochs=1), "joint": JointStage(epochs=1, alpha_gflops=1.0)}
 
 Step = Callable[[StepBatch], None]
 
 
-def ours(stage: str, value: str, batch: int, shares: Sequence[int] = ()) -> Iterator[float]:
-    """This project's step: images/s, or megabytes that it takes at most."""
-    model, images = _model(), _batch(batch, shares)
+def ours(
+    stage: str, value: str, batch: int, shares: Sequence[int] = (), *, compiled: bool = False, **where: Any
+) -> Iterator[float]:
+    """This project's step: images/s, or megabytes that it takes at most. `where`: see `_setting`."""
+    model, images, precision = _setting(batch, shares, **where)
     model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
-    yield from _measured(our_step(model, STAGES[stage]), images, value)
+    if compiled:
+        compile_backbone(model.backbone)
+    yield from _measured(our_step(model, STAGES[stage], precision), images, value)
 
 
-def naive(stage: str, value: str, batch: int, shares: Sequence[int] = ()) -> Iterator[float]:
+def naive(stage: str, value: str, batch: int, shares: Sequence[int] = (), **where: Any) -> Iterator[float]:
     """The same in plain PyTorch."""
-    model, images = _model(), _batch(batch, shares)
-    yield from _measured(naive_step(model, STAGES[stage]), images, value)
+    model, images, precision = _setting(batch, shares, **where)
+    yield from _measured(naive_step(model, STAGES[stage], precision), images, value)
 
 
-def our_step(model: DRNet, stage: BackboneStage | JointStage) -> Step:
+def our_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "float32") -> Step:
     """What the loop does with a batch, without what it reports."""
-    objective = build_objective(model, stage, COSTS_R)
+    objective = build_objective(model, stage, _costs(model), precision)
     optimizer = build_optimizer(model, stage)
     parameters = list(trained_parameters(optimizer))
 
@@ -53,20 +62,25 @@ def our_step(model: DRNet, stage: BackboneStage | JointStage) -> Step:
     return step
 
 
-def naive_step(model: DRNet, stage: BackboneStage | JointStage) -> Step:
+def naive_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "float32") -> Step:
     """The stage's loss over all resolutions in one graph, backward, and SGD as torch has it by default."""
     groups = [{"params": model.backbone.parameters()}]
     if isinstance(stage, JointStage):
         groups.append({"params": model.predictor.parameters(), "lr": stage.lr * stage.predictor_lr_scale})
     optimizer = torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay)
+    device, costs_R = model.mean.device.type, _costs(model)
+
+    def autocast() -> AbstractContextManager:
+        return torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
     def step(batch: StepBatch) -> None:
         optimizer.zero_grad()
         images = {side: _normalized(model, pixels) for side, pixels in batch.images.items()}
-        if isinstance(stage, JointStage):
-            loss = _joint_loss(model, images, batch, stage)
-        else:
-            loss = _backbone_loss(model, images, batch)
+        with autocast():
+            if isinstance(stage, JointStage):
+                loss = _joint_loss(model, images, batch, stage, costs_R)
+            else:
+                loss = _backbone_loss(model, images, batch)
         loss.backward()
         optimizer.step()
 
@@ -82,7 +96,9 @@ def _backbone_loss(model: DRNet, images: Mapping[int, Tensor], batch: StepBatch)
     return torch.stack(losses).sum()
 
 
-def _joint_loss(model: DRNet, images: Mapping[int, Tensor], batch: StepBatch, stage: JointStage) -> Tensor:
+def _joint_loss(
+    model: DRNet, images: Mapping[int, Tensor], batch: StepBatch, stage: JointStage, costs_R: Tensor
+) -> Tensor:
     """Every image at every resolution with gradient; batch norm by running statistics where it was not chosen."""
     model.predictor.train()
     perturbed_NR = model.predictor(images[model.predictor_size]).log_softmax(dim=1) + batch.gumbel_NR
@@ -96,10 +112,10 @@ def _joint_loss(model: DRNet, images: Mapping[int, Tensor], batch: StepBatch, st
         for rows, training in ((others, False), (mine, True)):
             model.backbone.train(training)
             if len(rows):
-                parts.append(model.backbone(images[side][rows], index))
+                parts.append(model.backbone(images[side][rows], index).float())
         logits.append(torch.cat(parts)[torch.cat([others, mine]).argsort()])
     output_NK = torch.einsum("nr,nrk->nk", choice_NR, torch.stack(logits, dim=1))
-    excess = ((choice_NR @ COSTS_R).mean() - stage.alpha_gflops) / (COSTS_R.max() - COSTS_R.min())
+    excess = ((choice_NR.float() @ costs_R).mean() - stage.alpha_gflops) / (costs_R.max() - costs_R.min())
     return functional.cross_entropy(output_NK, batch.labels_N) + stage.eta * excess.relu()
 
 
@@ -111,6 +127,8 @@ def _normalized(model: DRNet, pixels: Tensor) -> Tensor:
 
 def _measured(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
     """Values of a step, the first of which is no steady one."""
+    if batch.labels_N.is_cuda:
+        yield from _measured_on_gpu(step, batch, value)
     baseline = _megabytes("VmRSS")
     while True:
         _forget_peak()
@@ -118,6 +136,21 @@ def _measured(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
         step(batch)
         seconds = time.perf_counter() - start
         yield len(batch) / seconds if value == "speed" else _megabytes("VmHWM") - baseline
+
+
+def _measured_on_gpu(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
+    """The same of STEPS_ON_GPU steps, and of the memory that PyTorch has allocated there."""
+    while True:
+        baseline = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(STEPS_ON_GPU):
+            step(batch)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = (torch.cuda.max_memory_allocated() - baseline) / 2**20
+        yield STEPS_ON_GPU * len(batch) / seconds if value == "speed" else peak
 
 
 def _megabytes(name: str) -> float:
@@ -131,10 +164,25 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _model() -> DRNet:
+def _setting(
+    batch: int, shares: Sequence[int], backbone: str = "resnet18", device: str = "cpu", precision: str = "float32"
+) -> tuple[DRNet, StepBatch, str]:
+    """A new network and its images, where they are trained; and the precision of its passes."""
     torch.manual_seed(0)
-    config = ModelConfig(backbone="resnet18", resolutions=RESOLUTIONS)
-    return build_drnet(config, NUM_CLASSES, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    config = ModelConfig(backbone=backbone, resolutions=RESOLUTIONS)
+    model = build_drnet(config, NUM_CLASSES, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return model.to(device), placed(_batch(batch, shares), device), precision
+
+
+def placed(batch: StepBatch, device: str) -> StepBatch:
+    """The batch on a device."""
+    images = {side: pixels.to(device) for side, pixels in batch.images.items()}
+    return replace(batch, images=images, labels_N=batch.labels_N.to(device), gumbel_NR=batch.gumbel_NR.to(device))
+
+
+def _costs(model: DRNet) -> Tensor:
+    """GFLOPs at each resolution, for the penalty."""
+    return torch.tensor(measure_costs(model).backbone, device=model.mean.device)
 
 
 def _batch(count: int, shares: Sequence[int]) -> StepBatch:

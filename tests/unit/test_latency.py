@@ -52,13 +52,6 @@ def test_every_candidate_is_timed_and_the_model_is_as_before():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-@pytest.mark.gpu
-def test_a_gpu_is_named_and_waited_for():
-    found = measure_latency(small_model().cuda(), batch_size=64, precision="bfloat16")
-    assert found.device == torch.cuda.get_device_name(0)
-    assert min(found.backbone_milliseconds) > 0
-
-
 def test_numbers_survive_the_disk_to_the_bit(tmp_path):
     odd = replace(LATENCY, backbone_milliseconds=(0.1 + 0.2, 1 / 3, 1e-9))
     odd.save(tmp_path / "latency.json")

@@ -185,14 +185,6 @@ def test_bfloat16_is_near(model, programs, network):
     torch.testing.assert_close(rough_NK, exact_NK, rtol=0.05, atol=0.05 * exact_NK.abs().max().item())
 
 
-@pytest.mark.gpu
-def test_a_gpu_answers_as_the_cpu(model, programs):
-    crops = random_crops(model, 41)
-    on_cpu, on_gpu = (RoutedNetwork(programs, Placement(device=name)).classify(crops) for name in ("cpu", "cuda"))
-    assert torch.equal(on_cpu.choice_N, on_gpu.choice_N)
-    torch.testing.assert_close(on_cpu.logits_NK, on_gpu.logits_NK, rtol=1e-2, atol=1e-2)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by what torch's own compiler imports
 def test_a_compiled_network_answers_alike(model, programs, network):

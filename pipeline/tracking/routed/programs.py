@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .graphs import GraphedProgram
+
 META_FILE, PREDICTOR_FILE, BACKBONE_FILE = "meta.json", "predictor.pt2", "backbone_{side}.pt2"
 PRECISIONS = ("float32", "bfloat16")
 BATCH_LIMIT = 256
 """images of one batch; a GPU runs them at once"""
 _PIXELS_AT_ONCE = 16 * 224 * 224
+Program = Callable[[Tensor], Tensor]
+"""uint8 (n, S, S, 3) -> float32 logits (n, K), for any n >= 1"""
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,11 @@ class RoutedNetwork:
     def predictor_logits(self, images: Tensor) -> Tensor:
         """Logits (N, R) over the candidates for uint8 (N, S, S, 3), S the predictor's side."""
         assert self._predictor is not None
-        return self._run(self._predictor, images)
+        return self._run(self._predictor, images).cpu()
 
     def logits(self, index: int, images: Tensor) -> Tensor:
         """Class logits (N, K) at candidate `index` for uint8 (N, S, S, 3), S its side."""
-        return self._run(self._backbones[index], images)
+        return self._run(self._backbones[index], images).cpu()
 
     def choose(self, logits_NR: Tensor, budget_bias: float = 0.0) -> Tensor:
         """argmax_j(logits_j + budget_bias * c_j), int64 (N,); c_j is j's cost, 0 for the cheapest to 1.
@@ -112,36 +116,43 @@ class RoutedNetwork:
         choice_N = torch.zeros(len(crops[self.first_side]), dtype=torch.int64)
         if self.is_routed:
             choice_N = self.choose(self.predictor_logits(crops[self.predictor_size]), budget_bias)
-        logits_NK = torch.empty(len(choice_N), len(self.classes))
+        started = []
         for index, side in enumerate(self.resolutions):
             group = (choice_N == index).nonzero().flatten()
             if len(group):
-                logits_NK[group] = self.logits(index, crops[side][group])
+                started.append((group, self._run(self._backbones[index], crops[side][group])))
+        logits_NK = torch.empty(len(choice_N), len(self.classes))
+        for group, logits in started:  # a GPU is at work meanwhile
+            logits_NK[group] = logits.cpu()
         return Routed(logits_NK, choice_N)
 
-    def _program(self, path: Path) -> nn.Module:
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """In which a network's layers compute as they do here."""
+        if self.placement.precision == "bfloat16":
+            return torch.autocast(torch.device(self.placement.device).type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _program(self, path: Path) -> Program:
         program = load_program(path).to(self.placement.device)
         program.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
+        device = torch.device(self.placement.device)
         if self.placement.compiled:
-            return torch.compile(program, dynamic=True)  # ty: ignore[invalid-explicit-return]  # it is one, by its class
-        return program
+            program = torch.compile(program, dynamic=True)
+
+        def run(images: Tensor) -> Tensor:
+            with self.precision():
+                return program(images.to(device, non_blocking=True)).float()
+
+        return GraphedProgram(run, device) if device.type == "cuda" and not self.placement.compiled else run
 
     @torch.inference_mode()
-    def _run(self, program: nn.Module, images: Tensor) -> Tensor:
-        """float32 logits on the CPU, of uint8 images there."""
+    def _run(self, program: Program, images: Tensor) -> Tensor:
+        """float32 logits, where they are computed, of uint8 images on the CPU; a GPU is not waited for."""
         device = torch.device(self.placement.device)
-        parts = []
-        for part in split(images, device):
-            if device.type == "cuda":
-                part = part.pin_memory().to(device, non_blocking=True)
-            with self._precision(device):
-                parts.append(program(part).float())
-        return torch.cat(parts).cpu()
-
-    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        if self.placement.precision == "bfloat16":
-            return torch.autocast(device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+        parts = split(images, device)
+        if device.type == "cuda":
+            parts = [part.pin_memory() for part in parts]
+        return torch.cat([program(part) for part in parts])
 
 
 def split(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
