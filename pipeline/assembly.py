@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,9 @@ import torch
 from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
 from datasets.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
 from pipeline.config import Config
-from pipeline.models.backbone import ResolutionBackbone
+from pipeline.models.compiled import compile_backbone
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.models.sync_norm import synchronize_batch_norms
-
-GRAPHS_PER_RESOLUTION = 16
-"""that torch.compile may make: some 4 kinds of passes, for sizes 0, 1, the first one and any"""
 
 
 def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRNet:
@@ -37,18 +34,6 @@ def equip_for_training(model: DRNet, config: Config) -> None:
         synchronize_batch_norms(model)
     if config.training.compile:
         compile_backbone(model.backbone)
-
-
-def compile_backbone(backbone: ResolutionBackbone, backend: str | Callable = "inductor") -> None:
-    """Have torch.compile run the backbone's passes.
-
-    Each resolution has graphs of its own, for passes with and without gradient and for both kinds of batch-norm
-    statistics. The size of sub-batches, which changes from step to step, becomes a variable of a graph as soon as a
-    second one is seen. That is more than the 8 graphs that torch allows by default, beyond which it would go on
-    uncompiled.
-    """
-    limit = GRAPHS_PER_RESOLUTION * backbone.num_resolutions
-    backbone.compile(backend=backend, recompile_limit=limit, isolate_recompiles=True)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.assembly import compile_backbone
 from pipeline.config import BackboneStage, JointStage, ModelConfig
+from pipeline.models.compiled import compile_backbone
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.training.distributed import sum_gradients

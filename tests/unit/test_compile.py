@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.assembly import compile_backbone, equip_for_training
+from pipeline.assembly import equip_for_training
 from pipeline.config import BackboneStage, JointStage
+from pipeline.models.compiled import compile_backbone
 from pipeline.training.stages import StepBatch, build_objective
 from tests.small import COSTS_R, batch_of, small_model
 from tests.synthetic import config_of

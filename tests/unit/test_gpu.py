@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.step_sides import STAGES, naive_step, our_step, placed
-from pipeline.assembly import compile_backbone
 from pipeline.config import ModelConfig, PredictorConfig
+from pipeline.models.compiled import compile_backbone
 from pipeline.models.latency import measure_latency
 from pipeline.tracking.export import export_model
 from pipeline.tracking.routed import Placement, RoutedNetwork
