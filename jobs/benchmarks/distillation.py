@@ -63,8 +63,9 @@ def main() -> None:
             fields = [f"name={name}", f"seed={seed}", f"stages.backbone.distillation={kind}", *changed]
             program = [sys.executable, "-m", "jobs.benchmarks.distillation", config, *fields]
             subprocess.run([*program, "--device", args.device, "--report", str(file)], cwd=ROOT, check=True)
-            print(f"{name}: done", file=sys.stderr, flush=True)
-            return json.loads(file.read_text())
+            report = json.loads(file.read_text())
+            print(f"{name}: {report['verdict']}", file=sys.stderr, flush=True)
+            return report
 
         with ThreadPoolExecutor(args.at_once) as pool:
             reports = list(pool.map(run, cases))

@@ -85,7 +85,7 @@ def _parts(name: str, network: FixedMix, batch: int) -> dict[str, Callable[[], o
     generator = torch.Generator().manual_seed(batch)
     sides = sorted({*RESOLUTIONS, PREDICTOR_SIZE})
     crops = {s: torch.randint(0, 256, (batch, s, s, 3), generator=generator, dtype=torch.uint8) for s in sides}
-    device = network.placement.device
+    device = network.device
     plain = torchvision.models.get_model(name, num_classes=NUM_CLASSES).eval()
     plain = plain.to(device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))

@@ -16,10 +16,7 @@ from pipeline.training.checkpoint import LoadedModel
 
 
 class _FromPixels(nn.Module):
-    """uint8 images (N, S, S, 3) -> logits of `network`, normalised as DRNet.normalize does.
-
-    It names no device, so that the exported program runs on any.
-    """
+    """uint8 images (N, S, S, 3) -> logits of `network`, normalised as DRNet.normalize does."""
 
     scale: Tensor
     bias: Tensor

@@ -49,7 +49,10 @@ def crops(count: int) -> dict[int, Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_answers_as_the_cpu(programs: Path, compiled: bool) -> None:
-    on_cpu, on_gpu = RoutedNetwork(programs), RoutedNetwork(programs, Placement("cuda", compiled=compiled))
+    on_cpu, on_gpu = (
+        RoutedNetwork(programs, Placement("cpu")),
+        RoutedNetwork(programs, Placement("cuda", compiled=compiled)),
+    )
     for count in (41, 1, 300, 41):
         expected, found = on_cpu.classify(crops(count)), on_gpu.classify(crops(count))
         assert torch.equal(expected.choice_N, found.choice_N)
@@ -84,7 +87,10 @@ def test_what_fills_a_recording_up_is_not_in_the_answer() -> None:
         ("joint", "bfloat16", False),
     ],
 )
-def test_steps_on_a_gpu_are_those_on_a_cpu(stage: str, precision: str, compiled: bool) -> None:
+def test_steps_on_a_gpu_are_those_on_a_cpu(
+    stage: str, precision: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
     ours, plain = small_model().to("cuda", memory_format=torch.channels_last), small_model()
     if compiled:
         compile_backbone(ours.backbone)

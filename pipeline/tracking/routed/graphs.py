@@ -39,22 +39,23 @@ class GraphedProgram:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (n, K) on the device, not waited for, of images (n, S, S, 3) in pinned memory."""
         size = filled_size(len(images))
-        if size not in self._recordings:
-            self._recordings[size] = self._record(images.new_zeros(size, *images.shape[1:]))
-        recording = self._recordings[size]
-        recording.images[: len(images)].copy_(images, non_blocking=True)
-        recording.graph.replay()
-        # A copy: the next recording that runs writes to the same memory.
-        return recording.logits[: len(images)].clone()
+        with torch.cuda.device(self._device):
+            if size not in self._recordings:
+                self._recordings[size] = self._record(images.new_zeros(size, *images.shape[1:]))
+            recording = self._recordings[size]
+            recording.images[: len(images)].copy_(images, non_blocking=True)
+            recording.graph.replay()
+            # A copy: the next recording that runs writes to the same memory.
+            return recording.logits[: len(images)].clone()
 
     def _record(self, example: Tensor) -> _Recording:
         images = example.to(self._device)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._program(images)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             logits = self._program(images)

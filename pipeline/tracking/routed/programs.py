@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from .graphs import GraphedProgram
 
@@ -21,6 +22,7 @@ PRECISIONS = ("float32", "bfloat16")
 BATCH_LIMIT = 256
 """images of one batch; a GPU runs them at once"""
 _PIXELS_AT_ONCE = 16 * 224 * 224
+CPU = torch.device("cpu")
 Program = Callable[[Tensor], Tensor]
 """uint8 (n, S, S, 3) -> float32 logits (n, K), for any n >= 1"""
 
@@ -67,6 +69,7 @@ class RoutedNetwork:
     def __init__(self, folder: Path, placement: Placement | None = None):
         meta = json.loads((folder / META_FILE).read_text())
         self.placement = placement or Placement()
+        self.device = torch.empty(0, device=self.placement.device).device  # with its number, unlike the placement's
         self.classes: tuple[str, ...] = tuple(meta["classes"])
         self.resolutions: tuple[int, ...] = tuple(meta["resolutions"])
         self.predictor_size: int = meta["predictor_size"]
@@ -129,28 +132,26 @@ class RoutedNetwork:
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """In which a network's layers compute as they do here."""
         if self.placement.precision == "bfloat16":
-            return torch.autocast(torch.device(self.placement.device).type, torch.bfloat16)
+            return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def _program(self, path: Path) -> Program:
-        program = load_program(path).to(self.placement.device)
+        program = load_program(path, self.device)
         program.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
-        device = torch.device(self.placement.device)
         if self.placement.compiled:
             program = torch.compile(program, dynamic=True)
 
         def run(images: Tensor) -> Tensor:
             with self.precision():
-                return program(images.to(device, non_blocking=True)).float()
+                return program(images.to(self.device, non_blocking=True)).float()
 
-        return GraphedProgram(run, device) if device.type == "cuda" and not self.placement.compiled else run
+        return GraphedProgram(run, self.device) if self.device.type == "cuda" and not self.placement.compiled else run
 
     @torch.inference_mode()
     def _run(self, program: Program, images: Tensor) -> Tensor:
         """float32 logits, where they are computed, of uint8 images on the CPU; a GPU is not waited for."""
-        device = torch.device(self.placement.device)
-        parts = split(images, device)
-        if device.type == "cuda":
+        parts = split(images, self.device)
+        if self.device.type == "cuda":
             parts = [part.pin_memory() for part in parts]
         return torch.cat([program(part) for part in parts])
 
@@ -164,8 +165,11 @@ def split(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     return images.chunk(-(-len(images) // limit))
 
 
-def load_program(path: Path) -> nn.Module:
-    """Load a `torch.export` program that holds no pickle, as a callable; raises ValueError for one that does."""
+def load_program(path: Path, device: torch.device = CPU) -> nn.Module:
+    """Load a `torch.export` program that holds no pickle, as a callable; raises ValueError for one that does.
+
+    Its weights alone could be moved later: the program itself asserts where its tensors are.
+    """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.filename.rpartition("/")[2]
@@ -175,4 +179,4 @@ def load_program(path: Path) -> nn.Module:
                 pickled = any(entry["use_pickle"] for entry in entries)
             if pickled and member.file_size:
                 raise ValueError(f"{path} holds pickled objects ({member.filename}), which this model never has")
-    return torch.export.load(path).module()
+    return move_to_device_pass(torch.export.load(path), str(device)).module()
