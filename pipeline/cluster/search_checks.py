@@ -57,7 +57,9 @@ def check_search(config: Config) -> Checked:
     if manifest and backbone:
         misfits = list(backbone_problems(backbone, config, manifest))
         problems.extend(misfits or _table_problems(config, backbone, manifest))
-    if not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+    if ray.is_initialized():
+        problems.extend(_fit_problems(config, ray.cluster_resources()))
+    elif not os.environ.get("RAY_ADDRESS"):
         problems.extend(_fit_problems(config, {"CPU": os.cpu_count() or 1}))
     if problems or not (manifest and costs and backbone and space):
         raise ConfigError(problems, f"the search {config.name}")

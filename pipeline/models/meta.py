@@ -18,7 +18,8 @@ def meta_forward(module: nn.Module, *inputs: Any) -> Any:
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
     on_meta = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
-    with training_mode(module, False), torch.inference_mode():
+    # Eager: a first call that is counted would have torch.compile give the module up for good, without a word.
+    with training_mode(module, False), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return functional_call(module, state, on_meta)
 
 
