@@ -33,7 +33,7 @@ from pipeline.models.drnet import DRNet
 from pipeline.search.folder import SearchFolder
 from pipeline.search.front import spread, summarize
 from pipeline.search.records import Record, context_digest
-from pipeline.search.report import Finetuned, write_search_report
+from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.source import model_with_backbone
 from pipeline.search.space import RECIPE_KEYS, Candidate, paper_candidates
 from pipeline.search.trial import num_views, trial_stage
@@ -250,8 +250,7 @@ def _report(
     chosen: Finetuned | None,
 ) -> dict[str, Any]:
     config = settings.config
-    return write_search_report(
-        settings.folder.report,
+    report = build_search_report(
         records,
         correct_NR,
         config=config,
@@ -267,6 +266,8 @@ def _report(
             **environment(),
         },
     )
+    write_search_report(settings.folder.report, report)
+    return report
 
 
 def _line(record: Record) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import threading
@@ -91,7 +92,7 @@ def _train_and_predict(settings: WorkerSettings, goodput: Goodput) -> None:
         if settings.evaluate_model:
             model = load_model(settings.evaluate_model).model.to(device)
             if config.cost == "milliseconds":
-                trained = placed(load_model(settings.evaluate_model).model, config, device)
+                trained = placed(copy.deepcopy(model), config, device)
                 costs_of_run(trained, config, folder.latency, resumed=False)
         else:
             model, state = build_model(config, manifest, device), _last_state()

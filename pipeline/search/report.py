@@ -44,34 +44,8 @@ class Finetuned:
         return self.report["headline"]["top1"], self.report["headline"]["mean_gflops"]
 
 
-def write_search_report(
-    folder: Path,
-    records: Sequence[Record],
-    correct_NR: np.ndarray,
-    *,
-    config: Config,
-    space: Space,
-    backbone_gflops: Sequence[float],
-    finetuned: Sequence[Finetuned],
-    chosen: Finetuned | None,
-    context: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write report.md, the figures and, last, report.json into `folder`; returns what report.json holds.
-
-    Args:
-        correct_NR: whether each resolution is right, by image of the validation beton, bool.
-    """
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    report = build_search_report(
-        records,
-        correct_NR,
-        config=config,
-        space=space,
-        backbone_gflops=backbone_gflops,
-        finetuned=finetuned,
-        chosen=chosen,
-        context={"created": created, **context},
-    )
+def write_search_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write report.md, the figures and, last, report.json into `folder`, of what `build_search_report` found."""
     text = to_json(report)
     files = {f"{name}.png": content for name, content in draw_search_figures(report, LIGHT).items()}
     files["report.md"] = render_search(report, files).encode()
@@ -79,7 +53,6 @@ def write_search_report(
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_whole(folder / name, content)
-    return report
 
 
 def build_search_report(
@@ -93,13 +66,17 @@ def build_search_report(
     chosen: Finetuned | None,
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that report.json holds, as plain Python values.
+    """Everything that report.json holds, as plain Python values, of the trials `records` and the backbone's answers.
 
     Accuracies are fractions of 1, differences points, costs GFLOPs (1e9 multiply-adds an image, the predictor
     included). Keys: `statics`, `oracle` (rows with `label`, `accuracy`, `low`, `high`, `gflops`); `trials` (every
     record); `front` (keys of trials of the first seed that none dominates); `compared` (the paper's four and the
     finalists over all their seeds, see `_compared`); `against_paper` (for each of the four, what dominates it);
     `finetuned`; `chosen`; `importance`; `space`; `method`; `environment`.
+
+    Args:
+        correct_NR: whether each resolution is right, by image of the validation beton, bool.
+        context: `dataset` and `git_commit` where they are known; all else is put under `environment`.
     """
     papers = {candidate: number for number, candidate in paper_candidates(config).items()}
     first = [record for record in records if record.seed == config.seed]
@@ -110,7 +87,7 @@ def build_search_report(
     return {
         "schema_version": SCHEMA_VERSION,
         "name": config.name,
-        "created": context.get("created"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": context.get("git_commit"),
         "dataset": context.get("dataset"),
         "n": len(correct_NR),
@@ -136,7 +113,7 @@ def build_search_report(
     }
 
 
-_NAMED = ("created", "git_commit", "dataset")
+_NAMED = ("git_commit", "dataset")
 
 
 def _cost(record: Record) -> float:

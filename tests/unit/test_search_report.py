@@ -106,17 +106,8 @@ def test_a_finalist_that_is_better_and_cheaper_dominates() -> None:
 
 def test_files_are_written_and_figures_can_be_looked_at(tmp_path: Path) -> None:
     tuned = Finetuned(drawn(7), CONFIG, TUNED)
-    report = write_search_report(
-        tmp_path / "report",
-        records(),
-        correct_of(),
-        config=CONFIG,
-        space=SPACE_OF,
-        backbone_gflops=BACKBONE_GFLOPS,
-        finetuned=[tuned],
-        chosen=tuned,
-        context={"dataset": "cases", "backbone": "runs/x/model.pt"},
-    )
+    report = report_of(records(), chosen=tuned, finetuned=[tuned])
+    write_search_report(tmp_path / "report", report)
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     text = (tmp_path / "report" / "report.md").read_text()
     assert "training diverged \\| at &lt;once>" in text
