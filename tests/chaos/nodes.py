@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.cluster.launch import train_run
 from pipeline.run_folder import RunFolder
-from tests.chaos.runs import Condition, Saboteur, config_of, events, failures, in_stage, messages
+from tests.chaos.runs import Condition, Saboteur, begun, config_of, events, failures, in_stage
 
 ELASTIC_EPOCHS = 300  # that Ray, which looks for new nodes once a minute, finds one before the end
 ADDRESSES = [f"127.0.0.{last}" for last in range(2, 9)]
@@ -85,17 +85,18 @@ def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
     run = RunFolder.of(config).path
 
     def with_workers(count: int) -> Condition:
-        return lambda: any(f"with {count} worker" in event["message"] for event in messages(run, "going on"))
+        """Whether the run has last begun, or gone on, with so many."""
+        return lambda: bool(said := begun(run)) and f"with {count} worker" in said[-1]["message"]
 
     def epochs_after(condition: Condition, more: int) -> Condition:
         """Whether training has gone on for some epochs since the condition held."""
-        begun: list[int] = []
+        held: list[int] = []
 
         def holds() -> bool:
             if not condition():
                 return False
-            begun.append(len(events(run)))
-            return len(events(run)) > begun[0] + more
+            held.append(len(events(run)))
+            return len(events(run)) > held[0] + more
 
         return holds
 
@@ -106,11 +107,11 @@ def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
     ]
     with Saboteur(run, *acts) as saboteur:
         train_run(config)
-    counts = [int(event["message"].split(" with ")[1].split()[0]) for event in messages(run, "going on")]
+    counts = [int(event["message"].split(" with ")[1].split()[0]) for event in begun(run)]
     return {
         "losses": saboteur.losses(),
         "failures": failures(run),
-        "went_on_with": counts,
+        "workers": counts,
         "epochs": sorted({event["epoch"] + 1 for event in events(run) if "values" in event}),
         "last_epoch": ELASTIC_EPOCHS,
     }
@@ -121,8 +122,8 @@ def main(folder: Path) -> None:
     nodes, results = Nodes(2), {}
     try:
         for case in (lost_and_replaced, elastic):
-            begun = time.monotonic()
-            results[case.__name__] = case(folder, nodes) | {"seconds": time.monotonic() - begun}
+            started = time.monotonic()
+            results[case.__name__] = case(folder, nodes) | {"seconds": time.monotonic() - started}
             print(case.__name__, json.dumps(results[case.__name__]), flush=True)
     finally:
         nodes.close()

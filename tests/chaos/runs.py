@@ -110,6 +110,11 @@ def messages(run: Path, start: str) -> list[dict[str, Any]]:
     return [event for event in events(run) if event.get("message", "").startswith(start)]
 
 
+def begun(run: Path) -> list[dict[str, Any]]:
+    """What was told whenever the workers began, or went on from a checkpoint."""
+    return [event for event in events(run) if event.get("message", "").startswith(("going on", "beginning"))]
+
+
 def checkpoints(run: Path) -> list[str]:
     """Names of the checkpoints that are whole, in the run's order."""
     return sorted(path.parent.name for path in run.glob("checkpoint_????_*/state.pt"))
@@ -165,17 +170,15 @@ class Saboteur:
     def losses(self) -> list[tuple[float, int, str]]:
         """Of each act: seconds until training went on, steps done twice at most, and what was gone on from."""
         found = []
-        resumed = [
-            event for event in events(self.run) if event.get("message", "").startswith(("going on", "beginning"))
-        ]
+        resumed = begun(self.run)
         for when, newest in self.done:
             after = next((event for event in resumed if event["time"] > when), None)
             if after is None:
                 continue
             name = after["message"].split()[3] if after["message"].startswith("going on from") else None
-            begun = position(name) if name else 0
+            start = position(name) if name else 0
             reached = (position(newest) if newest else 0) + CHECKPOINT_STEPS
-            found.append((after["time"] - when, max(0, reached - begun), name or "the beginning"))
+            found.append((after["time"] - when, max(0, reached - start), name or "the beginning"))
         return found
 
 

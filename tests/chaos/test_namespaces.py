@@ -106,7 +106,7 @@ def test_nodes_in_namespaces_train_as_one_and_stage_the_data_each(
     data = {"folder": str(nodes.disk), "uri": (folder / "data").as_uri()}
     config = config_of(folder, "namespaces", data=data)
     address = f"{NETWORK}.1:{PORT}"
-    wait_until(lambda: _num_nodes(address) == 3, "three nodes have joined")
+    wait_until(lambda: _joined(address, 3), "three nodes have joined")
     driver = Driver(config, address)
     assert driver.ended() == 0, driver.output
     require_same(config, undisturbed)
@@ -117,15 +117,12 @@ def test_nodes_in_namespaces_train_as_one_and_stage_the_data_each(
     record(Row("two nodes in network and mount namespaces (no fault)", "nothing", "same result; staged once a node"))
 
 
-def _num_nodes(address: str) -> int:
-    """Nodes that are alive, by Ray's own answer."""
-    look = "import ray; ray.init(logging_level='ERROR'); print(len(ray.nodes()))"
-    done = subprocess.run(
-        [sys.executable, "-c", look],
-        env={**os.environ, "RAY_ADDRESS": address},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+def _joined(address: str, count: int) -> bool:
+    """Whether so many nodes are alive by Ray's own answer, waited for once its head is there to be asked."""
+    look = (
+        "import ray, time; ray.init(logging_level='ERROR')\n"
+        f"while len([node for node in ray.nodes() if node['Alive']]) < {count}: time.sleep(0.2)"
     )
-    return int(done.stdout.splitlines()[-1]) if done.returncode == 0 else 0
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, check=False, timeout=120)
+    return done.returncode == 0
