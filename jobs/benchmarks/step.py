@@ -11,7 +11,7 @@ from datasets.prepare import prepare
 from jobs.benchmarks.harness import Row, Side, compare
 from jobs.benchmarks.photographs import write_photographs
 
-BATCH = 64
+BATCH = 32
 WORK = {
     "backbone stage": {"stage": "backbone"},
     "joint stage, a third each": {"stage": "joint", "shares": [1, 1, 1]},

@@ -42,6 +42,7 @@ class Nodes:
 
     def __init__(self, stack: ExitStack, disk: Path):
         self.disk, self.processes = disk, []
+        self.address, self.log = f"{NETWORK}.1:{PORT}", disk.with_suffix(".log")
         bridge = f"drnet{os.getpid()}"[:15]
         sh(f"ip link add {bridge} type bridge")
         stack.callback(sh, f"ip link del {bridge}")
@@ -49,6 +50,7 @@ class Nodes:
         stack.callback(self.stop)
         head = ["--head", "--port", str(PORT), "--node-ip-address", f"{NETWORK}.1", "--num-cpus", "0"]
         self.start([*RAY, *head, *STORE, "--include-dashboard", "false"])
+        self.wait_for(1)  # a node that finds no head gives up after a while
         for number in (2, 3):
             space, link = f"{bridge}-{number}", f"dv{os.getpid()}-{number}"[:15]
             sh(f"ip netns add {space}")
@@ -60,16 +62,26 @@ class Nodes:
                 f"ip -n {space} link set eth0 up",
                 f"ip -n {space} link set lo up",
             )
-            node = ["--address", f"{NETWORK}.1:{PORT}", "--node-ip-address", f"{NETWORK}.{number}", "--num-cpus", "1"]
+            node = ["--address", self.address, "--node-ip-address", f"{NETWORK}.{number}", "--num-cpus", "1"]
             own_disk = 'mount -t tmpfs -o size=64m tmpfs "$0" && exec "$@"'
             inside = ["ip", "netns", "exec", space, "unshare", "--mount", "sh", "-c", own_disk, str(disk)]
             self.start([*inside, *RAY, *node, *STORE])
+        self.wait_for(3)
 
     def start(self, command: list[str]) -> None:
         # Gloo looks for an address by the host's name, which is that of the machine in every namespace.
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0"}
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.processes.append(subprocess.Popen(command, env=environment, **silent))
+        with self.log.open("ab") as log:
+            self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def wait_for(self, count: int) -> None:
+        """Until so many nodes have joined; AssertionError where one has ended instead."""
+
+        def joined() -> bool:
+            assert all(process.poll() is None for process in self.processes), self.log.read_text(errors="replace")
+            return _joined(self.address, count)
+
+        wait_until(joined, f"{count} nodes have joined")
 
     def stop(self) -> None:
         """End the nodes and all that they have started."""
@@ -105,9 +117,7 @@ def test_nodes_in_namespaces_train_as_one_and_stage_the_data_each(
 ) -> None:
     data = {"folder": str(nodes.disk), "uri": (folder / "data").as_uri()}
     config = config_of(folder, "namespaces", data=data)
-    address = f"{NETWORK}.1:{PORT}"
-    wait_until(lambda: _joined(address, 3), "three nodes have joined")
-    driver = Driver(config, address)
+    driver = Driver(config, nodes.address)
     assert driver.ended() == 0, driver.output
     require_same(config, undisturbed)
     here, *there = [(nodes.disk / MANIFEST).read_text(), *nodes.staged()]
@@ -118,10 +128,10 @@ def test_nodes_in_namespaces_train_as_one_and_stage_the_data_each(
 
 
 def _joined(address: str, count: int) -> bool:
-    """Whether so many nodes are alive by Ray's own answer, waited for once its head is there to be asked."""
+    """Whether so many nodes are alive, by Ray's own answer."""
     look = (
-        "import ray, time; ray.init(logging_level='ERROR')\n"
-        f"while len([node for node in ray.nodes() if node['Alive']]) < {count}: time.sleep(0.2)"
+        "import ray; ray.init(logging_level='ERROR')\n"
+        f"raise SystemExit(len([node for node in ray.nodes() if node['Alive']]) < {count})"
     )
     environment = {**os.environ, "RAY_ADDRESS": address}
     done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, check=False, timeout=120)
