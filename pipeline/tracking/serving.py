@@ -14,7 +14,6 @@ import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,8 +63,13 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
             One row for each: class_index, label, probability in [0, 1], resolution in pixels, gflops (multiply-adds /
             1e9, predictor included) and error. An unusable image has nothing but error and gflops 0.
         """
-        answers = self.classifier.classify(model_input[IMAGE_COLUMN].tolist(), (params or {}).get(BUDGET_PARAM, 0.0))
-        return pd.DataFrame([asdict(answer) for answer in answers], columns=list(OUTPUT_COLUMNS)).astype(OUTPUT_COLUMNS)
+        images, budget_bias = model_input[IMAGE_COLUMN].tolist(), (params or {}).get(BUDGET_PARAM, 0.0)
+        answers = list(self.classifier.classify(images, budget_bias))
+        columns = {
+            name: pd.array([getattr(answer, name) for answer in answers], dtype=kind)
+            for name, kind in OUTPUT_COLUMNS.items()
+        }
+        return pd.DataFrame(columns)
 
 
 def widen_server() -> None:
