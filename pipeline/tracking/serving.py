@@ -7,13 +7,15 @@ project. Beside it lie the exported programs, what describes them, and the code 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import importlib.util
 import os
 import sys
 import uuid
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,13 +75,19 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
 
 
 def widen_server() -> None:
-    """Let the event loop that this runs in, if any, have REQUESTS_AT_ONCE threads.
+    """Let this process answer REQUESTS_AT_ONCE requests at the same time.
 
-    MLflow's server answers each request on a thread of its loop, of which there are only 4 more than cores. Requests
-    share batches only while they are being answered.
+    Requests share batches only while they are being answered. MLflow's server answers each in `asyncio.to_thread`,
+    whose pool has only 4 threads more than there are cores. It belongs to an event loop that does not exist yet when
+    the model is loaded, so the function is replaced, in a process that does nothing else.
     """
-    with suppress(RuntimeError):
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUESTS_AT_ONCE, "request"))
+    pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "request")
+
+    async def to_thread(function: Callable, /, *args: Any, **kwargs: Any) -> Any:
+        called = partial(contextvars.copy_context().run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(pool, called)
+
+    asyncio.to_thread = to_thread  # ty: ignore[invalid-assignment]  # but for its name it is the same
 
 
 def load_code(folder: Path) -> ModuleType:
