@@ -52,7 +52,7 @@ def test_which_program_runs_next(heads, expected):
 def test_images_of_many_calls_run_in_one_batch_and_come_back_in_order():
     program = Recorded(100)
     program.may_go.clear()
-    queue = ProgramQueue([program], 4, patience_seconds=TIMEOUT)
+    queue = ProgramQueue([program], [4], patience_seconds=TIMEOUT)
     calls = [queue.submit(0, numbers(0))]
     assert program.entered.wait(TIMEOUT)
     calls += [queue.submit(0, numbers(*values)) for values in ([1, 2], [3], [4, 5, 6])]  # while it is busy
@@ -65,7 +65,7 @@ def test_images_of_many_calls_run_in_one_batch_and_come_back_in_order():
 def test_the_fuller_batch_goes_first_and_the_emptier_is_held():
     busy, fuller, emptier, order = Recorded(0), Recorded(1), Recorded(2), []
     busy.may_go.clear()
-    queue = ProgramQueue([busy, emptier, fuller], 8, patience_seconds=TIMEOUT)
+    queue = ProgramQueue([busy, emptier, fuller], [8, 8, 8], patience_seconds=TIMEOUT)
     queue.submit(0, numbers(0))
     assert busy.entered.wait(TIMEOUT)
     held = queue.submit(1, numbers(1))
@@ -81,7 +81,7 @@ def test_a_failing_program_fails_its_images_and_no_others():
     def failing(images: Tensor) -> Tensor:
         raise MemoryError("no memory for the images")
 
-    queue = ProgramQueue([failing, Recorded(1)], 4, patience_seconds=0)
+    queue = ProgramQueue([failing, Recorded(1)], [4, 4], patience_seconds=0)
     failed = queue.submit(0, numbers(1, 2))
     for row in failed:
         with pytest.raises(MemoryError, match="no memory"):
@@ -93,7 +93,7 @@ def test_a_failing_program_fails_its_images_and_no_others():
 def test_closing_answers_what_waits_and_takes_no_more():
     program = Recorded(1)
     program.may_go.clear()
-    queue = ProgramQueue([program], 2, patience_seconds=TIMEOUT)
+    queue = ProgramQueue([program], [2], patience_seconds=TIMEOUT)
     rows = queue.submit(0, numbers(1, 2, 3))
     program.may_go.set()
     queue.close()
@@ -103,7 +103,7 @@ def test_closing_answers_what_waits_and_takes_no_more():
 
 
 def test_calls_from_many_threads_get_their_own_answers():
-    queue = ProgramQueue([Recorded(1000), Recorded(2000)], 8, patience_seconds=0.01)
+    queue = ProgramQueue([Recorded(1000), Recorded(2000)], [8, 8], patience_seconds=0.01)
     answers: dict[int, list[float]] = {}
 
     def call(caller: int) -> None:

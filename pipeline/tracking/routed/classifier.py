@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .images import BadImageError, Picture
-from .programs import BATCH_LIMIT, RoutedNetwork
+from .programs import RoutedNetwork, images_at_once
 from .queue import ProgramQueue
 
 IMAGES_AT_ONCE = 64
@@ -60,10 +60,14 @@ class Classifier:
         self, network: RoutedNetwork, num_threads: int | None = None, patience_seconds: float = PATIENCE_SECONDS
     ):
         self.network = network
-        backbones = [partial(network.logits, index) for index in range(len(network.resolutions))]
-        programs = [network.predictor_logits, *backbones] if network.is_routed else backbones
-        self._first_backbone = len(programs) - len(backbones)
-        self._queue = ProgramQueue(programs, BATCH_LIMIT, patience_seconds)
+        programs = [partial(network.logits, index) for index in range(len(network.resolutions))]
+        sides = list(network.resolutions)
+        if network.is_routed:
+            programs, sides = [network.predictor_logits, *programs], [network.predictor_size, *sides]
+        self._first_backbone = len(programs) - len(network.resolutions)
+        # No more than run at once anyway: whoever waits for the first ones goes on while the others run.
+        batch_sizes = [images_at_once(side, network.device) for side in sides]
+        self._queue = ProgramQueue(programs, batch_sizes, patience_seconds)
         self._decoders = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), "decoder")
 
     def close(self) -> None:

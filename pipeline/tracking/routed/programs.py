@@ -156,13 +156,17 @@ class RoutedNetwork:
         return torch.cat([program(part) for part in parts])
 
 
-def split(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """Equal parts of images (N, S, S, 3), each of as many as run fastest at once.
+def images_at_once(side: int, device: torch.device) -> int:
+    """How many images of `side` pixels run fastest together.
 
     On a CPU activations of all of them are to stay near its caches: 16 images of 224 px, so 64 of 112 px.
     """
-    limit = max(1, _PIXELS_AT_ONCE // images[0, ..., 0].numel()) if device.type == "cpu" else BATCH_LIMIT
-    return images.chunk(-(-len(images) // limit))
+    return max(1, _PIXELS_AT_ONCE // side**2) if device.type == "cpu" else BATCH_LIMIT
+
+
+def split(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Equal parts of images (N, S, S, 3), each of at most `images_at_once`."""
+    return images.chunk(-(-len(images) // images_at_once(images.shape[1], device)))
 
 
 def load_program(path: Path, device: torch.device = CPU) -> nn.Module:

@@ -25,12 +25,12 @@ class ProgramQueue:
     Args:
         programs: (n, ...) -> (n, ...), row by row, for any n >= 1. The first goes before the others: it is the
             predictor, whose answers fill their batches.
-        batch_size: images that are run at once at most.
+        batch_sizes: for each program, images that are run at once at most.
         patience_seconds: the latency that an image may be held for, so that batches are fuller.
     """
 
-    def __init__(self, programs: Sequence[Program], batch_size: int, patience_seconds: float):
-        self._programs, self._batch_size, self._patience_seconds = programs, batch_size, patience_seconds
+    def __init__(self, programs: Sequence[Program], batch_sizes: Sequence[int], patience_seconds: float):
+        self._programs, self._batch_sizes, self._patience_seconds = programs, batch_sizes, patience_seconds
         self._waiting: list[deque[_Item]] = [deque() for _ in programs]
         self._changed = threading.Condition()
         self._closed = False
@@ -80,7 +80,7 @@ class ProgramQueue:
                 return None
             program = next_program(heads, time.monotonic() - self._patience_seconds)
             items = self._waiting[program]
-            taken = [items.popleft() for _ in range(min(len(items), self._batch_size))]
+            taken = [items.popleft() for _ in range(min(len(items), self._batch_sizes[program]))]
         return program, [image for _, image, _ in taken], [future for _, _, future in taken]
 
 
