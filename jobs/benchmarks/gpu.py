@@ -16,11 +16,6 @@ from jobs.benchmarks.harness import Row, compare
 NETWORK = "resnet50"
 BATCH = 256
 BACKBONE = "backbone stage"
-STEPS: Mapping[str, Mapping[str, Any]] = {
-    BACKBONE: {"stage": "backbone"},
-    "joint stage, a third each": {"stage": "joint", "shares": [1, 1, 1]},
-    "joint stage, 6:3:1": {"stage": "joint", "shares": [6, 3, 1]},
-}
 CALLS = {1: 30, 64: 20, 256: 10}
 """batch size of inference -> calls a run"""
 MATRIX, PRODUCTS = 8192, 20
@@ -69,11 +64,22 @@ def peak_tflops() -> float:
 
 
 def _training(runs: int, peak: float) -> Iterator[tuple[list[Row], list[str]]]:
-    for name, work in STEPS.items():
+    from jobs.benchmarks.inference_sides import build_model
+    from jobs.benchmarks.step_sides import WORK
+    from pipeline.models.cost import measure_costs
+
+    # Forward and backward at every resolution take three times the multiply-adds of a forward pass.
+    gflops = 2 * 3 * sum(measure_costs(build_model(NETWORK).model).backbone_gflops)
+
+    def share(row: Row) -> str:
+        tflops = row.ours * gflops / 1e3
+        return f"{row.name}: {row.ours:,.0f} images/s, {tflops:.0f} TFLOP/s, {100 * tflops / peak:.0f} % of it"
+
+    for name, work in WORK.items():
         speed, memory = _compared(name, "speed", work, runs), _compared(name, "memory", work, runs)
-        yield [speed, memory], [_share(name, speed.ours, peak)] if name == BACKBONE else []
-    row = _compared(f"{BACKBONE}, compiled", "speed", STEPS[BACKBONE], runs, compiled=True)
-    yield [row], [_share(f"{BACKBONE}, compiled", row.ours, peak)]
+        yield [speed, memory], [share(speed)] if name == BACKBONE else []
+    row = _compared(f"{BACKBONE}, compiled", "speed", WORK[BACKBONE], runs, compiled=True)
+    yield [row], [share(row)]
 
 
 def _compared(name: str, value: str, work: Mapping[str, Any], runs: int, **ours_alone: Any) -> Row:
@@ -91,16 +97,6 @@ def _compared(name: str, value: str, work: Mapping[str, Any], runs: int, **ours_
     next(mine), next(peer)
     unit, what = ("images/s", name) if value == "speed" else ("MB", f"{name}, memory of a step")
     return compare(what, unit, mine.__next__, peer.__next__, runs, more_is_better=value == "speed")
-
-
-def _share(name: str, images_per_second: float, peak: float) -> str:
-    """Of the backbone stage: forward and backward of every resolution, three times the multiply-adds of a forward."""
-    from jobs.benchmarks.inference_sides import build_model
-    from pipeline.models.cost import measure_costs
-
-    gflops = 2 * 3 * sum(measure_costs(build_model(NETWORK).model).backbone_gflops)
-    tflops = images_per_second * gflops / 1e3
-    return f"{name}: {images_per_second:,.0f} images/s, {tflops:.0f} TFLOP/s, {100 * tflops / peak:.0f} % of it"
 
 
 def _inference(runs: int) -> Iterator[tuple[list[Row], list[str]]]:

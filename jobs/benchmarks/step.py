@@ -10,14 +10,9 @@ from datasets.glyphs import GlyphSettings
 from datasets.prepare import prepare
 from jobs.benchmarks.harness import Row, Side, compare
 from jobs.benchmarks.photographs import write_photographs
+from jobs.benchmarks.step_sides import WORK
 
 BATCH = 32
-WORK = {
-    "backbone stage": {"stage": "backbone"},
-    "joint stage, a third each": {"stage": "joint", "shares": [1, 1, 1]},
-    "joint stage, 6:3:1": {"stage": "joint", "shares": [6, 3, 1]},
-}
-"""`shares` of the images are sent to 224, 168 and 112; 6:3:1 costs 0.8 of 224, as the paper's alpha of 3.0 does"""
 VALUES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("speed", "images/s", {}),
     ("memory", "MB", {}),

@@ -22,6 +22,12 @@ from pipeline.training.loop import set_learning_rate
 from pipeline.training.stages import StepBatch, build_objective, build_optimizer, trained_parameters
 
 RESOLUTIONS, PREDICTOR_SIZE, NUM_CLASSES = (224, 168, 112), 128, 100
+WORK: Mapping[str, Mapping[str, Any]] = {
+    "backbone stage": {"stage": "backbone"},
+    "joint stage, a third each": {"stage": "joint", "shares": [1, 1, 1]},
+    "joint stage, 6:3:1": {"stage": "joint", "shares": [6, 3, 1]},
+}
+"""`shares` of the images are sent to 224, 168 and 112; 6:3:1 costs 0.8 of 224, as the paper's alpha of 3.0 does"""
 STEPS_ON_GPU = 4
 """of a value: a GPU works behind the process that tells it what to do"""
 STAGES = {"backbone": BackboneStage(epochs=1), "joint": JointStage(epochs=1, alpha_gflops=1.0)}
