@@ -7,22 +7,15 @@ import pytest
 
 from jobs import predict
 from jobs.cli import run_job
-from pipeline.tracking.registry import register_model
 from tests.unit.pictures import jpeg
-from tests.unit.tracking_fixtures import finish_run, fresh_store, make_config, make_model
+from tests.unit.tracking_fixtures import registered_store
 
 ROW = {"file": "a.jpg", "label": "cat", "probability": 0.987, "resolution": 112, "gflops": 1.08, "error": None}
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory) -> str:
-    """Address of a store with the model `drnet@champion`."""
-    folder = tmp_path_factory.mktemp("registry")
-    config = make_config(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", fresh_store(folder, tmp_path_factory))
-        register_model(config, folder / "run", *finish_run(config, folder / "run", make_model(config)))
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return registered_store(tmp_path_factory)
 
 
 @pytest.fixture

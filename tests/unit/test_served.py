@@ -18,9 +18,8 @@ import pandas as pd
 import pytest
 
 from pipeline.tracking.inference import open_model
-from pipeline.tracking.registry import register_model
 from tests.unit.pictures import jpeg
-from tests.unit.tracking_fixtures import finish_run, free_port, fresh_store, make_config, make_model, wait_until
+from tests.unit.tracking_fixtures import free_port, registered_store, wait_until
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "inference.md"
 DOCUMENTED_PORT = "5001"
@@ -29,12 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("registry")
-    config = make_config(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", fresh_store(folder, tmp_path_factory))
-        register_model(config, folder / "run", *finish_run(config, folder / "run", make_model(config)))
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return registered_store(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

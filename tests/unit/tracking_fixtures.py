@@ -21,6 +21,7 @@ from pipeline.config import Config
 from pipeline.config_file import parse_config
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.run_folder import RunFolder
+from pipeline.tracking.registry import register_model
 from pipeline.tracking.tracker import close_run, open_run
 from pipeline.training.checkpoint import save_model
 from tests.unit.evaluation_cases import predictions_of
@@ -143,3 +144,13 @@ def free_port() -> int:
     with closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def registered_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Address of a new store with the model `drnet@champion`."""
+    folder = tmp_path_factory.mktemp("registry")
+    config = make_config(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", fresh_store(folder, tmp_path_factory))
+        register_model(config, folder / "run", *finish_run(config, folder / "run", make_model(config)))
+    return f"sqlite:///{folder / 'mlflow.db'}"
