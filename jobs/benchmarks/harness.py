@@ -86,6 +86,8 @@ class Side:
         # What a user sets to confine a process to its CPUs, for all that read one of these.
         threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {**os.environ, **threads, **variables}
+        # Set in many containers. Without bytecode each start compiles torch and numba anew, 2 s of either side.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [sys.executable, "-m", "jobs.benchmarks.harness", function, json.dumps(arguments)]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
