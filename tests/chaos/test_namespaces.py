@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -63,7 +63,8 @@ class Nodes:
                 f"ip -n {space} link set lo up",
             )
             node = ["--address", self.address, "--node-ip-address", f"{NETWORK}.{number}", "--num-cpus", "1"]
-            own_disk = 'mount -t tmpfs -o size=64m tmpfs "$0" && exec "$@"'
+            # /tmp/ray too: nodes that start at once in one folder can take each other's sockets.
+            own_disk = 'mount -t tmpfs -o size=64m tmpfs "$0" && mount -t tmpfs tmpfs /tmp/ray && exec "$@"'
             inside = ["ip", "netns", "exec", space, "unshare", "--mount", "sh", "-c", own_disk, str(disk)]
             self.start([*inside, *RAY, *node, *STORE])
         self.wait_for(3)
@@ -85,10 +86,9 @@ class Nodes:
 
     def stop(self) -> None:
         """End the nodes and all that they have started."""
-        mine = [psutil.Process(process.pid) for process in self.processes]
-        everything = [*(child for each in mine for child in each.children(recursive=True)), *mine]
-        for each in everything:
-            if each.is_running():
+        mine = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
+        for each in [*(child for each in mine for child in each.children(recursive=True)), *mine]:
+            with suppress(psutil.NoSuchProcess):
                 each.kill()
         for process in self.processes:
             process.wait()
