@@ -25,12 +25,15 @@ _HOST = "127.0.0.1"
 
 
 class Server:
-    """`mlflow models serve` on loopback, with one worker process.
+    """`mlflow models serve` on loopback, with a worker process of one thread for each CPU.
+
+    One process of as many threads leaves CPUs idle: whatever Python does for a request holds up its network's thread,
+    for which the other threads of a layer then wait.
 
     Args:
         model: folder of an MLflow model.
         files: JPEGs that are sent by turns.
-        threads: of the server's process.
+        threads: of the server's processes together.
     """
 
     def __init__(self, model: Path, files: Sequence[bytes], threads: int):
@@ -46,10 +49,10 @@ class Server:
             listener.bind((_HOST, 0))
             self.port: int = listener.getsockname()[1]
         command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
-        command += ["--host", _HOST, "--port", str(self.port), "--workers", "1"]
+        command += ["--host", _HOST, "--port", str(self.port), "--workers", str(threads)]
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": "1",
         }
         self._log = model.with_suffix(".log")
         with self._log.open("wb") as log:
