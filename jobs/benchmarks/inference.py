@@ -54,7 +54,8 @@ def _served(scratch: Path, files: list[bytes], runs: int, threads: int) -> tuple
     folder = scratch / "registered"
     save_pyfunc(build_model(SERVED), folder)
     name = f"{SERVED} over HTTP, {NUM_CLIENTS} clients of one image a request, against no HTTP"
-    with classifier_rate(folder / "artifacts" / "drnet", files * PASSES) as alone, Server(folder, files, threads) as server:
+    classifier = classifier_rate(folder / "artifacts" / "drnet", files * PASSES)
+    with classifier as alone, Server(folder, files, threads) as server:
         server.measure()
         server.latencies.clear()
         row = compare(name, "images/s", server.measure, alone, runs)

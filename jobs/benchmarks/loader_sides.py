@@ -100,7 +100,7 @@ def _rate(epoch: Iterable, labels) -> float:
 
 def dali(folder: str, sides: list[int], threads: int) -> Iterator[float]:
     """NVIDIA DALI's CPU pipeline: one decode and one crop for all sides, as here."""
-    from nvidia.dali import fn, pipeline_def  # ty: ignore[import-not-found]
+    from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, seed=0)
     def pipeline():

@@ -87,9 +87,10 @@ class Nodes:
     def stop(self) -> None:
         """End the nodes and all that they have started."""
         mine = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
-        for each in [*(child for each in mine for child in each.children(recursive=True)), *mine]:
+        started = [child for process in mine for child in process.children(recursive=True)]
+        for process in [*started, *mine]:
             with suppress(psutil.NoSuchProcess):
-                each.kill()
+                process.kill()
         for process in self.processes:
             process.wait()
 
