@@ -41,9 +41,16 @@ def verdict(report: Mapping[str, Any]) -> str:
     """One sentence: what to deploy, or how the front compares with the paper's four."""
     chosen = report["chosen"]
     if chosen is not None:
-        return (
+        found = (
             f"{chosen['name']} ({chosen['network']}), finetuned: {percent(chosen['accuracy'], 2)} (95 % CI "
             f"{percent(chosen['low'], 2)} to {percent(chosen['high'], 2)}) at {gflops(chosen['gflops'])} GFLOPs."
+        )
+        static = _dominating_static(report, chosen)
+        if static is None:
+            return found
+        return (
+            f"Static wins: {static['label']} of the backbone that was searched for has {_estimate(static)} at "
+            f"{gflops(static['gflops'])} GFLOPs. Of what was finetuned, {found}"
         )
     asked = _asked(report)
     if asked and report["finetuned"]:
@@ -54,6 +61,14 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not beaten:
         return "No finalist dominates one of the paper's four: more accurate, or as accurate, and no dearer."
     return f"Dominated by a finalist: number {', '.join(beaten)} of the paper's four."
+
+
+def _dominating_static(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The most accurate static resolution that costs no more than what was chosen and is no less accurate."""
+    better = [
+        row for row in report["statics"] if row["gflops"] <= chosen["gflops"] and row["accuracy"] >= chosen["accuracy"]
+    ]
+    return max(better, key=lambda row: row["accuracy"]) if better else None
 
 
 def _asked(report: Mapping[str, Any]) -> str:
@@ -71,10 +86,10 @@ def _details(report: Mapping[str, Any]) -> list[str]:
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     lines = [f"- {len(report['trials'])} trials ({told}), {seconds:,.0f} s of them together."]
     best = max(report["statics"], key=lambda row: row["accuracy"])
-    return [
-        *lines,
-        f"- The best static resolution: {best['label']}, {_estimate(best)}, {gflops(best['gflops'])} GFLOPs.",
-    ]
+    lines.append(f"- The best static resolution: {best['label']}, {_estimate(best)}, {gflops(best['gflops'])} GFLOPs.")
+    if report["chosen"] is not None:
+        lines.append(f"- The finetuned network beside its own static resolutions: {report['chosen']['verdict']}")
+    return lines
 
 
 def _estimate(row: Mapping[str, Any]) -> str:
@@ -175,7 +190,12 @@ def importance_table(report: Mapping[str, Any]) -> Table:
 
 
 def _bad_table(rows: list[Mapping[str, Any]]) -> Table:
-    body = [(row["key"][:8], row["network"], row["outcome"], row["reason"] or "") for row in rows]
+    # A collapse's first sentence says what it is; the others advise on a single run, and are in report.json.
+    def reason(row: Mapping[str, Any]) -> str:
+        said = row["reason"] or ""
+        return said.split(". ")[0] if row["outcome"] == "collapsed" else said
+
+    body = [(row["key"][:8], row["network"], row["outcome"], reason(row)) for row in rows]
     return ("trial", "predictor", "outcome", "reason"), body
 
 

@@ -15,7 +15,7 @@ from pipeline.evaluation.style import DARK
 from pipeline.search.figures import draw_search_figures
 from pipeline.search.importance import parameter_importance
 from pipeline.search.records import Record
-from pipeline.search.render import verdict
+from pipeline.search.render import render_search, verdict
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.space import Candidate, paper_candidates, space_of
 from tests.search_cases import BACKBONE_GFLOPS, config_of, correct_of, record_of
@@ -122,6 +122,25 @@ def test_files_are_written_and_figures_can_be_looked_at(tmp_path: Path) -> None:
         "front.png",
         "importance.png",
     }
+
+
+def test_a_choice_that_a_static_resolution_dominates_is_told_first() -> None:
+    static = report_of(records())["statics"][-1]
+    worse = {"top1": static["accuracy"] - 0.01, "mean_gflops": static["gflops"], "top1_low": 0.1, "top1_high": 0.9}
+    for headline, static_wins in ((worse, True), (worse | {"top1": 1.0}, False)):
+        tuned = Finetuned(drawn(7), CONFIG, TUNED | {"headline": headline})
+        report = report_of(records(), chosen=tuned, finetuned=[tuned])
+        said = verdict(report)
+        assert said.startswith("Static wins: ") is static_wins
+        assert "A (" in said
+        assert "- The finetuned network beside its own static resolutions: fine\n" in render_search(report, ())
+
+
+def test_a_collapse_is_told_without_advice_on_single_runs() -> None:
+    advised = record_of(drawn(17), 1.0, outcome="collapsed", reason="99.1 % to 48 px. Lower eta; raise tau")
+    report = report_of([*records(), advised])
+    assert "| collapsed | 99.1 % to 48 px |" in render_search(report, ())
+    assert "99.1 % to 48 px. Lower eta; raise tau" in {row["reason"] for row in report["trials"]}
 
 
 def test_a_search_that_has_nothing_to_show_yet_can_be_reported() -> None:
