@@ -85,7 +85,7 @@ class MultiResolutionLoader:
         checksums = layout.metadata["checksum"].view(np.uint64)
         decoders = {"image": MultiResolutionDecoder(self.sides, crop, checksums), "label": LabelDecoder()}
         self._engine = Engine(self.beton, self._order, layout.metadata.dtype.names or (), decoders)
-        self._settings = num_threads, batches_ahead, max_damaged
+        self._settings, self._max_damaged = (num_threads, batches_ahead), max_damaged
         self._epochs: weakref.WeakSet[Epoch] = weakref.WeakSet()
 
     @property
@@ -121,10 +121,13 @@ class MultiResolutionLoader:
                 f"epochs and views are 0 or more, a step 0 to {self.num_batches}"
             )
         batches, pages = self._order.batches(epoch, start_step, view), self._order.pages_ahead(epoch, start_step)
-        return self._start(batches, pages, sides)
+        return self._start(batches, pages, sides, self._max_damaged)
 
     def read(self, view: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None) -> Epoch:
         """Begin a pass over given samples, in the given batches; what is given is not shared out over the ranks.
+
+        What is read so is kept under the sample's number, so nothing is shown in place of a damaged one, whatever
+        `max_damaged` says.
 
         Args:
             view: the epoch whose crops are shown.
@@ -143,18 +146,21 @@ class MultiResolutionLoader:
                 f"0 to {self.num_samples - 1}"
             )
         views = [pack_views(indices_N, self._order.seed, view) for indices_N in given]
-        return self._start(views, [np.empty(0, np.int64)] * len(views), sides)
+        return self._start(views, [np.empty(0, np.int64)] * len(views), sides, max_damaged=0)
 
     def _start(
         self,
         batches: Sequence[NDArray[np.uint64]],
         pages_ahead: Sequence[NDArray[np.int64]],
         sides: Collection[int] | None,
+        max_damaged: int,
     ) -> Epoch:
         wanted = self.sides if sides is None else tuple(sides)
         if not wanted or not {*wanted} <= {*self.sides}:
             raise ValueError(f"sides {list(wanted)} are wanted; give one or more of the loader's, {list(self.sides)}")
-        started = Epoch(self._engine, self.beton, self.sides, wanted, batches, pages_ahead, *self._settings)
+        started = Epoch(
+            self._engine, self.beton, self.sides, wanted, batches, pages_ahead, *self._settings, max_damaged
+        )
         self._epochs.add(started)
         return started
 

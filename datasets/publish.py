@@ -12,6 +12,9 @@ from datasets.beton import IMAGES_LIST, MANIFEST, Manifest
 from datasets.build import ImageRecord
 from datasets.files import sync_folder, write_whole
 
+LOCK = ".lock"
+"""file in a folder: whoever holds its lock writes there"""
+
 
 @contextmanager
 def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
@@ -21,18 +24,44 @@ def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterat
         waiting: called before waiting for another process that is at work; without it, that is an OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    lock = folder / LOCK
+    while True:
+        # A file that is open for writing: its lock holds on all nodes of an NFS, a folder's lock on its own node alone.
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is None:
-                raise OSError(f"{folder} is being prepared by another process; wait for it, or end it") from None
-            waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+            _wait_for(descriptor, folder, waiting)
+            if not _is(descriptor, lock):  # whoever had it has removed it; another one may have the new one
+                waiting = waiting and _told_already
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _wait_for(descriptor: int, folder: Path, waiting: Callable[[], None] | None) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting is None:
+            raise OSError(f"{folder} is being prepared by another process; wait for it, or end it") from None
+        waiting()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _told_already() -> None:
+    """What is called before waiting once more."""
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether a path still is the file that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def publish(folder: Path, finished: Path, manifest: Manifest, records: Iterable[ImageRecord]) -> None:

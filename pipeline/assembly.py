@@ -25,7 +25,9 @@ def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRN
 def placed(model: DRNet, config: Config, device: torch.device) -> DRNet:
     """The model where it is trained, laid out as there."""
     model = model.to(device)
-    return model.to(memory_format=torch.channels_last) if config.training.channels_last else model  # ty: ignore[no-matching-overload]
+    if not config.training.channels_last:
+        model.memory_format = torch.contiguous_format
+    return model.to(memory_format=model.memory_format)  # ty: ignore[no-matching-overload]
 
 
 def equip_for_training(model: DRNet, config: Config) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, PredictorStage, RoutedStage, Section
+from pipeline.config import Config, ModelConfig, PredictorStage, RoutedStage, Section
 from pipeline.job_package import NOT_IN_PACKAGE, job_package
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "jobs" / "configs"
@@ -112,6 +112,8 @@ def with_absolute_paths(section: AnySection) -> AnySection:
             changes[name] = with_absolute_paths(value)
         elif isinstance(value, Path):
             changes[name] = value.absolute()
+    if isinstance(section, ModelConfig) and section.weights is not None and Path(section.weights).is_file():
+        changes["weights"] = str(Path(section.weights).absolute())  # else it is the name of published ones
     return section.model_copy(update=changes)
 
 
@@ -172,6 +174,8 @@ def _contradictions(config: Config) -> Iterator[str]:
                 f"stages.{name}.schedule is one_cycle, which rises for warmup_epochs; "
                 f"give more than 0, such as {0.3 * stage.epochs:g}"
             )
+        if stage.optimizer == "sgd" and stage.nesterov and not stage.momentum:
+            yield f"stages.{name}.nesterov needs a momentum; set stages.{name}.momentum above 0, or nesterov=false"
         if stage.warmup_epochs >= stage.epochs:
             yield f"stages.{name}.warmup_epochs {stage.warmup_epochs:g} must be less than epochs {stage.epochs}"
         if isinstance(stage, RoutedStage):

@@ -17,6 +17,8 @@ from jobs.benchmarks.harness import Row, compare
 from jobs.benchmarks.small_run import prepare_letters, small_config, use_token
 
 NUM_IMAGES, EPOCHS, CHECKPOINT_STEPS = 1024, 3, 4
+SETTLED_SECONDS = 2.0
+"""that a worker lives before it dies: Ray's controller does not survive the loss of one that it is still starting"""
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
@@ -106,6 +108,7 @@ def _die_once(config: Mapping[str, Any]) -> None:
         (folder / f"again-{rank}").write_text(repr(time.time()))
     dist.barrier()  # all have seen whether it is the first time
     if rank == 0 and not (folder / "again-0").exists():
+        time.sleep(SETTLED_SECONDS)
         died.write_text(repr(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()

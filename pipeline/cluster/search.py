@@ -87,8 +87,7 @@ def _begin(config: Config, folder: SearchFolder, checked: Checked) -> SearchSett
     """Put the backbone into the search's folder, and name what the trials share."""
     manifest = checked.manifest
     model = model_with_backbone(checked.backbone, config, len(manifest.classes))
-    about = {"classes": manifest.classes, "mean": checked.backbone.mean, "std": checked.backbone.std}
-    save_model(folder.backbone, model, config, **about)
+    save_model(folder.backbone, model, config, classes=manifest.classes)
     return SearchSettings(
         config, folder, manifest.digest, _context(config, model, manifest), config.search.cpus_per_trial
     )

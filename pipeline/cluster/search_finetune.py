@@ -68,7 +68,7 @@ def _save_start(start: Path, settings: SearchSettings, config: Config, weights: 
     predictor.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     size = config.model.predictor.input_size
     model = DRNet(loaded.model.backbone, predictor, config.model.resolutions, size, loaded.mean, loaded.std)
-    save_model(start, model, config, classes=loaded.classes, mean=loaded.mean, std=loaded.std)
+    save_model(start, model, config, classes=loaded.classes)
 
 
 def _lowest_accuracy(config: Config, correct_NR: np.ndarray) -> float | None:

@@ -231,8 +231,7 @@ class WorkerReporter:
             collect_predictions(model, validation_loader.epoch(0)).save(Path(folder) / f"predictions-{self.rank}.npz")
             if self.rank == 0:
                 config = self.settings.config
-                about = {"classes": self.manifest.classes, "mean": self.manifest.mean, "std": self.manifest.std}
-                save_model(RunFolder(Path(folder)).model, model, config, **about)
+                save_model(RunFolder(Path(folder)).model, model, config, classes=self.manifest.classes)
                 # A driver that dies after this report comes back to a checkpoint that has nothing left to train.
                 TrainingState.finished(model, config, self.manifest.digest).save(Path(folder) / STATE_FILE)
             ray.train.report({}, checkpoint=Checkpoint.from_directory(folder))

@@ -43,6 +43,7 @@ class DRNet(nn.Module):
         self.predictor = predictor
         self.resolutions = tuple(resolutions)
         self.predictor_size = predictor_size
+        self.memory_format = torch.channels_last
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
@@ -52,12 +53,15 @@ class DRNet(nn.Module):
         return tuple(sorted({*self.resolutions, self.predictor_size}, reverse=True))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, 3, H, W), channels_last, on the model's device."""
+        """(x / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, 3, H, W), on the model's device.
+
+        Laid out as `memory_format` says: a convolution takes the layout of its input as well as of its weights.
+        """
         scale = (255 * self.std).reciprocal().view(1, 3, 1, 1)
         bias = (-self.mean / self.std).view(1, 3, 1, 1)
         # NHWC seen as NCHW is channels_last already: the float copy keeps the layout and is then changed in place.
         pixels = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
-        return pixels.mul_(scale).add_(bias)
+        return pixels.mul_(scale).add_(bias).contiguous(memory_format=self.memory_format)
 
     def predictor_logits(self, images: Mapping[int, Tensor]) -> Tensor:
         """Logits (N, R) over the candidates, from `images[predictor_size]`, uint8 (N, S, S, 3)."""

@@ -117,16 +117,12 @@ class LoadedModel:
     validation_crop: float
 
 
-def save_model(
-    path: Path, model: DRNet, config: Config, *, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
-) -> None:
+def save_model(path: Path, model: DRNet, config: Config, *, classes: Sequence[str]) -> None:
     """Write the finished model, atomically."""
     content = {
         "format": MODEL_FORMAT,
         "config": config.model.model_dump(mode="json"),
         "classes": list(classes),
-        "mean": list(mean),
-        "std": list(std),
         "validation_crop": config.loader.validation_crop,
         "state": model.state_dict(),
     }
@@ -137,7 +133,8 @@ def load_model(path: Path) -> LoadedModel:
     """Read a model.pt of `save_model`, on the CPU and in inference mode; raises ValueError where it is not one."""
     content = _load(path, MODEL_FORMAT)
     config = ModelConfig.model_validate(content["config"] | {"weights": None})
-    mean, std = tuple(content["mean"]), tuple(content["std"])
+    # The state's own: a stage that began from another model has kept that one's.
+    mean, std = (tuple(content["state"][name].tolist()) for name in ("mean", "std"))
     model = build_drnet(config, len(content["classes"]), mean, std)
     model.load_state_dict(content["state"])
     return LoadedModel(model.eval(), config, tuple(content["classes"]), mean, std, content["validation_crop"])

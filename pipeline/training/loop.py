@@ -137,13 +137,13 @@ def train_stage(
         values, warning = train_epoch(run, work, progress), None
         work.meter, step = Meter(), 0
         average_over_ranks(run, work)
-        last = epoch + 1 == stage.epochs
+        done, last = replace(progress, step=progress.steps), epoch + 1 == stage.epochs
         if last and work.averaged is not None:
             run.model.load_state_dict(work.averaged.module.state_dict())
         if last or (epoch + 1) % run.config.training.evaluate_epochs == 0:
+            watch.check_weights(done, run.model)
             evaluated, warning = validate(run, work, name)
             values |= evaluated
-        done = replace(progress, step=progress.steps)
         run.reporter.epoch(done, values)
         if warning is not None:
             run.reporter.message(warning)

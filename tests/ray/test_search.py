@@ -44,9 +44,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         show_progress=False,
     )
     manifest = load_manifest(config.data.folder)
-    about = {"classes": manifest.classes, "mean": manifest.mean, "std": manifest.std}
     RunFolder.of(config).path.mkdir(parents=True)
-    save_model(RunFolder.of(config).model, build_drnet(config.model, 10, manifest.mean, manifest.std), config, **about)
+    model = build_drnet(config.model, 10, manifest.mean, manifest.std)
+    save_model(RunFolder.of(config).model, model, config, classes=manifest.classes)
     return config
 
 

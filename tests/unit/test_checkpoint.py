@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.training.checkpoint import OtherRunError, TrainingState, load_model
+from pipeline.training.checkpoint import OtherRunError, TrainingState, load_model, save_model
 from pipeline.training.loop import train
 from tests.synthetic import Recorder, config_of, run_of
 
@@ -90,6 +90,15 @@ def test_what_is_free_to_change_and_where_the_data_lie_may_differ(states: list[T
         loader={"num_threads": 3},
     )
     states[0].refuse_other(config, run_of(config, Recorder()).manifest.digest)
+
+
+def test_a_model_is_read_with_the_statistics_that_it_normalises_with(tmp_path: Path) -> None:
+    run = run_of(config_of(), Recorder())
+    run.model.mean.copy_(torch.tensor([0.125, 0.25, 0.5]))  # of another model, which a stage began from
+    save_model(tmp_path / "model.pt", run.model, run.config, classes=run.manifest.classes)
+    loaded = load_model(tmp_path / "model.pt")
+    assert loaded.mean == (0.125, 0.25, 0.5)
+    assert loaded.std == tuple(run.model.std.tolist())
 
 
 def test_a_damaged_or_foreign_file_is_refused(states: list[TrainingState], tmp_path: Path) -> None:

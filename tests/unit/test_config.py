@@ -21,6 +21,7 @@ from pipeline.config_file import (
     flattened,
     load_config,
     parse_config,
+    with_absolute_paths,
 )
 
 SMALLEST: dict[str, Any] = {
@@ -220,6 +221,7 @@ def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
         ({"model.predictor.initial_shares": [1, 1]}, "give one for each of model.resolutions [224, 168, 112]"),
         ({"model.predictor.initial_shares": [1, 0, 1]}, "model.predictor.initial_shares.1 is 0"),
         ({"model.resolutions": [64], "stages.backbone.distillation": "mean"}, "distillation needs several"),
+        ({"stages.backbone.nesterov": True, "stages.backbone.momentum": 0}, "backbone.nesterov needs a momentum"),
         ({"stages.backbone.schedule": "one_cycle"}, "rises for warmup_epochs; give more than 0, such as 0.6"),
     ],
 )
@@ -229,6 +231,13 @@ def test_a_contradiction_is_refused(dotted, named):
 
     (problem,) = raised.value.problems
     assert named in problem
+
+
+def test_only_what_is_a_file_among_weights_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.pth").touch()
+    for weights, expected in (("mine.pth", f"{tmp_path}/mine.pth"), ("IMAGENET1K_V1", "IMAGENET1K_V1")):
+        assert with_absolute_paths(parse_config(changed({"model.weights": weights}))).model.weights == expected
 
 
 def test_a_crop_wider_than_it_is_high_is_allowed():

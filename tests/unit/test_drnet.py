@@ -39,6 +39,14 @@ def test_normalize_is_the_formula_in_channels_last():
     assert torch.equal(images, before)
 
 
+def test_normalize_gives_the_layout_that_the_weights_have():
+    model = small_model()
+    model.memory_format = torch.contiguous_format
+    normalized = model.normalize(pixels(3, 7))
+    assert normalized.is_contiguous()
+    assert torch.equal(normalized, small_model().normalize(pixels(3, 7)))
+
+
 def test_normalize_takes_an_empty_batch_and_a_view():
     model = small_model()
     assert model.normalize(pixels(0, 8)).shape == (0, 3, 8, 8)

@@ -236,6 +236,14 @@ def test_damaged_samples_are_replaced_up_to_a_limit(beton, damaged, num_threads,
         list(load(path, shuffle=False, max_damaged=2, num_threads=num_threads).epoch(2))
 
 
+def test_nothing_is_shown_in_place_of_a_sample_that_is_asked_for_by_its_number(damaged):
+    loader = load(damaged(DAMAGE["cut short"], samples=(11,)), shuffle=False, max_damaged=3)
+    [batch] = loader.read(0, [np.array([12, 10])])
+    assert batch.indices.tolist() == [12, 10]
+    with pytest.raises(DecodeError, match="sample 11"):
+        list(loader.read(0, [np.array([10, 11])]))
+
+
 def test_batches_before_start_step_are_not_read(damaged):
     path = damaged(DAMAGE["zeros"])
     batches = list(load(path, shuffle=False).epoch(0, start_step=2))

@@ -138,6 +138,11 @@ def test_weights_that_the_last_update_spoilt_reach_no_checkpoint() -> None:
     assert recorder.states == []
 
 
+def test_weights_that_the_last_update_of_an_epoch_spoilt_are_not_evaluated() -> None:
+    with pytest.raises(DivergedError, match="step 1 of 1: weights or batch-norm statistics after it are not finite"):
+        trained(Recorder(), stages=only_backbone(lr=1e300), training={"checkpoint_steps": None, "batch_size": 22})
+
+
 def test_what_a_stage_trains_beside_the_model_is_looked_at_too() -> None:
     recorder = Recorder()
     run = run_of(config_of(stages=only_backbone(distillation="learned")), recorder)

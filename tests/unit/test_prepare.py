@@ -19,6 +19,7 @@ from datasets.conversion import IMAGES_IN_STATISTICS, counted_chunks
 from datasets.glyphs import GlyphSettings, glyph_height
 from datasets.parallel import map_ordered
 from datasets.prepare import prepare
+from datasets.publish import LOCK
 from datasets.sources import ImageRef, SourceError
 from jobs.prepare import main
 from tests.unit.pictures import decoded, jpeg, png_bomb, write_class_folders
@@ -238,7 +239,7 @@ def test_a_tampered_beton_is_not_taken_for_prepared(tmp_path, source):
 
 def test_two_preparations_of_one_folder_do_not_meet(tmp_path, source):
     (tmp_path / "out").mkdir()
-    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    descriptor = os.open(tmp_path / "out" / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with pytest.raises(OSError, match="is being prepared by another process"):

@@ -196,9 +196,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     glyphs = GlyphSettings(num_train=40, num_validation=20, image_size=64)
     prepare("glyphs", config.data.folder, glyphs=glyphs, num_processes=1, show_progress=False)
     manifest = load_manifest(config.data.folder)
-    about = {"classes": manifest.classes, "mean": manifest.mean, "std": manifest.std}
     RunFolder.of(config).path.mkdir(parents=True)
-    save_model(RunFolder.of(config).model, build_drnet(config.model, 10, manifest.mean, manifest.std), config, **about)
+    model = build_drnet(config.model, 10, manifest.mean, manifest.std)
+    save_model(RunFolder.of(config).model, model, config, classes=manifest.classes)
     return config
 
 
@@ -229,8 +229,8 @@ def test_a_table_of_another_checkpoint_is_told_before_the_first_trial(trained: C
     fill(with_search(trained), tmp_path / "tables")
     check_search(with_search(trained, tables=tmp_path / "tables"))
     manifest = load_manifest(trained.data.folder)
-    about = {"classes": manifest.classes, "mean": manifest.mean, "std": manifest.std}
-    save_model(tmp_path / "other.pt", build_drnet(trained.model, 10, manifest.mean, manifest.std), trained, **about)
+    other = build_drnet(trained.model, 10, manifest.mean, manifest.std)
+    save_model(tmp_path / "other.pt", other, trained, classes=manifest.classes)
     with pytest.raises(ConfigError, match="has no logit table of this backbone and data"):
         check_search(with_search(trained, tables=tmp_path / "tables", backbone=str(tmp_path / "other.pt")))
 

@@ -159,7 +159,7 @@ def test_every_epoch_is_told_where_somebody_looks_on(run: Run, data: TrialData) 
 
 def save_trained(run: Run, path: Path) -> Path:
     classes = [str(label) for label in range(NUM_CLASSES)]
-    save_model(path, run.model, run.config, classes=classes, mean=(0.5,) * 3, std=(0.25,) * 3)
+    save_model(path, run.model, run.config, classes=classes)
     return path
 
 

@@ -56,8 +56,7 @@ def served(programs):
 
 
 def exported(model: DRNet, config, folder: Path) -> Path:
-    about = {"classes": list("abcde"), "mean": (0.5, 0.4, 0.6), "std": (0.25, 0.2, 0.3)}
-    save_model(folder / "model.pt", model, config, **about)
+    save_model(folder / "model.pt", model, config, classes=list("abcde"))
     export_model(load_model(folder / "model.pt"), folder)
     return folder
 

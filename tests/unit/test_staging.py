@@ -17,6 +17,7 @@ from datasets import staging
 from datasets.beton import SPLITS, TRAIN, VALIDATION, BetonError, beton_path, load_manifest, verify_betons
 from datasets.beton_file import read_layout
 from datasets.prepare import prepare
+from datasets.publish import LOCK
 from datasets.remote import CHUNK_BYTES
 from datasets.staging import STAGED, remote_manifest, stage, upload
 from tests.conftest import ROOT
@@ -173,7 +174,8 @@ def test_a_killed_download_goes_on_where_it_stopped(
     told(process, " left")
     process.kill()
     process.wait()
-    [left] = node.iterdir()
+    left, lock = sorted(node.iterdir(), reverse=True)
+    assert lock.name == LOCK
     assert left.name == partial(remote, TRAIN).name
     assert left.stat().st_size == CHUNK_BYTES
 
@@ -188,7 +190,7 @@ def test_a_killed_download_goes_on_where_it_stopped(
 
 def test_who_waited_takes_what_is_there_then(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     node.mkdir()
-    other = os.open(node, os.O_RDONLY)
+    other = os.open(node / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
 
     def change(line: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from datasets.beton import verify_betons
 from datasets.prepare import Prepared, prepare
+from datasets.publish import LOCK
 from datasets.sources import SourceError
 from tests.unit.pictures import jpeg, write_class_folders
 
@@ -108,7 +109,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("number", "num_adopted"), [(1, 64), (4, 256), (5, 305), (6, 305 + 64)])
 def test_a_killed_preparation_is_gone_on_with(number, num_adopted, images, undisturbed, tmp_path):
     out, counted = kill_at(number, images, tmp_path / "out"), Counted()
-    assert [path.name for path in out.iterdir()] == [".partial"]
+    assert sorted(path.name for path in out.iterdir()) == [LOCK, ".partial"]
     done = prepared(out, images, counted)
     assert counted.chunks == NUM_CHUNKS - number
     assert (done.num_adopted, done.num_images) == (num_adopted, 381 - num_adopted)

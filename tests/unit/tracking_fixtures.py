@@ -95,7 +95,7 @@ def finish_run(config: Config, folder: Path, model: DRNet) -> tuple[Path, Path]:
     """What training leaves in a run's folder and in MLflow; returns model.pt and report.json."""
     close_run(open_run(config, folder, make_manifest()), "FINISHED")
     classes = [f"class {index}" for index in range(model.static_logits(zeros(model), 0).shape[1])]
-    save_model(folder / "model.pt", model, config, classes=classes, mean=(0.5, 0.4, 0.6), std=(0.25, 0.2, 0.3))
+    save_model(folder / "model.pt", model, config, classes=classes)
     report = evaluated(folder, folder / "report.json", np.arange(960) % 16 > 0)
     return folder / "model.pt", report
 
