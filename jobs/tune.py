@@ -6,8 +6,7 @@ command goes on with the trials that are not finished; finished, it chooses anew
 
 from __future__ import annotations
 
-from jobs.cli import job_parser, run_job
-from pipeline.config_file import load_config
+from jobs.cli import job_config, job_parser, run_job
 
 
 def main() -> None:
@@ -18,8 +17,8 @@ def main() -> None:
     parser.add_argument("--register", action="store_true", help="put the chosen model into the registry")
     args = parser.parse_intermixed_args()
     given = {"budget_gflops": args.budget_gflops, "max_accuracy_drop": args.max_accuracy_drop}
-    overrides = [f"search.{key}={value}" for key, value in given.items() if value is not None]
-    config = load_config(args.config, [*args.overrides, *overrides])
+    args.overrides += [f"search.{key}={value}" for key, value in given.items() if value is not None]
+    config = job_config(args)
     if args.dry_run:
         from pipeline.cluster.search_plan import describe_search
 
@@ -36,6 +35,14 @@ def main() -> None:
     if args.register:
         model = register_chosen(result.chosen)
         print(f"{model.name} version {model.version}: {model.uri}")
+        if model.champion != model.version and result.chosen is not None:
+            from pipeline.run_folder import RunFolder
+
+            file = RunFolder.of(result.chosen.config).config
+            print(
+                f"models:/{model.name}@{model.alias} stays version {model.champion}; to compare the two and move it: "
+                f"python -m jobs.register --config {file} --alias {model.alias} --promote"
+            )
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ def _starts(config: Config) -> Iterator[tuple[str, Path]]:
     weights = Path(config.model.weights or "")
     if weights.suffix in (".pt", ".pth", ".bin") or len(weights.parts) > 1:  # else the name of published weights
         yield "model.weights", weights
+    for key, named in (("backbone", config.search.backbone), ("tables", config.search.tables)):
+        if named and not str(named).startswith("models:/"):
+            yield f"search.{key}", Path(named)
     for name, stage in config.stages.present():
         if stage.init_from:
             yield f"stages.{name}.init_from", stage.init_from

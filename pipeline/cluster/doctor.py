@@ -138,9 +138,10 @@ def gpu_problems(nodes: Sequence[Node]) -> Iterator[str]:
 
 def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
     """A tracking store that is a file of one machine, where the first worker may run on another."""
-    file, storage = sqlite_file(tracking_uri(config)), Path(config.cluster.storage).absolute()
+    file, storage = sqlite_file(tracking_uri(config)), Path(config.cluster.storage).resolve()
     hosts = {node.answer.host for node in nodes}
-    if file is not None and len(hosts) > 1 and storage not in file.parents:
+    # Within the storage, or beside a folder above it, where a search's storage has those of its finetuned runs.
+    if file is not None and len(hosts) > 1 and storage not in file.parents and file.parent not in storage.parents:
         yield (
             f"the tracking store {file} is a file of one machine, and this cluster has {len(hosts)}; start `mlflow "
             "server --allowed-hosts ...` on one and set tracking.uri=http://HOST:PORT, or put the file into "

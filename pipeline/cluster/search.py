@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer
 from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
 from datasets.beton_file import read_layout
 from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.launch import environment, only_driver, stage_validation
 from pipeline.cluster.preflight import worker_resources
 from pipeline.cluster.progress import append_event, followed
@@ -70,6 +71,7 @@ def search_run(config: Config) -> SearchResult:
     checked = check_search(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_driver(folder.lock), ray_cluster(), _tracked(config, folder, checked.manifest) as tracking:
+        require_healthy(config, checked.manifest.digest)
         check_trials_fit(config)
         stage_validation(config)
         settings = _begin(config, folder, checked)
@@ -77,6 +79,8 @@ def search_run(config: Config) -> SearchResult:
         correct_NR = _correct(settings, checked.manifest)
         _run_trials(settings, checked, correct_NR, tracking)
         records, _ = settings.records.read(settings.context)
+        # An earlier sitting may have had more seeds.
+        records = [record for record in records if 0 <= record.seed - config.seed < config.search.seeds]
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
         chosen = choose_finetuned(config, finetuned, correct_NR)
         report = _report(settings, checked, records, correct_NR, finetuned, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def check_search(config: Config) -> Checked:
     if ray.is_initialized():
         problems.extend(_fit_problems(config, ray.cluster_resources()))
     elif not os.environ.get("RAY_ADDRESS"):
-        problems.extend(_fit_problems(config, {"CPU": os.cpu_count() or 1}))
+        # GPUs are counted when Ray has started (`check_trials_fit`).
+        problems.extend(_fit_problems(config, {"CPU": os.cpu_count() or 1, "GPU": math.inf}))
     if problems or not (manifest and costs and backbone and space):
         raise ConfigError(problems, f"the search {config.name}")
     return Checked(manifest, backbone, space, costs.backbone_gflops)

@@ -17,6 +17,7 @@ from pipeline.search.front import Summary, budget_alias, choose, spread
 from pipeline.search.report import Finetuned
 from pipeline.search.space import Candidate
 from pipeline.tracking.registry import RegisteredModel, register_model
+from pipeline.tracking.store import tracking_uri
 from pipeline.training.checkpoint import load_model, save_model
 
 
@@ -48,6 +49,8 @@ def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
             "model": record.candidate.model(config.model),
             "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
             "cluster": config.cluster.model_copy(update={"storage": str(folder.finetuned)}),
+            # The search's own store, which may be a file in its storage.
+            "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
         }
     )
     if not start.exists():

@@ -341,9 +341,18 @@ class Plan(Searcher):
 
 
 class PatientASHA(ASHAScheduler):
-    """ASHA that lets the plan's own trials run to their end: the paper's four and the finalists' seeds."""
+    """ASHA that lets the plan's own trials run to their end: the paper's four and the finalists' seeds.
+
+    A trial that diverged has no score to be compared by, which Ray's scheduler would compute with.
+    """
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if trial.config["to_the_end"]:
+        if trial.config["to_the_end"] or result[SCORE] is None:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if result.get(SCORE) is None:
+            self.on_trial_remove(tune_controller, trial)
+        else:
+            super().on_trial_complete(tune_controller, trial, result)

@@ -144,6 +144,8 @@ class Space:
         values = {key: getattr(candidate, key) for key in self.parameters}
         if "blocks" in values:
             values["blocks"] = blocks_text(values["blocks"])
+        if isinstance(width := self.parameters.get("width"), Range):  # it was rounded, maybe out of the range
+            values["width"] = min(max(values["width"], width.low), width.high)
         inside = all(value in self.parameters[key] for key, value in values.items())
         return values if inside and self.candidate(values) == candidate else None
 

@@ -79,7 +79,9 @@ def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> 
     journal = Journal(handle.folder)
     try:
         if artifacts is not None and artifacts.exists():
-            journal.append(artifacts_record(str(artifacts.resolve()), artifacts.name))
+            path, folder = artifacts.resolve(), handle.folder.resolve()
+            path = path.relative_to(folder) if path.is_relative_to(folder) else path  # the folder may be moved
+            journal.append(artifacts_record(str(path), artifacts.name))
         journal.append(status_record(status))
         _send_now(handle.uri, handle.folder)
     except (TrackingError, OSError) as error:  # a full disk has ended the run: that is told, not this

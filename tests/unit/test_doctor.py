@@ -119,6 +119,8 @@ def test_a_tracking_file_of_one_machine_is_refused_on_two(monkeypatch: pytest.Mo
     assert "/home/me/mlflow.db is a file of one machine, and this cluster has 2" in problem
     shared = config_of(tracking={"uri": "sqlite:////shared/runs/mlflow.db"})
     assert list(node_problems(shared, two, "digest")) == []
+    finetuned = shared.cluster.model_copy(update={"storage": "/shared/runs/mine/search/finetuned"})
+    assert list(node_problems(shared.model_copy(update={"cluster": finetuned}), two, "digest")) == []
 
 
 def test_workers_are_not_spread_over_nodes() -> None:

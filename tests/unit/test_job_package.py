@@ -87,6 +87,14 @@ def test_a_file_that_was_not_sent_is_named_with_the_reason(package: Path) -> Non
     assert list(package_problems(config_of(stages=stages, model={"weights": "IMAGENET1K_V1"}), package)) == []
 
 
+def test_what_a_search_starts_from_must_be_sent_or_elsewhere(package: Path) -> None:
+    backbone, tables = package_problems(config_of(search={"backbone": "runs/a/model.pt", "tables": "tables"}), package)
+    assert backbone.startswith("search.backbone runs/a/model.pt is not in the package")
+    assert tables.startswith("search.tables tables is not in the package")
+    elsewhere = config_of(search={"backbone": "models:/drnet@champion", "tables": "/shared/tables"})
+    assert list(package_problems(elsewhere, package)) == []
+
+
 def test_only_a_preparation_needs_the_source(package: Path) -> None:
     config = config_of(data={"dataset": "imagefolder", "folder": "/shared/data", "source": "data/images"})
     [problem] = package_problems(config, package, preparing=True)

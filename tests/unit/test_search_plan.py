@@ -6,9 +6,12 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from datasets.beton import TRAIN, VALIDATION, load_manifest
@@ -16,7 +19,16 @@ from datasets.glyphs import GlyphSettings
 from datasets.prepare import prepare
 from pipeline.cluster.search_checks import check_search, trials_at_once
 from pipeline.cluster.search_plan import describe_search
-from pipeline.cluster.trials import Plan, SearchSettings, search_loader, trial_data, tune_trial
+from pipeline.cluster.trials import (
+    EPOCH,
+    SCORE,
+    PatientASHA,
+    Plan,
+    SearchSettings,
+    search_loader,
+    trial_data,
+    tune_trial,
+)
 from pipeline.config import Config
 from pipeline.config_file import ConfigError
 from pipeline.models.drnet import build_drnet
@@ -37,6 +49,15 @@ Told = list[Record]
 def settings_of(folder: Path, **search: Any) -> SearchSettings:
     config = config_of(folder, **search)
     return SearchSettings(config, SearchFolder.of(config), "digest", "context", cpus=1)
+
+
+def test_a_trial_without_a_score_neither_stops_nor_ends_a_search_by_budget() -> None:
+    scheduler = PatientASHA(time_attr=EPOCH, metric=SCORE, mode="max", max_t=4, grace_period=1)
+    drawn = SimpleNamespace(trial_id="a", config={"to_the_end": False}, status=Trial.RUNNING)
+    scheduler.on_trial_add(None, drawn)
+    diverged = {EPOCH: 2, SCORE: None}
+    assert scheduler.on_trial_result(None, drawn, diverged) == TrialScheduler.CONTINUE
+    scheduler.on_trial_complete(None, drawn, diverged)
 
 
 def plan_of(settings: SearchSettings, told: Told | None = None, num_drawn: int = 3) -> Plan:

@@ -52,6 +52,17 @@ def test_the_papers_four_keep_the_configurations_size_and_recipe():
     assert {(c.input_size, c.width, c.lr, c.tau) for c in found.values()} == {(24, 0.125, 0.05, 1.0)}
 
 
+@pytest.mark.parametrize(("width", "drawn"), [([0.2, 1.0], 0.21), ([0.3, 0.31], 0.3)])
+def test_a_width_that_rounding_takes_out_of_its_range_is_in_the_space(width: list[float], drawn: float):
+    space = space_of(config_of(Path(), preset="size", space={**SPACE, "width": width}), BACKBONE_GFLOPS)
+    values = {"blocks": "1-1", "kernel": 5, "stem_stride": 4, "input_size": 16}
+    candidate = space.candidate(values | {"width": drawn})
+    assert not width[0] <= candidate.width <= width[1]
+    sampled = space.sampled(candidate)
+    assert sampled is not None
+    assert space.candidate(sampled) == candidate
+
+
 def test_a_sampled_value_and_its_candidate_name_each_other():
     space = space_of(config_of(Path(), preset="full"), BACKBONE_GFLOPS)
     values = {"blocks": "1-1", "kernel": 5, "stem_stride": 4, "input_size": 16, "width": 0.19}

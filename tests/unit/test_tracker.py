@@ -145,6 +145,19 @@ def test_a_closed_run_is_finished_with_its_report_and_a_resumed_one_runs(opened,
     assert [client.get_run(run_id).info.status for run_id in everything] == ["FINISHED", "FINISHED"]
 
 
+def test_a_report_that_was_not_sent_is_found_where_its_run_was_moved(opened, tmp_path, folder, monkeypatch):
+    report = folder / "report"
+    report.mkdir()
+    (report / "report.json").write_text("{}")
+    with monkeypatch.context() as context:
+        context.setattr("pipeline.tracking.tracker._send_now", lambda uri, folder: None)  # the server was down
+        close_run(opened, "FINISHED", artifacts=report)
+    moved = folder.rename(tmp_path / "moved")
+    replay(make_config(tmp_path), moved)
+    files = MlflowClient(opened.uri).list_artifacts(opened.run_id, "report")
+    assert [file.path for file in files] == ["report/report.json"]
+
+
 def test_values_that_are_not_finite_arrive(opened):
     log(opened, (None, {"nan": math.nan, "inf": math.inf, "low": -math.inf}, 1))
     (nan,), (inf,), (low,) = (history(opened.uri, opened.run_id, key) for key in ("nan", "inf", "low"))
