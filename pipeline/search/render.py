@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pipeline.evaluation.tables import Table, cell, gflops, markdown_table, percent
+from pipeline.search.front import choose
 from pipeline.search.space import RECIPE_KEYS
 
 FRONT_ROWS = 15
@@ -65,10 +66,9 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 def _dominating_static(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The most accurate static resolution that costs no more than what was chosen and is no less accurate."""
-    better = [
-        row for row in report["statics"] if row["gflops"] <= chosen["gflops"] and row["accuracy"] >= chosen["accuracy"]
-    ]
-    return max(better, key=lambda row: row["accuracy"]) if better else None
+    statics = report["statics"]
+    best = choose(statics, lambda row: (row["accuracy"], row["gflops"]), budget_gflops=chosen["gflops"])
+    return best if best is not None and best["accuracy"] >= chosen["accuracy"] else None
 
 
 def _asked(report: Mapping[str, Any]) -> str:

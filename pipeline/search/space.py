@@ -108,7 +108,10 @@ class Range:
 
     def random(self, generator: np.random.Generator) -> float:
         """A value of the range."""
-        value = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
+        return self.clip(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
+
+    def clip(self, value: float) -> float:
+        """The nearest value of the range."""
         return min(max(value, self.low), self.high)
 
     def __contains__(self, value: Any) -> bool:
@@ -145,7 +148,7 @@ class Space:
         if "blocks" in values:
             values["blocks"] = blocks_text(values["blocks"])
         if isinstance(width := self.parameters.get("width"), Range):  # it was rounded, maybe out of the range
-            values["width"] = min(max(values["width"], width.low), width.high)
+            values["width"] = width.clip(values["width"])
         inside = all(value in self.parameters[key] for key, value in values.items())
         return values if inside and self.candidate(values) == candidate else None
 
