@@ -62,8 +62,8 @@ def explain_workers(failures: Mapping[int, Exception]) -> str:
     return f"worker {rank}{others}: {_explained(failures[rank])}"
 
 
-def explain_end(error: TrainingFailedError | RayActorError, run: str) -> str:
-    """Why Ray Train gave up, and what to do."""
+def explain_end(error: TrainingFailedError | RayActorError, run: str, saved: str) -> str:
+    """Why Ray Train gave up, and what to do; `saved` is what the same command goes on from."""
     if isinstance(error, WorkerGroupError):
         said = explain_workers(error.worker_failures)
     elif isinstance(error, ControllerError):
@@ -71,8 +71,8 @@ def explain_end(error: TrainingFailedError | RayActorError, run: str) -> str:
     else:
         said = f"Ray Train's controller: {_explained(error)}"
     return (
-        f"the run {run} has ended early. {said}\n"
-        "Mend that where it needs mending; then the same command goes on from the last checkpoint"
+        f"the run {run} has ended early. {said.rstrip('.')}.\n"
+        f"Mend that where it needs mending; then the same command goes on from {saved}"
     )
 
 

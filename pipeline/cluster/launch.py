@@ -6,22 +6,17 @@ import fcntl
 import json
 import os
 import platform
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-import ray.train
 import torch
 import yaml
-from ray.exceptions import RayActorError
-from ray.train import TrainingFailedError
-from ray.train.torch import TorchTrainer
 
 from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
 from datasets.catalog import find_dataset
@@ -30,10 +25,10 @@ from datasets.staging import stage
 from pipeline.cluster.checkpoints import DamagedCheckpointError, mend_snapshot
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
-from pipeline.cluster.failures import FailureTeller, WaitTeller, explain_end
-from pipeline.cluster.preflight import check_config, worker_resources
+from pipeline.cluster.group import run_group
+from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
-from pipeline.cluster.stopping import StoppedError, restored, sigterm_as_sigint, stoppable
+from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import WorkerSettings, run_worker
 from pipeline.config import Config
 from pipeline.config_file import drift, parse_config, with_absolute_paths
@@ -112,58 +107,21 @@ def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
 
 
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
-    """Run the worker group to its end; returns the folder of the last checkpoint.
-
-    Raises:
-        ValueError: what the workers found to be beyond another try (see run_worker).
-        KeyboardInterrupt: it was stopped, after a checkpoint or at once.
-        ChildProcessError: workers failed again and again, or Ray Train did.
-    """
+    """Run the worker group to its end; returns the folder of the last checkpoint. Raises what `run_group` does."""
     require_healthy(config, settings.data_digest)
     # The controller answers a worker's report at its next look; the default of 2 s would be most of a short epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.cluster.hang_seconds)
+    shipped = replace(settings, config=with_absolute_paths(config))
     with followed(settings.run_folder):
         while True:
             for line in mend_snapshot(storage):
                 append_event(settings.run_folder, {"message": line}, FAILURES)
-            result = _sitting(config, storage, settings)
-            if not isinstance(result.return_value, DamagedCheckpointError):
-                break
-    match result.return_value:
-        case StoppedError() as stopped:
-            raise KeyboardInterrupt(str(stopped))
-        case Exception() as error:
-            raise error
-    return Path(result.checkpoint.path)
-
-
-def _sitting(config: Config, storage: Path, settings: WorkerSettings) -> ray.train.Result:
-    """One call of Ray Train, which starts the workers again as often as cluster.max_failures says."""
-    cluster = config.cluster
-    elastic = cluster.min_workers not in (None, cluster.num_workers)
-    num_workers = (cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config=replace(settings, config=with_absolute_paths(config)),
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, **worker_resources(config)),
-        run_config=ray.train.RunConfig(
-            name=storage.name,
-            storage_path=str(storage.parent),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureTeller(settings.run_folder), WaitTeller(settings.run_folder)],
-        ),
-    )
-    # An evaluation has no checkpoints to stop at.
-    stopping = nullcontext() if settings.evaluate_model else stoppable(RunFolder(settings.run_folder))
-    try:
-        with stopping, restored(signal.SIGINT):
-            return trainer.fit()
-    except SystemExit:  # by SIGINT, which Ray Train handles, or by what `stoppable` sets
-        raise KeyboardInterrupt("interrupted; the same command goes on from the last checkpoint") from None
-    except (TrainingFailedError, RayActorError) as error:
-        raise ChildProcessError(explain_end(error, config.name)) from error
+            # An evaluation has no checkpoints to stop at.
+            stopping = nullcontext() if settings.evaluate_model else stoppable(RunFolder(settings.run_folder))
+            with suppress(DamagedCheckpointError), stopping:
+                result = run_group(run_worker, shipped, config, storage=storage, told=settings.run_folder)
+                return Path(result.checkpoint.path)
 
 
 def _collect(checkpoint: Path, folder: RunFolder) -> None:

@@ -15,17 +15,17 @@ import ray.train
 import ray.train.torch
 import torch
 from ray import tune
-from ray.train.torch import TorchTrainer
 
 from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
 from datasets.beton_file import read_layout
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
+from pipeline.cluster.group import run_group
 from pipeline.cluster.launch import environment, only_driver, stage_validation
-from pipeline.cluster.preflight import worker_resources
 from pipeline.cluster.progress import append_event, followed
 from pipeline.cluster.search_checks import Checked, check_search, check_trials_fit, trial_resources
 from pipeline.cluster.search_finetune import choose_finetuned, finetune, is_sound
+from pipeline.cluster.stopping import sigterm_as_sigint
 from pipeline.cluster.trials import EPOCH, SCORE, PatientASHA, Plan, SearchSettings, search_loader, tune_trial
 from pipeline.cluster.worker import WorkerSettings, data_of_node
 from pipeline.config import Config
@@ -65,12 +65,18 @@ def search_run(config: Config) -> SearchResult:
 
     Raises:
         ConfigError: with every problem that can be known before the first trial.
-        ValueError: another driver is at work on the search.
+        ValueError: another driver is at work on the search, or the logit tables cannot be computed.
+        KeyboardInterrupt: it was stopped, by Ctrl-C or SIGTERM.
     """
     config, folder = with_absolute_paths(config), SearchFolder.of(config)
     checked = check_search(config)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with only_driver(folder.lock), ray_cluster(), _tracked(config, folder, checked.manifest) as tracking:
+    with (
+        only_driver(folder.lock),
+        ray_cluster(),
+        sigterm_as_sigint(),
+        _tracked(config, folder, checked.manifest) as tracking,
+    ):
         require_healthy(config, checked.manifest.digest)
         check_trials_fit(config)
         stage_validation(config)
@@ -117,20 +123,12 @@ def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
     config, folder = settings.config, settings.folder
     if config.search.tables is not None or _tables_complete(settings, manifest):
         return
-    shutil.rmtree(folder.path / "fill", ignore_errors=True)
-    trainer = TorchTrainer(
-        _fill_worker,
-        train_loop_config=settings,
-        scaling_config=ray.train.ScalingConfig(num_workers=config.cluster.num_workers, **worker_resources(config)),
-        run_config=ray.train.RunConfig(
-            name="fill",
-            storage_path=str(folder.path),
-            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
-        ),
-    )
+    # Ray Train's own files: what was written of the tables is where an earlier sitting goes on from.
+    shutil.rmtree(folder.fill, ignore_errors=True)
+    saved = "the part of the logit tables that is written"
     with followed(folder.path):
-        trainer.fit()
-    shutil.rmtree(folder.path / "fill", ignore_errors=True)
+        run_group(_fill_worker, settings, config, storage=folder.fill, told=folder.path, saved=saved)
+    shutil.rmtree(folder.fill, ignore_errors=True)
 
 
 def _tables_complete(settings: SearchSettings, manifest: Manifest) -> bool:
@@ -148,7 +146,7 @@ def _table_views(config: Config) -> dict[str, range]:
 
 
 def _fill_worker(settings: SearchSettings) -> None:
-    """Ray Train's train function: this rank's part of the tables."""
+    """This rank's part of the tables."""
     config, context = settings.config, ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     node = WorkerSettings(config, settings.folder.path, settings.data_digest, tracking=None)
@@ -299,7 +297,7 @@ def _tracked(config: Config, folder: SearchFolder, manifest: Manifest) -> Iterat
     try:
         yield tracking
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:

@@ -21,26 +21,21 @@ from datasets.beton import Manifest, load_manifest
 from datasets.loader import MultiResolutionLoader
 from datasets.staging import stage
 from pipeline.assembly import build_model, equip_for_training, open_loaders, placed
-from pipeline.cluster.checkpoints import STATE_FILE, DamagedCheckpointError, read_state
+from pipeline.cluster.checkpoints import STATE_FILE, read_state
 from pipeline.cluster.observe import Gauges, Labels, labelled_logs
 from pipeline.cluster.progress import StepClock, append_event
 from pipeline.cluster.stopping import StoppedError, is_stop_asked
 from pipeline.config import Config
-from pipeline.config_file import ConfigError
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.drnet import DRNet
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.tracker import RunHandle, RunLogger, system_metrics
 from pipeline.training import distributed
-from pipeline.training.checkpoint import OtherRunError, TrainingState, load_model, save_model
+from pipeline.training.checkpoint import TrainingState, load_model, save_model
 from pipeline.training.costs import costs_of_run, refuse_unreachable
-from pipeline.training.divergence import DivergedError
 from pipeline.training.goodput import EVALUATE, Goodput
 from pipeline.training.loop import Run, train
 from pipeline.training.reporting import Progress
-
-# Raised by every rank at the same step; to start the workers again would end the same.
-FINAL_ERRORS = (ConfigError, DivergedError, OtherRunError, DamagedCheckpointError, StoppedError)
 
 
 @dataclass(frozen=True)
@@ -56,22 +51,9 @@ class WorkerSettings:
     """evaluate this model.pt and train nothing"""
 
 
-def run_worker(settings: WorkerSettings) -> Exception | None:
-    """Ray Train's train function.
-
-    Returns:
-        Why the run does not go on, where the workers must not be started again: an error that is returned is not
-        counted as a failure of the worker.
-    """
+def run_worker(settings: WorkerSettings) -> None:
+    """What a worker of a run does from its start to its end; see `run_group` for the errors that end the run."""
     goodput = Goodput()
-    try:
-        _train_and_predict(settings, goodput)
-    except FINAL_ERRORS as error:
-        return error
-    return None
-
-
-def _train_and_predict(settings: WorkerSettings, goodput: Goodput) -> None:
     config, context, folder = settings.config, ray.train.get_context(), RunFolder(settings.run_folder)
     device = ray.train.torch.get_device()
     manifest = data_of_node(settings, context.get_node_rank())

@@ -30,6 +30,11 @@ class SearchFolder:
         return self.path / "tables"
 
     @property
+    def fill(self) -> Path:
+        """Ray Train's own files while the tables are computed; nothing is read from them again."""
+        return self.path / "fill"
+
+    @property
     def trials(self) -> Path:
         """Records and predictors of the trials."""
         return self.path / "trials"

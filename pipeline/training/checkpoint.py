@@ -151,7 +151,7 @@ def _load(path: Path, expected: int) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {str(error) or type(error).__name__}") from error
     if not isinstance(content, dict) or content.get("format") != expected:
         raise ValueError(f"{path} is not a checkpoint of format {expected} of this project")
     return content

@@ -72,12 +72,12 @@ def average_running_statistics(model: nn.Module) -> None:
         torch._foreach_div_(statistics, world_size())
 
 
-def gather_integers(values: Tensor) -> list[int]:
-    """The integers of all ranks' tensors (N,), rank by rank; N may differ."""
-    parts = [values.tolist()] * world_size()
+def gather(value: Value) -> list[Value]:
+    """What each rank gives, rank by rank: small values of any kind that pickle takes."""
+    values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, values.tolist())
-    return [value for part in parts for value in part]
+        dist.all_gather_object(values, value)
+    return values
 
 
 def from_first_rank(value: Value) -> Value:

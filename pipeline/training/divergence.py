@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -73,7 +74,7 @@ class Watch:
             raise DivergedError(self._message(progress, torch.tensor([], dtype=torch.long), found))
 
     def _message(self, progress: Progress, indices_N: Tensor, found: str) -> str:
-        indices = sorted(distributed.gather_integers(indices_N))
+        indices = sorted(itertools.chain.from_iterable(distributed.gather(indices_N.tolist())))
         images = f" Its images are those at {indices} of the training data." if indices else ""
         return (
             f"training diverged in stage {progress.stage}, epoch {progress.epoch + 1} of {progress.epochs}, "

@@ -42,6 +42,10 @@ class TableError(ValueError):
     """A logit table is missing, incomplete, damaged, or of something else."""
 
 
+class UnfillableTableError(TableError):
+    """A logit table cannot be computed as things are, on any rank: to try again would end the same."""
+
+
 @dataclass(frozen=True)
 class TableKey:
     """Everything that a table's logits depend on.

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from pipeline.training.logit_table import (
     TABLE_FILE,
     TableError,
     TableKey,
+    UnfillableTableError,
     chunk_path,
     map_chunk,
     view_folder,
@@ -60,7 +61,7 @@ def fill_table(
         tell: is told about every view of which something was missing.
 
     Raises:
-        TableError: the disk has no room for what is missing, or a logit is no finite float16.
+        UnfillableTableError: on every rank: the disk has no room for what is missing, or a logit is no finite float16.
     """
     folder, rank, world_size = root / key.digest, distributed.rank(), distributed.world_size()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,24 +72,39 @@ def fill_table(
     missing = {
         view: [chunk for chunk in chunks if not _is_sound(folder, key, view, chunk)] for view, chunks in mine.items()
     }
-    _check_room(folder, key, sum(map(len, missing.values())) * world_size)
+    with _on_every_rank():
+        _check_room(folder, key, sum(map(len, missing.values())) * world_size)
     for number, view in enumerate(views, 1):
         started = time.perf_counter()
         view_folder(folder, view).mkdir(exist_ok=True)
-        for chunk, logits_NRK in _compute(key, view, missing[view], loader, backbone_logits, device):
-            write_chunk(chunk_path(folder, view, chunk), logits_NRK)
+        # This also holds every rank until the view is whole, so that none waits for another longer than for one view.
+        with _on_every_rank():
+            for chunk, logits_NRK in _compute(key, view, missing[view], loader, backbone_logits, device):
+                write_chunk(chunk_path(folder, view, chunk), logits_NRK)
         count = sum(last - first for first, last in map(key.bounds, missing[view]))
-        # Also holds every rank until the view is whole, so that none waits for another longer than for one view.
         count = int(distributed.sum_over_ranks(torch.tensor(count, device=device)))
         if count:
             speed = count / (time.perf_counter() - started)
             tell(f"logit table of {key.split}: view {number}/{len(views)}  {count:,} images  {speed:.0f} images/s")
 
 
+@contextmanager
+def _on_every_rank() -> Iterator[None]:
+    """Wait for every rank to reach the end of the body; an UnfillableTableError of one is raised on all."""
+    problem: str | None = None
+    try:
+        yield
+    except UnfillableTableError as error:
+        problem = str(error)
+    problems = [other for other in distributed.gather(problem) if other is not None]
+    if problems:
+        raise UnfillableTableError(problems[0])
+
+
 def _check_room(folder: Path, key: TableKey, num_chunks: int) -> None:
     needed, free = num_chunks * key.view_bytes // key.num_chunks, shutil.disk_usage(folder).free
     if needed > free:
-        raise TableError(
+        raise UnfillableTableError(
             f"the logit table needs {needed / 1e9:.1f} GB more in {folder}, which has {free / 1e9:.1f} GB free; "
             "make room, lower stages.predictor.views, or set stages.predictor.logits=live"
         )
@@ -121,7 +137,7 @@ def _answer(key: TableKey, batch: Any, backbone_logits: BackboneLogits, device: 
     unfit = (~logits_NRK.isfinite()).nonzero()
     if len(unfit):
         row, resolution, _ = unfit[0].tolist()
-        raise TableError(
+        raise UnfillableTableError(
             f"the backbone's logits are infinite, NaN or beyond float16 (65504) for sample {batch.indices[row]} of "
             f"{key.split} at {key.resolutions[resolution]} px; train the backbone anew with a lower learning rate or "
             "with clip_grad_norm, or set stages.predictor.logits=live"

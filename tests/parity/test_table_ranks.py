@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from pipeline.training import stages
+from pipeline.training.logit_table import UnfillableTableError
 from pipeline.training.loop import train
 from tests.table_runs import config_of, run_of, write_data
 
@@ -25,10 +26,21 @@ def train_predictor(data: Path, tables: Path) -> tuple[dict[str, Tensor], list[d
     return run.model.state_dict(), recorder.values, [line.rpartition("  ")[0] for line in recorder.messages]
 
 
+def refusal_of(data: Path, tables: Path) -> str:
+    """What is said of a backbone whose logits float16 cannot hold."""
+    run, _ = run_of(config_of(data), tables)
+    with torch.no_grad():
+        run.model.backbone.network.fc.bias.fill_(1e5)
+    with pytest.raises(UnfillableTableError) as error:
+        train(run)
+    return str(error.value)
+
+
 def run_rank(rank: int, world_size: int, data: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    torch.save(train_predictor(data, folder / "of-two"), folder / f"{rank}.pt")
+    results = (*train_predictor(data, folder / "of-two"), refusal_of(data, folder / "refused"))
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -42,8 +54,9 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     mp.spawn(run_rank, (2, data, tmp_path), nprocs=2)
     assert files_of(tmp_path / "of-two") == files_of(tmp_path / "of-one")
     for rank in range(2):
-        state, values, messages = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        state, values, messages, refusal = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert messages == expected_messages
+        assert "beyond float16 (65504) for sample 0 of train" in refusal, "its chunk was rank 0's alone"
         for name, value in state.items():
             torch.testing.assert_close(value, expected_state[name], rtol=1e-4, atol=1e-6, msg=name)
         for found, expected in zip(values, expected_values, strict=True):

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from datasets.beton import load_manifest
@@ -33,7 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A search for a backbone that was trained elsewhere: here it is as it is made, which is enough to route."""
+    """A search for a backbone that was trained elsewhere: here one that always says the same.
+
+    Then resolutions are right for the same images, no predictor counts as collapsed, and there is a finalist whatever
+    was drawn, which depends on how far a driver came.
+    """
     folder = tmp_path_factory.mktemp("search")
     config = config_of(folder, max_accuracy_drop=100)
     prepare(
@@ -46,6 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     manifest = load_manifest(config.data.folder)
     RunFolder.of(config).path.mkdir(parents=True)
     model = build_drnet(config.model, 10, manifest.mean, manifest.std)
+    torch.nn.init.zeros_(model.backbone.network.fc.weight)
     save_model(RunFolder.of(config).model, model, config, classes=manifest.classes)
     return config
 
@@ -55,33 +61,42 @@ def records_of(folder: SearchFolder) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.trials.glob("*.json")}
 
 
-def test_a_search_whose_driver_is_killed_goes_on_and_ends_in_a_choice(
-    config: Config, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, file = SearchFolder.of(config), tmp_path / "search.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+def ended_by(number: signal.Signals, num_records: int, config: Config, file: Path, address: str) -> tuple[int, str]:
+    """A driver that is sent a signal when it has so many records: its exit code, and what it said."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", "--config", str(file)],
         cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray_cluster},
+        env=os.environ | {"RAY_ADDRESS": address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     over = threading.Event()
 
-    def kill_after_two_trials() -> None:
+    def send() -> None:
         while not over.wait(0.05):
-            if len(records_of(folder)) >= 2:
-                os.kill(driver.pid, signal.SIGKILL)
+            if len(records_of(SearchFolder.of(config))) >= num_records:
+                os.kill(driver.pid, number)
                 return
 
-    killer = threading.Thread(target=kill_after_two_trials)
-    killer.start()
+    sender = threading.Thread(target=send)
+    sender.start()
     said, _ = driver.communicate()
     over.set()
-    killer.join()
-    assert driver.returncode == -signal.SIGKILL, said
+    sender.join()
+    return driver.returncode, said
+
+
+def test_a_search_whose_driver_is_killed_goes_on_and_ends_in_a_choice(
+    config: Config, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = SearchFolder.of(config), tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    code, said = ended_by(signal.SIGTERM, 1, config, file, ray_cluster)
+    assert code == 130, said
+    assert said.endswith("interrupted; the same command goes on with the trials that are not finished\n"), said
+    code, said = ended_by(signal.SIGKILL, len(records_of(folder)) + 1, config, file, ray_cluster)
+    assert code == -signal.SIGKILL, said
     before = records_of(folder)
 
     result = search_run(config)

@@ -51,10 +51,10 @@ def test_the_end_names_the_reason_and_what_to_do() -> None:
         (ControllerError(OSError(30, "Read-only file system")), "controller: [Errno 30] Read-only file system"),
         (ActorDiedError(), "controller: its process died"),
     ):
-        said = explain_end(error, "small")
+        said = explain_end(error, "small", "the last checkpoint")
         assert expected in said
         assert "the run small" in said
-        assert "the same command goes on" in said
+        assert said.endswith("the same command goes on from the last checkpoint")
 
 
 def test_whoever_follows_a_run_sees_failures_too(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.models.drnet import DRNet
 from pipeline.models.predictor import ARCHITECTURES, build_predictor
 from pipeline.training.divergence import Watch
-from pipeline.training.logit_table import LogitTable, TableError, TableKey, chunk_path
+from pipeline.training.logit_table import LogitTable, TableError, TableKey, UnfillableTableError, chunk_path
 from pipeline.training.loop import Run, Work, train, train_epoch
 from pipeline.training.metrics import Meter
 from pipeline.training.reporting import Progress
@@ -243,13 +243,13 @@ def test_logits_beyond_float16_are_an_error_that_names_the_sample(key: TableKey,
         logits_NRK[3, 1, 4] = value
         return logits_NRK
 
-    with pytest.raises(TableError, match=r"float16 .* for sample 3 of train at 32 px"):
+    with pytest.raises(UnfillableTableError, match=r"float16 .* for sample 3 of train at 32 px"):
         fill_table(tmp_path, key, [0], loader, backbone, device=torch.device("cpu"), tell=print)
 
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(key: TableKey, loader, model, tmp_path: Path) -> None:
     huge, backbone = replace(key, num_classes=10**15), Backbone(model)
-    with pytest.raises(TableError, match=r"needs .* GB more .* stages\.predictor\.views"):
+    with pytest.raises(UnfillableTableError, match=r"needs .* GB more .* stages\.predictor\.views"):
         fill_table(tmp_path, huge, [0], loader, backbone, device=torch.device("cpu"), tell=print)
     assert backbone.batches == 0
 
