@@ -12,17 +12,22 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
+import ray.train
 from ray.cluster_utils import Cluster
 
 from pipeline.cluster.launch import train_run
 from pipeline.run_folder import RunFolder
 from tests.chaos.runs import Condition, Saboteur, begun, config_of, events, failures, in_stage
 
-ELASTIC_EPOCHS = 300  # that Ray, which looks for new nodes once a minute, finds one before the end
+ELASTIC_EPOCHS = 300
+LOOKS = {"elastic_resize_monitor_interval_s": 5.0}
+"""Ray looks for new nodes once a minute, in which a fast machine would have trained all epochs"""
 ADDRESSES = [f"127.0.0.{last}" for last in range(2, 9)]
 
 
@@ -105,7 +110,8 @@ def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
         (epochs_after(with_workers(1), 3), nodes.gain),
         (with_workers(2), lambda: None),
     ]
-    with Saboteur(run, *acts) as saboteur:
+    looking_often = patch.object(ray.train, "ScalingConfig", partial(ray.train.ScalingConfig, **LOOKS))
+    with looking_often, Saboteur(run, *acts) as saboteur:
         train_run(config)
     counts = [int(event["message"].split(" with ")[1].split()[0]) for event in begun(run)]
     return {
