@@ -9,7 +9,7 @@ UPGRADE ?=
 PYTHON := .venv/bin/python
 RUFF   := .venv/bin/ruff
 TY     := .venv/bin/ty
-CODE   := datasets pipeline jobs tests
+CODE   := datasets pipeline jobs benchmarks tests
 
 # Neither Ray nor MLflow reports its use over the network.
 export RAY_USAGE_STATS_ENABLED = 0

@@ -1,4 +1,4 @@
-"""Run a function over chunks of work in processes, results in the order of the work."""
+"""Run a function over chunks of work in processes, results in the order of the work; and show progress."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -77,3 +82,18 @@ def _exit_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed or 0
+        return Text(f"{rate:,.0f} images/s")
+
+
+@contextmanager
+def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how many more images are done. On standard error; only its end in a log file."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -20,13 +20,12 @@ from datasets.beton import (
     Manifest,
     Split,
     beton_path,
+    file_sha256,
     load_manifest,
     parse_manifest,
     verify_betons,
 )
-from datasets.beton_file import file_sha256
-from datasets.files import sync_folder, write_whole
-from datasets.publish import exclusive
+from datasets.files import exclusive, sync_folder, write_whole
 from datasets.remote import CHUNK_BYTES, RemoteFolder, open_remote
 
 STAGED = "staged.txt"

@@ -9,7 +9,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from jobs.benchmarks.harness import MIN_RUNS, show
+from benchmarks.harness import MIN_RUNS, show
 from jobs.cli import run_job
 
 BENCHES = {
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.runs < MIN_RUNS or args.threads < 1:
         raise ValueError(f"--runs {args.runs} --threads {args.threads}: give at least {MIN_RUNS} runs and 1 thread")
-    rows, notes = import_module(f"jobs.benchmarks.{args.bench}").run(args.images, args.runs, args.threads)
+    rows, notes = import_module(f"benchmarks.{args.bench}").run(args.images, args.runs, args.threads)
     show(args.bench, rows, notes, as_json=args.json)
 
 

@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.config_file import ConfigError, describe_fields, load_config
-from pipeline.job_package import job_package, package_problems
+from pipeline.config.job_package import job_package, package_problems
+from pipeline.config.load import ConfigError, describe_fields, load_config
+from pipeline.config.schema import Config
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -13,8 +13,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a finished run")
     folders = parser.parse_args().runs
+    from pipeline.config.run_folder import RunFolder
     from pipeline.evaluation.seeds import seeds_markdown, summarize_seeds
-    from pipeline.run_folder import RunFolder
 
     missing = [folder for folder in folders if not RunFolder(folder).report_json.is_file()]
     if missing:

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from jobs.cli import job_parser, parsed_config, run_job
-from pipeline.config_file import ConfigError
+from pipeline.config.load import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.describe import Description, StageSummary
+    from pipeline.training.describe import Description, StageSummary
 
 _MEGABYTE = 1e6
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_intermixed_args()
     config = parsed_config(args)
-    from pipeline.describe import describe
+    from pipeline.training.describe import describe
 
     description = describe(config)
     print(as_json(description) if args.json else as_text(description))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.cli import job_config, job_parser, run_job
-from pipeline.config_file import ConfigError
+from pipeline.config.load import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.cluster.doctor import Diagnosis

@@ -12,7 +12,7 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     config = job_config(args)
-    from pipeline.cluster.launch import evaluate_run
+    from pipeline.cluster.driver import evaluate_run
 
     result = evaluate_run(config, args.cost)
     print(f"{result.report['verdict']}\nreport: {result.folder.report / 'report.html'}")

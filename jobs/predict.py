@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.sources.folders import SUFFIXES, walk_images
 from jobs.cli import run_job
-from pipeline.prediction_parts import FILES_PER_PART, SUFFIXES, walk_images
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
         raise ValueError("--files-per-part is for --out; give it too")
     paths = find_images(args.images)
     # MLflow and torch take seconds to import: a mistyped path is answered before.
-    from pipeline.tracking.inference import classify_files, open_model
+    from pipeline.serving.predict import classify_files
+    from pipeline.tracking.registry import open_model
 
     model = open_model(args.model, args.budget_bias)
     rows = list(classify_files(model, paths, budget_bias=args.budget_bias))
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write Parquet files here, on Ray, and go on in them"
     )
-    parser.add_argument("--files-per-part", type=int, metavar="N", help=f"images a Parquet file ({FILES_PER_PART:,})")
+    parser.add_argument("--files-per-part", type=int, metavar="N", help="images in each Parquet file")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a JPEG or PNG file, or a folder of them")
     return parser
 
@@ -64,14 +65,14 @@ def predict_folder(args: argparse.Namespace) -> str:
     """Predict one folder into `--out`; returns what came out."""
     if args.json or len(args.images) != 1 or not args.images[0].is_dir():
         raise ValueError("--out takes one folder of images, and no --json: the results are Parquet files")
-    from pipeline.cluster.predict import predict_folder
+    from pipeline.cluster.predict_folder import predict_folder
 
     summary = predict_folder(
         args.model,
         args.images[0],
         args.out,
         budget_bias=args.budget_bias,
-        files_per_part=args.files_per_part or FILES_PER_PART,
+        files_per_part=args.files_per_part,
     )
     return f"{summary}\n{args.out}: pandas.read_parquet reads them all"
 

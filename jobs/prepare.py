@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     from datasets.beton import verify_betons
-    from datasets.glyphs import GlyphSettings
-    from datasets.prepare import prepare
+    from datasets.prepare.prepare import prepare
+    from datasets.sources.glyphs import GlyphSettings
     from jobs.cli import job_config, job_parser
 
     parser = job_parser("prepare", __doc__)
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = data.model_dump(exclude={"glyphs", "uri"})
     arguments |= {"glyphs": GlyphSettings(**data.glyphs.model_dump()), "force": args.force, "show_progress": True}
     if os.environ.get("RAY_ADDRESS"):
-        from pipeline.cluster.tasks import map_on_cluster
+        from pipeline.cluster.connection import map_on_cluster
 
         arguments["map_chunks"] = map_on_cluster
     try:

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jobs.cli import job_config, job_parser, run_job
-from pipeline.config import Config
+from pipeline.config.schema import Config
 
 if TYPE_CHECKING:
     from pipeline.tracking.promotion import Decision
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def register(config: Config, bounds: dict[str, float] | None) -> None:
     """Register the run's model and, with bounds, ask the gate to promote it."""
+    from pipeline.config.run_folder import RunFolder
     from pipeline.evaluation.gate import Bounds
-    from pipeline.run_folder import RunFolder
     from pipeline.tracking.promotion import promote
     from pipeline.tracking.registry import register_model
 

@@ -11,7 +11,7 @@ from jobs.cli import job_config, job_parser, run_job
 def main() -> None:
     config = job_config(job_parser("train", __doc__).parse_intermixed_args())
     # Ray, torch and MLflow take seconds to import: a mistyped key is answered before.
-    from pipeline.cluster.launch import train_run
+    from pipeline.cluster.driver import train_run
 
     result = train_run(config)
     if result.already_finished:

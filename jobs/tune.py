@@ -20,15 +20,14 @@ def main() -> None:
     args.overrides += [f"search.{key}={value}" for key, value in given.items() if value is not None]
     config = job_config(args)
     if args.dry_run:
-        from pipeline.cluster.search_plan import describe_search
+        from pipeline.search.checks import describe_search
 
         print(describe_search(config))
         return
     if args.register and config.search.budget_gflops is None and config.search.max_accuracy_drop is None:
         raise ValueError("--register needs a choice: give --budget-gflops or --max-accuracy-drop")
-    from pipeline.cluster.search import search_run
-    from pipeline.cluster.search_finetune import register_chosen
-    from pipeline.search.render import verdict
+    from pipeline.search.driver import register_chosen, search_run
+    from pipeline.search.report import verdict
 
     result = search_run(config)
     print(f"{verdict(result.report)}\nreport: {result.folder.report / 'report.md'}")
@@ -36,7 +35,7 @@ def main() -> None:
         model = register_chosen(result.chosen)
         print(f"{model.name} version {model.version}: {model.uri}")
         if model.champion != model.version and result.chosen is not None:
-            from pipeline.run_folder import RunFolder
+            from pipeline.config.run_folder import RunFolder
 
             file = RunFolder.of(result.chosen.config).config
             print(

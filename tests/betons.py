@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.beton_file import Sample, write_beton
+from datasets.beton import Sample, write_beton
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:

@@ -22,9 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.training.checkpoint import TrainingState
-from pipeline.training.goodput import TABLE
 from pipeline.training.loop import train
-from pipeline.training.reporting import Progress
+from pipeline.training.run import TABLE, Progress
 from tests.synthetic import config_of, run_of, without_timings
 
 ROUTED = {"epochs": 1, "lr": 0.05, "alpha_gflops": 0.0006, "eta": 0.5, "ema_decay": 0.5}

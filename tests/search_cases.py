@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.schema import Config
 from pipeline.search.records import Record, choice_letters
 from pipeline.search.space import Candidate, paper_candidates
 

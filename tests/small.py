@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
-from pipeline.training.noise import gumbel_noise
-from pipeline.training.stages import StepBatch
+from pipeline.training.objectives import StepBatch, gumbel_noise
 
 COSTS_R = torch.tensor([4.0, 2.0, 1.0])
 

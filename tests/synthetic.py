@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from datasets.beton import FORMAT, TRAIN, VALIDATION, Manifest, Split
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import build_drnet
 from pipeline.training import distributed
 from pipeline.training.checkpoint import TrainingState
-from pipeline.training.loop import Run
-from pipeline.training.reporting import Progress
+from pipeline.training.run import Progress, Run
 
 SIDES = (32, 24)
 NUM_CLASSES, NUM_TRAIN, NUM_VALIDATION = 3, 22, 9

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from datasets.beton import TRAIN, VALIDATION, beton_path
-from datasets.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
+from pipeline.config.load import parse_config
+from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.training import distributed
-from pipeline.training.loop import Run
+from pipeline.training.run import Run
 from tests.betons import photograph, write_images
 from tests.synthetic import Recorder, manifest_of
 

@@ -10,12 +10,12 @@ import ray
 
 from datasets.beton import Manifest, verify_betons
 from datasets.staging import remote_manifest
-from pipeline.config import Config
-from pipeline.config_file import ConfigError
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import build_drnet
 from pipeline.training.checkpoint import load_model
-from pipeline.training.costs import alpha_problems
+from pipeline.training.run import alpha_problems
 
 
 def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Costs]:

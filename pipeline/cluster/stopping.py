@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.run_folder import RunFolder
+from pipeline.config.run_folder import RunFolder
 
 JOB_VARIABLE, WAIT_VARIABLE, RAYS_WAIT_SECONDS = "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 SECONDS_TO_END = 10.0

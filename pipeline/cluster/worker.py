@@ -18,24 +18,21 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
 from datasets.beton import Manifest, load_manifest
-from datasets.loader import MultiResolutionLoader
+from datasets.loading.loader import MultiResolutionLoader
 from datasets.staging import stage
-from pipeline.assembly import build_model, equip_for_training, open_loaders, placed
 from pipeline.cluster.checkpoints import STATE_FILE, read_state
-from pipeline.cluster.observe import Gauges, Labels, labelled_logs
-from pipeline.cluster.progress import StepClock, append_event
+from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, labelled_logs
 from pipeline.cluster.stopping import StoppedError, is_stop_asked
-from pipeline.config import Config
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.drnet import DRNet
-from pipeline.run_folder import RunFolder
 from pipeline.tracking.tracker import RunHandle, RunLogger, system_metrics
 from pipeline.training import distributed
+from pipeline.training.assembly import build_model, equip_for_training, open_loaders, placed
 from pipeline.training.checkpoint import TrainingState, load_model, save_model
-from pipeline.training.costs import costs_of_run, refuse_unreachable
-from pipeline.training.goodput import EVALUATE, Goodput
-from pipeline.training.loop import Run, train
-from pipeline.training.reporting import Progress
+from pipeline.training.loop import train
+from pipeline.training.run import EVALUATE, Goodput, Progress, Run, costs_of_run, refuse_unreachable
 
 
 @dataclass(frozen=True)

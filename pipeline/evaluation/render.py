@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from pipeline.evaluation.gallery import Tile
+from pipeline.evaluation.figures import Tile
 from pipeline.evaluation.style import resolution_colors
 from pipeline.evaluation.tables import (
     BUDGET_NOTE,

@@ -1,17 +1,18 @@
-"""How every figure looks: colours for light and dark, axes, headings. No global state of matplotlib is touched."""
+"""How every figure looks: colors for light and dark, axes, headings, and labels that do not overlap."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 DPI = 180
@@ -91,3 +92,111 @@ def heading(figure: Figure, text: str, subtitle: str, theme: Theme) -> None:
 def subject(report: Mapping[str, Any]) -> str:
     """What the figures of a report are about."""
     return f"{report['dataset'] or report['name']}, {report['n']:,} validation images"
+
+
+_DIRECTIONS = 24
+_DISTANCES = (7, 12, 18, 26, 36, 50, 68, 90, 120)  # points from what is named
+_LEADER_FROM = 18  # points; a label farther away gets a thin line to its point
+_LEADER_SAMPLES = 16
+_PADDING = 2.5  # points around a label's box
+_STEP = 3.0  # points between the samples of a line that labels keep away from
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text for one of several equally good anchors, in data coordinates."""
+
+    text: str
+    anchors: Sequence[tuple[float, float]]
+    color: str
+    bold: bool = False
+
+
+def place_labels(
+    axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], *, size: float, background: str
+) -> None:
+    """Write `labels`, in their order of importance, where they cover nothing.
+
+    For each label all directions and distances around its anchors are tried and the place with the least penalty is
+    taken: another label or the edge counts most, then the samples of lines below it, then the distance.
+
+    Args:
+        axes: with final limits and position.
+        lines: polylines (M, 2) in data coordinates that labels should not cover.
+        size: of the font, points.
+        background: colour of the halo around the letters.
+    """
+    renderer = cast(FigureCanvasAgg, axes.figure.canvas).get_renderer()
+    scale = axes.figure.dpi / 72
+    frame = axes.get_window_extent(renderer)
+    occupied = np.concatenate([_samples(axes, line, _STEP * scale) for line in lines])
+    boxes = np.zeros((0, 2, 2))  # of the labels placed so far: low and high corner, pixels
+    for label in labels:
+        style: dict[str, Any] = {"fontsize": size, "color": label.color, "parse_math": False}
+        style["fontweight"] = "bold" if label.bold else "normal"
+        probe = axes.text(0, 0, label.text, **style)
+        extent = probe.get_window_extent(renderer)
+        probe.remove()
+        half = np.array([extent.width, extent.height]) / 2 + _PADDING * scale
+        offsets, distances = _offsets(half, scale)
+        points = axes.transData.transform(label.anchors)
+        penalties = np.stack(
+            [_penalties(point, offsets, half, frame.get_points(), boxes, occupied) for point in points]
+        )
+        which, best = np.unravel_index(np.argmin(penalties + distances), penalties.shape)
+        centre = points[which] + offsets[best]
+        boxes = np.concatenate([boxes, [[centre - half, centre + half]]])
+        leader = None
+        if distances[best] >= _LEADER_FROM:
+            leader = {"arrowstyle": "-", "color": label.color, "lw": 0.7, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+            occupied = np.concatenate([occupied, np.linspace(points[which], centre, _LEADER_SAMPLES)])
+        text = axes.annotate(
+            label.text,
+            xy=label.anchors[int(which)],
+            xytext=tuple(offsets[best] / scale),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            arrowprops=leader,
+            zorder=10,
+            **style,
+        )
+        text.set_path_effects([withStroke(linewidth=2.5, foreground=background)])
+
+
+def _offsets(half: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Candidate centres (M, 2) of a box of half size `half`, pixels from its anchor, and their distances in points."""
+    angles = np.linspace(0, 2 * np.pi, _DIRECTIONS, endpoint=False)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    # From the box's centre to its edge, so that every direction leaves the same gap.
+    reach = np.min(half / np.maximum(np.abs(directions), 1e-9), axis=1)
+    lengths = reach[:, None] + np.array(_DISTANCES) * scale
+    offsets = directions[:, None] * lengths[:, :, None]
+    return offsets.reshape(-1, 2), np.tile(np.array(_DISTANCES, np.float64), _DIRECTIONS)
+
+
+def _penalties(
+    point: np.ndarray, offsets: np.ndarray, half: np.ndarray, frame: np.ndarray, boxes: np.ndarray, occupied: np.ndarray
+) -> np.ndarray:
+    """For each candidate place (M,): 10,000 a label or edge that it covers, 1,000 a label that its leader crosses, 40 a
+    sample of a line.
+    """
+    low, high = point + offsets - half, point + offsets + half
+    outside = (low < frame[0]).any(axis=1) | (high > frame[1]).any(axis=1)
+    overlapping = ((low[:, None] < boxes[:, 1]) & (high[:, None] > boxes[:, 0])).all(axis=2).sum(axis=1)
+    leaders = point + offsets[:, None] * np.linspace(0, 1, _LEADER_SAMPLES)[:, None]
+    crossed = _inside(leaders[:, :, None], boxes[:, 0], boxes[:, 1]).any(axis=1).sum(axis=1)
+    covered = _inside(occupied, low[:, None], high[:, None]).sum(axis=1)
+    return 10_000.0 * (outside + overlapping) + 1000.0 * crossed + 40.0 * covered
+
+
+def _inside(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return np.all((points > low) & (points < high), axis=-1)
+
+
+def _samples(axes: Axes, line: np.ndarray, step: float) -> np.ndarray:
+    """Points of a polyline, about `step` pixels apart, in pixels."""
+    pixels = axes.transData.transform(line)
+    along = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(pixels, axis=0).T))])
+    wanted = np.linspace(0, along[-1], int(along[-1] / step) + 2)
+    return np.stack([np.interp(wanted, along, pixels[:, axis]) for axis in (0, 1)], axis=1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelConfig, PredictorConfig
+from pipeline.config.schema import ModelConfig, PredictorConfig
 from pipeline.models.backbone import ResolutionBackbone, build_backbone
 from pipeline.models.predictor import Predictor, build_predictor, predictor_shape, start_with_shares
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.small_resnet import init_convolutions, residual_block, scaled_channels
+from pipeline.models.backbone import init_convolutions, residual_block, scaled_channels
 
 _CHANNELS = (64, 128, 256, 512)
 MAX_STAGES = len(_CHANNELS)

@@ -9,13 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.labels import Label, place_labels
 from pipeline.evaluation.style import (
     FONT_SIZE,
+    Label,
     Theme,
     heading,
     new_figure,
     percent_axis,
+    place_labels,
     resolution_colors,
     style_axes,
     subject,

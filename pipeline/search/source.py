@@ -1,18 +1,20 @@
-"""The trained backbone that a search starts from, wherever it lies."""
+"""The trained backbone that a search starts from: a run's, a checkpoint's or a registered model's."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from datasets.beton import Manifest
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, build_drnet
-from pipeline.run_folder import RunFolder
+from pipeline.tracking.registry import download_trained
 from pipeline.training.checkpoint import TrainingState, load_model
 
 STATE_FILE = "state.pt"
@@ -140,3 +142,16 @@ def _backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _some(names: tuple[str, ...] | list[str]) -> str:
     shown = ", ".join(list(names)[:3])
     return f"{shown}, ..." if len(names) > 3 else shown
+
+
+def registered_backbone(model_uri: str) -> TrainedBackbone:
+    """The backbone of a registered version, as it was trained: that of its model.pt.
+
+    Args:
+        model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        TrackingError: there is no such version, it was not put there by jobs.register, or the server cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return replace(load_backbone(download_trained(model_uri, Path(folder))), origin=model_uri)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from pipeline.config import Config, ModelConfig, PredictorConfig, PredictorStage
+from pipeline.config.schema import Config, ModelConfig, PredictorConfig, PredictorStage
 from pipeline.models.cost import count_macs
-from pipeline.models.meta import meta_images
+from pipeline.models.dry_run import meta_images
 from pipeline.models.predictor import ARCHITECTURES, PredictorShape, build_predictor, predictor_shape
 
 ARCHITECTURE_KEYS = ("blocks", "kernel", "stem_stride", "input_size", "width")

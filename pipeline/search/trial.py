@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.beton import Manifest
-from pipeline.config import Config, PredictorStage, StagesConfig
+from pipeline.config.schema import Config, PredictorStage, StagesConfig
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.backbone import ResolutionBackbone
 from pipeline.models.cost import Costs, measure_costs
@@ -18,11 +18,10 @@ from pipeline.models.drnet import DRNet, build_configured
 from pipeline.search.records import Record, choice_letters
 from pipeline.search.space import Candidate
 from pipeline.training.checkpoint import TrainingState
-from pipeline.training.divergence import DivergedError, Watch
 from pipeline.training.logit_table import LogitTable
-from pipeline.training.loop import Batches, Run, train_stage
-from pipeline.training.reporting import Progress
-from pipeline.training.stage_data import StageData
+from pipeline.training.loop import StageData, train_stage
+from pipeline.training.monitoring import DivergedError, Watch
+from pipeline.training.run import Batches, Progress, Run
 
 STAGE = "predictor"
 
@@ -102,13 +101,12 @@ def run_trial(
         The record, and the predictor's weights on the CPU; None where the trial diverged, and its record says how.
     """
     started, reporter = time.perf_counter(), _Reporter(on_epoch)
-    run = _run_of(data, candidate, seed, reporter, evaluate_all=on_epoch is not None)
-    stage, stage_data = run.config.stages.predictor, run.stage_data
+    run, stage_data = _run_of(data, candidate, seed, reporter, evaluate_all=on_epoch is not None)
+    stage = run.config.stages.predictor
     assert stage is not None
-    assert stage_data is not None
     record = Record(data.context, candidate, seed, "diverged", predictor_gflops=run.costs.predictor_gflops)
     try:
-        train_stage(run, STAGE, stage, 0, Watch(run.config.training.max_loss))
+        train_stage(run, STAGE, stage, 0, Watch(run.config.training.max_loss), data=stage_data)
     except DivergedError as error:
         return replace(record, reason=str(error), seconds=time.perf_counter() - started), None
     found = collect_predictions(run.model, stage_data.validation_epoch(), stage_data.validation_logits)
@@ -128,7 +126,9 @@ def run_trial(
     return finished, {key: value.detach().cpu() for key, value in run.model.predictor.state_dict().items()}
 
 
-def _run_of(data: TrialData, candidate: Candidate, seed: int, reporter: _Reporter, *, evaluate_all: bool) -> Run:
+def _run_of(
+    data: TrialData, candidate: Candidate, seed: int, reporter: _Reporter, *, evaluate_all: bool
+) -> tuple[Run, StageData]:
     """What the training loop works with; evaluated after every epoch, or after the last alone."""
     config = trial_config(data.config, candidate, seed)
     stage = config.stages.predictor
@@ -145,7 +145,7 @@ def _run_of(data: TrialData, candidate: Candidate, seed: int, reporter: _Reporte
         train_table=data.train_table,
         validation_table=data.validation_table,
     )
-    return Run(
+    run = Run(
         config=config,
         model=model,
         costs=costs,
@@ -155,8 +155,8 @@ def _run_of(data: TrialData, candidate: Candidate, seed: int, reporter: _Reporte
         reporter=reporter,
         manifest=data.manifest,
         tables=data.train_table.folder.parent,
-        stage_data=stage_data,
     )
+    return run, stage_data
 
 
 def build_model(data: TrialData, config: Config, seed: int) -> tuple[DRNet, Costs]:

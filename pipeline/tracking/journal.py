@@ -1,4 +1,4 @@
-"""The local journal: what is tracked is on disk first, one JSON record a line, and is sent from there."""
+"""The local journal of what is tracked, one JSON record a line, and its delivery to the MLflow server."""
 
 from __future__ import annotations
 
@@ -6,12 +6,27 @@ import json
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
+
 from datasets.files import write_whole
+from pipeline.tracking.runs import (
+    Description,
+    children,
+    find_or_create_run,
+    find_or_create_stage,
+    find_run,
+    param_text,
+)
+from pipeline.tracking.store import REJECTED, TrackingError, now_ms, redacted
 
 JOURNAL_FILE, NODE_JOURNALS = "journal.jsonl", "journal-*.jsonl"
 Record = dict[str, Any]
@@ -129,5 +144,124 @@ def status_record(status: str) -> Record:
     return {"kind": "status", "status": status, "time_ms": now_ms()}
 
 
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
+_logger = logging.getLogger(__name__)
+_RECORDS_AT_ONCE = 200
+
+
+class Delivery:
+    """Sends what the server does not have yet, in order. Not for two threads at once.
+
+    Args:
+        uri: the server or store.
+        folder: the run's folder.
+        run_id: of the folder's run there; None looks it up.
+        name: of the journal. Where the run is not on the server, only the main journal's delivery makes it.
+    """
+
+    def __init__(self, uri: str, folder: Path, run_id: str | None = None, name: str = JOURNAL_FILE):
+        self.journal = Journal(folder, name)
+        self._makes_run = name == JOURNAL_FILE
+        self.run_id = run_id
+        self.uri, self._folder = uri, folder
+        self._server = redacted(uri)
+        self._client: MlflowClient | None = None
+        self._stage: str | None = None
+        self._stage_id = ""
+
+    @property
+    def num_pending(self) -> int:
+        return self.journal.num_pending(self._server)
+
+    def send(self) -> None:
+        """Send everything that is in the journal now.
+
+        Raises:
+            Exception: of any kind that the server's client or the file system has; what was not sent stays pending.
+        """
+        client = self._connect()
+        while batch := list(islice(self.journal.read(self.journal.delivered(self._server)), _RECORDS_AT_ONCE)):
+            self._send(client, [record for _, record in batch])
+            self.journal.set_delivered(self._server, batch[-1][0])
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            self._client = MlflowClient(self.uri)
+        if self.run_id is None:
+            description = Description.load(self._folder)
+            if self._makes_run:
+                self.run_id, created = find_or_create_run(self._client, self.uri, description)
+                if created:
+                    self.journal.set_delivered(self._server, 0)
+            else:
+                self.run_id = find_run(self._client, self.uri, description)
+        return self._client
+
+    def _send(self, client: MlflowClient, records: list[Record]) -> None:
+        """Send records in order; one that MLflow will never accept is left out with a warning."""
+        try:
+            for are_metrics, group in groupby(records, lambda record: record["kind"] == "metrics"):
+                if are_metrics:
+                    self._send_metrics(client, group)
+                else:
+                    for record in group:
+                        self._send_event(client, record)
+        except MlflowException as error:
+            if error.error_code not in REJECTED:
+                raise
+            self._refuse_deleted(client)
+            if len(records) == 1:
+                _logger.warning("MLflow refuses a record, which is left out: %s (%.300s)", error, records[0])
+            else:
+                for record in records:
+                    self._send(client, [record])
+
+    def _refuse_deleted(self, client: MlflowClient) -> None:
+        assert self.run_id is not None
+        if client.get_run(self.run_id).info.lifecycle_stage != "active":
+            raise TrackingError(
+                f"the MLflow run {self.run_id} was deleted while it was written to; restore it "
+                f"(mlflow runs restore --run-id {self.run_id}), or the next start makes it anew"
+            )
+
+    def _send_metrics(self, client: MlflowClient, records: Iterable[Record]) -> None:
+        by_run = defaultdict(list)
+        for record in records:
+            target = self._target(client, record)
+            for key, value in metric_values(record).items():
+                by_run[target].append(Metric(key, value, record["time_ms"], record["step"]))
+        for run_id, metrics in by_run.items():
+            for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+                client.log_batch(run_id, metrics[start : start + MAX_METRICS_PER_BATCH])
+
+    def _target(self, client: MlflowClient, record: Record) -> str:
+        """The run that a metrics record belongs to: its stage's, or the whole."""
+        assert self.run_id is not None
+        stage = record["stage"]
+        if stage is None:
+            return self.run_id
+        if stage != self._stage:
+            self._stage_id = find_or_create_stage(client, self.run_id, stage, record["since_ms"])
+            self._stage = stage
+        return self._stage_id
+
+    def _send_event(self, client: MlflowClient, record: Record) -> None:
+        assert self.run_id is not None
+        if record["kind"] == "opened":
+            client.update_run(self.run_id, status="RUNNING")
+        elif record["kind"] == "params":
+            params = [Param(key, param_text(value)) for key, value in record["params"].items()]
+            client.log_batch(self._target(client, record), params=params)
+        elif record["kind"] == "artifacts":
+            path = self._folder / record["path"]
+            if path.is_dir():
+                client.log_artifacts(self.run_id, str(path), record["artifact_path"])
+            elif path.is_file():
+                client.log_artifact(self.run_id, str(path), record["artifact_path"])
+            else:
+                _logger.warning("%s is gone and cannot be uploaded to MLflow", path)
+        elif record["kind"] == "status":
+            for child in children(client, self.run_id):
+                if child.info.status == "RUNNING":
+                    client.set_terminated(child.info.run_id, record["status"], record["time_ms"])
+            client.set_terminated(self.run_id, record["status"], record["time_ms"])
+            self._stage = None

@@ -15,10 +15,9 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.evaluation.gate import Answers, Bounds, Comparison, compare_answers, objections
-from pipeline.tracking.journal import now_ms
-from pipeline.tracking.store import TrackingError, explained, tracking_uri
+from pipeline.tracking.store import TrackingError, explained, now_ms, tracking_uri
 
 ANSWERS_FILE = "answers.npz"
 """in a version's artifacts: which validation images it gets right"""

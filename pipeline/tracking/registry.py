@@ -17,14 +17,15 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 
-from pipeline.config import Config
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.evaluation.gate import Answers
 from pipeline.evaluation.predictions import Predictions
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.package import code_files, save_pyfunc
+from pipeline.serving import pyfunc
+from pipeline.serving.package import code_files, save_pyfunc
 from pipeline.tracking.promotion import ANSWERS_FILE, give_first
 from pipeline.tracking.runs import COMMIT_TAG, Description
-from pipeline.tracking.store import TrackingError, explained, redacted
+from pipeline.tracking.store import TrackingError, explained, redacted, sqlite_file, tracking_uri
 from pipeline.tracking.tracker import replay
 from pipeline.training.checkpoint import load_model
 
@@ -165,3 +166,104 @@ def _refuse_unfit(config: Config, missing: Sequence[Path]) -> None:
         raise TrackingError(
             f"{alias!r} cannot be an alias; use letters, digits, _ and -, but neither `latest` nor v1, v2 and so on"
         )
+
+
+_ADVICE = "set MLFLOW_TRACKING_URI where another registry is meant"
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that is in the registry, for whichever process is to load it."""
+
+    tracking_uri: str
+    uri: str
+    """with the number of the version where an alias was given, which may move"""
+    uuid: str
+    """of its content"""
+
+
+def find_model(model_uri: str, budget_bias: float = 0.0) -> FoundModel:
+    """Look a model up, without loading it.
+
+    Args:
+        model_uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or any other address of an MLflow model.
+        budget_bias: that it is to be asked with.
+
+    Raises:
+        TrackingError: there is no such model; the message names those that there are. Or it takes no budget_bias.
+    """
+    uri = tracking_uri()
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise TrackingError(f"{file} does not exist, so no model is registered; run jobs.register, or {_ADVICE}")
+    mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
+    with explained(uri):
+        client = MlflowClient(uri)
+        problem = _unknown(client, model_uri)
+        if problem:
+            raise TrackingError(f"{problem} in {redacted(uri)}; {_ADVICE}")
+        numbered = _numbered(client, model_uri)
+        info = mlflow.models.get_model_info(numbered)
+    params = info.signature.params if info.signature else None
+    if budget_bias and pyfunc.BUDGET_PARAM not in {param.name for param in params or []}:
+        raise TrackingError(
+            f"{numbered} takes no {pyfunc.BUDGET_PARAM}; register its run again, or leave --budget-bias out"
+        )
+    return FoundModel(uri, numbered, info.model_uuid)
+
+
+def load_registered(model: FoundModel) -> mlflow.pyfunc.PyFuncModel:
+    """Load what was found; its `predict` takes a DataFrame with a column `image` of JPEG or PNG bytes.
+
+    Raises:
+        TrackingError: it cannot be had any more.
+    """
+    mlflow.set_tracking_uri(model.tracking_uri)
+    with explained(model.tracking_uri):
+        return mlflow.pyfunc.load_model(model.uri)
+
+
+def download_trained(model_uri: str, folder: Path) -> Path:
+    """Download the network of a registered version as it was trained, its model.pt, into `folder`.
+
+    Raises:
+        TrackingError: there is no such version, jobs.register did not create it, or the server cannot be reached.
+    """
+    found = find_model(model_uri)
+    with explained(found.tracking_uri):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{found.uri}/{MODEL_FILE}", dst_path=str(folder)))
+
+
+def open_model(model_uri: str, budget_bias: float = 0.0) -> mlflow.pyfunc.PyFuncModel:
+    """`find_model` and `load_registered` in one."""
+    return load_registered(find_model(model_uri, budget_bias))
+
+
+def _numbered(client: MlflowClient, model_uri: str) -> str:
+    """The address with the version's number in place of an alias."""
+    match = re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model_uri)
+    if not match:
+        return model_uri
+    name, alias = match.groups()
+    return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
+
+
+def _unknown(client: MlflowClient, model_uri: str) -> str | None:
+    """What is unknown about a models:/NAME@ALIAS or models:/NAME/VERSION address, with what there is instead."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", model_uri)
+    if not match:
+        return None
+    name, alias, number = match.groups()
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = sorted(model.name for model in client.search_registered_models())
+        return f"no model is named {name!r} (there are: {', '.join(known) or 'none'})"
+    if alias and alias not in aliases:
+        return f"the model {name!r} has no alias {alias!r} (it has: {', '.join(sorted(aliases)) or 'none'})"
+    numbers = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
+    if number and number != "latest" and number not in map(str, numbers):
+        return f"the model {name!r} has no version {number!r} (it has: {', '.join(map(str, numbers)) or 'none'})"
+    return None

@@ -15,10 +15,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
 from datasets.files import write_whole
-from pipeline.config import Config
-from pipeline.config_file import flattened
-from pipeline.tracking.journal import now_ms
-from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, experiment_id, redacted
+from pipeline.config.load import flattened
+from pipeline.config.schema import Config
+from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, experiment_id, now_ms, redacted
 
 if TYPE_CHECKING:
     from datasets.beton import Manifest

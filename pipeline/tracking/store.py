@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.config import Config
-from pipeline.job_package import job_package
+from pipeline.config.job_package import job_package
+from pipeline.config.schema import Config
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -119,3 +120,7 @@ def _artifact_location(uri: str) -> str | None:
     """Beside a SQLite file, whatever the working folder; servers know their own place."""
     file = sqlite_file(uri)
     return None if file is None else (file.parent / "mlartifacts").as_uri()
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -17,23 +17,22 @@ from typing import TYPE_CHECKING
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from pipeline.config import Config
-from pipeline.tracking.delivery import Delivery
+from pipeline.config.schema import Config
 from pipeline.tracking.journal import (
     JOURNAL_FILE,
     NODE_JOURNALS,
+    Delivery,
     Journal,
     Record,
     artifacts_record,
     metric_values,
     metrics_record,
-    now_ms,
     opened_record,
     params_record,
     status_record,
 )
 from pipeline.tracking.runs import describe_run
-from pipeline.tracking.store import TrackingError, explanation, redacted, tracking_uri
+from pipeline.tracking.store import TrackingError, explanation, now_ms, redacted, tracking_uri
 
 if TYPE_CHECKING:
     from datasets.beton import Manifest

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from datasets.files import whole_file
-from pipeline.config import Config, ModelConfig
-from pipeline.config_file import drift, parse_config
+from pipeline.config.load import drift, parse_config
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
 
 STATE_FORMAT = 2

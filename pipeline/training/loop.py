@@ -2,87 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datasets.beton import Manifest
-from pipeline.config import Config, RoutedStage, Stage
-from pipeline.evaluation.evaluate import evaluate
+from datasets.beton import TRAIN, VALIDATION
+from pipeline.config.schema import PredictorStage, RoutedStage, Stage
+from pipeline.evaluation.predictions import collect_predictions
+from pipeline.evaluation.statistics import oracle_choice
 from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet
 from pipeline.training import distributed
 from pipeline.training.checkpoint import TrainingState, load_model
-from pipeline.training.collapse import collapse_warning
-from pipeline.training.divergence import Watch
-from pipeline.training.ema import MovingAverage
-from pipeline.training.goodput import CHECKPOINT, COMPILE, DATA_WAIT, EVALUATE, SET_UP, STEP, Goodput
-from pipeline.training.metrics import Meter
-from pipeline.training.noise import gumbel_noise, step_seed
-from pipeline.training.reporting import Progress, Reporter
-from pipeline.training.schedule import learning_rate
-from pipeline.training.stage_data import StageData, open_stage_data
-from pipeline.training.stages import Objective, StepBatch, build_objective, build_optimizer, trained_parameters
+from pipeline.training.logit_table import LogitTable, TableKey, fill_table
+from pipeline.training.monitoring import Meter, Watch, collapse_warning
+from pipeline.training.objectives import Forward, Objective, StepBatch, build_objective, gumbel_noise, step_seed
+from pipeline.training.optim import MovingAverage, build_optimizer, learning_rate, trained_parameters
+from pipeline.training.run import (
+    CHECKPOINT,
+    COMPILE,
+    DATA_WAIT,
+    EVALUATE,
+    SET_UP,
+    STEP,
+    TABLE,
+    Batches,
+    Epoch,
+    Progress,
+    Run,
+)
 
 
-class Epoch(Protocol):
-    """One pass over a loader's batches; closing it in the middle is allowed."""
+def evaluate(
+    model: DRNet, batches: Iterable, costs: Costs, backbone_logits: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float]:
+    """Top-1 at each resolution and routed, mean cost (predictor included) and shares. Every rank must call it.
 
-    def __iter__(self) -> Iterator: ...
+    `share_SIDE` is how much goes to a resolution, `oracle_share_SIDE` how much would go to the cheapest that is right.
 
-    def __next__(self) -> Any: ...
-
-    def close(self) -> None: ...
-
-
-class Batches(Protocol):
-    """What the loop asks of a loader; datasets.loader.MultiResolutionLoader is one."""
-
-    @property
-    def num_samples(self) -> int: ...
-
-    @property
-    def num_batches(self) -> int: ...
-
-    def global_size(self, step: int) -> int: ...
-
-    def epoch(
-        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
-    ) -> Epoch: ...
-
-    def read(
-        self, view: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
-    ) -> Epoch: ...
+    Args:
+        batches: this rank's part of the validation images.
+        backbone_logits: as for `collect_predictions`.
+    """
+    found = collect_predictions(model, batches, backbone_logits)
+    right_NR = found.logits_NRK.argmax(axis=2) == found.labels_N[:, None]
+    choice_N = found.predictor_logits_NR.argmax(axis=1)
+    oracle_N = oracle_choice(right_NR, costs.backbone)
+    chosen_NR, oracle_NR = (picks_N[:, None] == np.arange(len(model.resolutions)) for picks_N in (choice_N, oracle_N))
+    counts_4R = np.stack([right_NR, right_NR & chosen_NR, chosen_NR, oracle_NR]).sum(axis=1)
+    sums = torch.as_tensor(np.append(counts_4R, len(right_NR)), dtype=torch.float64)
+    *total, count = distributed.sum_over_ranks(sums.to(next(model.parameters()).device)).tolist()
+    right_R, routed_right_R, chosen_R, oracle_R = np.reshape(total, counts_4R.shape)
+    values = {
+        f"{key}_{side}": number / count
+        for key, numbers in (("accuracy", right_R), ("share", chosen_R), ("oracle_share", oracle_R))
+        for side, number in zip(model.resolutions, numbers.tolist(), strict=True)
+    }
+    shares = (chosen_R / count).tolist()
+    values |= {"accuracy_routed": float(routed_right_R.sum() / count), "gflops_routed": costs.mean_gflops(shares)}
+    return values if costs.latency is None else values | {"milliseconds_routed": costs.mean(shares)}
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that a training run works with.
+class StageData:
+    """The loaders as one stage uses them.
 
     Attributes:
-        manifest: of the prepared data that the loaders read.
-        tables: folder of logit tables, the same for every rank.
-        stage_data: what the stages read, where that is known before; None opens it when a stage begins.
+        first_epoch: the data_epoch of the stage's first epoch.
+        views: different crops of each training image, taken in turn; those of the stage's epoch e are the crops of
+            data_epoch first_epoch + e mod views.
+        sides: that are decoded; None is all.
+        train_table, validation_table: the frozen backbone's logits; None where it runs.
     """
 
-    config: Config
-    model: DRNet
-    costs: Costs
     train: Batches
     validation: Batches
-    device: torch.device
-    reporter: Reporter
-    manifest: Manifest
-    tables: Path
-    goodput: Goodput = field(default_factory=Goodput)
-    stage_data: StageData | None = None
+    first_epoch: int
+    views: int
+    sides: tuple[int, ...] | None = None
+    train_table: LogitTable | None = None
+    validation_table: LogitTable | None = None
+
+    def view(self, data_epoch: int) -> int:
+        """The number of the epoch whose crops `data_epoch` shows."""
+        return self.first_epoch + (data_epoch - self.first_epoch) % self.views
+
+    def epoch(self, data_epoch: int, start_step: int = 0) -> Epoch:
+        """Begin a pass over the training images."""
+        return self.train.epoch(data_epoch, start_step, view=self.view(data_epoch), sides=self.sides)
+
+    def logits(self, data_epoch: int, indices_N: Tensor) -> Tensor | None:
+        """Stored logits (N, R, K), float32 on the CPU, of samples in an epoch; None where the backbone runs."""
+        return self.train_table.logits(self.view(data_epoch), indices_N) if self.train_table else None
+
+    def validation_epoch(self) -> Epoch:
+        """Begin a pass over the validation images."""
+        return self.validation.epoch(0, sides=self.sides)
+
+    @property
+    def validation_logits(self) -> Callable[[Tensor], Tensor] | None:
+        """Indices (N,) -> stored logits (N, R, K) of validation samples; None where the backbone runs."""
+        return partial(self.validation_table.logits, 0) if self.validation_table else None
+
+
+def open_stage_data(run: Run, stage: Stage, first_epoch: int) -> StageData:
+    """The data of a stage of `run`, whose model is the one that the stage begins with or goes on from.
+
+    For a predictor stage with `logits: table` this computes what is missing of the logit tables; every rank must call
+    it.
+
+    Raises:
+        TableError: from there.
+    """
+    live = StageData(run.train, run.validation, first_epoch, stage.epochs)
+    if not isinstance(stage, PredictorStage):
+        return live
+    views = stage.views or stage.epochs
+    if stage.logits == "live":
+        return replace(live, views=views)
+    return replace(
+        live,
+        views=views,
+        sides=(run.model.predictor_size,),
+        train_table=_table(run, TRAIN, run.train, range(first_epoch, first_epoch + views)),
+        validation_table=_table(run, VALIDATION, run.validation, range(1)),
+    )
+
+
+def _table(run: Run, split: str, loader: Batches, views: range) -> LogitTable:
+    """The complete table of a split."""
+    key = TableKey.of(run.model, run.config, run.manifest, split)
+    backbone_logits = Forward(run.model, key.precision).frozen_backbone
+    with run.goodput.inside(TABLE):
+        fill_table(run.tables, key, views, loader, backbone_logits, device=run.device, tell=run.reporter.message)
+    return LogitTable(run.tables, key, views)
 
 
 @dataclass
@@ -122,15 +180,27 @@ def train(run: Run, state: TrainingState | None = None) -> None:
 
 
 def train_stage(
-    run: Run, name: str, stage: Stage, data_epoch: int, watch: Watch, state: TrainingState | None = None
+    run: Run,
+    name: str,
+    stage: Stage,
+    data_epoch: int,
+    watch: Watch,
+    state: TrainingState | None = None,
+    data: StageData | None = None,
 ) -> None:
-    """Train one stage; `data_epoch` is the number of epochs of the stages before it."""
+    """Train one stage.
+
+    Args:
+        data_epoch: the number of epochs of the stages before it.
+        state: where to resume; one of another stage is ignored.
+        data: what the stage reads; None opens it.
+    """
     run.goodput.enter(SET_UP)
     if state is not None and state.stage != name:
         state = None
     if stage.init_from is not None and state is None:
         run.model.load_state_dict(load_model(stage.init_from).model.state_dict())
-    work = prepare(run, stage, data_epoch, watch, state)
+    work = prepare_stage(run, stage, data_epoch, watch, state, data)
     first, step = (state.data_epoch - data_epoch, state.step) if state else (0, 0)
     for epoch in range(first, stage.epochs):
         progress = Progress(name, epoch, stage.epochs, data_epoch + epoch, step, run.train.num_batches)
@@ -151,13 +221,20 @@ def train_stage(
             checkpoint(run, work, done, values)
 
 
-def prepare(run: Run, stage: Stage, data_epoch: int, watch: Watch, state: TrainingState | None) -> Work:
+def prepare_stage(
+    run: Run,
+    stage: Stage,
+    data_epoch: int,
+    watch: Watch,
+    state: TrainingState | None = None,
+    data: StageData | None = None,
+) -> Work:
     """What a stage trains with: new, or as `state`, which is of this stage, has it. Every rank must call it."""
     costs_R = torch.tensor(run.costs.backbone, device=run.device)
     objective = build_objective(run.model, stage, costs_R, run.config.training.precision)
     optimizer = build_optimizer(run.model, stage, objective.own)
     averaged = MovingAverage(run.model, stage.ema_decay) if stage.ema_decay is not None else None
-    data = run.stage_data or open_stage_data(run, stage, data_epoch)
+    data = data or open_stage_data(run, stage, data_epoch)
     if state is None:
         return Work(stage, data, objective, optimizer, averaged, watch, Meter())
     optimizer.load_state_dict(dict(state.optimizer))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from pipeline.config import BackboneStage
+from pipeline.config.schema import BackboneStage
 
 
 @dataclass(frozen=True)

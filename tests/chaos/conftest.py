@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
-from pipeline.cluster.launch import train_run
-from pipeline.config import Config
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
+from pipeline.cluster.driver import train_run
+from pipeline.config.schema import Config
 from tests.chaos.runs import NUM_TRAIN, config_of
 from tests.unit.tracking_fixtures import fresh_store
 

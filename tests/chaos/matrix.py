@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jobs.benchmarks.harness import processor_name
+from benchmarks.harness import processor_name
 
 FILE = "DRNET_FAULTS"
 """environment variable: the file that rows are added to; unset, they are not kept"""

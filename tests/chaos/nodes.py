@@ -21,8 +21,8 @@ import ray
 import ray.train
 from ray.cluster_utils import Cluster
 
-from pipeline.cluster.launch import train_run
-from pipeline.run_folder import RunFolder
+from pipeline.cluster.driver import train_run
+from pipeline.config.run_folder import RunFolder
 from tests.chaos.runs import Condition, Saboteur, begun, config_of, events, failures, in_stage
 
 ELASTIC_EPOCHS = 300

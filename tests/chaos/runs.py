@@ -19,9 +19,9 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from pipeline.config import Config
-from pipeline.config_file import parse_config
-from pipeline.run_folder import RunFolder
+from pipeline.config.load import parse_config
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.tracking.journal import Journal, metric_values
 from pipeline.training.checkpoint import load_model
 from tests.conftest import ROOT

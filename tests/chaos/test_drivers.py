@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.checkpoints import SNAPSHOT, STATE_FILE
-from pipeline.config import Config
-from pipeline.run_folder import RunFolder
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import (
     Driver,

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from datasets.beton import MANIFEST
-from pipeline.config import Config
-from pipeline.run_folder import RunFolder
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.tracking.journal import NODE_JOURNALS
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import Driver, config_of, require_same

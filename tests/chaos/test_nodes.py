@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import config_of, require_same
 from tests.conftest import ROOT

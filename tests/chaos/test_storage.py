@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.launch import train_run
-from pipeline.config import Config
-from pipeline.run_folder import RunFolder
+from pipeline.cluster.driver import train_run
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import Saboteur, checkpoints, config_of, failures, in_stage, require_same, signal_worker, summed
 

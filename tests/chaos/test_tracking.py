@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.tracking import runs
 from pipeline.tracking.journal import JOURNAL_FILE, NODE_JOURNALS, Journal
 from pipeline.tracking.tracker import RunLogger, close_run, open_run, replay, system_metrics

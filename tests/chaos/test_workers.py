@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.checkpoints import SNAPSHOT, STATE_FILE
-from pipeline.cluster.launch import train_run
-from pipeline.config import Config
-from pipeline.run_folder import RunFolder
+from pipeline.cluster.driver import train_run
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import (
     CHECKPOINT_STEPS,

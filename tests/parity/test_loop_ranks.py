@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.models.sync_norm import synchronize_batch_norms
+from pipeline.models.norms import synchronize_batch_norms
 from pipeline.training.loop import train
 from tests.synthetic import Recorder, config_of, run_of, without_timings
 

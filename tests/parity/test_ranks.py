@@ -10,16 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.config import BackboneStage, JointStage, PredictorStage
-from pipeline.config_file import parse_config
-from pipeline.models.sync_norm import synchronize_batch_norms
-from pipeline.training import distributed, stages
-from pipeline.training.costs import costs_of_run
-from pipeline.training.divergence import DivergedError, Watch
-from pipeline.training.ema import MovingAverage
-from pipeline.training.metrics import Meter
-from pipeline.training.reporting import Progress
-from pipeline.training.stages import StepBatch, build_objective, build_optimizer, trained_parameters
+from pipeline.config.load import parse_config
+from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
+from pipeline.models.norms import synchronize_batch_norms
+from pipeline.training import distributed, objectives
+from pipeline.training.monitoring import DivergedError, Meter, Watch
+from pipeline.training.objectives import StepBatch, build_objective
+from pipeline.training.optim import MovingAverage, build_optimizer, trained_parameters
+from pipeline.training.run import Progress, costs_of_run
 from tests.small import COSTS_R, batch_of, small_model
 
 # alpha lies within the reachable costs, so E[F] over the global batch decides whether the penalty acts.
@@ -42,7 +40,7 @@ States = dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]]
 
 def steps_of(rank: int, world_size: int, norm: str) -> States:
     """Two steps of every stage on this rank's part; the weights after them and the meter's means."""
-    stages.MIN_IMAGES_FOR_STATISTICS = 1000 if norm == "running" else 2
+    objectives.MIN_IMAGES_FOR_STATISTICS = 1000 if norm == "running" else 2
     whole = batch_of(5)
     mine = torch.tensor(PARTS[world_size][rank], dtype=torch.long)
     batch = StepBatch(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from pipeline.training import stages
+from pipeline.training import objectives
 from pipeline.training.logit_table import UnfillableTableError
 from pipeline.training.loop import train
 from tests.table_runs import config_of, run_of, write_data
@@ -20,7 +20,7 @@ def train_predictor(data: Path, tables: Path) -> tuple[dict[str, Tensor], list[d
     """Two epochs on a new table; the weights after them, what each epoch reported, and what was said of the table."""
     # Batch norm by running statistics: with a rank's own, k ranks differ from one process by design.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "MIN_IMAGES_FOR_STATISTICS", 1000)
+        patch.setattr(objectives, "MIN_IMAGES_FOR_STATISTICS", 1000)
         run, recorder = run_of(config_of(data, epochs=2), tables)
         train(run)
     return run.model.state_dict(), recorder.values, [line.rpartition("  ")[0] for line in recorder.messages]

@@ -14,10 +14,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cluster.predict import Actors, predict_folder, share_out
-from pipeline.prediction_parts import OutputFolder
-from pipeline.tracking.inference import classify_files, open_model
-from pipeline.tracking.registry import register_model
+from pipeline.cluster.predict_folder import Actors, OutputFolder, predict_folder, share_out
+from pipeline.serving.predict import classify_files
+from pipeline.tracking.registry import open_model, register_model
 from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import finish_run, fresh_store, make_config, make_model, wait_until
 

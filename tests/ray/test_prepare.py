@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from datasets.parallel import CHUNKS_AHEAD
-from datasets.prepare import prepare
+from datasets.prepare.prepare import prepare
 from jobs.prepare import main
-from pipeline.cluster.tasks import map_on_cluster
+from pipeline.cluster.connection import map_on_cluster
 from tests.unit.pictures import jpeg, write_class_folders
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -74,7 +74,7 @@ def test_the_job_prepares_on_the_cluster_what_processes_prepare(
     config.write_text(json.dumps({"name": "test", "data": data, "stages": {"backbone": {"epochs": 1}}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
-    monkeypatch.setattr("datasets.prepare.map_ordered", lambda *_, **__: pytest.fail("converted by processes"))
+    monkeypatch.setattr("datasets.prepare.prepare.map_ordered", lambda *_, **__: pytest.fail("converted by processes"))
     monkeypatch.setattr(sys, "argv", ["prepare", "--config", str(config)])
     main()
     assert "202 images in" in capsys.readouterr().out

@@ -15,15 +15,14 @@ import torch
 import yaml
 
 from datasets.beton import load_manifest
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
-from pipeline.cluster.search import search_run
-from pipeline.cluster.search_finetune import register_chosen
-from pipeline.config import Config
-from pipeline.config_file import ConfigError
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
+from pipeline.config.load import ConfigError
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.models.drnet import build_drnet
-from pipeline.run_folder import RunFolder
-from pipeline.search.folder import SearchFolder
+from pipeline.search.driver import register_chosen, search_run
+from pipeline.search.records import SearchFolder
 from pipeline.training.checkpoint import save_model
 from tests.search_cases import config_of
 

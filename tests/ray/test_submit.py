@@ -23,8 +23,8 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.stopping import WAIT_VARIABLE
 from pipeline.training.checkpoint import load_model
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from datasets.beton import load_manifest, verify_betons
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
-from pipeline.cluster.launch import evaluate_run, train_run
-from pipeline.config import Config
-from pipeline.config_file import ConfigError, parse_config
-from pipeline.models.latency import Latency
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.inference import classify_files, open_model
-from pipeline.tracking.registry import register_model
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
+from pipeline.cluster.driver import evaluate_run, train_run
+from pipeline.config.load import ConfigError, parse_config
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
+from pipeline.models.cost import Latency
+from pipeline.serving.predict import classify_files
+from pipeline.tracking.registry import open_model, register_model
 from pipeline.training.checkpoint import load_model
 from tests.chaos.matrix import Row, record
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from pipeline.models.backbone import ResolutionBackbone, build_backbone
-from pipeline.models.small_resnet import SmallResNet
+from pipeline.models.backbone import ResolutionBackbone, SmallResNet, build_backbone
 
 
 def images(count: int, side: int, seed: int = 0) -> torch.Tensor:

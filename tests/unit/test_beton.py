@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.beton import FORMAT, BetonError, Manifest, Split, beton_path, load_manifest, read_jpeg, verify_betons
-from datasets.beton_file import (
+from datasets.beton import (
     ALLOCATION,
     FIELD,
+    FORMAT,
     HEADER,
     METADATA,
     METADATA_START,
     PAGE_SIZE,
     VERSION,
+    BetonError,
+    Manifest,
     Sample,
+    Split,
+    beton_path,
     file_sha256,
+    load_manifest,
+    read_jpeg,
     read_layout,
+    verify_betons,
     write_beton,
 )
 from tests.unit.pictures import decoded, encoded, jpeg, smooth_rgb

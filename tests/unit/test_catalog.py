@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from datasets import elpv
-from datasets.catalog import CATALOG, SourceOptions, find_dataset, imagenet100_ids
-from datasets.sources import SourceError
+from datasets.sources import elpv
+from datasets.sources.catalog import CATALOG, SourceOptions, find_dataset, imagenet100_ids
+from datasets.sources.index import SourceError
 from tests.unit.pictures import jpeg
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from xxhash import xxh64_intdigest
 
-from datasets.checksum import mark_changed, xxh64
+from datasets.loading.kernels import mark_changed, xxh64
 
 
 @pytest.mark.parametrize("size", [*range(70), 1000, 28_001])

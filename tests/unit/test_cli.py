@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jobs.cli import field_reference, job_parser, parsed_config, reference_page, run_job
-from pipeline.config_file import ConfigError, describe_fields
+from pipeline.config.load import ConfigError, describe_fields
 
 
 @pytest.fixture

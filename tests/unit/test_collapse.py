@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.config import JointStage
+from pipeline.config.schema import JointStage
 from pipeline.models.cost import Costs
-from pipeline.training.collapse import collapse_warning
+from pipeline.training.monitoring import collapse_warning
 
 COSTS = Costs((96, 48, 32), (4.0, 2.0, 1.0), 0.1)
 STAGE = JointStage(epochs=1, alpha_gflops=2.5, eta=0.5, tau=2.0)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.assembly import equip_for_training
-from pipeline.config import BackboneStage, JointStage
-from pipeline.models.compiled import compile_backbone
+from pipeline.config.schema import BackboneStage, JointStage
+from pipeline.models.backbone import compile_backbone
 from pipeline.models.cost import measure_costs
-from pipeline.training.stages import StepBatch, build_objective
+from pipeline.training.assembly import equip_for_training
+from pipeline.training.objectives import StepBatch, build_objective
 from tests.small import COSTS_R, batch_of, small_model
 from tests.synthetic import config_of
 

@@ -1,4 +1,4 @@
-"""pipeline/config.py: what a file and its overrides become, and what is said about those that are wrong."""
+"""pipeline/config/schema.py: what a file and its overrides become, and what is said about those that are wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config_file import (
+from pipeline.config.load import (
     CONFIG_FOLDER,
     ConfigError,
     describe_fields,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.models.backbone import build_backbone
 from pipeline.models.cost import Costs, count_macs, measure_costs
 from pipeline.models.drnet import build_drnet

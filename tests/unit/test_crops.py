@@ -9,11 +9,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop as PeerCrop
 
-from datasets import kernels
-from datasets.boxes import crop_box, crop_boxes, uniform
-from datasets.crops import CenterCrop, RandomResizedCrop
-from datasets.engine import LIBRARY
-from datasets.order import pack_views
+from datasets.loading import kernels
+from datasets.loading.decode import CenterCrop, Memory, RandomResizedCrop
+from datasets.loading.kernels import LIBRARY, crop_box, crop_boxes, uniform
+from datasets.loading.order import pack_views
 from tests.betons import jpeg_bytes, photograph
 
 WHOLE = CenterCrop(1.0).parameters()
@@ -33,15 +32,15 @@ def resized(
 def decoded(jpegs: list[bytes], shapes: list[tuple[int, int]], sides: tuple[int, ...], crop=WHOLE, views=None):
     """Images by side, and the status, of JPEGs that lie one after another."""
     sizes = np.array([len(jpeg) for jpeg in jpegs])
-    images = tuple(np.zeros((len(jpegs), side, side, 3), np.uint8) for side in sides)
-    status = np.zeros(len(jpegs), np.uint8)
+    memory = Memory(sides, sides, len(jpegs))
+    memory.status_N[:] = kernels.DECODED
     storage = np.frombuffer(b"".join(jpegs), np.uint8)
     views = np.arange(len(jpegs), dtype=np.uint64) if views is None else views
-    addresses = np.array([image.ctypes.data for image in images], np.uintp)
     offsets, shapes_N2 = np.cumsum(sizes) - sizes, np.array(shapes)
     boxes_N5 = crop_boxes(views, shapes_N2, crop)
-    kernels.decode_boxes(storage, offsets, sizes, shapes_N2, boxes_N5, np.array(sides), addresses, status)
-    return images, status
+    blocks = memory.pixels, memory.starts_R, memory.status_N
+    kernels.decode_boxes(storage, offsets, sizes, shapes_N2, boxes_N5, np.array(sides), *blocks)
+    return tuple(memory.images.values()), memory.status_N
 
 
 def boxes(views: np.ndarray, height: int, width: int, crop: RandomResizedCrop) -> np.ndarray:

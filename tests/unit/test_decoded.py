@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from datasets.beton import TRAIN, beton_path
-from datasets.decoded import DecodedViews, Ordered, decoded_bytes
-from datasets.loader import MultiResolutionLoader
+from datasets.loading.decoded import DecodedViews, Ordered, decoded_bytes
+from datasets.loading.loader import MultiResolutionLoader
 from tests.table_runs import NUM_TRAIN, config_of, loader_of, write_data
 
 SIDES = (24, 32)

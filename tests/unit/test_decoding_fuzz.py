@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from jobs.benchmarks.decoding_fuzz import fuzz, mutants
+from benchmarks.decoding_fuzz import fuzz, mutants
 
 
 def test_mutated_files_are_decoded_or_refused():

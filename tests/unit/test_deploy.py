@@ -17,7 +17,7 @@ import yaml
 from jsonschema import ValidationError
 
 from jobs.cli import job_parser, parsed_config
-from pipeline.cluster.observe import GAUGES, TAGS
+from pipeline.cluster.progress import GAUGES, TAGS
 from pipeline.cluster.stopping import WAIT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,8 +78,10 @@ def test_a_jobs_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "package.zip") as package:
         names = package.namelist()
     assert (tmp_path / "package.zip").stat().st_size < 2_000_000
-    assert {name.split("/")[0] for name in names if "/" in name} == {"datasets", "pipeline", "jobs"}
-    tracked = [path for folder in ("datasets", "pipeline", "jobs") for path in (ROOT / folder).rglob("*.*")]
+    assert {name.split("/")[0] for name in names if "/" in name} == {"datasets", "pipeline", "benchmarks", "jobs"}
+    tracked = [
+        path for folder in ("datasets", "pipeline", "benchmarks", "jobs") for path in (ROOT / folder).rglob("*.*")
+    ]
     assert {str(path.relative_to(ROOT)) for path in tracked if "__pycache__" not in path.parts} <= set(names)
 
 

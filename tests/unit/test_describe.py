@@ -13,13 +13,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from datasets.beton import FORMAT, BetonError, Manifest, Split
 from jobs import describe as job
-from pipeline.config import Config
-from pipeline.config_file import ConfigError, load_config, parse_config
-from pipeline.describe import describe, summarize_data
+from pipeline.config.load import ConfigError, load_config, parse_config
+from pipeline.config.schema import Config
 from pipeline.models.backbone import build_backbone
 from pipeline.models.cost import Costs
-from pipeline.models.memory import measure_activations
-from pipeline.training.costs import alpha_problems
+from pipeline.models.dry_run import measure_activations
+from pipeline.training.describe import describe, summarize_data
+from pipeline.training.run import alpha_problems
 
 COSTS = Costs(resolutions=(96, 64, 32), backbone_gflops=(0.9, 0.4, 0.1), predictor_gflops=0.05)
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config import BackboneStage
+from pipeline.config.schema import BackboneStage
 from pipeline.models.drnet import DRNet
-from pipeline.training.losses import summed_distillation
-from pipeline.training.stages import BackboneObjective, StepBatch, build_objective, build_optimizer
+from pipeline.training.objectives import BackboneObjective, StepBatch, build_objective, summed_distillation
+from pipeline.training.optim import build_optimizer
 from tests.small import COSTS_R, batch_of, small_model
 
 LEARNED = BackboneStage(epochs=1, distillation="learned", distillation_weight=0.7, label_smoothing=0.1)

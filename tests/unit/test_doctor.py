@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 from datasets.beton import TRAIN, Manifest, load_manifest
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.doctor import (
+    Answer,
+    Node,
+    Request,
+    answer,
     cluster_notes,
+    marked,
     memory_notes,
     node_problems,
     space_problems,
@@ -20,9 +25,8 @@ from pipeline.cluster.doctor import (
     thread_notes,
 )
 from pipeline.cluster.preflight import Capacity, capacity_problems, cpus_for_each, num_fitting
-from pipeline.cluster.probe import Answer, Node, Request, answer, marked
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.schema import Config
 from tests.mlflow_server import Server
 
 GB = 10**9

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)

@@ -15,7 +15,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, SchedulingState
 from ray.train.v2._internal.execution.scaling_policy import ScalingDecision
 
-from pipeline.cluster.failures import FailureTeller, WaitTeller, explain_end, explain_workers
+from pipeline.cluster.group import FailureTeller, WaitTeller, explain_end, explain_workers
 from pipeline.cluster.progress import FAILURES, append_event, followed
 
 DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())

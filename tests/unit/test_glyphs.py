@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from datasets.glyphs import (
+from datasets.sources.glyphs import (
     LETTERS,
     GlyphSettings,
     generate,
@@ -13,7 +13,7 @@ from datasets.glyphs import (
     render,
     scan_glyphs,
 )
-from datasets.sources import SourceError
+from datasets.sources.index import SourceError
 from tests.unit.pictures import decoded
 
 SMALL = GlyphSettings(num_train=40, num_validation=20, image_size=48)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.benchmarks.step_sides import STAGES, naive_step, our_step, placed
-from pipeline.config import ModelConfig, PredictorConfig
-from pipeline.models.compiled import compile_backbone
-from pipeline.models.latency import measure_latency
-from pipeline.tracking.export import export_model
-from pipeline.tracking.routed import Placement, RoutedNetwork
-from pipeline.tracking.routed.graphs import GraphedProgram, filled_size
+from benchmarks.step import STAGES, naive_step, our_step, placed
+from pipeline.config.schema import ModelConfig, PredictorConfig
+from pipeline.models.backbone import compile_backbone
+from pipeline.models.cost import measure_latency
+from pipeline.serving.export import export_model
+from pipeline.serving.runtime import Placement, RoutedNetwork
+from pipeline.serving.runtime.programs import GraphedProgram, filled_size
 from pipeline.training.checkpoint import LoadedModel
 from tests.small import batch_of, small_model
 

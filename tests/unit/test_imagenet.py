@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.io
 
-from datasets.imagenet import scan_imagenet
-from datasets.sources import SourceError, read_bytes
+from datasets.sources.index import SourceError, read_bytes
+from datasets.sources.tars import scan_imagenet
 from tests.unit.pictures import jpeg
 
 CLASSES = ["n01440764", "n02102040", "n03000684"]

@@ -9,8 +9,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets import turbojpeg
-from datasets.images import MAX_JPEG_BYTES, MAX_PIXELS, BadImageError, store_image
-from datasets.statistics import channel_statistics, pixel_sums
+from datasets.prepare.convert import (
+    MAX_JPEG_BYTES,
+    MAX_PIXELS,
+    BadImageError,
+    channel_statistics,
+    pixel_sums,
+    store_image,
+)
 from tests.betons import photograph
 from tests.unit.pictures import decoded, encoded, jpeg, png_bomb, smooth_rgb
 

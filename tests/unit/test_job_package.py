@@ -1,4 +1,4 @@
-"""pipeline/job_package.py: what is lost with a Ray job's package, and what is missing in it."""
+"""pipeline/config/job_package.py: what is lost with a Ray job's package, and what is missing in it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.cli import job_config, job_parser
-from pipeline.config_file import ConfigError, parse_config
-from pipeline.job_package import job_package, package_problems
+from pipeline.config.job_package import job_package, package_problems
+from pipeline.config.load import ConfigError, parse_config
 from pipeline.tracking import store
 
 

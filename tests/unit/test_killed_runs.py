@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.training.goodput import TABLE
+from pipeline.training.run import TABLE
 from tests.conftest import ROOT
 from tests.killed_runs import PAIRS, STEPS_OF, Pair
 

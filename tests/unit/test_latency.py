@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Config, PredictorStage
-from pipeline.config_file import ConfigError, parse_config
+from pipeline.config.load import ConfigError, parse_config
+from pipeline.config.schema import Config, PredictorStage
 from pipeline.evaluation.report import build_report
-from pipeline.models.cost import Costs, measure_costs
-from pipeline.models.latency import Latency, measure_latency
+from pipeline.models.cost import Costs, Latency, measure_costs, measure_latency
 from pipeline.training.checkpoint import OtherRunError
-from pipeline.training.collapse import collapse_warning
-from pipeline.training.costs import costs_of_run, refuse_unreachable
-from pipeline.training.stages import build_objective
+from pipeline.training.monitoring import collapse_warning
+from pipeline.training.objectives import build_objective
+from pipeline.training.run import costs_of_run, refuse_unreachable
 from tests.small import batch_of, small_model
 from tests.unit.evaluation_cases import CLASSES, COSTS, PERFECT, predictions_of
 

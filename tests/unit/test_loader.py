@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.beton_file import METADATA, METADATA_START, BetonError, checksum, read_jpeg, read_layout
-from datasets.loader import CenterCrop, DecodeError, MultiResolutionLoader, RandomResizedCrop
+from datasets.beton import METADATA, METADATA_START, BetonError, checksum, read_jpeg, read_layout
+from datasets.loading.loader import CenterCrop, DecodeError, MultiResolutionLoader, RandomResizedCrop
 from tests.betons import photograph, write_images
 
 NUM_SAMPLES = 29
@@ -292,19 +292,13 @@ def test_thread_counts_of_torch_and_numba_stay(beton):
         numba.set_num_threads(before[1])
 
 
-def test_numba_still_writes_bytes(beton):
-    """FFCV declares numba's byte arrays read-only, for as long as somebody keeps the type."""
-    bytes_type = numba.uint8[::1]
-    load(beton)
-    assert bytes_type.mutable
-
-
 FRESH_PROCESS = """
 import sys, torch
 torch.set_num_threads(3)
-from datasets.kernels import decode_boxes
-from datasets.loader import CenterCrop, MultiResolutionLoader
+from datasets.loading.kernels import decode_boxes
+from datasets.loading.loader import CenterCrop, MultiResolutionLoader
 assert torch.get_num_threads() == 3, torch.get_num_threads()
+assert "ffcv" not in sys.modules
 loader = MultiResolutionLoader(sys.argv[1], (48, 32), 8, crop=CenterCrop(), shuffle=False)
 epoch = loader.epoch(0)
 next(epoch)
@@ -373,7 +367,7 @@ def test_given_samples_and_their_view_have_to_exist(beton, view, index):
 def test_sides_that_are_not_wanted_cost_nothing_and_change_nothing(beton):
     loader, small = load(beton), load(beton, sides=[32])
     epoch = loader.epoch(0, sides=[32])
-    assert all(len(job.slot.memory["image"][0]) == 0 for job in epoch._jobs)
+    assert all(list(job.slot.memory.images) == [32] for job in epoch._jobs)
     pairs = list(zip(loader.epoch(0), epoch, small.epoch(0), strict=True))
     assert all(list(some.images) == [32] for _, some, _ in pairs)
     assert all(torch.equal(whole.images[32], some.images[32]) for whole, some, _ in pairs)

@@ -15,19 +15,16 @@ import torch
 from torch import Tensor
 
 from datasets.beton import TRAIN, VALIDATION
-from datasets.loader import MultiResolutionLoader
-from pipeline.config import Config, PredictorConfig
-from pipeline.evaluation.evaluate import evaluate
+from datasets.loading.loader import MultiResolutionLoader
+from pipeline.config.schema import Config, PredictorConfig
 from pipeline.models.drnet import DRNet
 from pipeline.models.predictor import ARCHITECTURES, build_predictor
-from pipeline.training.divergence import Watch
-from pipeline.training.logit_table import LogitTable, TableError, TableKey, UnfillableTableError, chunk_path
-from pipeline.training.loop import Run, Work, train, train_epoch
-from pipeline.training.metrics import Meter
-from pipeline.training.reporting import Progress
-from pipeline.training.stage_data import StageData, open_stage_data
-from pipeline.training.stages import Forward, build_objective, build_optimizer
-from pipeline.training.table_writer import fill_table
+from pipeline.training.logit_table import LogitTable, TableError, TableKey, UnfillableTableError, chunk_path, fill_table
+from pipeline.training.loop import StageData, Work, evaluate, open_stage_data, train, train_epoch
+from pipeline.training.monitoring import Meter, Watch
+from pipeline.training.objectives import Forward, build_objective
+from pipeline.training.optim import build_optimizer
+from pipeline.training.run import Progress, Run
 from tests.synthetic import Recorder, manifest_of
 from tests.table_runs import (
     MANIFEST,

@@ -10,16 +10,25 @@ import pytest
 import torch
 
 from pipeline.cluster.progress import describe
-from pipeline.evaluation.evaluate import evaluate
-from pipeline.training import divergence
-from pipeline.training.distillation import Ensemble
-from pipeline.training.divergence import DivergedError, Watch
-from pipeline.training.ema import MovingAverage
-from pipeline.training.goodput import CHECKPOINT, COMPILE, DATA_WAIT, EVALUATE, PHASES, SET_UP, STEP, TABLE, Goodput
+from pipeline.training import monitoring
 from pipeline.training.logit_table import backbone_digest
-from pipeline.training.loop import Run, checkpoint, clip, prepare, train
-from pipeline.training.metrics import Meter
-from pipeline.training.reporting import Progress
+from pipeline.training.loop import checkpoint, clip, evaluate, prepare_stage, train
+from pipeline.training.monitoring import DivergedError, Meter, Watch
+from pipeline.training.objectives import Ensemble
+from pipeline.training.optim import MovingAverage
+from pipeline.training.run import (
+    CHECKPOINT,
+    COMPILE,
+    DATA_WAIT,
+    EVALUATE,
+    PHASES,
+    SET_UP,
+    STEP,
+    TABLE,
+    Goodput,
+    Progress,
+    Run,
+)
 from tests.small import small_model
 from tests.synthetic import NO_TABLES, Recorder, config_of, run_of
 
@@ -146,7 +155,7 @@ def test_weights_that_the_last_update_of_an_epoch_spoilt_are_not_evaluated() -> 
 def test_what_a_stage_trains_beside_the_model_is_looked_at_too() -> None:
     recorder = Recorder()
     run = run_of(config_of(stages=only_backbone(distillation="learned")), recorder)
-    work = prepare(run, run.config.stages.backbone, 0, Watch(None), None)
+    work = prepare_stage(run, run.config.stages.backbone, 0, Watch(None), None)
     assert isinstance(work.objective.own, Ensemble)
     with torch.no_grad():
         work.objective.own.scores_R[1] = math.nan
@@ -166,7 +175,7 @@ def test_an_exploding_loss_stops_the_run_unless_it_is_allowed() -> None:
 
 
 def test_without_checkpoints_a_bad_step_is_seen_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "CHECK_STEPS", 4)
+    monkeypatch.setattr(monitoring, "CHECK_STEPS", 4)
     recorder = Recorder()
     with pytest.raises(DivergedError, match="step 2 of 6: loss nan"):
         trained(recorder, stages=only_backbone(lr=1e25), training={"checkpoint_steps": None, "batch_size": 4})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.training.losses import cost_penalty, mixed_logits, straight_through_choice, summed_cross_entropy
+from pipeline.training.objectives import cost_penalty, mixed_logits, straight_through_choice, summed_cross_entropy
 
 GENERATOR = torch.Generator().manual_seed(0)
 

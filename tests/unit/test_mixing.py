@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import BackboneStage
+from pipeline.config.schema import BackboneStage
 from pipeline.training.mixing import Mixed, Mixing
-from pipeline.training.stages import build_objective
+from pipeline.training.objectives import build_objective
 from tests.small import COSTS_R, batch_of, small_model
 
 SIDES = (48, 32, 24)

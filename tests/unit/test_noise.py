@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.training.noise import gumbel_noise, step_seed
+from pipeline.training.objectives import gumbel_noise, step_seed
 
 
 def test_noise_depends_on_seed_epoch_and_sample_only() -> None:

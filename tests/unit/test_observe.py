@@ -1,4 +1,4 @@
-"""pipeline/cluster/observe.py: log lines that say whose they are. The gauges are in tests/ray/test_submit.py."""
+"""pipeline/cluster/progress.py: log lines that say whose they are. The gauges are in tests/ray/test_submit.py."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import logging
 
 import pytest
 
-from pipeline.cluster.observe import LOGGERS, labelled_logs
+from pipeline.cluster.progress import LOGGERS, labelled_logs
 
 
 def test_log_lines_have_run_stage_and_rank(capsys: pytest.CaptureFixture[str]) -> None:
     with labelled_logs("letters", 3) as labels:
-        logging.getLogger("datasets.epochs").warning("one %s", "image")
+        logging.getLogger("datasets.loading.loader").warning("one %s", "image")
         labels.stage = "joint"
         logging.getLogger("pipeline.tracking").info("sent")
         logging.getLogger("elsewhere").warning("of others")
 
     first, second = capsys.readouterr().err.splitlines()
-    assert first.endswith("WARNING run=letters stage=- rank=3 datasets.epochs: one image")
+    assert first.endswith("WARNING run=letters stage=- rank=3 datasets.loading.loader: one image")
     assert second.endswith("INFO run=letters stage=joint rank=3 pipeline.tracking: sent")
 
 

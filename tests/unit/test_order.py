@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.order import (
+from datasets.loading.order import (
     PageWindows,
     ViewOrder,
     batch_bounds,

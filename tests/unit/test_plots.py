@@ -16,11 +16,9 @@ from matplotlib.text import Text
 from matplotlib.transforms import BboxBase
 from PIL import Image
 
-from pipeline.evaluation.labels import Label, place_labels
-from pipeline.evaluation.plots import draw_attributes, draw_figures, draw_shares
+from pipeline.evaluation.figures import draw_attributes, draw_figures, draw_shares, draw_tradeoff
 from pipeline.evaluation.report import build_report
-from pipeline.evaluation.style import DARK, LIGHT, new_figure, resolution_colors, to_png
-from pipeline.evaluation.tradeoff import draw_tradeoff
+from pipeline.evaluation.style import DARK, LIGHT, Label, new_figure, place_labels, resolution_colors, to_png
 from pipeline.models.cost import Costs
 from tests.unit.evaluation_cases import COSTS, easy_and_hard, predictions_of
 
@@ -177,7 +175,7 @@ def test_a_png_holds_no_date():
 
 
 def test_the_figures_leave_matplotlibs_global_state_alone():
-    program = "import sys, pipeline.evaluation.plots; print('matplotlib.pyplot' in sys.modules)"
+    program = "import sys, pipeline.evaluation.figures; print('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.prediction_parts import OutputFolder, Plan, rows_table, summarize, walk_images
+from datasets.sources.folders import walk_images
+from pipeline.cluster.predict_folder import OutputFolder, Plan, rows_table, summarize
 
 COLUMNS = {"label": "string", "resolution": "Int64", "gflops": "Float64", "error": "string"}
 ROW = {"file": "a.jpg", "label": "cat", "resolution": 48, "gflops": 0.5, "error": None}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.evaluation.predictions import Predictions, collect_predictions, merge
 from pipeline.models.drnet import DRNet, build_drnet
 

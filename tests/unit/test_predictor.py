@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from pipeline.config import ModelConfig, PredictorConfig
+from pipeline.config.schema import ModelConfig, PredictorConfig
 from pipeline.models.cost import count_macs
 from pipeline.models.drnet import build_configured, build_drnet
 from pipeline.models.predictor import ARCHITECTURES, Predictor, PredictorShape, build_predictor, predictor_shape

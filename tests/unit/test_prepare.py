@@ -10,17 +10,15 @@ from functools import partial
 import numpy as np
 import pytest
 
-from datasets import prepare as module
-from datasets.beton import BetonError, beton_path, load_manifest, read_jpeg, verify_betons
-from datasets.beton_file import read_layout
-from datasets.build import BadImagesError
-from datasets.changes import ChangedInputsError, read_records
-from datasets.conversion import IMAGES_IN_STATISTICS, counted_chunks
-from datasets.glyphs import GlyphSettings, glyph_height
+from datasets.beton import BetonError, beton_path, load_manifest, read_jpeg, read_layout, verify_betons
+from datasets.files import LOCK
 from datasets.parallel import map_ordered
-from datasets.prepare import prepare
-from datasets.publish import LOCK
-from datasets.sources import ImageRef, SourceError
+from datasets.prepare import prepare as module
+from datasets.prepare.build import BadImagesError
+from datasets.prepare.convert import IMAGES_IN_STATISTICS, counted_chunks
+from datasets.prepare.prepare import ChangedInputsError, prepare, read_records
+from datasets.sources.glyphs import GlyphSettings, glyph_height
+from datasets.sources.index import ImageRef, SourceError
 from jobs.prepare import main
 from tests.unit.pictures import decoded, jpeg, png_bomb, write_class_folders
 from tests.unit.test_imagenet import CLASSES, arranged_tree, official_tars
@@ -95,7 +93,7 @@ def test_an_even_sample_of_many_images_is_counted(count):
 def test_doing_it_again_does_nothing_and_reads_no_image(tmp_path, source, monkeypatch):
     first = prepared(tmp_path / "out", source)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("datasets.conversion.read_bytes", lambda ref: pytest.fail("an image was read"))
+    monkeypatch.setattr("datasets.prepare.convert.read_bytes", lambda ref: pytest.fail("an image was read"))
     again = prepared(tmp_path / "out", source)
     assert again.unchanged
     assert again.manifest == first.manifest
@@ -109,7 +107,7 @@ def test_the_same_images_elsewhere_are_the_same(tmp_path, source, monkeypatch):
     shutil.copytree(source, copy, copy_function=shutil.copyfile)
     assert prepared(tmp_path / "out", copy).unchanged
     # The new times are noted, so the next time is quick again.
-    monkeypatch.setattr("datasets.changes.map_ordered", lambda *_: pytest.fail("contents were compared"))
+    monkeypatch.setattr("datasets.prepare.prepare.map_ordered", lambda *_: pytest.fail("contents were compared"))
     assert prepared(tmp_path / "out", copy).unchanged
     assert {name: data for name, data in contents(tmp_path / "out").items() if name != "manifest.json"} == betons
 
@@ -174,7 +172,7 @@ def test_an_unreadable_file_is_a_bad_image(tmp_path, source):
     index = module.find_dataset("imagefolder").scan(module.SourceOptions(folder=tmp_path, source=source)).read_index()
     lost = next(ref for ref in index.splits["train"] if ref.name.startswith("dog/"))
     (source / lost.name).unlink()
-    from datasets.build import build_betons
+    from datasets.prepare.build import build_betons
 
     with pytest.raises(BadImagesError, match=rf"{lost.path}: .*No such file"):
         build_betons(
@@ -258,7 +256,7 @@ def test_too_little_space_is_noticed_before_writing(tmp_path, source, monkeypatc
 
 
 def test_imagenet_from_tars_and_from_a_tree_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.catalog.imagenet100_ids", lambda: CLASSES)
+    monkeypatch.setattr("datasets.sources.catalog.imagenet100_ids", lambda: CLASSES)
     for name, layout in (("tars", official_tars), ("tree", arranged_tree)):
         (tmp_path / name).mkdir()
         layout(tmp_path / name)
@@ -275,7 +273,7 @@ def test_imagenet_from_tars_and_from_a_tree_gives_the_same_bytes(tmp_path, monke
 
 
 def test_bad_members_of_tars_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.catalog.imagenet100_ids", lambda: CLASSES)
+    monkeypatch.setattr("datasets.sources.catalog.imagenet100_ids", lambda: CLASSES)
     official_tars(tmp_path)
     tar = tmp_path / "ILSVRC2012_img_val.tar"
     data = tar.read_bytes()
@@ -342,7 +340,7 @@ def test_job_verifies_every_byte(run, tmp_path):
 
 
 def test_job_goes_on_after_ctrl_c(run, source, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.unfinished.SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr("datasets.prepare.build.SECONDS_BETWEEN_WRITES", 0.0)
     for number in range(100):
         (source / "cat" / f"more-{number}.jpg").write_bytes(jpeg(seed=5_000 + number))
 

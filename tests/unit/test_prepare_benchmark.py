@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from jobs.benchmarks.harness import Side
-from jobs.benchmarks.prepare import SIDES_FILE, elongation
+from benchmarks.harness import Side
+from benchmarks.prepare import elongation
 from tests.unit.pictures import jpeg, write_class_folders
 
 
@@ -20,7 +20,7 @@ def images(tmp_path_factory):
 @pytest.mark.parametrize("name", ["ours", "ffcv"])
 def test_a_side_prepares_all_images(name, max_side, images, tmp_path):
     arguments = {"images": str(images), "scratch": str(tmp_path), "max_side": max_side, "threads": 2}
-    with Side(f"{SIDES_FILE}:{name}", arguments, 2) as side:
+    with Side(f"benchmarks.prepare:{name}", arguments, 2) as side:
         assert 0 < side.measure() < math.inf
         assert list(tmp_path.iterdir()) == []
 

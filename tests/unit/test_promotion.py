@@ -12,9 +12,8 @@ from mlflow import MlflowClient
 
 from jobs import register
 from jobs.cli import run_job
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.evaluation.gate import Bounds
-from pipeline.tracking.inference import open_model
 from pipeline.tracking.promotion import (
     FIRST,
     OUTSIDE,
@@ -27,7 +26,7 @@ from pipeline.tracking.promotion import (
     standing,
     weigh,
 )
-from pipeline.tracking.registry import register_model
+from pipeline.tracking.registry import open_model, register_model
 from pipeline.tracking.store import TrackingError
 from tests.unit.tracking_fixtures import evaluated, finish_run, fresh_store, make_config, make_model
 

@@ -8,7 +8,7 @@ from threading import Barrier
 
 import pytest
 
-from datasets.publish import exclusive
+from datasets.files import exclusive
 
 NUM_THREADS, TURNS = 6, 40
 

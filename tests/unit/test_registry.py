@@ -14,12 +14,11 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet
-from pipeline.search.source import load_backbone
-from pipeline.tracking.backbones import registered_backbone
-from pipeline.tracking.inference import classify_files, open_model
-from pipeline.tracking.registry import RegisteredModel, register_model
+from pipeline.search.source import load_backbone, registered_backbone
+from pipeline.serving.predict import classify_files
+from pipeline.tracking.registry import RegisteredModel, open_model, register_model
 from pipeline.tracking.store import TrackingError
 from tests.unit.pictures import jpeg, smooth_rgb
 from tests.unit.tracking_fixtures import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.gallery import draw_gallery, pick_tiles
+from pipeline.evaluation.figures import draw_gallery, pick_tiles
 from pipeline.evaluation.report import build_report, to_json, write_report
 from pipeline.models.cost import Costs
 from tests.unit.evaluation_cases import (

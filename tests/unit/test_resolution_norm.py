@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.models.resolution_norm import (
+from pipeline.models.norms import (
     ResolutionBatchNorm2d,
     keep_resolution,
     kept_statistics,

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.loader import CenterCrop, MultiResolutionLoader
-from pipeline.tracking.routed import images as routed_images
-from pipeline.tracking.routed.images import MAX_BYTES, BadImageError, Picture, dct_fraction
+from datasets.loading.loader import CenterCrop, MultiResolutionLoader
+from pipeline.serving.runtime import images as routed_images
+from pipeline.serving.runtime.images import MAX_BYTES, BadImageError, Picture, dct_fraction
 from tests.betons import jpeg_bytes, photograph, write_images
 from tests.unit.pictures import encoded, jpeg, png_bomb, smooth_rgb
 

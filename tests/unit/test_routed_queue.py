@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.tracking.routed.queue import ProgramQueue, next_program
+from pipeline.serving.runtime.classifier import ProgramQueue, next_program
 
 TIMEOUT = 60
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.logit_table import logits_bytes
-from pipeline.training.stages import build_objective, build_optimizer, trained_parameters
+from pipeline.training.objectives import build_objective
+from pipeline.training.optim import build_optimizer, trained_parameters
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
 CONFIG = load_config("imagenet100")

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from pipeline.config import BackboneStage, JointStage, PredictorStage
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.training.loop import set_learning_rate
-from pipeline.training.schedule import cost_target, learning_rate, temperature
-from pipeline.training.stages import build_optimizer
+from pipeline.training.optim import build_optimizer, cost_target, learning_rate, temperature
 from tests.small import small_model
 
 

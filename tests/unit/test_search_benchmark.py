@@ -2,10 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
-from jobs.benchmarks.search import at_once
-from jobs.benchmarks.search_sides import live, on_table
+from benchmarks.search import at_once, live, on_table
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
 
 MODEL = {
     "backbone": "small_resnet",

@@ -15,32 +15,20 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from datasets.beton import TRAIN, VALIDATION, load_manifest
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
-from pipeline.cluster.search_checks import check_search, trials_at_once
-from pipeline.cluster.search_plan import describe_search
-from pipeline.cluster.trials import (
-    EPOCH,
-    SCORE,
-    PatientASHA,
-    Plan,
-    SearchSettings,
-    search_loader,
-    trial_data,
-    tune_trial,
-)
-from pipeline.config import Config
-from pipeline.config_file import ConfigError
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
+from pipeline.config.load import ConfigError
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.models.drnet import build_drnet
-from pipeline.run_folder import RunFolder
-from pipeline.search.folder import SearchFolder
-from pipeline.search.records import Record
+from pipeline.search.checks import check_search, describe_search, trials_at_once
+from pipeline.search.records import Record, SearchFolder
 from pipeline.search.space import Candidate, paper_candidates, predictor_gflops, space_of
 from pipeline.search.trial import num_views
+from pipeline.search.tuner import EPOCH, SCORE, PatientASHA, Plan, SearchSettings, search_loader, trial_data, tune_trial
 from pipeline.training.checkpoint import load_model, save_model
-from pipeline.training.logit_table import TableKey
-from pipeline.training.stages import Forward
-from pipeline.training.table_writer import fill_table
+from pipeline.training.logit_table import TableKey, fill_table
+from pipeline.training.objectives import Forward
 from tests.search_cases import BACKBONE_GFLOPS, config_of, record_of
 
 Told = list[Record]

@@ -13,10 +13,9 @@ from PIL import Image
 
 from pipeline.evaluation.style import DARK
 from pipeline.search.figures import draw_search_figures
-from pipeline.search.importance import parameter_importance
+from pipeline.search.front import parameter_importance
 from pipeline.search.records import Record
-from pipeline.search.render import render_search, verdict
-from pipeline.search.report import Finetuned, build_search_report, write_search_report
+from pipeline.search.report import Finetuned, build_search_report, render_search, verdict, write_search_report
 from pipeline.search.space import Candidate, paper_candidates, space_of
 from tests.search_cases import BACKBONE_GFLOPS, config_of, correct_of, record_of
 

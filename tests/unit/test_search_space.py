@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config_file import ConfigError, load_config, parse_config
+from pipeline.config.load import ConfigError, load_config, parse_config
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import build_drnet
 from pipeline.search.space import (
@@ -130,7 +130,7 @@ def test_a_budget_that_nothing_reaches_is_told():
 
 
 def test_what_search_says_may_change_between_sittings_of_a_training(tmp_path: Path):
-    from pipeline.config_file import drift
+    from pipeline.config.load import drift
 
     assert drift(config_of(tmp_path), config_of(tmp_path, num_trials=7)) == []
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from datasets.beton import TRAIN, VALIDATION, beton_path
-from datasets.decoded import DecodedViews, Ordered, Reader
-from pipeline.config import Config
+from datasets.loading.decoded import DecodedViews, Ordered, Reader
+from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, build_configured
 from pipeline.search.source import (
     backbone_path,
@@ -24,8 +24,8 @@ from pipeline.search.space import Candidate
 from pipeline.search.trial import TrialData, run_trial
 from pipeline.training.checkpoint import TrainingState, save_model
 from pipeline.training.logit_table import LogitTable, TableKey, copy_table
-from pipeline.training.loop import Run, train
-from pipeline.training.stage_data import open_stage_data
+from pipeline.training.loop import open_stage_data, train
+from pipeline.training.run import Run
 from tests.synthetic import manifest_of
 from tests.table_runs import MANIFEST, NUM_CLASSES, config_of, loader_of, run_of, write_data
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datasets.catalog import imagenet100_ids
-from datasets.prepare import prepare
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from datasets.prepare.prepare import prepare
+from datasets.sources.catalog import imagenet100_ids
+from pipeline.config.load import parse_config
+from pipeline.config.schema import Config
 from tests.unit.pictures import jpeg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_members_of_a_tar_cannot_leave_their_folder(tmp_path: Path) -> None:
 
 
 def test_a_configuration_cannot_make_objects(tmp_path: Path) -> None:
-    from pipeline.config_file import ConfigError, load_config
+    from pipeline.config.load import ConfigError, load_config
 
     file = tmp_path / "config.yaml"
     file.write_text(f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
@@ -140,7 +140,7 @@ def test_secrets_are_in_no_warning_and_no_file_of_a_run_that_is_not_tracked(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from datasets.beton import load_manifest
-    from datasets.glyphs import GlyphSettings
+    from datasets.sources.glyphs import GlyphSettings
     from pipeline.tracking.tracker import close_run, open_run
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline.tracking.inference import open_model
+from pipeline.tracking.registry import open_model
 from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import free_port, registered_store, wait_until
 

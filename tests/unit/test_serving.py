@@ -17,13 +17,13 @@ from torch import nn
 
 from pipeline.models.backbone import build_backbone
 from pipeline.models.drnet import DRNet
-from pipeline.models.fold import fold_batch_norms
-from pipeline.tracking import serving
-from pipeline.tracking.export import export_model
-from pipeline.tracking.package import code_files, write_code
-from pipeline.tracking.routed import Placement, RoutedNetwork
-from pipeline.tracking.routed.classifier import IMAGES_AT_ONCE
-from pipeline.tracking.routed.programs import META_FILE, PREDICTOR_FILE, load_program, split
+from pipeline.models.norms import fold_batch_norms
+from pipeline.serving import pyfunc
+from pipeline.serving.export import export_model
+from pipeline.serving.package import code_files, write_code
+from pipeline.serving.runtime import Placement, RoutedNetwork
+from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE
+from pipeline.serving.runtime.programs import META_FILE, PREDICTOR_FILE, load_program, split
 from pipeline.training.checkpoint import load_model, save_model
 from tests.unit.pictures import encoded, jpeg
 from tests.unit.test_routed_images import BAD, centre_crops
@@ -49,8 +49,8 @@ def network(programs) -> RoutedNetwork:
 
 @pytest.fixture(scope="module")
 def served(programs):
-    model = serving.RoutedClassifier()
-    model.load_context(SimpleNamespace(artifacts={serving.FOLDER_ARTIFACT: str(programs)}, model_config={}))
+    model = pyfunc.RoutedClassifier()
+    model.load_context(SimpleNamespace(artifacts={pyfunc.FOLDER_ARTIFACT: str(programs)}, model_config={}))
     yield model
     model.classifier.close()
 
@@ -267,7 +267,7 @@ def test_any_number_of_images_keeps_its_order(served, count):
     files = [jpeg(40, 30, seed=seed) for seed in range(count)]
     rows = served.predict(None, frame(files))
     assert len(rows) == count
-    assert list(rows.columns) == list(serving.OUTPUT_COLUMNS)
+    assert list(rows.columns) == list(pyfunc.OUTPUT_COLUMNS)
     backwards = served.predict(None, frame(files[::-1]))
     assert rows["class_index"].tolist() == backwards["class_index"].tolist()[::-1]
 
@@ -285,25 +285,25 @@ def test_ten_thousand_images_in_a_call(served):
 
 def test_the_server_has_threads_for_many_requests_at_once(monkeypatch):
     monkeypatch.setattr(asyncio, "to_thread", asyncio.to_thread)  # to be restored
-    together = threading.Barrier(serving.REQUESTS_AT_ONCE)
+    together = threading.Barrier(pyfunc.REQUESTS_AT_ONCE)
 
     async def serve() -> None:
-        await asyncio.gather(*(asyncio.to_thread(together.wait, 60) for _ in range(serving.REQUESTS_AT_ONCE)))
+        await asyncio.gather(*(asyncio.to_thread(together.wait, 60) for _ in range(pyfunc.REQUESTS_AT_ONCE)))
 
-    serving.widen_server()  # before there is a loop, as where MLflow's server loads the model
+    pyfunc.widen_server()  # before there is a loop, as where MLflow's server loads the model
     asyncio.run(serve())
 
 
 def test_models_of_other_versions_run_in_one_process(programs, tmp_path):
     other = tmp_path / "other"
     write_code_with(other, "IMAGES_AT_ONCE = 64", "IMAGES_AT_ONCE = 3")
-    ours, theirs = serving.load_code(programs / serving.CODE_FOLDER), serving.load_code(other / serving.CODE_FOLDER)
+    ours, theirs = pyfunc.load_code(programs / pyfunc.CODE_FOLDER), pyfunc.load_code(other / pyfunc.CODE_FOLDER)
     assert ours.classifier.IMAGES_AT_ONCE == 64
     assert theirs.classifier.IMAGES_AT_ONCE == 3
 
 
 def write_code_with(folder: Path, old: str, new: str) -> None:
     write_code(folder)
-    file = folder / serving.CODE_FOLDER / "classifier.py"
+    file = folder / pyfunc.CODE_FOLDER / "classifier.py"
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from datasets.image_folder import scan_image_folder
-from datasets.sources import (
+from datasets.sources.folders import scan_image_folder
+from datasets.sources.index import (
     ImageIndex,
     ImageRef,
     SourceError,

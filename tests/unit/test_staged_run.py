@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from datasets.beton import load_manifest
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
 from jobs.prepare import main
 from pipeline.cluster.preflight import check_config
 from pipeline.cluster.worker import WorkerSettings, data_of_node
-from pipeline.config import Config
-from pipeline.config_file import ConfigError, differences, parse_config
-from pipeline.describe import summarize_data
+from pipeline.config.load import ConfigError, differences, parse_config
+from pipeline.config.schema import Config
+from pipeline.training.describe import summarize_data
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import BackboneStage, JointStage, PredictorStage
+from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.models.drnet import DRNet
-from pipeline.models.resolution_norm import ResolutionBatchNorm2d
-from pipeline.training import losses, stages
-from pipeline.training.stages import Forward, StepBatch, build_objective, build_optimizer
+from pipeline.models.norms import ResolutionBatchNorm2d
+from pipeline.training import objectives
+from pipeline.training.objectives import Forward, StepBatch, build_objective
+from pipeline.training.optim import build_optimizer
 from tests.small import COSTS_R, batch_of, small_model
 
 JOINT = JointStage(epochs=1, alpha_gflops=1.5, eta=0.5)
@@ -28,7 +29,7 @@ def gradients(model: DRNet) -> dict[str, torch.Tensor]:
 def naive_joint_loss(model: DRNet, batch: StepBatch) -> torch.Tensor:
     """Every image at every resolution with gradient: trained statistics for those that chose it, running ones else."""
     model.predictor.train()
-    choice_NR = losses.straight_through_choice(model.predictor_logits(batch.images), batch.gumbel_NR, JOINT.tau)
+    choice_NR = objectives.straight_through_choice(model.predictor_logits(batch.images), batch.gumbel_NR, JOINT.tau)
     chosen_N = choice_NR.detach().argmax(1)
     columns = []
     for index, side in enumerate(model.resolutions):
@@ -176,7 +177,7 @@ def test_a_step_in_slices_is_the_step_on_the_whole_batch(
     stage: BackboneStage, count: int, num_slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Batch norm by running statistics in both: with a slice's own, steps differ by design.
-    monkeypatch.setattr(stages, "MIN_IMAGES_FOR_STATISTICS", 1000)
+    monkeypatch.setattr(objectives, "MIN_IMAGES_FOR_STATISTICS", 1000)
     whole, sliced = small_model(), small_model()
     torch.manual_seed(4)  # mixtures are drawn for the batch, whatever its slices
     expected = build_objective(whole, stage, COSTS_R)(batch_of(count))

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from datasets import staging
-from datasets.beton import SPLITS, TRAIN, VALIDATION, BetonError, beton_path, load_manifest, verify_betons
-from datasets.beton_file import read_layout
-from datasets.prepare import prepare
-from datasets.publish import LOCK
+from datasets.beton import SPLITS, TRAIN, VALIDATION, BetonError, beton_path, load_manifest, read_layout, verify_betons
+from datasets.files import LOCK
+from datasets.prepare.prepare import prepare
 from datasets.remote import CHUNK_BYTES
 from datasets.staging import STAGED, remote_manifest, stage, upload
 from tests.conftest import ROOT

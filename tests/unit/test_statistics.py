@@ -9,11 +9,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.attributes import MAX_BINS, by_attribute
 from pipeline.evaluation.budget import biased_choice, budget_curve
-from pipeline.evaluation.comparison import compare, interpolation_accuracy, table_rows
+from pipeline.evaluation.report import compare, interpolation_accuracy, table_rows
 from pipeline.evaluation.statistics import (
+    MAX_BINS,
     accuracy,
+    by_attribute,
     line_accuracy,
     line_neighbours,
     mcnemar_p,

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from datasets.glyphs import GlyphSettings
-from datasets.prepare import prepare
-from jobs.benchmarks import step_sides
-from jobs.benchmarks.loop_sides import EVENTS, predictor, steady_epochs, steady_seconds
-from jobs.benchmarks.step import BATCH, WORK
-from jobs.benchmarks.step_sides import naive_step, our_step
+from benchmarks import step as bench_step
+from benchmarks.overhead import EVENTS, predictor, steady_epochs, steady_seconds
+from benchmarks.step import BATCH, WORK, naive_step, our_step
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
 from pipeline.training.checkpoint import TrainingState
 from tests.conftest import ROOT
 from tests.small import batch_of, small_model
@@ -31,7 +30,7 @@ def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", step_sides.STAGES.values(), ids=step_sides.STAGES)
+@pytest.mark.parametrize("stage", bench_step.STAGES.values(), ids=bench_step.STAGES)
 def test_both_sides_end_with_the_same_weights(stage) -> None:
     ours, naive = small_model().to(memory_format=torch.channels_last), small_model()
     before, steps = naive.state_dict(), (our_step(ours, stage), naive_step(naive, stage))
@@ -47,12 +46,12 @@ def test_both_sides_end_with_the_same_weights(stage) -> None:
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-5, msg=name)
     moved = {name.split(".")[0] for name, value in state.items() if not torch.equal(value, before[name])}
-    assert moved == {"backbone", "predictor"} if stage is step_sides.STAGES["joint"] else {"backbone"}
+    assert moved == {"backbone", "predictor"} if stage is bench_step.STAGES["joint"] else {"backbone"}
 
 
 @pytest.mark.parametrize("shares", [work["shares"] for work in WORK.values() if "shares" in work])
 def test_the_joint_stage_is_routed_as_stated(shares: list[int]) -> None:
-    chosen_N = step_sides._batch(BATCH, shares).gumbel_NR.argmax(dim=1)
+    chosen_N = bench_step._batch(BATCH, shares).gumbel_NR.argmax(dim=1)
     counts = chosen_N.bincount(minlength=3).tolist()
     for count, share in zip(counts, shares, strict=True):
         assert count == pytest.approx(BATCH * share / sum(shares), abs=1)
@@ -65,7 +64,7 @@ def test_memory_is_what_a_step_takes_at_most_beyond_the_model() -> None:
         torch.ones(next(sizes) * 2**18)
 
     first, second, third = (
-        next(values) for values in [step_sides._measured(step, batch_of(2), "memory")] for _ in range(3)
+        next(values) for values in [bench_step._measured(step, batch_of(2), "memory")] for _ in range(3)
     )
     assert first == pytest.approx(second, abs=5)
     assert second == pytest.approx(100, abs=5)
@@ -76,7 +75,7 @@ def test_memory_is_what_a_step_takes_at_most_beyond_the_model() -> None:
 def test_the_predictor_stage_is_measured_in_epochs_of_the_loop(
     logits, glyphs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.benchmarks.loop_sides.SECONDS", 1e-9)
+    monkeypatch.setattr("benchmarks.overhead.SECONDS", 1e-9)
     once, *values = (next(side) for side in [predictor("glyphs", str(glyphs), logits, 1)] for _ in range(3))
     assert (once > 0) == (logits == "table")
     assert min(values) > 0
@@ -86,7 +85,7 @@ def test_the_loop_runs_under_torchrun(glyphs: Path, tmp_path: Path) -> None:
     stages = {"backbone": 2, "predictor": 2, "joint": 1}
     changed = [f"data.folder={glyphs}", *(f"stages.{name}.epochs={epochs}" for name, epochs in stages.items())]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "jobs.benchmarks.loop_sides", "glyphs", str(tmp_path), *changed]
+    command = [*launcher, "-m", "benchmarks.overhead", "glyphs", str(tmp_path), *changed]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in (tmp_path / EVENTS).read_text().splitlines()]

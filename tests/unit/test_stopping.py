@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.stopping import JOB_VARIABLE, WAIT_VARIABLE, is_stop_asked, patience, stoppable
-from pipeline.run_folder import RunFolder
+from pipeline.config.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.models.resolution_norm import ResolutionBatchNorm2d
-from pipeline.models.sync_norm import SynchronizedBatchNorm2d, has_synchronized_norms, synchronize_batch_norms
+from pipeline.models.norms import (
+    ResolutionBatchNorm2d,
+    SynchronizedBatchNorm2d,
+    has_synchronized_norms,
+    synchronize_batch_norms,
+)
 from tests.small import batch_of, small_model
 
 

@@ -14,16 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config_file import parse_config
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.config.load import parse_config
 from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet
 from pipeline.models.predictor import start_with_shares
-from pipeline.training.loop import Run, place, train
-from pipeline.training.reporting import Progress
-from pipeline.training.schedule import learning_rate
-from pipeline.training.stage_data import StageData
-from pipeline.training.stages import build_objective, build_optimizer
+from pipeline.training.loop import StageData, evaluate, place, train
+from pipeline.training.objectives import build_objective
+from pipeline.training.optim import build_optimizer, learning_rate
+from pipeline.training.run import Progress, Run
 from tests.small import COSTS_R, batch_of, small_model
 from tests.synthetic import NO_TABLES, Recorder, manifest_of
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from datasets.beton import verify_betons
-from datasets.prepare import Prepared, prepare
-from datasets.publish import LOCK
-from datasets.sources import SourceError
+from datasets.files import LOCK
+from datasets.prepare.prepare import Prepared, prepare
+from datasets.sources.index import SourceError
 from tests.unit.pictures import jpeg, write_class_folders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +25,8 @@ NUM_CHUNKS = 5 + 2
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from datasets import unfinished
-from datasets.prepare import prepare
+from datasets.prepare import build
+from datasets.prepare.prepare import prepare
 
 def killed_at(number):
     def convert(function, work):
@@ -36,7 +36,7 @@ def killed_at(number):
             yield function(chunk)
     return convert
 
-unfinished.SECONDS_BETWEEN_WRITES = 0.0
+build.SECONDS_BETWEEN_WRITES = 0.0
 source, out, number = sys.argv[1:]
 options = {"max_side": 60, "on_bad_image": "skip", "map_chunks": killed_at(int(number))}
 prepare("imagefolder", Path(out), source=Path(source), **options)
@@ -185,7 +185,7 @@ def test_damaged_leftovers_are_noticed(damage, num_converted, images, undisturbe
 
 
 def test_ctrl_c_keeps_what_is_done(images, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.unfinished.SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr("datasets.prepare.build.SECONDS_BETWEEN_WRITES", 0.0)
 
     def interrupted(function: Callable, work: Iterable, /) -> Generator:
         for number, chunk in enumerate(work):

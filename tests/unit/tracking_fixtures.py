@@ -17,10 +17,10 @@ import torch
 from mlflow import MlflowClient
 
 from datasets.beton import FORMAT, TRAIN, VALIDATION, Manifest, Split
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.load import parse_config
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, build_drnet
-from pipeline.run_folder import RunFolder
 from pipeline.tracking.registry import register_model
 from pipeline.tracking.tracker import close_run, open_run
 from pipeline.training.checkpoint import save_model

@@ -1,0 +1,86 @@
+"""The registered model beside the trained one, over a finished run's whole validation set.
+
+    python -m benchmarks.agreement --run runs/glyphs --data data/glyphs
+
+Once on the very crops that training evaluates on, where all answers must be equal, and once from the JPEG bytes, where
+the decoder may leave out what is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datasets.beton import VALIDATION, beton_path, read_jpeg
+from datasets.loading.loader import CenterCrop, MultiResolutionLoader
+from pipeline.config.run_folder import RunFolder
+from pipeline.evaluation.predictions import Predictions
+from pipeline.serving.export import export_model
+from pipeline.serving.runtime import Classifier, RoutedNetwork
+from pipeline.training.checkpoint import LoadedModel, load_model
+
+BATCH = 64
+Found = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""class and index of the resolution of each image"""
+
+
+def compare(run: Path, data: Path) -> list[str]:
+    """Lines that say how far the registered model's answers are those in the run's predictions.npz."""
+    loaded, predictions = load_model(RunFolder(run).model), Predictions.load(RunFolder(run).predictions)
+    beton = beton_path(data, VALIDATION)
+    chosen_N = predictions.chosen_N
+    trained = predictions.classes_NR[np.arange(len(chosen_N)), chosen_N], chosen_N
+    with TemporaryDirectory(prefix="agreement-") as folder:
+        export_model(loaded, Path(folder))
+        network = RoutedNetwork(Path(folder))
+        from_crops = _from_crops(network, loaded, beton, predictions.indices_N)
+        from_bytes = _from_bytes(network, [read_jpeg(beton, int(index)) for index in predictions.indices_N])
+    return [
+        _line("the same crops", trained, from_crops, predictions.labels_N),
+        _line("JPEG bytes", trained, from_bytes, predictions.labels_N),
+    ]
+
+
+def _from_crops(network: RoutedNetwork, loaded: LoadedModel, beton: Path, indices_N: NDArray[np.int64]) -> Found:
+    classes, choices = np.full(len(indices_N), -1), np.full(len(indices_N), -1)
+    crop = CenterCrop(loaded.validation_crop)
+    with closing(MultiResolutionLoader(beton, loaded.model.sides, BATCH, crop=crop, shuffle=False)) as loader:
+        for batch in loader.epoch(0):
+            found = network.classify({side: torch.as_tensor(images) for side, images in batch.images.items()})
+            rows = np.asarray(batch.indices)
+            classes[rows], choices[rows] = found.logits_NK.argmax(dim=1).numpy(), found.choice_N.numpy()
+    return classes[indices_N], choices[indices_N]
+
+
+def _from_bytes(network: RoutedNetwork, files: list[bytes]) -> Found:
+    with closing(Classifier(network)) as classifier:
+        answers = list(classifier.classify(files))
+    classes = [-1 if answer.class_index is None else answer.class_index for answer in answers]
+    choices = [-1 if answer.resolution is None else network.resolutions.index(answer.resolution) for answer in answers]
+    return np.array(classes), np.array(choices)
+
+
+def _line(what: str, trained: Found, found: Found, labels_N: NDArray[np.int64]) -> str:
+    same_class, same_choice = (one == other for one, other in zip(trained, found, strict=True))
+    return (
+        f"from {what}, {len(labels_N):,} images: {same_class.mean():.2%} the same class, {same_choice.mean():.2%} the "
+        f"same resolution; top-1 {(found[0] == labels_N).mean():.2%}, trained {(trained[0] == labels_N).mean():.2%}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a finished run")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="its prepared data")
+    args = parser.parse_args()
+    print("\n".join(compare(args.run, args.data)))
+
+
+if __name__ == "__main__":
+    main()

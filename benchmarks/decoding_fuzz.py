@@ -1,0 +1,126 @@
+"""Mutate image files at random, and see that the decoder answers each with a crop or a reason.
+
+    python -m benchmarks.decoding_fuzz --count 100000
+
+A crash ends the process, so the printed line is the proof: how many were decoded, how many refused, and how much the
+process grew after its first tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.photographs import generated
+from pipeline.serving.runtime.images import BadImageError, Picture
+
+SIDES = (32, 224)
+FRACTION = 0.875
+
+
+@dataclass
+class Found:
+    """What became of the mutants."""
+
+    decoded: int = 0
+    refused: int = 0
+    grown_mb: float = 0.0
+    """resident memory, after the first tenth to the end"""
+
+
+def fuzz(count: int, seed: int = 0) -> Found:
+    """Feed `count` mutants to the decoder.
+
+    Raises:
+        Exception: anything but BadImageError that the decoder raised.
+    """
+    found, start_mb = Found(), 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata: there is one for every second mutant
+        for number, mutant in enumerate(mutants(count, seed)):
+            try:
+                picture = Picture(mutant, FRACTION)
+                for side in SIDES:
+                    crop = picture.crop(side)
+                    assert (crop.shape, crop.dtype) == ((side, side, 3), np.uint8)
+                found.decoded += 1
+            except BadImageError:
+                found.refused += 1
+            if number == count // 10:
+                start_mb = resident_mb()
+    found.grown_mb = resident_mb() - start_mb
+    return found
+
+
+def mutants(count: int, seed: int) -> Iterator[bytes]:
+    """Image files, of which bytes were changed, cut out, doubled, or taken from another; always the same ones."""
+    rng, files = random.Random(seed), list(originals())
+    for _ in range(count):
+        file = bytearray(rng.choice(files))
+        for _ in range(rng.choice((1, 1, 2, 4, 16))):
+            # Half of the changes fall into the headers, which are few bytes of a file.
+            at = rng.randrange(min(len(file), 700) if rng.random() < 0.5 else len(file))
+            length = rng.choice((1, 2, 4, 64, 1024))
+            match rng.randrange(6):
+                case 0:
+                    file[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    file[at] = rng.choice((0, 1, 0x7F, 0x80, 0xD8, 0xD9, 0xDA, 0xFF))
+                case 2:
+                    del file[at : at + length]
+                case 3:
+                    file[at:at] = file[at : at + length]
+                case 4:
+                    other = rng.choice(files)
+                    start = rng.randrange(len(other))
+                    file[at : at + length] = other[start : start + length]
+                case 5:
+                    del file[max(at, 2) :]
+            if not file:
+                break
+        yield bytes(file)
+
+
+def originals() -> Iterator[bytes]:
+    """Every kind of JPEG that the decoder meets, and a PNG: small, for speed."""
+    image = generated(0).resize((120, 96))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    for kind, mode, options in (
+        ("JPEG", "RGB", {"quality": 90}),
+        ("JPEG", "RGB", {"quality": 60, "progressive": True, "exif": exif}),
+        ("JPEG", "RGB", {"quality": 80, "subsampling": 0, "restart_marker_blocks": 4}),
+        ("JPEG", "L", {"quality": 75, "progressive": True}),
+        ("JPEG", "CMYK", {"quality": 75}),
+        ("PNG", "RGB", {}),
+    ):
+        buffer = io.BytesIO()
+        image.convert(mode).save(buffer, kind, **options)
+        yield buffer.getvalue()
+
+
+def resident_mb() -> float:
+    """Of this process, from Linux."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    found = fuzz(args.count, args.seed)
+    print(f"{args.count:,} mutants: {found.decoded:,} decoded, {found.refused:,} refused, {found.grown_mb:+.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

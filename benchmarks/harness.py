@@ -1,0 +1,188 @@
+"""How everything here is measured: two sides by turns in one run, medians, and the ratio of every pair."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+# A side's process imports this module, and so does each process that it starts: heavy imports are in the functions.
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow", "ray", "mlflow")
+MIN_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: medians of both sides, and the median and range of the ratios, above 1 where ours is better."""
+
+    name: str
+    unit: str
+    ours: float
+    peer: float
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    runs: int
+
+
+Measure = Callable[[], float]
+
+
+def compare(name: str, unit: str, ours: Measure, peer: Measure, runs: int, *, more_is_better: bool = True) -> Row:
+    """Measure both sides `runs` times, by turns, so that what else the machine does meets both."""
+    return paired(name, unit, [(ours(), peer()) for _ in range(runs)], more_is_better=more_is_better)
+
+
+def paired(name: str, unit: str, pairs: Sequence[tuple[float, float]], *, more_is_better: bool = True) -> Row:
+    """The row of values (ours, peer) that were measured by turns."""
+    ratios = [(one / other if more_is_better else other / one) for one, other in pairs]
+    return Row(
+        name,
+        unit,
+        statistics.median(one for one, _ in pairs),
+        statistics.median(other for _, other in pairs),
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
+        len(pairs),
+    )
+
+
+class Side:
+    """One side in a process of its own, as some sides change the process that they run in.
+
+    Args:
+        function: "module:name" of a generator function: it prepares, and then yields one measured value whenever it
+            is asked.
+        arguments: of the function, as JSON can hold them.
+        variables: of the environment, besides those that say how many threads.
+
+    Attributes:
+        once: the first value, which belongs to what happens once, such as compiling, and is no part of what is
+            compared.
+    """
+
+    once: float
+
+    def __init__(
+        self,
+        function: str,
+        arguments: Mapping[str, Any],
+        num_threads: int,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ):
+        # What a user sets to confine a process to its CPUs, for all that read one of these.
+        threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment = {**os.environ, **threads, **variables}
+        # Set in many containers. Without bytecode each start compiles torch and numba anew, 2 s of either side.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        command = [sys.executable, "-m", "benchmarks.harness", function, json.dumps(arguments)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.function = function
+
+    def __enter__(self) -> Side:
+        self.once = self.measure()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def measure(self) -> float:
+        """Ask for one value.
+
+        Raises:
+            ChildProcessError: the process ended instead; what it said is on standard error.
+        """
+        assert self._process.stdin
+        assert self._process.stdout
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            answer = ""
+        else:
+            answer = self._process.stdout.readline()
+        if not answer:
+            raise ChildProcessError(f"{self.function} ended with exit code {self._process.wait()}")
+        return float(answer)
+
+
+def serve(function: str, arguments: Mapping[str, Any]) -> None:
+    """A side's process: a line of standard input asks for a value, which is printed."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not be taken for an answer
+    module, _, name = function.partition(":")
+    values: Iterator[float] = getattr(importlib.import_module(module), name)(**arguments)
+    for _ in sys.stdin:
+        print(next(values), file=answers, flush=True)
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code: processor, versions, commit."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "cpu": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": versions,
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def processor_name() -> str:
+    """As Linux knows it; elsewhere the kind of machine."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def show(bench: str, rows: Sequence[Row], notes: Sequence[str], *, as_json: bool) -> None:
+    """Print a table for people, or one JSON object alone."""
+    from rich.console import Console
+    from rich.table import Table
+
+    about = environment()
+    if as_json:
+        print(json.dumps({"bench": bench, "environment": about, "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    table = Table("what", "unit", "ours", "peer", "ratio", "spread", "runs", title=f"bench {bench}")
+    for row in rows:
+        spread = f"{row.ratio_min:.2f} to {row.ratio_max:.2f}"
+        values = (f"{row.ours:,.4g}", f"{row.peer:,.4g}", f"{row.ratio:.2f}", spread, str(row.runs))
+        table.add_row(row.name, row.unit, *values)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    versions = " ".join(f"{name} {number}" for name, number in about["versions"].items())
+    console.print(f"{about['cpu']}, {about['cores']} cores, GPU {about['gpu']}, commit {about['commit']}\n{versions}")
+    for note in notes:
+        console.print(f"- {note}")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,241 @@
+"""bench inference: what routing saves in seconds, in one process, from JPEG bytes and over HTTP."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.harness import Row, compare, paired
+from benchmarks.photographs import write_photographs
+from pipeline.config.schema import ModelConfig
+from pipeline.models.cost import measure_costs
+from pipeline.models.drnet import build_drnet
+from pipeline.serving.runtime import Classifier, RoutedNetwork
+from pipeline.serving.runtime.images import Picture
+from pipeline.training.checkpoint import LoadedModel
+
+NUM_CLASSES, FRACTION = 100, 0.875
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESOLUTIONS, PREDICTOR_SIZE, ARCHITECTURE = (224, 168, 112), 128, 3
+CALLS = {1: 12, 8: 3, 64: 1}
+"""batch size -> calls a run"""
+Crops = dict[int, Tensor]
+Samples = dict[str, list[list[float]]]
+"""seconds by what was timed, run, and call"""
+
+
+def build_model(backbone: str) -> LoadedModel:
+    """An untrained network: what it computes costs the same."""
+    predictor = {"architecture": ARCHITECTURE, "input_size": PREDICTOR_SIZE}
+    config = ModelConfig.model_validate({"backbone": backbone, "resolutions": RESOLUTIONS, "predictor": predictor})
+    torch.manual_seed(0)
+    model = build_drnet(config, NUM_CLASSES, MEAN, STD).eval()
+    return LoadedModel(model, config, tuple(map(str, range(NUM_CLASSES))), MEAN, STD, FRACTION)
+
+
+class FixedMix(RoutedNetwork):
+    """Runs its predictor like any other, and then sends image i of a batch to resolution (first + i) modulo R."""
+
+    first = 0
+
+    def choose(self, logits_NR: Tensor, budget_bias: float = 0.0) -> Tensor:
+        return (torch.arange(len(logits_NR)) + self.first) % len(self.resolutions)
+
+    def routed(self, crops: Crops, first: int = 0) -> None:
+        self.first = first
+        self.classify(crops)
+
+    def all_with_masks(self, crops: Crops) -> Tensor:
+        """Every image at every resolution, and a mask over the answers: what published implementations do."""
+        choice_N = self.choose(self.predictor_logits(crops[self.predictor_size]))
+        mask_NR = torch.nn.functional.one_hot(choice_N, len(self.resolutions)).float()
+        logits_NRK = torch.stack([self.logits(j, crops[side]) for j, side in enumerate(self.resolutions)], dim=1)
+        return (mask_NR[:, :, None] * logits_NRK).sum(dim=1)
+
+
+def program_rows(
+    name: str, network: FixedMix, runs: int, batches: Mapping[int, int] = CALLS
+) -> tuple[list[Row], list[str]]:
+    """The rows that need one process and no decoding, and the latencies as notes."""
+    rows, notes = [], []
+    for batch, calls in batches.items():
+        parts = _parts(name, network, batch)
+        for part in parts.values():
+            part()
+        samples: Samples = {what: [] for what in parts}
+        for _ in range(runs):
+            for what, part in parts.items():
+                samples[what].append([_seconds(part) for _ in range(calls)])
+        rows += _bars(f"{name}, batch {batch}: ", network, batch, samples)
+        notes += [_latencies(f"{name}, batch {batch}, ms an image", batch, samples)]
+    return rows, notes
+
+
+def _parts(name: str, network: FixedMix, batch: int) -> dict[str, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(batch)
+    sides = sorted({*RESOLUTIONS, PREDICTOR_SIZE})
+    crops = {s: torch.randint(0, 256, (batch, s, s, 3), generator=generator, dtype=torch.uint8) for s in sides}
+    device = network.device
+    plain = torchvision.models.get_model(name, num_classes=NUM_CLASSES).eval()
+    plain = plain.to(device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+
+    @torch.inference_mode()
+    def torchvision_alone() -> Tensor:
+        pixels = crops[RESOLUTIONS[0]].to(device).permute(0, 3, 1, 2)
+        with network.precision():
+            return plain((pixels.float() / 255 - mean) / std).float().cpu()
+
+    parts: dict[str, Callable[[], object]] = {"torchvision": torchvision_alone}
+    parts |= {f"{side} px": partial(network.logits, j, crops[side]) for j, side in enumerate(RESOLUTIONS)}
+    parts |= {"predictor": partial(network.predictor_logits, crops[PREDICTOR_SIZE])}
+    if batch == 1:
+        parts |= {f"routed to {side} px": partial(network.routed, crops, j) for j, side in enumerate(RESOLUTIONS)}
+    else:
+        parts |= {"routed": partial(network.routed, crops)}
+    return parts | {"all with masks": partial(network.all_with_masks, crops)}
+
+
+def _bars(prefix: str, network: FixedMix, batch: int, samples: Samples) -> list[Row]:
+    p50 = {what: [statistics.median(run) for run in runs] for what, runs in samples.items()}
+    rate = {what: [batch / seconds for seconds in runs] for what, runs in p50.items()}
+    static = f"{RESOLUTIONS[0]} px"
+
+    def against(what: str, unit: str, ours: Iterable[float], peer: Iterable[float]) -> Row:
+        return paired(prefix + what, unit, list(zip(ours, peer, strict=True)), more_is_better=unit != "ms")
+
+    rows = [against("224 px, against torchvision's", "images/s", rate[static], rate["torchvision"])]
+    if batch == 1:
+        whole = [
+            1e3 * statistics.fmean(run) for run in zip(*(p50[f"routed to {s} px"] for s in RESOLUTIONS), strict=True)
+        ]
+        backbones = [1e3 * statistics.fmean(run) for run in zip(*(p50[f"{s} px"] for s in RESOLUTIONS), strict=True)]
+        parts = [backbone + 1e3 * predictor for backbone, predictor in zip(backbones, p50["predictor"], strict=True)]
+        return [*rows, against("routed p50, against its parts' p50", "ms", whole, parts)]
+    gflops = statistics.fmean(network.gflops[j % len(RESOLUTIONS)] for j in range(batch))
+    costs = measure_costs(build_model(prefix.partition(",")[0]).model)
+    work = [gflops * r for r in rate["routed"]], [costs.backbone_gflops[0] * r for r in rate[static]]
+    return [
+        *rows,
+        against("routed, against static 224 px", "GFLOPs/s", *work),
+        against("routed, against all with masks", "images/s", rate["routed"], rate["all with masks"]),
+    ]
+
+
+def _latencies(title: str, batch: int, samples: Samples) -> str:
+    """p50/p95/p99 of everything timed; of few calls the last two are their slowest."""
+    cells = []
+    for what, runs in samples.items():
+        each = np.concatenate([np.asarray(run) for run in runs]) * 1e3 / batch
+        p50, p95, p99 = np.percentile(each, (50, 95, 99), method="higher")
+        cells.append(f"{what} {p50:.3g}/{p95:.3g}/{p99:.3g}")
+    calls = sum(map(len, next(iter(samples.values()))))
+    return f"{title} (p50/p95/p99 of {calls} calls): {', '.join(cells)}"
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def decode_as_needed(files: Sequence[bytes]) -> float:
+    """Images/s: the predictor's crop, then one chosen crop by turns, each from the smallest decode that suffices."""
+    started = time.perf_counter()
+    for number, file in enumerate(files):
+        picture = Picture(file, FRACTION)
+        picture.crop(PREDICTOR_SIZE)
+        picture.crop(RESOLUTIONS[number % len(RESOLUTIONS)])
+    return len(files) / (time.perf_counter() - started)
+
+
+def decode_everything(files: Sequence[bytes]) -> float:
+    """Images/s: every pixel decoded, and a crop at each side."""
+    started = time.perf_counter()
+    for file in files:
+        with Image.open(io.BytesIO(file)) as image:
+            extent = FRACTION * min(image.size)
+            left, top = (image.width - extent) / 2, (image.height - extent) / 2
+            box = (left, top, left + extent, top + extent)
+            for side in (*RESOLUTIONS, PREDICTOR_SIZE):
+                np.array(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
+    return len(files) / (time.perf_counter() - started)
+
+
+@contextmanager
+def classifier_rate(folder: Path, files: Sequence[bytes]) -> Iterator[Callable[[], float]]:
+    """Images/s of the registered classifier in this process, from JPEG bytes."""
+    classifier = Classifier(RoutedNetwork(folder))
+
+    def measure() -> float:
+        started = time.perf_counter()
+        answers = list(classifier.classify(files))
+        assert not [answer for answer in answers if answer.error]
+        return len(files) / (time.perf_counter() - started)
+
+    measure()
+    yield measure
+    classifier.close()
+
+
+NETWORKS = ("resnet50", "resnet18")
+SERVED = "resnet18"
+NUM_IMAGES, PASSES = 128, 4
+
+
+def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """All rows of the table, and notes on them."""
+    import torch
+
+    from pipeline.serving.export import export_model
+
+    torch.set_num_threads(threads)
+    rows: list[Row] = []
+    notes = [f"{threads} threads; 100 classes, a third of the images at each of 224, 168 and 112 px, predictor 3"]
+    with TemporaryDirectory(prefix="bench-inference-") as scratch:
+        photographs = write_photographs(Path(scratch) / "images", images, NUM_IMAGES)
+        files = [path.read_bytes() for path in sorted(photographs.rglob("*.jpg"))]
+        for name in NETWORKS:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            export_model(build_model(name), folder)
+            found, said = program_rows(name, FixedMix(folder), runs)
+            rows += found
+            notes += said
+        rows.append(_decoding(files, runs))
+        found, said = _served(Path(scratch), files, runs, threads)
+    return [*rows, *found], [*notes, *said]
+
+
+def _decoding(files: list[bytes], runs: int) -> Row:
+
+    name = "decoding and crops, one thread, against whole decodes and all crops"
+    return compare(name, "images/s", lambda: decode_as_needed(files), lambda: decode_everything(files), runs)
+
+
+def _served(scratch: Path, files: list[bytes], runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """Over HTTP against the same classifier in this process, from JPEG bytes."""
+    from benchmarks.served import NUM_CLIENTS, REQUESTS, Server
+    from pipeline.serving.package import save_pyfunc
+
+    folder = scratch / "registered"
+    save_pyfunc(build_model(SERVED), folder)
+    name = f"{SERVED} over HTTP, {NUM_CLIENTS} clients of one image a request, against no HTTP"
+    classifier = classifier_rate(folder / "artifacts" / "drnet", files * PASSES)
+    with classifier as alone, Server(folder, files, threads) as server:
+        server.measure()
+        server.latencies.clear()
+        row = compare(name, "images/s", server.measure, alone, runs)
+    return [row], [f"over HTTP: {runs} x {REQUESTS:,} requests, {server.num_errors} errors; {server.summary()}"]

@@ -1,0 +1,266 @@
+"""bench loader: images/s of loaders over photographs, and what an epoch and a break out of it leave behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.harness import Row, Side, compare
+from benchmarks.photographs import write_photographs
+from datasets.beton import TRAIN, VALIDATION, beton_path
+from datasets.prepare.prepare import prepare
+
+BATCH = 64
+NUM_BREAKS = 10
+
+
+def ours(beton: str, sides: list[int], threads: int) -> Iterator[float]:
+    """This project's: one decode and one crop of each image for all sides."""
+    from datasets.loading.loader import MultiResolutionLoader, RandomResizedCrop
+
+    loader = MultiResolutionLoader(
+        Path(beton), sides, BATCH, crop=RandomResizedCrop(), shuffle=True, num_threads=threads
+    )
+    epoch = 0
+    while True:
+        yield _rate(loader.epoch(epoch), lambda batch: batch.labels)
+        epoch += 1
+
+
+def ffcv(beton: str, sides: list[int], threads: int) -> Iterator[float]:
+    """FFCV as it is shipped: a pipeline for each side, so as many decodes and different crops."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    images = {
+        f"image_{side}": PipelineSpec(
+            "image",
+            decoder=RandomResizedCropRGBImageDecoder((side, side)),
+            transforms=[RandomHorizontalFlip(), ToTensor()],
+        )
+        for side in sides
+    }
+    loader = Loader(
+        beton,
+        batch_size=BATCH,
+        num_workers=threads,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=False,
+        pipelines={**images, "image": None, "checksum": None, "label": [IntDecoder(), ToTensor()]},
+    )
+    while True:
+        yield _rate(loader, lambda batch: batch[0])
+
+
+def torchvision(folder: str, sides: list[int], threads: int) -> Iterator[float]:
+    """torchvision's ImageFolder and transforms in torch's DataLoader, with a process for each thread of the others."""
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    (side,) = sides
+    transform = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    torch.set_num_threads(1)
+    loader = DataLoader(
+        ImageFolder(folder, transform),
+        batch_size=BATCH,
+        shuffle=True,
+        num_workers=threads,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+    )
+    while True:
+        yield _rate(loader, lambda batch: batch[1])
+
+
+def decoding(beton: str, sides: list[int], threads: int) -> Iterator[float]:
+    """The limit of whoever decodes every pixel: libjpeg-turbo alone, on all threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from datasets import turbojpeg
+    from datasets.beton import read_jpeg, read_layout
+
+    path = Path(beton)
+    jpegs = [read_jpeg(path, index) for index in range(len(read_layout(path).metadata))]
+    headers = [turbojpeg.read_header(jpeg) for jpeg in jpegs]
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            start = time.perf_counter()
+            for _ in pool.map(turbojpeg.decode, jpegs, headers):
+                pass
+            yield len(jpegs) / (time.perf_counter() - start)
+
+
+def _rate(epoch: Iterable, labels) -> float:
+    start = time.perf_counter()
+    count = sum(len(labels(batch)) for batch in epoch)
+    return count / (time.perf_counter() - start)
+
+
+def dali(folder: str, sides: list[int], threads: int) -> Iterator[float]:
+    """NVIDIA DALI's CPU pipeline: one decode and one crop for all sides, as here."""
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, seed=0)
+    def pipeline():
+        jpegs, labels = fn.readers.file(file_root=folder, random_shuffle=True, name="reader")
+        area, ratio = [0.08, 1.0], [3 / 4, 4 / 3]
+        crops = fn.decoders.image_random_crop(jpegs, random_area=area, random_aspect_ratio=ratio)
+        mirrored = fn.random.coin_flip()
+        images = [fn.flip(fn.resize(crops, size=(side, side)), horizontal=mirrored) for side in sides]
+        return (*images, labels)
+
+    built = pipeline()
+    built.build()
+    steps = -(-built.epoch_size("reader") // BATCH)
+    while True:
+        yield _rate((built.run() for _ in range(steps)), lambda batch: batch[-1])
+
+
+def ours_memory(beton: str, sides: list[int], threads: int, use: str) -> Iterator[float]:
+    """MB after one use of this project's loader: half of an epoch, all of it, or ten that are left after a batch."""
+    import numpy as np
+
+    from datasets.loading.loader import MultiResolutionLoader, RandomResizedCrop
+
+    loader = MultiResolutionLoader(
+        Path(beton), sides, BATCH, crop=RandomResizedCrop(), shuffle=True, num_threads=threads
+    )
+    batches = np.array_split(np.arange(loader.num_samples), loader.num_batches)
+    while True:
+        if use == "breaks":
+            for epoch in range(NUM_BREAKS):
+                for _ in loader.epoch(epoch):
+                    break
+        else:
+            _rate(loader.read(0, batches[: len(batches) // (2 if use == "half" else 1)]), lambda batch: batch.labels)
+        yield _own_megabytes()
+
+
+def ffcv_memory(beton: str, sides: list[int], threads: int, use: str) -> Iterator[float]:
+    """The same of FFCV as it is shipped."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+
+    from datasets.beton import read_layout
+
+    (side,) = sides
+    count = len(read_layout(Path(beton)).metadata)
+    loader = Loader(
+        beton,
+        batch_size=BATCH,
+        num_workers=threads,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        indices=range(count // 2 if use == "half" else count),
+        pipelines={
+            "image": [RandomResizedCropRGBImageDecoder((side, side)), ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+            "checksum": None,
+        },
+    )
+    while True:
+        if use == "breaks":
+            for _ in range(NUM_BREAKS):
+                for _ in loader:
+                    break
+        else:
+            _rate(loader, lambda batch: batch[0])
+        yield _own_megabytes()
+
+
+def first_batch(side: str, arguments: dict[str, Any], threads: int) -> Iterator[float]:
+    """Seconds from a process' start to the first epoch's end of a side over a beton of one batch, by a process each."""
+    from benchmarks.harness import Side
+
+    while True:
+        start = time.perf_counter()
+        with Side(f"{__name__}:{side}", arguments | {"threads": threads}, threads):
+            seconds = time.perf_counter() - start
+        yield seconds
+
+
+def _own_megabytes() -> float:
+    """Memory of this process that is not a file's."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+NUM_IMAGES = 2048
+SIDES = (224, 168, 112, 128)
+
+
+def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """All rows of the table, and notes on them."""
+    notes = [f"{threads} threads, {NUM_IMAGES} images, {'--images ' + str(images) if images else 'generated'}"]
+    with TemporaryDirectory(prefix="bench-loader-") as scratch:
+        folder, data = Path(scratch) / "images", Path(scratch) / "data"
+        write_photographs(folder, images, NUM_IMAGES)
+        prepare("imagefolder", data, source=folder, validation_fraction=0.03)
+        rows = [
+            *_speed(str(folder), str(beton_path(data, TRAIN)), runs, threads, notes),
+            *_memory(str(beton_path(data, TRAIN)), runs, threads, notes),
+            _first_batch(str(beton_path(data, VALIDATION)), runs, threads),
+        ]
+    return rows, notes
+
+
+def _speed(folder: str, beton: str, runs: int, threads: int, notes: list[str]) -> list[Row]:
+    names = "+".join(map(str, SIDES))
+    with ExitStack() as stack:
+
+        def side(name: str, sides: tuple[int, ...], **source: str) -> Side:
+            arguments = {"sides": list(sides), "threads": threads, **source}
+            return stack.enter_context(Side(f"{__name__}:{name}", arguments, threads))
+
+        one, four = side("ours", SIDES[:1], beton=beton), side("ours", SIDES, beton=beton)
+        decoding = side("decoding", (), beton=beton)
+        peers = [
+            ("224, against FFCV", one, side("ffcv", SIDES[:1], beton=beton)),
+            ("224, against torchvision", one, side("torchvision", SIDES[:1], folder=folder)),
+            (f"{names}, against FFCV", four, side("ffcv", SIDES, beton=beton)),
+            ("224, against decoding alone", one, decoding),
+            (f"{names}, against decoding alone", four, decoding),
+        ]
+        if find_spec("nvidia") and find_spec("nvidia.dali"):
+            peers.append((f"{names}, against DALI", four, side("dali", SIDES, folder=folder)))
+        else:
+            notes.append("NVIDIA DALI is not installed, so it is not measured")
+        return [compare(name, "images/s", ours.measure, peer.measure, runs) for name, ours, peer in peers]
+
+
+def _memory(beton: str, runs: int, threads: int, notes: list[str]) -> list[Row]:
+    rows = []
+    for use, name in (("half", "half an epoch"), ("all", "an epoch"), ("breaks", "10 breaks out of an epoch")):
+        arguments = {"beton": beton, "sides": [SIDES[0]], "threads": threads, "use": use}
+        ours, peer = (Side(f"{__name__}:{who}_memory", arguments, threads) for who in ("ours", "ffcv"))
+        with ours, peer:
+            first = ours.measure(), peer.measure()
+            rows.append(
+                compare(
+                    f"memory after {name}, against FFCV", "MB", ours.measure, peer.measure, runs, more_is_better=False
+                )
+            )
+            grown = (ours.measure() - first[0], peer.measure() - first[1])
+        notes.append(f"{name}, {runs + 1} times more: {grown[0]:+.1f} MB here, {grown[1]:+.1f} MB with FFCV")
+    return rows
+
+
+def _first_batch(beton: str, runs: int, threads: int) -> Row:
+    sides = []
+    for name in ("ours", "ffcv"):
+        arguments = {"side": name, "arguments": {"beton": beton, "sides": [SIDES[0]]}, "threads": threads}
+        sides.append(Side(f"{__name__}:first_batch", arguments, threads))
+    ours, peer = sides
+    with ours, peer:  # entering measures once: from then on what can be kept compiled is
+        return compare("process start to first batch", "s", ours.measure, peer.measure, runs, more_is_better=False)

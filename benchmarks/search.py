@@ -1,0 +1,203 @@
+"""bench search: a trial on logit tables against the same predictor trained live, and two trials at once against one."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Row, Side, compare
+from benchmarks.photographs import write_photographs
+from datasets.beton import TRAIN, VALIDATION, beton_path, load_manifest
+from datasets.loading.decoded import DecodedViews, Ordered
+from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
+from datasets.prepare.prepare import prepare
+from datasets.sources.glyphs import GlyphSettings
+from pipeline.config.load import parse_config
+from pipeline.config.schema import Config
+from pipeline.models.cost import measure_costs
+from pipeline.models.drnet import build_drnet
+from pipeline.training.checkpoint import TrainingState
+from pipeline.training.logit_table import LogitTable, TableKey, fill_table
+from pipeline.training.loop import StageData, prepare_stage, train_epoch
+from pipeline.training.monitoring import Watch
+from pipeline.training.objectives import Forward
+from pipeline.training.run import Progress, Run
+
+STAGE = "predictor"
+
+
+def on_table(**given: Any) -> Iterator[float]:
+    """Images a second of a trial, with its share of the table's cost; yields as often as it is asked."""
+    run, scratch = _run(**given), Path(given["scratch"])
+    key, views, size = TableKey.of(run.model, run.config, run.manifest, TRAIN), range(1), given["batch_size"]
+    started = time.perf_counter()
+    backbone_logits = Forward(run.model, key.precision).frozen_backbone
+    fill_table(scratch, key, views, run.train, backbone_logits, device=run.device, tell=lambda _: None)
+    table_seconds = (time.perf_counter() - started) / run.train.num_samples
+    sides = (run.model.predictor_size,)
+    decoded = DecodedViews(scratch, beton_path(run.config.data.folder, TRAIN), {}, views, sides)
+    decoded.fill(run.train)
+    ordered = Ordered(decoded, size, shuffle=True, seed=run.config.seed)
+    data = StageData(ordered, run.validation, 0, 1, sides, LogitTable(scratch, key, views))
+    run = replace(run, train=ordered)
+    for speed in _speeds(run, data, given["epochs"]):
+        yield 1 / (1 / speed + table_seconds / TRIALS)
+
+
+def live(**given: Any) -> Iterator[float]:
+    """Images a second of the same predictor, with the backbone run in every step."""
+    run = _run(**given)
+    yield from _speeds(run, StageData(run.train, run.validation, 0, 1), given["epochs"])
+
+
+def _run(model: Mapping[str, Any], batch_size: int, data: str, threads: int, **_: Any) -> Run:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    manifest = load_manifest(Path(data))
+    config = _config(model, batch_size, data, manifest.dataset)
+    network = build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std)
+    network = network.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+    costs = measure_costs(network)
+    crops = {TRAIN: RandomResizedCrop((0.08, 1.0), (3 / 4, 4 / 3), True), VALIDATION: CenterCrop(0.875)}
+    train, validation = (
+        MultiResolutionLoader(
+            beton_path(Path(data), split),
+            network.sides,
+            batch_size,
+            crop=crop,
+            shuffle=split == TRAIN,
+            num_threads=threads,
+        )
+        for split, crop in crops.items()
+    )
+    return Run(
+        config, network, costs, train, validation, torch.device("cpu"), _Silent(), manifest, Path(data) / "tables"
+    )
+
+
+def _config(model: Mapping[str, Any], batch_size: int, data: str, dataset: str) -> Config:
+    stage = {"epochs": 1000, "optimizer": "adamw", "lr": 0.001, "alpha_gflops": 1.0}
+    return parse_config(
+        {
+            "name": "bench",
+            "data": {"dataset": dataset, "folder": data, "source": data},
+            "model": dict(model),
+            "training": {"batch_size": batch_size},
+            "stages": {STAGE: stage},
+        }
+    )
+
+
+def _speeds(run: Run, data: StageData, epochs: int) -> Iterator[float]:
+    stage = run.config.stages.predictor
+    assert stage is not None
+    work, epoch = prepare_stage(run, stage, 0, Watch(None), data=data), 0
+    while True:
+        speeds = []
+        for _ in range(epochs):
+            progress = Progress(STAGE, epoch, stage.epochs, epoch, 0, run.train.num_batches)
+            speeds.append(train_epoch(run, work, progress)["train_images_per_second"])
+            epoch += 1
+        yield statistics.harmonic_mean(speeds)
+
+
+class _Silent:
+    """The loop's Reporter for nobody."""
+
+    def step(self, progress: Progress, loss: Tensor) -> None:
+        pass
+
+    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
+        pass
+
+
+NUM_PHOTOGRAPHS, NUM_GLYPHS = 128, 1024
+TRIALS = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is searched for.
+
+    Attributes:
+        model: sections of the configuration.
+        epochs: of one measured value, on the table and live.
+    """
+
+    name: str
+    model: dict[str, Any]
+    batch_size: int
+    epochs: tuple[int, int]
+
+
+RESNET50 = Case(
+    "ResNet-50 at 224, 168, 112, architecture 3 at 128",
+    {"backbone": "resnet50", "resolutions": [224, 168, 112], "predictor": {"architecture": 3, "input_size": 128}},
+    batch_size=32,
+    epochs=(4, 1),
+)
+GLYPHS = Case(
+    "glyphs, small_resnet at 96, 48, 32, architecture 2 at 32",
+    {
+        "backbone": "small_resnet",
+        "resolutions": [96, 48, 32],
+        "predictor": {"architecture": 2, "input_size": 32, "width": 0.25, "dropout": 0.0},
+    },
+    batch_size=64,
+    epochs=(4, 2),
+)
+
+
+def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """All rows of the table, and notes on them."""
+    rows = []
+    with TemporaryDirectory(prefix="bench-search-") as scratch, ExitStack() as stack:
+        folder = Path(scratch)
+        photographs = write_photographs(folder / "images", images, NUM_PHOTOGRAPHS)
+        prepare("imagefolder", folder / "photographs", source=photographs, validation_fraction=0.25)
+        glyphs = GlyphSettings(num_train=NUM_GLYPHS, num_validation=64)
+        prepare("glyphs", folder / "glyphs", glyphs=glyphs, show_progress=False)
+
+        def side(name: str, case: Case, data: str, num_threads: int, scratch_name: str) -> Side:
+            given: dict[str, Any] = {
+                "model": case.model,
+                "batch_size": case.batch_size,
+                "epochs": case.epochs[name == "live"],
+            }
+            given |= {"data": str(folder / data), "scratch": str(folder / scratch_name), "threads": num_threads}
+            return stack.enter_context(Side(f"{__name__}:{name}", given, num_threads))
+
+        for case, data in ((RESNET50, "photographs"), (GLYPHS, "glyphs")):
+            ours, peer = side("on_table", case, data, threads, f"{data}-tables"), side("live", case, data, threads, "")
+            name = f"{case.name}: a trial on the table, 1/{TRIALS} of its cost included, against live"
+            rows.append(compare(name, "images/s", ours.measure, peer.measure, runs))
+        pair = [side("on_table", GLYPHS, "glyphs", 1, f"trial-{number}") for number in range(2)]
+        name = "glyphs: two trials at once, of one thread each, against one"
+        rows.append(compare(name, "images/s", lambda: at_once([one.measure for one in pair]), pair[0].measure, runs))
+    return rows, [
+        f"{threads} threads on each side of the first two rows; both train by the same loop, from the same crops",
+        "on the table: the predictor's inputs are decoded before, once for all trials, as jobs.tune has them",
+        "the table has a view for every epoch; with fewer views its share is smaller",
+    ]
+
+
+def at_once(measures: list[Callable[[], float]]) -> float:
+    """The sum of what is measured at the same time."""
+    with ThreadPoolExecutor(len(measures)) as threads:
+        return sum(threads.map(lambda measure: measure(), measures))

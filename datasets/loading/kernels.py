@@ -1,0 +1,534 @@
+"""The compiled part of the loader: from a JPEG and a sample key to the same crop at every side.
+
+All of it is in this one file, because numba looks only at the file of the outermost function to tell whether the
+compiled code on disk is current. Arithmetic that decides a pixel is in integers, or in IEEE operations in a fixed order
+(no fastmath), so the pixels are the same on every machine.
+
+Its three parts: checksums of the stored JPEGs, the box of a crop, decoding and resizing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+from pathlib import Path
+
+import llvmlite.binding
+import numpy as np
+from numba import carray, njit, types
+
+from datasets.loading.order import GOLDEN_RATIO, splitmix64
+
+njit_cached = njit(nogil=True, error_model="numpy", cache=True)
+"""For functions that Python calls: compiled once for each machine and kept on disk."""
+njit_inline = njit(nogil=True, error_model="numpy")
+"""For functions that only compiled ones call."""
+
+mix = njit_inline(splitmix64)
+
+# XXH64 (Yann Collet's specification, seed 0). A JPEG carries no checksum, and damage in its middle mostly decodes to
+# noise without an error. It costs a hundredth of decoding, so every sample is checked when it is read. The package
+# xxhash computes the same when a beton is written; here it runs without the interpreter's lock, many samples a call.
+PRIME_1, PRIME_2 = np.uint64(11400714785074694791), np.uint64(14029467366897019727)
+PRIME_3, PRIME_4 = np.uint64(1609587929392839161), np.uint64(9650029242287828579)
+PRIME_5 = np.uint64(2870177450012600261)
+LANES = 4
+WORD, HALF_WORD = 8, 4  # bytes
+
+
+@njit_cached
+def mark_changed(storage, offsets_N, sizes_N, checksums_N, status_N, changed):
+    """Set the status of every sample whose bytes do not have its checksum to `changed`.
+
+    Args:
+        storage: uint8, the bytes of the beton.
+        offsets_N, sizes_N: int64, where in it each JPEG is.
+        checksums_N: uint64, of each.
+        status_N: uint8.
+    """
+    aligned = np.empty(-(-max(1, sizes_N.max()) // WORD), np.uint64) if len(sizes_N) else np.empty(0, np.uint64)
+    for n in range(len(sizes_N)):
+        content, source = aligned.view(np.uint8), storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
+        for i in range(len(source)):  # numba copies slices element by element, this loop as a whole
+            content[i] = source[i]
+        if xxh64(aligned, sizes_N[n]) != checksums_N[n]:
+            status_N[n] = changed
+
+
+@njit_cached
+def xxh64(words, size):
+    """XXH64 of the first `size` bytes of `words`, uint64."""
+    num_words = size // WORD
+    done = num_words // LANES * LANES
+    if done:
+        first, second, third, fourth = PRIME_1 + PRIME_2, PRIME_2, np.uint64(0), np.uint64(0) - PRIME_1
+        for i in range(0, done, LANES):
+            first, second = mixed(first, words[i]), mixed(second, words[i + 1])
+            third, fourth = mixed(third, words[i + 2]), mixed(fourth, words[i + 3])
+        digest = rotated(first, 1) + rotated(second, 7) + rotated(third, 12) + rotated(fourth, 18)
+        for lane in (first, second, third, fourth):
+            digest = (digest ^ mixed(np.uint64(0), lane)) * PRIME_1 + PRIME_4
+    else:
+        digest = PRIME_5
+    digest += np.uint64(size)
+    for i in range(done, num_words):
+        digest = rotated(digest ^ mixed(np.uint64(0), words[i]), 27) * PRIME_1 + PRIME_4
+    content, rest = words.view(np.uint8), num_words * WORD
+    if size - rest >= HALF_WORD:
+        half = np.uint64(words.view(np.uint32)[rest // HALF_WORD])
+        digest = rotated(digest ^ (half * PRIME_1), 23) * PRIME_2 + PRIME_3
+        rest += HALF_WORD
+    for i in range(rest, size):
+        digest = rotated(digest ^ (np.uint64(content[i]) * PRIME_5), 11) * PRIME_1
+    digest = (digest ^ (digest >> np.uint64(33))) * PRIME_2
+    digest = (digest ^ (digest >> np.uint64(29))) * PRIME_3
+    return digest ^ (digest >> np.uint64(32))
+
+
+@njit_inline
+def mixed(lane, word):
+    """One round."""
+    return rotated(lane + word * PRIME_2, 31) * PRIME_1
+
+
+@njit_inline
+def rotated(value, bits):
+    """Bits moved to the left, and in again on the right."""
+    return (value << np.uint64(bits)) | (value >> np.uint64(64 - bits))
+
+
+CROP_ATTEMPTS = 10
+FLIP_DRAW = 4 * CROP_ATTEMPTS
+
+
+@njit_cached
+def crop_boxes(views_N, shapes_N2, crop):
+    """The box of each view in its image, float64 (N, 5): top, left, height and width in pixels, 1 if mirrored.
+
+    Args:
+        views_N: uint64, from order.pack_views.
+        shapes_N2: int64, height and width of each image in pixels.
+        crop: six float64, see `crop_box`.
+    """
+    boxes_N5 = np.empty((len(views_N), 5))
+    for n in range(len(views_N)):
+        box = crop_box(views_N[n], shapes_N2[n, 0], shapes_N2[n, 1], crop)
+        for i in range(len(box)):
+            boxes_N5[n, i] = box[i]
+    return boxes_N5
+
+
+@njit_cached
+def crop_box(view, height, width, crop):
+    """One view's box: top, left, height, width, and 1.0 if it is mirrored, else 0.0.
+
+    `crop` is (lowest area, highest area, log of the lowest ratio, of the highest, probability of mirroring, fraction).
+    A fraction above 0 is a central square of that fraction of the shorter side; the rest is then ignored. Otherwise
+    area, ratio and place are drawn as torchvision's RandomResizedCrop draws them.
+    """
+    lowest_area, highest_area, lowest_log_ratio, highest_log_ratio, mirror, fraction = crop
+    if fraction > 0:
+        side = fraction * min(height, width)
+        return (height - side) / 2, (width - side) / 2, side, side, 0.0
+    mirrored = 1.0 if uniform(view, FLIP_DRAW) < mirror else 0.0
+    for attempt in range(CROP_ATTEMPTS):
+        draw = 4 * attempt
+        area = height * width * (lowest_area + (highest_area - lowest_area) * uniform(view, draw))
+        ratio = math.exp(lowest_log_ratio + (highest_log_ratio - lowest_log_ratio) * uniform(view, draw + 1))
+        crop_width = math.floor(math.sqrt(area * ratio) + 0.5)
+        crop_height = math.floor(math.sqrt(area / ratio) + 0.5)
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = math.floor((height - crop_height + 1) * uniform(view, draw + 2))
+            left = math.floor((width - crop_width + 1) * uniform(view, draw + 3))
+            return float(top), float(left), float(crop_height), float(crop_width), mirrored
+    crop_width = min(width, math.floor(height * math.exp(highest_log_ratio) + 0.5))
+    crop_height = min(height, math.floor(width / math.exp(lowest_log_ratio) + 0.5))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return float(top), float(left), float(crop_height), float(crop_width), mirrored
+
+
+@njit_inline
+def uniform(view, draw):
+    """The draw-th uniform number in [0, 1) of a view: splitmix64 (Steele et al., OOPSLA 2014) started at its hash."""
+    bits = mix(mix(view) + np.uint64(draw + 1) * GOLDEN_RATIO)
+    return np.float64(bits >> np.uint64(11)) * 2.0**-53
+
+
+# What became of a sample.
+DECODED, NOT_A_JPEG, OTHER_SIZE, DAMAGED, CHANGED = range(5)
+
+# What the planes of a JPEG are.
+LUMA_AND_CHROMA, RED_GREEN_BLUE, GREY = 0, 1, 2
+
+# libjpeg-turbo's numbers of colour spaces (TJCS), and by its numbers of subsamplings (TJSAMP) how many pixels of luma
+# there are for one of chroma, across and down.
+TJ_RGB, TJ_YCBCR, TJ_GREY = 0, 1, 2
+CHROMA_ACROSS = np.array([1, 2, 2, 1, 1, 4, 1])
+CHROMA_DOWN = np.array([1, 1, 2, 1, 2, 1, 4])
+STOP_ON_WARNING = 8192
+PADDING = 32  # pixels by which libjpeg-turbo may round up the sides of a plane
+
+START_OF_FRAME = (0xC0, 0xC1)  # of the sequential kinds
+OTHER_FRAME, START_OF_SCAN, RESTART_INTERVAL = 0xC2, 0xDA, 0xDD
+BLOCK_ROWS = 8
+MESSAGE_BYTES = 200  # of libjpeg-turbo, as JMSG_LENGTH_MAX
+REST_SKIPPED = np.frombuffer(b" extraneous bytes before marker", np.uint8)
+
+BYTE = np.uint32(0xFF)
+TAPS_AT_ONCE = 4  # fewer passes over the sums; and four bytes are a word, which moves in one instruction
+WEIGHT_BITS = 14
+LEVEL_BITS = 5  # fraction of a grey level that is kept from the resizing to the conversion of colours
+
+# JFIF's factors of chroma, in 2 ** -14.
+RED_OF_RED, GREEN_OF_BLUE, GREEN_OF_RED, BLUE_OF_BLUE = 22970, 5638, 11700, 29032
+
+
+def _ffcv_library() -> ctypes.CDLL:
+    """FFCV's compiled part, through which the libturbojpeg that it links is reached wherever the system keeps it.
+
+    It is loaded as a file. `import ffcv` would compile FFCV's own loader for 3 s in every process and set the thread
+    counts of torch and numba.
+    """
+    package = importlib.util.find_spec("ffcv")
+    folders = package.submodule_search_locations if package else None
+    files = [file for folder in folders or () for file in Path(folder).glob("_libffcv*.so")]
+    if not files:
+        raise ImportError("FFCV's compiled library is missing; install the package ffcv (`make setup`)")
+    return ctypes.CDLL(str(files[0]))
+
+
+LIBRARY = _ffcv_library()
+
+
+def _external(name: str, result: types.Type, *arguments: types.Type) -> types.ExternalFunction:
+    """A function of the libturbojpeg that FFCV links. Called by name: code that holds an address cannot be kept."""
+    address = ctypes.cast(getattr(LIBRARY, name), ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(name, address)
+    return types.ExternalFunction(name, result(*arguments))
+
+
+_pointer, _int = types.uintp, types.int32
+tj_init = _external("tjInitDecompress", _pointer)
+tj_destroy = _external("tjDestroy", _int, _pointer)
+tj_header = _external("tjDecompressHeader3", _int, _pointer, _pointer, types.uintp, *(_pointer,) * 4)
+tj_planes = _external(
+    "tjDecompressToYUVPlanes", _int, _pointer, _pointer, types.uintp, _pointer, _int, _pointer, _int, _int
+)
+tj_message = _external("tjGetErrorStr2", types.voidptr, _pointer)
+
+
+@njit_cached
+def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, images, starts_R, status_N):
+    """Decode JPEGs and resize a box of each to every side.
+
+    Luma and chroma are resized as they are stored, chroma mostly at half the size, and only the result is converted to
+    RGB: that is half of the pixels to blend, and no pixel is converted that is not shown.
+
+    Args:
+        storage: uint8, the bytes of the beton.
+        offsets_N, sizes_N: int64, where in it each JPEG is.
+        shapes_N2: int64, height and width in pixels that each JPEG should have.
+        boxes_N5: float64, from crop_boxes.
+        sides_R: int64, the sizes.
+        images: uint8, one block of memory for the images of all sides, which is written.
+        starts_R: int64, where in the block the images of each side, uint8 (N, side, side, 3), start. -1 for a side
+            that is not wanted; it still decides how finely JPEGs are decoded, so the pixels of the others do not depend
+            on it. One block, because numba would compile again for every number of arrays.
+        status_N: uint8; samples that are not DECODED before are left out, and of the others it is written.
+    """
+    largest, smallest = sides_R.max(), sides_R.min()
+    decoder = tj_init()
+    jpeg, pixels, levels = np.empty(0, np.uint8), np.empty(0, np.uint8), np.empty(3 * largest**2, np.int16)
+    for n in np.flatnonzero(status_N == DECODED):
+        height, width = shapes_N2[n]
+        top, left, crop_height, crop_width, mirrored = boxes_N5[n]
+        fraction = dct_fraction(crop_height, crop_width, largest)
+        jpeg = with_room(jpeg, sizes_N[n])
+        source = storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
+        for i in range(len(source)):  # numba copies slices element by element, this loop as a whole
+            jpeg[i] = source[i]
+        rows, pitch = height // fraction + PADDING, width // fraction + PADDING
+        pixels = with_room(pixels, 3 * rows * pitch)
+        planes = pixels[: 3 * rows * pitch].reshape(3, rows, pitch)
+        status_N[n], colours, across, down, rows, columns = decode_planes(
+            decoder, jpeg[: sizes_N[n]], height, width, top + crop_height, crop_height / smallest, fraction, planes
+        )
+        if status_N[n] != DECODED:
+            continue
+        top, left = top / fraction, left / fraction
+        crop_height, crop_width = crop_height / fraction, crop_width / fraction
+        chroma_rows, chroma_columns = -(-rows // down), -(-columns // across)
+        for r in range(len(sides_R)):
+            if starts_R[r] < 0:
+                continue
+            side = sides_R[r]
+            levels_CYX = levels[: 3 * side**2].reshape(3, side, side)
+            resize(planes[:1, :rows, :columns], top, left, crop_height, crop_width, mirrored > 0, levels_CYX[:1])
+            if colours != GREY:
+                box = top / down, left / across, crop_height / down, crop_width / across
+                resize(planes[1:, :chroma_rows, :chroma_columns], *box, mirrored > 0, levels_CYX[1:])
+            size = side * side * 3
+            start = starts_R[r] + n * size
+            write_rgb(levels_CYX, colours, images[start : start + size].reshape(side, side * 3))
+    tj_destroy(decoder)
+
+
+@njit_inline
+def with_room(array, size):
+    """`array`, or a new one where it has less than `size` elements."""
+    return array if array.size >= size else np.empty(size, array.dtype)
+
+
+@njit_inline
+def decode_planes(decoder, jpeg, height, width, bottom, scale, fraction, planes):
+    """Decode a JPEG at a DCT fraction of its size. A warning of the library is a failure.
+
+    What lies below the crop is left out where that can be done: the header, in `jpeg`, is told a smaller height.
+
+    Args:
+        bottom, scale: of the crop, in pixels, and the pixels of it that become one at the smallest side.
+        planes: uint8 (3, rows, columns), written: luma, blue and red chroma, from the upper left on.
+
+    Returns:
+        The status; what the planes are; luma pixels for one of chroma, across and down; rows and columns of the first.
+    """
+    header = np.zeros(4, np.int32)
+    word = header.itemsize
+    address = header.ctypes.data
+    source = jpeg.ctypes.data
+    if tj_header(decoder, source, jpeg.size, address, address + word, address + 2 * word, address + 3 * word) != 0:
+        return NOT_A_JPEG, GREY, 1, 1, 0, 0
+    subsampling, colour_space = header[2], header[3]
+    if header[0] != width or header[1] != height or colour_space > TJ_GREY or subsampling >= len(CHROMA_DOWN):
+        return OTHER_SIZE, GREY, 1, 1, 0, 0
+    colours = GREY if colour_space == TJ_GREY else LUMA_AND_CHROMA if colour_space == TJ_YCBCR else RED_GREEN_BLUE
+
+    down = CHROMA_DOWN[subsampling]
+    frame, flags, block, pixel = position_of_height(jpeg), 0, BLOCK_ROWS * down, fraction * down
+    # Half of a filter's base reaches below the crop: as far as a pixel is large, of the smallest side or of chroma.
+    needed = math.ceil((bottom + max(scale, pixel) + pixel) / block) * block
+    left_out = frame >= 0 and needed < height
+    if left_out:
+        height, flags = needed, STOP_ON_WARNING
+        jpeg[frame], jpeg[frame + 1] = height >> 8, height & 0xFF
+    rows, columns, pitch = -(-height // fraction), -(-width // fraction), planes.shape[2]
+    addresses = np.array([planes[0].ctypes.data, planes[1].ctypes.data, planes[2].ctypes.data], np.uintp)
+    pitches = np.array([pitch, pitch, pitch], np.int32)
+    targets, strides = addresses.ctypes.data, pitches.ctypes.data
+    failed = tj_planes(decoder, source, jpeg.size, targets, columns, strides, rows, flags) != 0
+    if failed and not (left_out and only_skipped_the_rest(decoder)):
+        return DAMAGED, colours, 1, 1, 0, 0
+    return DECODED, colours, CHROMA_ACROSS[subsampling], down, rows, columns
+
+
+@njit_inline
+def position_of_height(jpeg):
+    """Where the header says the height, two bytes; -1 where the rows of the image do not simply follow one another.
+
+    They do in a sequential JPEG with one scan. One with restart markers is left alone too: of damage between them
+    libjpeg-turbo says what it says of rows that it was not told of.
+    """
+    frame, num_components, position = -1, 0, 2
+    while position + 9 < len(jpeg):
+        if jpeg[position] != 0xFF:
+            return -1
+        marker = jpeg[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker in START_OF_FRAME:
+            frame, num_components = position + 5, jpeg[position + 9]
+        elif marker in (OTHER_FRAME, RESTART_INTERVAL):
+            return -1
+        elif marker == START_OF_SCAN:
+            return frame if jpeg[position + 4] == num_components else -1
+        position += 2 + (np.int64(jpeg[position + 2]) << 8) + jpeg[position + 3]
+    return -1
+
+
+@njit_inline
+def only_skipped_the_rest(decoder):
+    """Whether the library's first complaint was that data goes on after the last row, which comes once all are decoded.
+
+    Damage in the rows themselves is complained of before.
+    """
+    message = carray(tj_message(decoder), (MESSAGE_BYTES,), np.uint8)
+    for start in range(MESSAGE_BYTES - len(REST_SKIPPED)):
+        if message[start] == 0:
+            return False
+        if (message[start : start + len(REST_SKIPPED)] == REST_SKIPPED).all():
+            return True
+    return False
+
+
+@njit_inline
+def dct_fraction(crop_height, crop_width, largest):
+    """Decode at 1/8, 1/4 or 1/2 of the size where the crop then still has at least `largest` pixels each way."""
+    for fraction in (8, 4, 2):
+        if min(crop_height, crop_width) >= fraction * largest:
+            return fraction
+    return 1
+
+
+@njit_cached
+def resize(planes, top, left, height, width, mirrored, levels_CYX):
+    """Resize a box of planes, uint8 (C, rows, columns), to int16 (C, side, side) in 2 ** -LEVEL_BITS of a grey level.
+
+    The filter is Pillow's antialiased BILINEAR: a triangle as wide as the downscaling, at least two pixels. Rows are
+    blended first, because whole rows blend at the full width of the vector units.
+    """
+    _, num_rows, num_columns = planes.shape
+    side = levels_CYX.shape[1]
+    first_rows, num_row_taps, row_weights_ST = filter_taps(top, height, num_rows, side, False)
+    first_columns, num_column_taps, column_weights_ST = filter_taps(left, width, num_columns, side, mirrored)
+    column_weights_TS = np.ascontiguousarray(column_weights_ST.T)
+    start = min(first_columns[0], first_columns[-1])
+    stop = max(first_columns[0], first_columns[-1]) + num_column_taps
+    word_starts = (first_columns - start).astype(np.uint64)
+
+    sums = np.empty(max(stop - start, side), np.int32)
+    row = np.zeros(-(-(stop - start) // TAPS_AT_ONCE) * TAPS_AT_ONCE + len(column_weights_TS), np.uint8)
+    words = np.lib.stride_tricks.as_strided(row.view(np.uint32), (len(row) - TAPS_AT_ONCE + 1,), (1,))
+    taps = np.empty(side, np.uint32)
+    for channel in range(len(planes)):
+        for y in range(side):
+            rows = planes[channel, first_rows[y] : first_rows[y] + num_row_taps, start:stop]
+            blend_rows(rows, row_weights_ST[y], sums, row[: stop - start])
+            blend_columns(words, word_starts, column_weights_TS, taps, sums, levels_CYX[channel, y])
+
+
+@njit_inline
+def filter_taps(origin, extent, limit, side, mirrored):
+    """The source pixels that blend into each output pixel.
+
+    Returns the first of them, int64 (side,); their number, the same for all; and their weights, int16 (side, taps),
+    which sum to 1 << WEIGHT_BITS, padded with zeros to a multiple of TAPS_AT_ONCE taps.
+    """
+    num_taps = 1
+    for i in range(side):
+        first, last, _, _ = filter_window(origin, extent, limit, side, i)
+        num_taps = max(num_taps, last - first)
+    starts = np.empty(side, np.int64)
+    weights = np.zeros((side, -(-num_taps // TAPS_AT_ONCE) * TAPS_AT_ONCE), np.int16)
+    for i in range(side):
+        first, last, centre, support = filter_window(origin, extent, limit, side, i)
+        start = min(first, limit - num_taps)
+        to = side - 1 - i if mirrored else i
+        starts[to] = start
+        total = 0.0
+        for k in range(first, last):
+            total += 1 - abs(k + 0.5 - centre) / support
+        rest, heaviest = 1 << WEIGHT_BITS, first - start
+        for k in range(first, last):
+            weight = int((1 - abs(k + 0.5 - centre) / support) / total * (1 << WEIGHT_BITS) + 0.5)
+            weights[to, k - start] = weight
+            rest -= weight
+            if weight > weights[to, heaviest]:
+                heaviest = k - start
+        weights[to, heaviest] += rest
+    return starts, num_taps, weights
+
+
+@njit_inline
+def filter_window(origin, extent, limit, side, i):
+    """First and one past the last source pixel under the triangle of output pixel i, its centre and half its base."""
+    scale = extent / side
+    support = max(scale, 1.0)
+    centre = origin + (i + 0.5) * scale
+    return max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), limit), centre, support
+
+
+@njit_inline
+def blend_rows(rows, weights, sums, blended):
+    """Weighted sum of rows, uint8 (taps, n), into blended, uint8 (n,)."""
+    last, size, half = len(rows) - 1, len(blended), 1 << (WEIGHT_BITS - 1)
+    for k in range(0, len(rows), TAPS_AT_ONCE):
+        row_0, row_1, row_2, row_3 = rows[k], rows[min(k + 1, last)], rows[min(k + 2, last)], rows[min(k + 3, last)]
+        weight_0, weight_1 = np.int32(weights[k]), np.int32(weights[k + 1])
+        weight_2, weight_3 = np.int32(weights[k + 2]), np.int32(weights[k + 3])
+        for i in range(size):
+            early = np.int32(weight_0 * row_0[i]) + np.int32(weight_1 * row_1[i])
+            late = np.int32(weight_2 * row_2[i]) + np.int32(weight_3 * row_3[i])
+            sums[i] = np.int32(early + late + (sums[i] if k else half))
+    for i in range(size):
+        blended[i] = sums[i] >> WEIGHT_BITS
+
+
+@njit_inline
+def blend_columns(words, starts, weights_TS, taps, sums, levels):
+    """Weighted sum of neighbours in a row into levels, int16 (side,), in 2 ** -LEVEL_BITS of a grey level.
+
+    Args:
+        words: uint32, the row's bytes TAPS_AT_ONCE by TAPS_AT_ONCE, from every byte on.
+        starts: uint64 (side,), where the neighbours of each output begin.
+        taps: uint32 (side,), and `sums`, int32, at least (side,): room to work in.
+    """
+    side, half = len(levels), 1 << (WEIGHT_BITS - LEVEL_BITS - 1)
+    for k in range(0, len(weights_TS), TAPS_AT_ONCE):
+        weights_0, weights_1 = weights_TS[k], weights_TS[k + 1]
+        weights_2, weights_3 = weights_TS[k + 2], weights_TS[k + 3]
+        for x in range(side):  # apart from the next loop, which then runs on whole vectors
+            taps[x] = words[starts[x] + np.uint64(k)]
+        for x in range(side):
+            blend = weighted(taps[x], weights_0[x], weights_1[x], weights_2[x], weights_3[x])
+            sums[x] = np.int32(blend + (sums[x] if k else half))
+    for x in range(side):
+        levels[x] = sums[x] >> (WEIGHT_BITS - LEVEL_BITS)
+
+
+@njit_inline
+def weighted(word, weight_0, weight_1, weight_2, weight_3):
+    """Weighted sum of the four bytes of a word, the first being the lowest."""
+    early = product(weight_0, word & BYTE) + product(weight_1, word >> np.uint32(8) & BYTE)
+    late = product(weight_2, word >> np.uint32(16) & BYTE) + product(weight_3, word >> np.uint32(24))
+    return np.int32(early + late)
+
+
+@njit_inline
+def product(one, other):
+    """In 32 bits, where numba would take 64, half as many to a vector."""
+    return np.int32(np.int32(one) * np.int32(other))
+
+
+@njit_inline
+def write_rgb(levels_CYX, colours, image):
+    """Convert levels, int16 (3, side, side), to `image`, uint8 (side, side * 3), with the colours of JFIF."""
+    side = levels_CYX.shape[1]
+    channels = np.empty((3, side), np.uint8)
+    first, second, third = channels[0], channels[1], channels[2]
+    for y in range(side):
+        luma_X, blue_X, red_X, row = levels_CYX[0, y], levels_CYX[1, y], levels_CYX[2, y], image[y]
+        if colours == LUMA_AND_CHROMA:
+            for x in range(side):
+                b, r = chroma(blue_X[x]), chroma(red_X[x])
+                first[x] = clipped(np.int16(luma_X[x] + high(r, RED_OF_RED)))
+                second[x] = clipped(np.int16(luma_X[x] - high(b, GREEN_OF_BLUE) - high(r, GREEN_OF_RED)))
+                third[x] = clipped(np.int16(luma_X[x] + high(b, BLUE_OF_BLUE)))
+        else:
+            for x in range(side):
+                first[x] = clipped(luma_X[x])
+                second[x] = first[x] if colours == GREY else clipped(blue_X[x])
+                third[x] = first[x] if colours == GREY else clipped(red_X[x])
+        for x in range(side):
+            row[3 * x] = first[x]
+            row[3 * x + 1] = second[x]
+            row[3 * x + 2] = third[x]
+
+
+@njit_inline
+def chroma(level):
+    """A level as chroma: around zero, and shifted so that `high` gives levels again after a factor of JFIF."""
+    return np.int16(np.int16(level - (128 << LEVEL_BITS)) << 2)
+
+
+@njit_inline
+def high(one, other):
+    """The high half of a product of two int16: one instruction for a whole vector."""
+    return np.int16(product(one, other) >> 16)
+
+
+@njit_inline
+def clipped(level):
+    """The nearest of the 256 grey levels."""
+    return np.uint8(min(max(np.int16(level + (1 << (LEVEL_BITS - 1))) >> LEVEL_BITS, 0), 255))

@@ -1,0 +1,192 @@
+"""Which sample when: pure functions of (seed, epoch), the same for any number of ranks, and FFCV's order made of them.
+
+What FFCV hands to a decoder as a sample index is a *view* here: one sample as one epoch sees it, packed into 64 bits.
+The high 32 bits are a hash of (seed, epoch), the low 32 bits the sample's index. Everything random about a sample is
+drawn from its view alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX_BITS = np.uint64(32)
+INDEX_MASK = np.uint64(0xFFFFFFFF)
+MAX_SAMPLES = 1 << 32
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+"""the step between the states of SplitMix64"""
+
+
+def splitmix64(bits):
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), for uint64 scalars or arrays."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def epoch_order(
+    num_samples: int, seed: int, epoch: int, shuffle: bool, windows_N: NDArray[np.int64] | int = 0
+) -> NDArray[np.int64]:
+    """Sample indices (num_samples,) in the order of an epoch: each exactly once.
+
+    The shuffle sorts the raw stream of a Philox generator, which numpy guarantees never to change, where the stream
+    of `Generator.permutation` may differ between numpy versions.
+
+    Args:
+        windows_N: the window that each sample is in, in the order of the epoch; a shuffle stays within them.
+    """
+    if not shuffle:
+        return np.arange(num_samples)
+    keys_N = _generator(seed, epoch).random_raw(num_samples)
+    return np.lexsort((keys_N, np.broadcast_to(windows_N, num_samples)))
+
+
+def count_batches(num_samples: int, batch_size: int) -> int:
+    """Batches of an epoch: as few as hold every sample."""
+    return -(-num_samples // batch_size)
+
+
+def batch_bounds(num_samples: int, batch_size: int, step: int) -> tuple[int, int]:
+    """First and one past the last position of batch `step`; the sizes of batches differ by at most one."""
+    size, larger = divmod(num_samples, count_batches(num_samples, batch_size))
+    first = step * size + min(step, larger)
+    return first, first + size + (step < larger)
+
+
+def pack_views(indices_N: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.uint64]:
+    """Views (N,) of the samples at `indices_N`, each in 0 .. 2**32 - 1, as the epoch sees them."""
+    # The last of the generator's values for (seed, epoch) serves as their hash, far from those that the order uses.
+    high = _generator(seed, epoch).advance(1 << 64).random_raw() & INDEX_MASK.item()
+    return indices_N.astype(np.uint64) | np.uint64(high << INDEX_BITS.item())
+
+
+def sample_indices(views_N: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The sample indices (N,) of views."""
+    return (views_N & INDEX_MASK).astype(np.int64)
+
+
+def rank_part(owners_N: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
+    """The positions in a batch that a rank takes, as many as any other or one less: its own, then what others leave.
+
+    Args:
+        owners_N: the rank, from 0 to world_size - 1, that should rather have each sample.
+    """
+    sizes = np.array([len(part) for part in np.array_split(owners_N, world_size)])
+    by_owner = np.argsort(owners_N, kind="stable")
+    owners_N = owners_N[by_owner]
+    nth_of_owner = np.arange(len(owners_N)) - np.searchsorted(owners_N, owners_N)
+    ranks_N = np.where(nth_of_owner < sizes[owners_N], owners_N, world_size)
+    room = sizes - np.bincount(ranks_N, minlength=world_size + 1)[:world_size]
+    ranks_N[ranks_N == world_size] = np.repeat(np.arange(world_size), room)
+    return by_owner[ranks_N == rank]
+
+
+@dataclass(frozen=True)
+class PageWindows:
+    """Quasi-random order, for a beton that does not fit into memory: what is read together lies together.
+
+    Pages come in a new order every epoch, and samples are shuffled within windows of pages that follow one another.
+
+    Attributes:
+        pages_N: the page of the beton that each sample is in.
+        num_pages: of a window.
+    """
+
+    pages_N: NDArray[np.int64]
+    num_pages: int
+
+    def page_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The numbers of the pages, in the epoch's order."""
+        pages = np.unique(self.pages_N)
+        return pages[np.argsort(_generator(seed, epoch).advance(1 << 65).random_raw(len(pages)), kind="stable")]
+
+    def places(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Where the page of each sample comes in the epoch, (N,)."""
+        order = self.page_order(seed, epoch)
+        by_number = np.argsort(order)
+        return by_number[np.searchsorted(order, self.pages_N, sorter=by_number)]
+
+
+def next_sample(views_N: NDArray[np.uint64], num_samples: int) -> NDArray[np.uint64]:
+    """The views of the samples that follow in the beton, in the same epoch."""
+    return (views_N & ~INDEX_MASK) | ((views_N & INDEX_MASK) + np.uint64(1)) % np.uint64(num_samples)
+
+
+class ViewOrder:
+    """The order of one rank, as views.
+
+    The batches over all ranks together are the same for any number of ranks. Of each batch, rank r takes the r-th of
+    `world_size` parts, which may be empty. With `windows` a batch is shared out by pages, so that a rank reads little
+    from those of the others.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        windows: PageWindows | None = None,
+    ):
+        self.num_samples, self.batch_size, self.shuffle = num_samples, batch_size, shuffle
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.windows = windows if shuffle else None
+
+    @property
+    def num_batches(self) -> int:
+        return count_batches(self.num_samples, self.batch_size)
+
+    @property
+    def local_batch_size(self) -> int:
+        """The largest number of samples in this rank's part of a batch."""
+        return -(-min(self.batch_size, self.num_samples) // self.world_size)
+
+    def batches(self, epoch: int, start_step: int = 0, view: int | None = None) -> list[NDArray[np.uint64]]:
+        """This rank's views of every batch of the epoch from `start_step` on.
+
+        They are as the epoch sees them, or as epoch `view` does.
+        """
+        places_N = self.windows.places(self.seed, epoch) if self.windows else np.zeros(self.num_samples, np.int64)
+        windows_N = places_N // self.windows.num_pages if self.windows else places_N
+        order = epoch_order(self.num_samples, self.seed, epoch, self.shuffle, windows_N)
+        views, parts = pack_views(order, self.seed, epoch if view is None else view), []
+        for step in range(start_step, self.num_batches):
+            first, last = batch_bounds(self.num_samples, self.batch_size, step)
+            owners = self._owners(places_N[order[first:last]])
+            parts.append(views[first + rank_part(owners, self.rank, self.world_size)])
+        return parts
+
+    def pages_ahead(self, epoch: int, start_step: int = 0) -> list[NDArray[np.int64]]:
+        """This rank's pages to fetch with every batch from `start_step` on: a window before their use.
+
+        Empty for an order without windows, which may need any page next.
+        """
+        steps = range(start_step, self.num_batches)
+        if self.windows is None:
+            return [np.empty(0, np.int64) for _ in steps]
+        pages, window = self.windows.page_order(self.seed, epoch), self.windows.num_pages
+        ours = np.flatnonzero(self._owners(np.arange(len(pages))) == self.rank)
+        # Samples use up the pages evenly.
+        used = [
+            batch_bounds(self.num_samples, self.batch_size, step)[0] * len(pages) // self.num_samples for step in steps
+        ]
+        fetched = [*used[:1], *(place + window for place in used)]
+        return [pages[ours[(low <= ours) & (ours < high)]] for low, high in itertools.pairwise(fetched)]
+
+    def _owners(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rank that the page at each place of the epoch belongs to: every window is shared out evenly."""
+        return places % self.windows.num_pages * self.world_size // self.windows.num_pages if self.windows else places
+
+    def sample_order(self, epoch: int) -> NDArray[np.uint64]:
+        """This rank's views of the whole epoch."""
+        return np.concatenate(self.batches(epoch))
+
+
+def _generator(seed: int, epoch: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed % (1 << 64), epoch], np.uint64))

@@ -1,0 +1,419 @@
+"""Any image file -> a sound JPEG that decodes to proper RGB, or the reason why it cannot be one; in chunks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from PIL import Image, ImageOps, ImageStat
+
+from datasets import turbojpeg
+from datasets.sources.index import Channels, ImageRef, read_bytes, read_stamped
+from datasets.turbojpeg import ColourSpace, JpegHeader, Plane
+
+ChannelSums = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PixelSums:
+    """How many pixels there are, and the sums over them of the values (0 to 255) and their squares, by channel."""
+
+    count: int = 0
+    values: ChannelSums = (0, 0, 0)
+    squares: ChannelSums = (0, 0, 0)
+
+    def __add__(self, other: PixelSums) -> PixelSums:
+        return PixelSums(
+            self.count + other.count, _added(self.values, other.values), _added(self.squares, other.squares)
+        )
+
+
+def pixel_sums(jpeg: bytes) -> PixelSums:
+    """The sums over all pixels of a sound JPEG, as RGB."""
+    header = turbojpeg.read_header(jpeg)
+    size, pixels = (header.width, header.height), turbojpeg.decode(jpeg, header)
+    statistics = ImageStat.Stat(Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1))
+    return PixelSums(statistics.count[0], _whole(statistics.sum), _whole(statistics.sum2))
+
+
+def channel_statistics(sums: PixelSums) -> tuple[Channels, Channels]:
+    """Mean and standard deviation by channel on a scale of 0 to 1, of at least one pixel."""
+    mean, std = [], []
+    for values, squares in zip(sums.values, sums.squares, strict=True):
+        mean.append(round(values / sums.count / 255, 6))
+        std.append(round((max(sums.count * squares - values**2, 0) ** 0.5) / sums.count / 255, 6))
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _added(left: ChannelSums, right: ChannelSums) -> ChannelSums:
+    return left[0] + right[0], left[1] + right[1], left[2] + right[2]
+
+
+def _whole(sums: Sequence[float]) -> ChannelSums:
+    return int(sums[0]), int(sums[1]), int(sums[2])
+
+
+MAX_PIXELS = 89_478_485
+MAX_JPEG_SIDE = 65_500
+MAX_JPEG_BYTES = 8 << 20
+JPEG_START, JPEG_END, START_OF_SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
+MAX_TRAILER = 4096  # bytes that some programs leave behind the end
+ORIENTATION_TAG = 0x0112
+ORIENTATION_MARKS = (b"Exif\0\0", b"tiff:Orientation")
+RESIZE_FILTER = Image.Resampling.BILINEAR
+COLOUR_FILTER = Image.Resampling.HAMMING  # sharper, as what it makes is half as fine as the image
+
+
+Check = Literal["data", "header"]
+
+
+class BadImageError(ValueError):
+    """A file is not a sound image; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A JPEG (RGB or grey, upright, 8 bits) with its size in pixels."""
+
+    jpeg: bytes
+    width: int
+    height: int
+
+
+def store_image(data: bytes, max_side: int | None, jpeg_quality: int, check: Check = "data") -> StoredImage:
+    """Turn the bytes of an image file into what a beton stores.
+
+    All of the data is decoded to find damage, also of a JPEG that is kept as it is, unless `check` is "header": then
+    its header and its end have to do. A JPEG has no checksum: of damage in its midst, that is found which
+    libjpeg-turbo notices at least with a warning.
+
+    Greyscale stays one channel, which decodes to equal R, G and B. Alpha is composed over white, 16 bits are scaled
+    to 8, CMYK and palettes are converted, the EXIF orientation is applied. Colour profiles are not. Of an animation
+    the first frame counts.
+
+    Args:
+        max_side: images whose shorter side is longer are resized to it (antialiased), pixels.
+        jpeg_quality: of images that have to be encoded again.
+
+    Raises:
+        BadImageError: empty, not an image, truncated, damaged, too large (more than MAX_PIXELS), or of a pixel
+            format that has no defined range.
+    """
+    if not data:
+        raise BadImageError("the file is empty")
+    header = _header(data) if data.startswith(JPEG_START) else None
+    if header is None:
+        return _encode(_resized(_open_with_pillow(data), max_side), jpeg_quality)
+    try:
+        return _store_jpeg(data, header, max_side, jpeg_quality, check)
+    except turbojpeg.JpegError as error:
+        raise BadImageError(f"damaged JPEG: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow image to mode RGB, or to L where it has no colour.
+
+    Raises:
+        BadImageError: floating point or 32-bit pixels, whose black and white nobody can know.
+    """
+    if image.mode == "1" or (image.mode == "L" and "transparency" not in image.info):
+        return image.convert("L")
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise BadImageError("the pixels are floating point numbers, whose range is not defined; save it with 8 bits")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _header(data: bytes) -> turbojpeg.JpegHeader | None:
+    """The JPEG's header; None for the rare forms, such as odd subsampling, that only Pillow reads."""
+    try:
+        header = turbojpeg.read_header(data)
+    except turbojpeg.JpegError as error:
+        try:
+            _open_with_pillow(data)
+        except BadImageError:
+            raise BadImageError(f"not a JPEG that can be read: {error}") from None
+        return None
+    _check_size(header.width, header.height)
+    return header
+
+
+def _store_jpeg(data: bytes, header: JpegHeader, max_side: int | None, jpeg_quality: int, check: Check) -> StoredImage:
+    size, orientation = _size_within(header.width, header.height, max_side), _orientation(data)
+    if orientation == 1 and not header.has_four_inks:
+        if size == (header.width, header.height) and len(data) <= MAX_JPEG_BYTES:
+            if check == "data":
+                turbojpeg.verify(data, header)
+            elif data.rfind(JPEG_END, -MAX_TRAILER) < 0:
+                raise BadImageError("the JPEG is cut short: it has no end")
+            return StoredImage(data, *size)
+        if header.colour_space in (ColourSpace.YCBCR, ColourSpace.GREY):
+            return _resize_planes(data, header, size, jpeg_quality)
+    image = _open_jpeg(data, header)
+    return _encode(_resized(_upright(image, orientation), max_side), jpeg_quality)
+
+
+def _open_jpeg(data: bytes, header: JpegHeader) -> Image.Image:
+    if header.has_four_inks:
+        # How inks are inverted and mixed is Pillow's business, once the data has proved to be sound.
+        turbojpeg.verify(data, header)
+        return _open_with_pillow(data, upright=False)
+    size = (header.width, header.height)
+    image = Image.frombuffer("RGB", size, turbojpeg.decode(data, header), "raw", "RGB", 0, 1)
+    return image.convert("L") if header.colour_space is ColourSpace.GREY else image
+
+
+def _resize_planes(data: bytes, header: JpegHeader, size: tuple[int, int], jpeg_quality: int) -> StoredImage:
+    """Resize brightness and colours as a JPEG codes them, into 4:2:0 or grey.
+
+    Neither converting to RGB and back nor bringing the colours, of which mostly a quarter is stored, to full size
+    and back gains anything. Where the image shrinks to a quarter or less, the cosine transform does a part of that.
+    """
+    width, height = size
+    shrink = min(header.width, header.height) / min(size)
+    scale = max(scale for scale in (1, 2, 4, 8) if scale == 1 or shrink >= 2 * scale)
+    luma, *colours = turbojpeg.decode_planes(data, header, scale)
+    across, down = header.subsampling.factors
+    # What of a plane is seen, and what of it the new plane covers, whose last sample may reach beyond the image.
+    seen = header.width / scale, header.height / scale
+    planes = [_padded(_plane_image(luma).resize(size, RESIZE_FILTER, box=(0, 0, *seen)), even=bool(colours))]
+    columns, rows = (width + 1) // 2, (height + 1) // 2
+    for plane in colours:
+        right = min(2 * columns * seen[0] / width / across, plane.width)
+        bottom = min(2 * rows * seen[1] / height / down, plane.height)
+        planes.append(_plane_image(plane).resize((columns, rows), COLOUR_FILTER, box=(0, 0, right, bottom)))
+    encodable = [Plane(*plane.size, bytearray(plane.tobytes())) for plane in planes]
+    return _checked(StoredImage(turbojpeg.encode_planes(encodable, width, height, jpeg_quality), width, height))
+
+
+def _plane_image(plane: Plane) -> Image.Image:
+    return Image.frombuffer("L", (plane.width, plane.height), plane.samples, "raw", "L", 0, 1)
+
+
+def _padded(image: Image.Image, even: bool) -> Image.Image:
+    """With the last column and row repeated where `even` numbers of them are needed."""
+    width, height = image.size
+    if not even or (width % 2 == 0 and height % 2 == 0):
+        return image
+    padded = Image.new(image.mode, (width + width % 2, height + height % 2))
+    for left, top in ((width % 2, height % 2), (width % 2, 0), (0, height % 2), (0, 0)):
+        padded.paste(image, (left, top))
+    return padded
+
+
+def _open_with_pillow(data: bytes, upright: bool = True) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                _check_size(*image.size)
+                image.load()
+                orientation = _orientation(data) if upright else 1
+                return _upright(to_rgb(image), orientation)
+        except BadImageError:
+            raise
+        except Exception as error:  # a parser fed with arbitrary bytes fails in arbitrary ways
+            raise BadImageError(_pillow_reason(error)) from None
+
+
+def _pillow_reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known type"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than {MAX_PIXELS:,} pixels"
+    return str(error) or type(error).__name__
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 to 8; 1 also where the metadata is damaged, since the pixels may well be sound."""
+    if data.startswith(JPEG_START):
+        end = _metadata_end(data)
+        if all(data.find(mark, 0, end) < 0 for mark in ORIENTATION_MARKS):
+            return 1  # most photographs of data sets; Pillow's answer would take a tenth of the time of a decoding
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                value = image.getexif().get(ORIENTATION_TAG, 1)
+        except Exception:
+            return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _metadata_end(jpeg: bytes) -> int:
+    """Where the segments before a JPEG's image data end; the file's length where they are not to be followed."""
+    position = 2
+    while jpeg[position : position + 1] == b"\xff" and len(jpeg) >= position + 4:
+        if jpeg[position + 1] == START_OF_SCAN:
+            return position
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
+    return len(jpeg)
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return image
+    image.getexif()[ORIENTATION_TAG] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    import numpy as np  # would be half of the time that a process of a preparation takes to start
+
+    pixels_HW = np.asarray(image)
+    low, high = int(pixels_HW.min()), int(pixels_HW.max())
+    if low < 0 or high > 65_535:
+        raise BadImageError(f"pixel values from {low} to {high} do not fit 16 bits, so their range is not defined")
+    return Image.fromarray(((pixels_HW.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _size_within(width: int, height: int, max_side: int | None) -> tuple[int, int]:
+    shorter = min(width, height)
+    if max_side is None or shorter <= max_side:
+        return width, height
+    return max(1, round(width * max_side / shorter)), max(1, round(height * max_side / shorter))
+
+
+def _resized(image: Image.Image, max_side: int | None) -> Image.Image:
+    size = _size_within(*image.size, max_side)
+    return image if size == image.size else image.resize(size, RESIZE_FILTER)
+
+
+def _encode(image: Image.Image, jpeg_quality: int) -> StoredImage:
+    if max(image.size) > MAX_JPEG_SIDE:
+        raise BadImageError(f"{image.width}x{image.height}: a JPEG has at most {MAX_JPEG_SIDE} pixels a side")
+    # Without metadata: the orientation is applied, and the rest is of no use.
+    clean = Image.frombytes(image.mode, image.size, image.tobytes())
+    buffer = io.BytesIO()
+    clean.save(buffer, "JPEG", quality=jpeg_quality)
+    return _checked(StoredImage(buffer.getvalue(), *image.size))
+
+
+def _checked(stored: StoredImage) -> StoredImage:
+    if len(stored.jpeg) > MAX_JPEG_BYTES:
+        raise BadImageError(f"{len(stored.jpeg):,} bytes as JPEG, at most {MAX_JPEG_BYTES:,} fit; set data.max_side")
+    return stored
+
+
+IMAGES_PER_CHUNK = 64
+IMAGES_IN_STATISTICS = 256
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How images become JPEGs: longest allowed shorter side in pixels, quality where encoding is needed, and what is
+    checked of those that are kept (images.store_image).
+    """
+
+    max_side: int | None
+    jpeg_quality: int
+    check_images: Check = "data"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Work for one process at a time; `counted` are the positions of the images whose pixels are counted."""
+
+    refs: Sequence[ImageRef]
+    counted: range = range(0)
+
+
+class Outcome(NamedTuple):
+    """What became of one image: a JPEG of `size` bytes, width and height in pixels, or (`size` 0) the reason why not.
+
+    `content` is the digest of the source file, empty where it could not be read, and `stored` that of the JPEG.
+    """
+
+    width: int
+    height: int
+    size: int
+    content: str
+    stored: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ConvertedChunk:
+    """The outcomes of a chunk in its order.
+
+    Attributes:
+        encoded: by position, the JPEGs that differ from their source file. The others are to be read from there,
+            which takes a fraction of the time of sending them from process to process.
+        modified: by position, when the source file was modified last (ns), if it could be read.
+        pixels: of the counted images, as they are stored.
+        node: the machine at work.
+    """
+
+    outcomes: list[Outcome]
+    encoded: dict[int, bytes]
+    modified: dict[int, int]
+    pixels: PixelSums
+    node: str
+
+
+def chunks(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
+    """`refs` in parts of IMAGES_PER_CHUNK."""
+    for start in range(0, len(refs), IMAGES_PER_CHUNK):
+        yield refs[start : start + IMAGES_PER_CHUNK]
+
+
+def counted_chunks(refs: Sequence[ImageRef], count_pixels: bool) -> list[Chunk]:
+    """The work of converting `refs`; IMAGES_IN_STATISTICS of them, evenly spread, are counted, or all if fewer."""
+    step = -(-len(refs) // IMAGES_IN_STATISTICS)
+    return [
+        Chunk(some, range(-number * IMAGES_PER_CHUNK % step, len(some), step) if count_pixels else range(0))
+        for number, some in enumerate(chunks(refs))
+    ]
+
+
+def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
+    """Read, check and convert images; a bad one becomes an outcome with a reason, never an exception."""
+    outcomes, encoded, modified, pixels = [], {}, {}, PixelSums()
+    for position, ref in enumerate(chunk.refs):
+        content = ""
+        try:
+            data, modified[position] = read_stamped(ref)
+            content = content_digest(data)
+            image = store_image(data, conversion.max_side, conversion.jpeg_quality, conversion.check_images)
+        except (BadImageError, OSError) as error:
+            outcomes.append(Outcome(0, 0, 0, content, "", str(error)))
+            continue
+        stored = content
+        if image.jpeg is not data:
+            encoded[position], stored = image.jpeg, content_digest(image.jpeg)
+        if position in chunk.counted:
+            pixels += pixel_sums(image.jpeg)
+        outcomes.append(Outcome(image.width, image.height, len(image.jpeg), content, stored))
+    return ConvertedChunk(outcomes, encoded, modified, pixels, os.uname().nodename)
+
+
+def digest_chunk(refs: Sequence[ImageRef]) -> list[str]:
+    """The content digest of every image, empty where it cannot be read."""
+    digests = []
+    for ref in refs:
+        try:
+            digests.append(content_digest(read_bytes(ref)))
+        except OSError:
+            digests.append("")
+    return digests
+
+
+def content_digest(data: bytes) -> str:
+    """SHA-256, cut to 32 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -1,0 +1,364 @@
+"""From the images of a data set to betons and a manifest: in parallel, checked, and only when something changed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import features
+
+from datasets.beton import (
+    FORMAT,
+    IMAGES_LIST,
+    MANIFEST,
+    SPLITS,
+    VALIDATION,
+    BetonError,
+    Manifest,
+    beton_path,
+    load_manifest,
+    read_jpeg,
+    read_layout,
+    verify_betons,
+)
+from datasets.files import exclusive, sync_folder, write_whole
+from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
+from datasets.prepare.build import JOURNAL, Built, ImageRecord, LeftoversError, build_betons
+from datasets.prepare.convert import Check, Conversion, channel_statistics, chunks, digest_chunk
+from datasets.sources.catalog import Dataset, SourceOptions, find_dataset, glyph_images
+from datasets.sources.glyphs import GENERATOR_VERSION, GlyphSettings, generate, is_generated
+from datasets.sources.index import ImageIndex, Source, listed
+
+
+def publish(folder: Path, finished: Path, manifest: Manifest, records: Iterable[ImageRecord]) -> None:
+    """Move the betons in `finished` into `folder`, the manifest last: it never describes others."""
+    write_whole(finished / IMAGES_LIST, "".join(f"{record.to_json()}\n" for record in records))
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in (*(split.file for split in manifest.splits.values()), IMAGES_LIST):
+        (finished / name).replace(folder / name)
+    sync_folder(folder)
+    write_whole(folder / MANIFEST, manifest.to_json())
+
+
+class ChangedInputsError(ValueError):
+    """The folder was prepared from other images or with other settings."""
+
+    def __init__(self, folder: Path, differences: list[str]):
+        self.differences = differences
+        lines = "\n".join(f"  {difference}" for difference in differences)
+        super().__init__(
+            f"{folder} was prepared differently:\n{lines}\n"
+            "pass --force to prepare it again, or choose another data.folder"
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a preparation depends on. `settings` is flat or nested one level; where the images lie is not part of it."""
+
+    dataset: str
+    settings: Mapping[str, Any]
+    images: Source
+    skip_bad: bool
+
+
+def require_unchanged(
+    folder: Path, manifest: Manifest, inputs: Inputs, num_processes: int, show_progress: bool
+) -> None:
+    """Quick where names, sizes and modification times are as they were; otherwise the images' contents decide.
+
+    Raises:
+        ChangedInputsError: with every difference.
+    """
+    before = {"dataset": manifest.dataset, **manifest.settings}
+    changed = setting_differences(before, {"dataset": inputs.dataset, **inputs.settings})
+    differences = [f"data.{difference}" for difference in changed]
+    if manifest.skipped and not inputs.skip_bad:
+        differences.append(f"data.on_bad_image: 'skip' ({len(manifest.skipped)} images were left out) -> 'error'")
+    if not differences and manifest.source_state != inputs.images.state:
+        records = read_records(folder / IMAGES_LIST)
+        differences = _image_differences(records, inputs.images.read_index(), num_processes, show_progress)
+    if differences:
+        raise ChangedInputsError(folder, differences)
+
+
+def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for everything in which two mappings differ."""
+    differences = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differences += [f"{key}.{difference}" for difference in setting_differences(old, new)]
+        elif old != new:
+            differences.append(f"{key}: {old!r} -> {new!r}")
+    return differences
+
+
+def read_records(path: Path) -> list[ImageRecord]:
+    """The list of source images that a preparation leaves beside its betons; BetonError where it is damaged."""
+    try:
+        with path.open() as lines:
+            return [ImageRecord(*json.loads(line)) for line in lines]
+    except (FileNotFoundError, TypeError, json.JSONDecodeError) as error:
+        raise BetonError(f"{path} is missing or damaged ({error}); prepare the data again with --force") from None
+
+
+def _image_differences(
+    records: list[ImageRecord], index: ImageIndex, num_processes: int, show_progress: bool
+) -> list[str]:
+    """How the images differ from those that were recorded; modification times do not count."""
+    recorded = {record.name: record for record in records}
+    found = {ref.name: (split, ref) for split, refs in index.splits.items() for ref in refs}
+    common = sorted(recorded.keys() & found.keys())
+    changed = [name for name in common if recorded[name].size != found[name][1].size]
+    if not changed:
+        digests: list[str] = []
+        with progress_bar("compare contents", len(common), show_progress) as advance:
+            for some in map_ordered(digest_chunk, chunks([found[name][1] for name in common]), num_processes):
+                digests += some
+                advance(len(some))
+        changed = [name for name, digest in zip(common, digests, strict=True) if recorded[name].content != digest]
+    kinds = {
+        "added": sorted(found.keys() - recorded.keys()),
+        "removed": sorted(recorded.keys() - found.keys()),
+        "changed": changed,
+        "now in another split": [name for name in common if recorded[name].split != found[name][0]],
+        "now of another class": [
+            name for name in common if recorded[name].class_name != index.classes[found[name][1].label]
+        ],
+    }
+    return [
+        f"{len(names)} image{'s' if len(names) > 1 else ''} {kind}: {listed(names)}"
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+PARTIAL = ".partial"
+SAMPLES, NUM_SAMPLES = "samples", 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did.
+
+    Attributes:
+        unchanged: there was nothing to do.
+        num_images: read in `seconds`.
+        num_adopted: more images that an interrupted preparation had done before.
+    """
+
+    manifest: Manifest
+    unchanged: bool
+    num_images: int
+    seconds: float
+    num_adopted: int = 0
+
+
+def prepare(
+    dataset: str,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    validation_source: Path | None = None,
+    validation_fraction: float = 0.2,
+    images_per_class: int | None = None,
+    max_side: int | None = 500,
+    jpeg_quality: int = 90,
+    check_images: Check = "data",
+    on_bad_image: Literal["error", "skip"] = "error",
+    split_seed: int = 0,
+    glyphs: GlyphSettings | None = None,
+    num_processes: int | None = None,
+    map_chunks: OrderedMap | None = None,
+    force: bool = False,
+    show_progress: bool = False,
+) -> Prepared:
+    """Write train.beton, validation.beton, images.jsonl, manifest.json and some sample images into `folder`.
+
+    Does nothing where the folder was already prepared from the same images with the same settings; that is seen
+    from names, sizes and modification times, and only where those differ from the images' contents. The files are
+    the same for any number of processes. The arguments mean what they mean in the configuration's `data` section.
+
+    A preparation that is interrupted, however suddenly, leaves its work in FOLDER/.partial; the next one goes on there
+    if images, settings and versions are the same, and ends with the same files.
+
+    Args:
+        num_processes: None is one for each CPU that this process may use.
+        map_chunks: runs the conversion in place of `num_processes` processes of this machine.
+        force: prepare again whatever is there.
+
+    Raises:
+        ChangedInputsError: the folder was prepared differently and `force` is false.
+        BetonError: the folder is half-written or damaged and `force` is false.
+        BadImagesError: with every bad image, unless `on_bad_image` is "skip".
+        SourceError: the source does not hold what the data set needs.
+        OSError: no space, no permission, or another preparation of this folder is under way.
+    """
+    # Absolute, because whatever runs `map_chunks` may work in another folder.
+    entry, folder = find_dataset(dataset), Path(folder).absolute()
+    options = SourceOptions(
+        folder=folder,
+        source=source and Path(source).absolute(),
+        validation_source=validation_source and Path(validation_source).absolute(),
+        validation_fraction=validation_fraction,
+        images_per_class=images_per_class,
+        split_seed=split_seed,
+        glyphs=glyphs or GlyphSettings(),
+    )
+    conversion = Conversion(max_side, jpeg_quality, check_images)
+    processes = num_processes or available_cpus()
+    with exclusive(folder):
+        settings = _settings(entry, options, conversion)
+        inputs = Inputs(dataset, settings, entry.scan(options), skip_bad=on_bad_image == "skip")
+        if not force and _holds_data(folder):
+            return Prepared(_confirmed(folder, inputs, processes, show_progress), True, 0, 0.0)
+        if dataset == "glyphs":
+            _draw_glyphs(options, processes, show_progress)
+        if map_chunks is None or dataset == "glyphs":  # which are drawn on this machine
+            map_chunks = partial(map_ordered, num_processes=processes)
+        return _build(entry, options, conversion, inputs, map_chunks, show_progress)
+
+
+def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) -> dict[str, Any]:
+    """Everything besides the images that the betons depend on; where the images lie does not matter."""
+    used = {name: getattr(options, name) for name in entry.uses if name not in ("source", "validation_source")}
+    if "glyphs" in used:
+        used["glyphs"] = {**asdict(options.glyphs), "generator": GENERATOR_VERSION}
+    return {**used, **asdict(conversion)}
+
+
+def _holds_data(folder: Path) -> bool:
+    """Whether there is a finished preparation, or what remains of one; not one that was killed while it published."""
+    if (folder / PARTIAL / JOURNAL).exists() and not (folder / MANIFEST).exists():
+        return False
+    return any(path.exists() for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)))
+
+
+def _confirmed(folder: Path, inputs: Inputs, num_processes: int, show_progress: bool) -> Manifest:
+    """The manifest of a folder that needs no preparation; raises what `prepare` documents where it does."""
+    manifest = load_manifest(folder)
+    require_unchanged(folder, manifest, inputs, num_processes, show_progress)
+    verify_betons(folder)
+    if manifest.source_state != inputs.images.state:
+        # The same images at another place or time: next time this is seen quickly again.
+        manifest = replace(manifest, source_state=inputs.images.state)
+        write_whole(folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def _draw_glyphs(options: SourceOptions, num_processes: int, show_progress: bool) -> None:
+    folder, settings = glyph_images(options.folder), options.glyphs
+    if not is_generated(folder, settings):
+        with progress_bar("draw glyphs", settings.num_train + settings.num_validation, show_progress) as advance:
+            generate(folder, settings, num_processes, advance)
+
+
+def _build(
+    entry: Dataset,
+    options: SourceOptions,
+    conversion: Conversion,
+    inputs: Inputs,
+    map_chunks: OrderedMap,
+    show_progress: bool,
+) -> Prepared:
+    folder, start = options.folder, time.perf_counter()
+    index, unfinished = inputs.images.read_index(), options.folder / PARTIAL
+    _require_space(folder, index, conversion)
+    num_images, versions = sum(map(len, index.splits.values())), _versions()
+    made_from = {
+        "dataset": entry.name,
+        "settings": inputs.settings,
+        "images": inputs.images.state,
+        "versions": versions,
+    }
+
+    def build() -> Built:
+        unfinished.mkdir(exist_ok=True)
+        with progress_bar(f"prepare {entry.name}", num_images, show_progress) as advance:
+            return build_betons(
+                index,
+                unfinished,
+                conversion,
+                seed=options.split_seed,
+                made_from={**made_from, "versions": versions},
+                map_chunks=map_chunks,
+                skip_bad=inputs.skip_bad,
+                advance=advance,
+            )
+
+    try:
+        try:
+            built = build()
+        except LeftoversError:
+            shutil.rmtree(unfinished)
+            built = build()
+    except ValueError:  # the images have to be changed, so nothing of this will be gone on with
+        shutil.rmtree(unfinished)
+        raise
+    manifest = _manifest(entry, index, inputs, built, versions)
+    publish(folder, unfinished, manifest, built.records)
+    _write_samples(folder, manifest)
+    shutil.rmtree(unfinished)
+    return Prepared(manifest, False, num_images - built.num_adopted, time.perf_counter() - start, built.num_adopted)
+
+
+def _write_samples(folder: Path, manifest: Manifest) -> None:
+    """A few validation images as files, to try a model on."""
+    samples = folder / SAMPLES
+    shutil.rmtree(samples, ignore_errors=True)
+    samples.mkdir()
+    beton = beton_path(folder, VALIDATION)
+    labels = read_layout(beton).metadata["label"]
+    for index in range(min(NUM_SAMPLES, len(labels))):
+        name = re.sub(r"[^\w-]", "_", manifest.classes[int(labels[index])])
+        (samples / f"{index}-{name}.jpg").write_bytes(read_jpeg(beton, index))
+
+
+def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> None:
+    # An image that is resized ends well below two bytes for each pixel of a square of that side.
+    most = 2 * conversion.max_side**2 if conversion.max_side else None
+    sizes = (ref.size for refs in index.splits.values() for ref in refs)
+    needed = sum(min(size, most) if most else size for size in sizes)
+    # What an interrupted preparation has left is used again or overwritten. Its betons begin with a hole.
+    left_over = sum(512 * file.stat().st_blocks for file in (folder / PARTIAL).glob("*"))
+    free = shutil.disk_usage(folder).free + left_over
+    if needed > free:
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed")
+
+
+def _manifest(entry: Dataset, index: ImageIndex, inputs: Inputs, built: Built, versions: dict[str, str]) -> Manifest:
+    mean, std = channel_statistics(built.pixels)
+    return Manifest(
+        format=FORMAT,
+        dataset=entry.name,
+        classes=index.classes,
+        settings=dict(inputs.settings),
+        mean=mean,
+        std=std,
+        source_digest=built.source_digest,
+        skipped=built.skipped,
+        versions=versions,
+        splits=built.splits,
+        licence=entry.licence,
+        source_state=inputs.images.state,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "pillow": version("pillow"),
+        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
+        "ffcv": version("ffcv"),
+    }

@@ -1,0 +1,73 @@
+"""Photovoltaic cells in electroluminescence images, from the package `elpv-dataset` (Deitsch et al. 2019).
+
+Experts answered two questions for each cell: functional or defective, and sure or not. The package's probability of a
+defect is 0 or 1/3 for functional, 2/3 or 1 for defective. The label here is the first answer, that is probability
+above 1/2; how sure they were becomes an attribute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from datasets.sources.index import (
+    ImageIndex,
+    ImageRef,
+    Source,
+    SourceError,
+    checked,
+    choose,
+    listed,
+    split_off,
+    state_of,
+)
+
+CLASSES = ["functional", "defective"]
+
+
+def package_folder() -> Path:
+    """Where the installed package keeps labels.csv and images/; SourceError where it is not installed."""
+    spec = importlib.util.find_spec("elpv_dataset")
+    if spec is None or spec.origin is None:
+        raise SourceError("the package elpv-dataset is not installed; run `make setup`")
+    return Path(spec.origin).parent / "data"
+
+
+def scan_elpv(folder: Path, validation_fraction: float, images_per_class: int | None, seed: int) -> Source:
+    """The cells listed in FOLDER/labels.csv (path, probability of a defect, cell type).
+
+    The split is stratified by probability and cell type (mono- or polycrystalline), as in the paper.
+
+    Raises:
+        SourceError: labels.csv is missing or malformed, or names images that do not exist.
+    """
+    labels = folder / "labels.csv"
+    if not labels.is_file():
+        raise SourceError(f"{labels} does not exist")
+    rows = [_parse(labels, line) for line in labels.read_text().splitlines() if line.strip()]
+    paths = {name: folder / name for name, _, _ in rows}
+    if missing := [name for name, path in paths.items() if not path.is_file()]:
+        raise SourceError(f"{labels} names {len(missing)} images that do not exist: {listed(missing)}")
+    sizes = {name: path.stat() for name, path in paths.items()}
+    cell_types = {name: cell_type for name, _, cell_type in rows}
+
+    def read_index() -> ImageIndex:
+        refs = [
+            ImageRef(name, int(probability > 0.5), str(paths[name]), 0, sizes[name].st_size, (probability,))
+            for name, probability, _ in rows
+        ]
+        train, validation = split_off(
+            refs, validation_fraction, seed, stratum=lambda ref: (ref.attributes, cell_types[ref.name])
+        )
+        splits = {"train": choose(train, images_per_class, seed), "validation": validation}
+        return checked(ImageIndex(CLASSES, splits, ("defect_probability",)))
+
+    return Source(state_of([*sizes.items(), ("labels.csv", labels.stat())]), read_index)
+
+
+def _parse(labels: Path, line: str) -> tuple[str, float, str]:
+    try:
+        name, probability, cell_type = line.split()
+        return name, float(probability), cell_type
+    except ValueError:
+        raise SourceError(f"{labels}: {line!r} is not 'path probability type'") from None

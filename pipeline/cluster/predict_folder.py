@@ -1,0 +1,297 @@
+"""Predict a large folder on the cluster: a Ray Data job, resumable, one Parquet file for each part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from datasets.files import exclusive, sync_file, sync_folder, write_whole
+from datasets.parallel import progress_bar
+from datasets.sources.folders import walk_images
+from pipeline.cluster.connection import ray_cluster
+from pipeline.serving.predict import classify_files
+from pipeline.serving.pyfunc import OUTPUT_COLUMNS
+from pipeline.tracking.registry import FoundModel, find_model, load_registered
+
+FORMAT = 1
+FILES_PER_PART = 2048
+_SEPARATOR = b"\0"  # the one byte that no path holds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prediction is of. A resume with another plan would mix two results, so it is refused."""
+
+    model: str
+    """its address with the number of the version, which the alias may leave meanwhile"""
+    model_uuid: str
+    """of its content"""
+    budget_bias: float
+    files_per_part: int
+    num_files: int
+    files_sha256: str
+    """of the list of files, not of what is in them"""
+    format: int = FORMAT
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.num_files // self.files_per_part)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files that are predicted together: a range of bytes of the list of files."""
+
+    number: int
+    start: int
+    end: int
+    num_files: int
+
+
+class OutputFolder:
+    """_plan.json, _files.list and part-NNNNNN.parquet for each part."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "_plan.json"
+
+    @property
+    def list_file(self) -> Path:
+        """Paths below the folder of images, each ended by a zero byte."""
+        return self.path / "_files.list"
+
+    @property
+    def _new_list(self) -> Path:
+        return self.path / "._files.list.partial"
+
+    def part_file(self, number: int) -> Path:
+        return self.path / f"part-{number:06d}.parquet"
+
+    def missing(self, parts: Iterable[Part]) -> list[Part]:
+        """The parts that are still to be computed."""
+        present = {path.name for path in self.path.iterdir()}
+        return [part for part in parts if self.part_file(part.number).name not in present]
+
+    def files_of(self, part: Part) -> list[str]:
+        with self.list_file.open("rb") as file:
+            file.seek(part.start)
+            content = file.read(part.end - part.start)
+        return [os.fsdecode(name) for name in content.split(_SEPARATOR)[:-1]]
+
+    def list_files(self, folder: Path, files_per_part: int) -> tuple[list[Part], str]:
+        """List the images below `folder` and cut the list into parts; returns them and the list's SHA-256.
+
+        The list is kept where `agree` finds that it is the one of this folder. It goes from disk to disk: the names in
+        one folder are in memory, never all.
+        """
+        digest, parts = hashlib.sha256(), []
+        start, offset, count = 0, 0, 0
+        with self._new_list.open("wb") as file:
+            for name in walk_images(folder):
+                line = os.fsencode(name) + _SEPARATOR
+                file.write(line)
+                digest.update(line)
+                offset, count = offset + len(line), count + 1
+                if count == files_per_part:
+                    parts.append(Part(len(parts), start, offset, count))
+                    start, count = offset, 0
+        if count:
+            parts.append(Part(len(parts), start, offset, count))
+        return parts, digest.hexdigest()
+
+    def agree(self, plan: Plan) -> None:
+        """Keep the plan and the list in a new folder; in one that has them, raise ValueError naming what differs."""
+        if not self.plan_file.exists():
+            if next(self.path.glob("part-*.parquet"), None):
+                raise ValueError(f"{self.path} holds part-*.parquet but no _plan.json; give --out another folder")
+            self._new_list.replace(self.list_file)
+            write_whole(self.plan_file, json.dumps(asdict(plan), indent=1))
+            return
+        try:
+            before = Plan(**json.loads(self.plan_file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.plan_file} is damaged ({error}); give --out another folder") from None
+        changed = [
+            f"  - {field.name}: {getattr(before, field.name)} -> {getattr(plan, field.name)}"
+            for field in fields(Plan)
+            if getattr(before, field.name) != getattr(plan, field.name)
+        ]
+        if changed:
+            listing = "\n".join(changed)
+            raise ValueError(
+                f"{self.path} holds the results of another prediction:\n{listing}\n"
+                "put that back, give --out another folder, or remove this one"
+            )
+        self._new_list.replace(self.list_file)
+
+    def write_part(self, number: int, table: pa.Table) -> None:
+        """Write a part: whole, or not at all. Two processes may write the same one."""
+        path = self.part_file(number)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        pq.write_table(table, partial)
+        sync_file(partial)
+        partial.replace(path)
+        sync_folder(self.path)
+
+    def remove_partial(self) -> None:
+        """Remove what processes left that died while they wrote."""
+        for partial in self.path.glob(".*.partial"):
+            partial.unlink(missing_ok=True)
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> pa.Table:
+    """Rows as an Arrow table whose types are the same in every part, whatever is null.
+
+    Args:
+        columns: pandas' names of the types, as serving.OUTPUT_COLUMNS has them.
+    """
+    types = {"Int64": pa.int64(), "Float64": pa.float64(), "string": pa.string()}
+    schema = pa.schema({"file": pa.string()} | {name: types[kind] for name, kind in columns.items()})
+    # A name that is not UTF-8 can be on a disk, but not in Parquet.
+    readable = [{**row, "file": os.fsencode(row["file"]).decode("utf-8", "backslashreplace")} for row in rows]
+    return pa.Table.from_pylist(readable, schema)
+
+
+def summarize(output: OutputFolder, num_parts: int) -> str:
+    """What all parts together say, in a line."""
+    resolutions: Counter[int] = Counter()
+    num_rows, num_errors, gflops = 0, 0, 0.0
+    for number in range(num_parts):
+        columns = pq.read_table(output.part_file(number), columns=["resolution", "gflops", "error"]).to_pydict()
+        num_rows += len(columns["error"])
+        num_errors += sum(error is not None for error in columns["error"])
+        resolutions.update(side for side in columns["resolution"] if side is not None)
+        gflops += sum(cost for cost in columns["gflops"] if cost is not None)
+    answered = max(1, num_rows - num_errors)
+    shares = ", ".join(
+        f"{count / answered:.1%} at {side} px" for side, count in sorted(resolutions.items(), reverse=True)
+    )
+    return (
+        f"{num_rows:,} files, {num_errors:,} of them with an error; {gflops / answered:.3g} GFLOPs an image"
+        f"{f' ({shares})' if shares else ''}"
+    )
+
+
+CPUS_PER_ACTOR = 4
+
+
+def predict_folder(
+    model_uri: str,
+    folder: Path,
+    out: Path,
+    *,
+    budget_bias: float = 0.0,
+    files_per_part: int | None = None,
+    show_progress: bool = True,
+) -> str:
+    """Predict every JPEG and PNG file below `folder` into Parquet files in `out`; returns what they say, in a line.
+
+    Parts that are there already are left as they are. Both folders must be the same on every node, and so must the
+    registry's address. One driver at a time: a second one waits, and finds the work done.
+
+    Raises:
+        ValueError: there is no image, or `out` is of another model, other files or other settings.
+        TrackingError: there is no such model.
+        ChildProcessError: a part could not be computed.
+        OSError: a folder cannot be read or written.
+    """
+    files_per_part = files_per_part or FILES_PER_PART
+    model, output = find_model(model_uri, budget_bias), OutputFolder(out.absolute())
+    with exclusive(out, waiting=lambda: print(f"waiting for another process that is at work on {out}")):
+        output.remove_partial()
+        parts, digest = output.list_files(folder.absolute(), files_per_part)
+        if not parts:
+            raise ValueError(f"{folder} holds no JPEG or PNG file")
+        num_files = sum(part.num_files for part in parts)
+        output.agree(Plan(model.uri, model.uuid, budget_bias, files_per_part, num_files, digest))
+        missing = output.missing(parts)
+        if len(missing) < len(parts):
+            print(f"{len(parts) - len(missing):,} of {len(parts):,} parts are there already")
+        if missing:
+            with progress_bar("predicting", sum(part.num_files for part in missing), show_progress) as advance:
+                for num_done in _predict(missing, model, folder.absolute(), output, budget_bias):
+                    advance(num_done)
+        return summarize(output, len(parts))
+
+
+def _predict(
+    parts: list[Part], model: FoundModel, folder: Path, output: OutputFolder, budget_bias: float
+) -> Iterator[int]:
+    """Yield the number of files of every part as it is done, in any order. A part of a lost actor goes to another."""
+    with ray_cluster():
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        actors = share_out([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        done = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts)).map(
+            PartPredictor,
+            fn_constructor_args=(model, folder, output.path, budget_bias),
+            num_cpus=actors.cpus_each,
+            num_gpus=actors.gpus_each,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors.count, len(parts))),
+        )
+        try:
+            for row in done.iter_rows():
+                yield row["num_files"]
+        except RayError as error:
+            raise ChildProcessError(
+                f"a part could not be computed: {error}\nwhat is done is kept; the same command goes on"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Actors:
+    """How many of them, and what each gets."""
+
+    count: int
+    cpus_each: int
+    gpus_each: int
+
+
+def share_out(nodes: Sequence[Mapping[str, float]]) -> Actors:
+    """An actor for each GPU with its share of the CPUs; without GPUs, one for every few CPUs, as the model decodes on
+    threads: of a size that fits the smallest node that can have any.
+
+    Args:
+        nodes: `CPU` and `GPU` of each.
+    """
+    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 1]
+    if with_gpus:
+        cpus_each = min(int(node["CPU"] // node["GPU"]) for node in with_gpus)
+        return Actors(sum(int(node["GPU"]) for node in with_gpus), max(1, cpus_each), 1)
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
+    cpus_each = min(CPUS_PER_ACTOR, *cpus)
+    return Actors(sum(count // cpus_each for count in cpus), cpus_each, 0)
+
+
+class PartPredictor:
+    """An actor: loads the model once, and writes a part at each call."""
+
+    def __init__(self, model: FoundModel, folder: Path, out: Path, budget_bias: float):
+        self.model, self.folder, self.output = load_registered(model), folder, OutputFolder(out)
+        self.budget_bias = budget_bias
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part = Part(**row)
+        names = self.output.files_of(part)
+        rows = classify_files(self.model, [self.folder / name for name in names], budget_bias=self.budget_bias)
+        named = [answer | {"file": name} for answer, name in zip(rows, names, strict=True)]
+        self.output.write_part(part.number, rows_table(named, OUTPUT_COLUMNS))
+        return {"num_files": part.num_files}

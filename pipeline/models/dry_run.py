@@ -1,0 +1,98 @@
+"""Passes that compute nothing: shapes on the meta device, and what a training step would keep in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+
+def meta_forward(module: nn.Module, *inputs: Any) -> Any:
+    """`module(*inputs)` in eval mode with stand-ins for parameters and buffers; tensors in `inputs` matter by shape."""
+    state = {
+        name: torch.empty_like(value, device="meta")
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
+    on_meta = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
+    # Eager: a first call that is counted would have torch.compile give the module up for good, without a word.
+    with training_mode(module, False), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        return functional_call(module, state, on_meta)
+
+
+def meta_images(side: int) -> Tensor:
+    """One image, (1, 3, side, side), without content."""
+    return torch.empty(1, 3, side, side, device="meta")
+
+
+@contextmanager
+def training_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Training or eval mode inside; afterwards every layer's own flag is as it was."""
+    flags = [(layer, layer.training) for layer in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for layer, flag in flags:
+            layer.training = flag
+
+
+_BATCHES = (2, 4)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd keeps from forward to backward: for each image, and once a step (casts of weights)."""
+
+    bytes_per_image: int
+    fixed_bytes: int
+
+    def of_batch(self, num_images: int) -> int:
+        return self.bytes_per_image * num_images + self.fixed_bytes
+
+
+def measure_activations(module: nn.Module, side: int, *arguments: Any, precision: str = "float32") -> Activations:
+    """What autograd keeps of `module(images, *arguments)` in training mode; the module does not change.
+
+    Args:
+        side: of the square images, pixels.
+        precision: `bfloat16` runs the forward pass under autocast.
+    """
+    small, large = (_kept_bytes(module, size, side, arguments, precision) for size in _BATCHES)
+    per_image = (large - small) // (_BATCHES[1] - _BATCHES[0])
+    return Activations(per_image, small - per_image * _BATCHES[0])
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of parameters or buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _kept_bytes(module: nn.Module, batch: int, side: int, arguments: tuple[Any, ...], precision: str) -> int:
+    kept: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode() as fake:
+        state: dict[str, Tensor] = {
+            name: fake.from_tensor(value) for name, value in (*module.named_parameters(), *module.named_buffers())
+        }
+        own = {value.untyped_storage()._cdata for value in state.values()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage  # held, so that its address is not given to another
+            return tensor
+
+        images = torch.empty(batch, 3, side, side).to(memory_format=torch.channels_last)
+        with (
+            training_mode(module, True),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            functional_call(module, state, (images, *arguments))
+    return sum(storage.nbytes() for storage in kept.values())

@@ -1,0 +1,240 @@
+"""Batch norm: private to each resolution, synchronized over ranks in training, folded for inference."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import GraphModule, Node, symbolic_trace
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+class ResolutionBatchNorm2d(nn.Module):
+    """R private copies of one BatchNorm2d, of which `active` normalises (Zhu et al., NeurIPS 2021, section 3.3).
+
+    An activation's statistics move with the input resolution; everything that a batch norm holds (mean, variance,
+    scale, shift) is therefore private, while convolutions and classifier stay shared.
+
+    Args:
+        norm: the layer to copy. With one candidate, it keeps computing exactly what it did.
+        num_resolutions: R, the number of candidates.
+    """
+
+    active: int
+    keeps_statistics: bool
+    """in training mode, normalise with the batch's statistics and leave the running ones as they are"""
+
+    def __init__(self, norm: nn.BatchNorm2d, num_resolutions: int):
+        super().__init__()
+        self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_resolutions - 1))])
+        self.active = 0
+        self.keeps_statistics = False
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise (N, C, H, W) with the active copy."""
+        norm = self.norms[self.active]
+        if self.keeps_statistics:
+            return functional_call(norm, {name: value.clone() for name, value in norm.named_buffers()}, features)
+        return norm(features)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active}"
+
+
+def make_resolution_aware(module: nn.Module, num_resolutions: int) -> list[ResolutionBatchNorm2d]:
+    """Replace every BatchNorm2d inside `module`, in place, by a ResolutionBatchNorm2d that starts from its values.
+
+    Returns:
+        The new layers, in the order of `module.modules()`.
+
+    Raises:
+        ValueError: `num_resolutions` is not positive; `module` has no BatchNorm2d inside, or has been through this.
+    """
+    if num_resolutions < 1:
+        raise ValueError(f"num_resolutions is {num_resolutions}; give at least 1")
+    parents = list(module.modules())
+    if any(isinstance(parent, ResolutionBatchNorm2d) for parent in parents):
+        raise ValueError(f"{type(module).__name__} is resolution-aware already")
+    replaced: dict[nn.BatchNorm2d, ResolutionBatchNorm2d] = {}
+    for parent in parents:
+        for name, child in list(parent._modules.items()):
+            if not isinstance(child, nn.BatchNorm2d):
+                continue
+            if child not in replaced:
+                replaced[child] = ResolutionBatchNorm2d(child, num_resolutions)
+            setattr(parent, name, replaced[child])
+    if not replaced:
+        raise ValueError(f"{type(module).__name__} has no BatchNorm2d, so it cannot be made resolution-aware")
+    return list(replaced.values())
+
+
+def select_resolution(module: nn.Module, index: int) -> None:
+    """Make candidate `index` active in every ResolutionBatchNorm2d of `module`.
+
+    Raises:
+        ValueError: `index` is not in [0, R).
+    """
+    for layer in module.modules():
+        if isinstance(layer, ResolutionBatchNorm2d):
+            if not 0 <= index < len(layer.norms):
+                raise ValueError(f"resolution index {index} is not in 0..{len(layer.norms) - 1}")
+            layer.active = index
+
+
+@contextmanager
+def kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Forward passes of the body, in training mode too, leave every running statistic inside `module` as it is.
+
+    For a pass that is run a second time: a batch counts once.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ResolutionBatchNorm2d)]
+    for layer in layers:
+        layer.keeps_statistics = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keeps_statistics = False
+
+
+def keep_resolution(module: nn.Module, index: int) -> None:
+    """Replace every ResolutionBatchNorm2d of `module`, in place, by its plain BatchNorm2d of candidate `index`."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, ResolutionBatchNorm2d):
+                setattr(parent, name, child.norms[index])
+
+
+class SynchronizedBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d that, in training mode, normalises with statistics over all ranks' values.
+
+    Every rank must run it in the same order, also one that has no image. Gradients of scale and shift are those of
+    the rank's own images, as of any parameter; the input's gradient includes what other ranks' outputs owe to it.
+    Alone, or in inference mode, it is a BatchNorm2d to the last bit.
+    """
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> SynchronizedBatchNorm2d:
+        """The same layer with the same parameters and buffers, synchronised."""
+        layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
+        layer._parameters, layer._buffers = norm._parameters, norm._buffers
+        return layer.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, H, W); N may be 0 where another rank has images."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(input)
+        count, mean_C, variance_C = _global_statistics(input)
+        if self.track_running_stats:
+            self._track(count, mean_C, variance_C)
+        return _Normalize.apply(input, self.weight, self.bias, mean_C, variance_C, count, self.eps)
+
+    @torch.no_grad()
+    def _track(self, count: Tensor, mean_C: Tensor, variance_C: Tensor) -> None:
+        """Move the running statistics as BatchNorm2d does, with the unbiased variance."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        step = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean_C, step)
+        self.running_var.lerp_(variance_C * (count / (count - 1)), step)
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Replace every BatchNorm2d inside `module`, in place, by its synchronised form; the state dict stays the same."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, SynchronizedBatchNorm2d.of(child))
+
+
+def has_synchronized_norms(module: nn.Module) -> bool:
+    return any(isinstance(layer, SynchronizedBatchNorm2d) for layer in module.modules())
+
+
+@torch.no_grad()
+def _global_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of values of a channel over all ranks, their mean (C,) and biased variance (C,), float32.
+
+    Ranks' means and squared deviations are merged by the formula of Chan, Golub and LeVeque (1979): sums of squares
+    would cancel.
+    """
+    channels = features.shape[1]
+    mine = torch.zeros(2 * channels + 1, device=features.device)
+    if features.numel():
+        variance_C, mean_C = torch.var_mean(features.float(), dim=(0, 2, 3), correction=0)
+        mine = torch.cat([mean_C, variance_C, mine.new_tensor([features.numel() // channels])])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    mean_WC, variance_WC, count_W1 = torch.stack(gathered).split([channels, channels, 1], dim=1)
+    count = count_W1.sum()
+    mean_C = (count_W1 * mean_WC).sum(dim=0) / count
+    variance_C = (count_W1 * (variance_WC + (mean_WC - mean_C).square())).sum(dim=0) / count
+    return count, mean_C, variance_C
+
+
+class _Normalize(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, with mean and variance functions of x on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, features, weight, bias, mean_C, variance_C, count, eps):
+        ctx.save_for_backward(features, weight, mean_C, (variance_C + eps).rsqrt(), count)
+        return functional.batch_norm(features, mean_C, variance_C, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        """dx = w / sigma * (dy - E[dy] - xhat * E[dy * xhat]), E over all ranks' values (Ioffe and Szegedy, 2015)."""
+        features, weight, mean_C, inverse_std_C, count = ctx.saved_tensors
+        gradient = gradients[0].float()
+        normalized = (features.float() - _channels(mean_C)) * _channels(inverse_std_C)
+        bias_gradient_C = gradient.sum(dim=(0, 2, 3))
+        weight_gradient_C = (gradient * normalized).sum(dim=(0, 2, 3))
+        sums_2C = torch.stack([bias_gradient_C, weight_gradient_C])
+        dist.all_reduce(sums_2C)
+        mean_gradient_C, mean_product_C = sums_2C / count
+        scale_C = inverse_std_C if weight is None else inverse_std_C * weight
+        centred = gradient - _channels(mean_gradient_C) - normalized * _channels(mean_product_C)
+        input_gradient = (centred * _channels(scale_C)).to(features.dtype)
+        _, with_weight, with_bias, *_ = ctx.needs_input_grad
+        affine = (weight_gradient_C if with_weight else None, bias_gradient_C if with_bias else None)
+        return input_gradient, *affine, None, None, None, None
+
+
+def _channels(values_C: Tensor) -> Tensor:
+    return values_C.view(1, -1, 1, 1)
+
+
+def fold_batch_norms(network: nn.Module) -> GraphModule:
+    """A copy of `network` in inference mode, without the batch norms whose input is one convolution's output alone.
+
+    With w, b of the convolution and mean m, variance v, scale g, shift s of the norm, k = g / sqrt(v + eps): the
+    convolution with weight k * w and bias k * (b - m) + s gives what both gave. A batch norm elsewhere stays.
+    """
+    traced = symbolic_trace(copy.deepcopy(network).eval())
+    uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        norm = _layer(traced, node)
+        before = node.args[0] if node.args else None
+        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, Node):
+            continue
+        convolution = _layer(traced, before)
+        if isinstance(convolution, nn.Conv2d) and len(before.users) == 1 and uses[before.target] == 1:
+            traced.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _layer(traced: GraphModule, node: Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -1,0 +1,399 @@
+"""The driver of a search: check everything, fill the tables, run the trials, finetune the best, report, choose."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray import tune
+
+from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
+from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.doctor import require_healthy
+from pipeline.cluster.driver import environment, only_driver, stage_validation, train_run
+from pipeline.cluster.group import run_group
+from pipeline.cluster.progress import append_event, followed
+from pipeline.cluster.stopping import sigterm_as_sigint
+from pipeline.cluster.worker import WorkerSettings, data_of_node
+from pipeline.config.load import with_absolute_paths
+from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import Config, StagesConfig
+from pipeline.models.drnet import DRNet, build_configured
+from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources
+from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
+from pipeline.search.records import Record, SearchFolder, context_digest
+from pipeline.search.report import Finetuned, build_search_report, write_search_report
+from pipeline.search.source import model_with_backbone
+from pipeline.search.space import RECIPE_KEYS, Candidate, paper_candidates
+from pipeline.search.trial import num_views, trial_stage
+from pipeline.search.tuner import EPOCH, SCORE, PatientASHA, Plan, SearchSettings, search_loader, tune_trial
+from pipeline.tracking.registry import RegisteredModel, register_model
+from pipeline.tracking.runs import COMMIT_TAG, git_tags
+from pipeline.tracking.store import PROJECT_FOLDER, tracking_uri
+from pipeline.tracking.tracker import RunHandle, RunLogger, close_run, open_run
+from pipeline.training.checkpoint import load_model, save_model
+from pipeline.training.logit_table import LogitTable, TableError, TableKey, fill_table
+from pipeline.training.objectives import Forward
+
+
+def finetune(
+    settings: SearchSettings, summaries: Mapping[Candidate, Summary], correct_NR: np.ndarray
+) -> list[Finetuned]:
+    """Train the best finalists on with their backbone, each as a run of its own, cheapest first."""
+    search = settings.config.search
+    finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and is_sound(summary)]
+    wanted = spread(finalists, lambda summary: summary.point, search.finetuned)
+    lowest = _lowest_accuracy(settings.config, correct_NR)
+    named = choose(finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest)
+    has_budget = search.budget_gflops is not None or lowest is not None
+    if named is not None and has_budget and wanted and named not in wanted:
+        wanted[0] = named
+    return [_finetune_one(settings, summary) for summary in wanted]
+
+
+def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
+    config, folder = settings.config, settings.folder
+    record = summary.records[0]
+    joint = config.stages.joint
+    assert joint is not None
+    start = folder.finetuned / f"{record.key}.start.pt"
+    recipe = {key: value for key, value in record.candidate.recipe().items() if key != "lr"}
+    run_config = config.model_copy(
+        update={
+            "name": f"{config.name}-{record.key[:8]}",
+            "model": record.candidate.model(config.model),
+            "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
+            "cluster": config.cluster.model_copy(update={"storage": str(folder.finetuned)}),
+            # The search's own store, which may be a file in its storage.
+            "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
+        }
+    )
+    if not start.exists():
+        folder.finetuned.mkdir(exist_ok=True)
+        _save_start(start, settings, run_config, settings.records.weights(record))
+    print(f"finetuning {record.candidate.network} with its backbone", flush=True)
+    try:
+        result = train_run(run_config)
+    except ValueError as error:
+        return Finetuned(record.candidate, run_config, None, str(error))
+    return Finetuned(record.candidate, run_config, result.report)
+
+
+def _save_start(start: Path, settings: SearchSettings, config: Config, weights: Path) -> None:
+    """A model.pt of the search's backbone and a trial's predictor."""
+    loaded = load_model(settings.folder.backbone)
+    predictor = build_configured(config.model.predictor, len(config.model.resolutions))
+    predictor.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    size = config.model.predictor.input_size
+    model = DRNet(loaded.model.backbone, predictor, config.model.resolutions, size, loaded.mean, loaded.std)
+    save_model(start, model, config, classes=loaded.classes)
+
+
+def _lowest_accuracy(config: Config, correct_NR: np.ndarray) -> float | None:
+    """What max_accuracy_drop asks for, as a fraction of 1."""
+    drop = config.search.max_accuracy_drop
+    return None if drop is None else float(correct_NR.mean(axis=0).max()) - drop / 100
+
+
+def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR: np.ndarray) -> Finetuned | None:
+    """What the budget names among the finetuned; None without a budget."""
+    budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
+    if budget is None and lowest is None:
+        return None
+    return choose(
+        [item for item in finetuned if item.report is not None],
+        lambda item: item.point,
+        budget_gflops=budget,
+        lowest_accuracy=lowest,
+    )
+
+
+def is_sound(summary: Summary) -> bool:
+    """Whether it worked with every seed that was tried."""
+    return all(record.outcome == "finished" for record in summary.records)
+
+
+def register_chosen(chosen: Finetuned | None) -> RegisteredModel:
+    """Put what the budget chose into the registry, under an alias that names the budget.
+
+    Raises:
+        ValueError: nothing was chosen.
+        TrackingError: as `register_model`.
+    """
+    if chosen is None:
+        raise ValueError(
+            "nothing that was finetuned is within the budget, so nothing was registered; raise the budget, or "
+            "search.finetuned"
+        )
+    config = chosen.config
+    alias = budget_alias(config.search)
+    run = RunFolder.of(config)
+    config = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": alias})})
+    return register_model(config, run.path, run.model, run.report_json)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A finished search.
+
+    Attributes:
+        chosen: the finetuned candidate that the budget names; None where there is no budget, or none is within it.
+    """
+
+    folder: SearchFolder
+    report: dict[str, Any]
+    chosen: Finetuned | None
+
+
+def search_run(config: Config) -> SearchResult:
+    """Search, finetune, report and choose; goes on wherever an earlier sitting was killed.
+
+    Raises:
+        ConfigError: with every problem that can be known before the first trial.
+        ValueError: another driver is at work on the search, or the logit tables cannot be computed.
+        KeyboardInterrupt: it was stopped, by Ctrl-C or SIGTERM.
+    """
+    config, folder = with_absolute_paths(config), SearchFolder.of(config)
+    checked = check_search(config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (
+        only_driver(folder.lock),
+        ray_cluster(),
+        sigterm_as_sigint(),
+        _tracked(config, folder, checked.manifest) as tracking,
+    ):
+        require_healthy(config, checked.manifest.digest)
+        check_trials_fit(config)
+        stage_validation(config)
+        settings = _begin(config, folder, checked)
+        _fill_tables(settings, checked.manifest)
+        correct_NR = _correct(settings, checked.manifest)
+        _run_trials(settings, checked, correct_NR, tracking)
+        records, _ = settings.records.read(settings.context)
+        # An earlier sitting may have had more seeds.
+        records = [record for record in records if 0 <= record.seed - config.seed < config.search.seeds]
+        finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
+        chosen = choose_finetuned(config, finetuned, correct_NR)
+        report = _report(settings, checked, records, correct_NR, finetuned, chosen)
+    return SearchResult(folder, report, chosen)
+
+
+def _begin(config: Config, folder: SearchFolder, checked: Checked) -> SearchSettings:
+    """Put the backbone into the search's folder, and name what the trials share."""
+    manifest = checked.manifest
+    model = model_with_backbone(checked.backbone, config, len(manifest.classes))
+    save_model(folder.backbone, model, config, classes=manifest.classes)
+    return SearchSettings(
+        config, folder, manifest.digest, _context(config, model, manifest), config.search.cpus_per_trial
+    )
+
+
+def _context(config: Config, model: DRNet, manifest: Manifest) -> str:
+    """The digest of all that a trial depends on, but for its candidate and seed."""
+    stage, training = trial_stage(config), config.training
+    return context_digest(
+        {
+            "tables": [TableKey.of(model, config, manifest, split).content for split in (TRAIN, VALIDATION)],
+            "stage": stage.model_dump(mode="json", exclude={*RECIPE_KEYS, "init_from", "logits"}),
+            "training": {key: getattr(training, key) for key in ("batch_size", "precision", "accumulate")},
+            "dropout": config.model.predictor.dropout,
+            "initial_shares": config.model.predictor.initial_shares,
+            "budget": config.search.budget_gflops if config.search.objective == "budget" else None,
+        }
+    )
+
+
+def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
+    """Compute what is missing of the logit tables, by all workers."""
+    config, folder = settings.config, settings.folder
+    if config.search.tables is not None or _tables_complete(settings, manifest):
+        return
+    # Ray Train's own files: what was written of the tables is where an earlier sitting goes on from.
+    shutil.rmtree(folder.fill, ignore_errors=True)
+    saved = "the part of the logit tables that is written"
+    with followed(folder.path):
+        run_group(_fill_worker, settings, config, storage=folder.fill, told=folder.path, saved=saved)
+    shutil.rmtree(folder.fill, ignore_errors=True)
+
+
+def _tables_complete(settings: SearchSettings, manifest: Manifest) -> bool:
+    model = load_model(settings.folder.backbone).model
+    try:
+        for split, views in _table_views(settings.config).items():
+            LogitTable(settings.tables, TableKey.of(model, settings.config, manifest, split), views)
+    except TableError:
+        return False
+    return True
+
+
+def _table_views(config: Config) -> dict[str, range]:
+    return {TRAIN: range(num_views(config)), VALIDATION: range(1)}
+
+
+def _fill_worker(settings: SearchSettings) -> None:
+    """This rank's part of the tables."""
+    config, context = settings.config, ray.train.get_context()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
+    node = WorkerSettings(config, settings.folder.path, settings.data_digest, tracking=None)
+    manifest = data_of_node(node, context.get_node_rank())
+    model = load_model(settings.folder.backbone).model.to(device)
+    if config.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+
+    def tell(line: str) -> None:
+        if rank == 0:
+            append_event(settings.folder.path, {"message": line})
+
+    settings.folder.tables.mkdir(exist_ok=True)
+    for split, views in _table_views(config).items():
+        key = TableKey.of(model, config, manifest, split)
+        loader = search_loader(config, split, num_threads=torch.get_num_threads())
+        backbone_logits = Forward(model, key.precision).frozen_backbone
+        fill_table(settings.folder.tables, key, views, loader, backbone_logits, device=device, tell=tell)
+
+
+def _correct(settings: SearchSettings, manifest: Manifest) -> np.ndarray:
+    """Whether each resolution is right for each validation image, bool (N, R)."""
+    model = load_model(settings.folder.backbone).model
+    key = TableKey.of(model, settings.config, manifest, VALIDATION)
+    table = LogitTable(settings.tables, key, range(1))
+    logits_NRK = table.logits(0, torch.arange(key.num_samples)).numpy()
+    labels_N = read_layout(beton_path(settings.config.data.folder, VALIDATION)).metadata["label"]
+    return logits_NRK.argmax(axis=2) == labels_N[:, None]
+
+
+def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarray, tracking: RunHandle) -> None:
+    """Every trial that is not in the records."""
+    config, search = settings.config, settings.config.search
+    fixed = list(paper_candidates(config).values())
+    logger = RunLogger(tracking)
+
+    def finalists(records: Sequence[Record]) -> list[Candidate]:
+        found = [summary for summary in summarize(records, correct_NR).values() if is_sound(summary)]
+        best = spread(found, lambda summary: summary.point, search.finalists)
+        return [*fixed, *(summary.candidate for summary in best if summary.candidate not in fixed)]
+
+    def on_record(record: Record) -> None:
+        _track(logger, record)
+        print(f"[{plan.num_done}/{plan.num_planned}] {_line(record)}", flush=True)
+
+    plan = Plan(settings, checked.space, fixed, search.num_trials, finalists, on_record)
+    try:
+        for record in settings.records.read(settings.context)[0]:
+            _track(logger, record)
+        if plan.is_over:
+            return
+        print(f"{plan.num_done} of {plan.num_planned} trials are done", flush=True)
+        _fit(settings, plan)
+    finally:
+        logger.close()
+    if not plan.is_over:
+        raise KeyboardInterrupt("interrupted; the same command goes on with the trials that are not finished")
+
+
+def _fit(settings: SearchSettings, plan: Plan) -> None:
+    search, folder = settings.config.search, settings.folder
+    shutil.rmtree(folder.tune, ignore_errors=True)
+    # Tune's newer output cannot be silenced, and every trial has its line already.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    trainable = tune.with_resources(tune.with_parameters(tune_trial, settings=settings), trial_resources(search))
+    scheduler = None
+    if search.objective == "budget":
+        scheduler = PatientASHA(
+            time_attr=EPOCH,
+            metric=SCORE,
+            mode="max",
+            # One more than there are: at max_t it would stop a trial that is about to write its record.
+            max_t=trial_stage(settings.config).epochs + 1,
+            grace_period=search.grace_epochs,
+        )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=plan,
+            scheduler=scheduler,
+            num_samples=plan.num_planned,
+            max_concurrent_trials=search.max_concurrent,
+            reuse_actors=True,  # a process imports torch and opens the tables once
+        ),
+        run_config=tune.RunConfig(
+            name=folder.tune.name,
+            storage_path=str(folder.path),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=search.max_failures),
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(folder.tune, ignore_errors=True)
+
+
+def _report(
+    settings: SearchSettings,
+    checked: Checked,
+    records: Sequence[Record],
+    correct_NR: np.ndarray,
+    finetuned: Sequence[Finetuned],
+    chosen: Finetuned | None,
+) -> dict[str, Any]:
+    config = settings.config
+    report = build_search_report(
+        records,
+        correct_NR,
+        config=config,
+        space=checked.space,
+        backbone_gflops=checked.backbone_gflops,
+        finetuned=finetuned,
+        chosen=chosen,
+        context={
+            "dataset": checked.manifest.dataset,
+            "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
+            "backbone": checked.backbone.origin,
+            "data digest": checked.manifest.digest,
+            **environment(),
+        },
+    )
+    write_search_report(settings.folder.report, report)
+    return report
+
+
+def _line(record: Record) -> str:
+    """A trial as one line for the terminal."""
+    what = f"{record.candidate.network}, seed {record.seed}"
+    if record.accuracy is None or record.gflops is None:
+        return f"{what}: {record.outcome}: {record.reason}"
+    said = f"{what}: {100 * record.accuracy:.2f} % at {record.gflops:.4g} GFLOPs, {record.seconds:.1f} s"
+    return said if record.outcome == "finished" else f"{said}, {record.outcome}"
+
+
+def _track(logger: RunLogger, record: Record) -> None:
+    """A trial as a child run of the search's."""
+    name = f"trial {record.key[:8]}"
+    logger.params(name, {**record.candidate.described(), "seed": record.seed})
+    values = {"accuracy": record.accuracy, "gflops": record.gflops, "predictor_gflops": record.predictor_gflops}
+    numbers = {key: value for key, value in values.items() if value is not None}
+    logger.metrics(name, {**numbers, f"outcome_{record.outcome}": 1.0}, record.epochs)
+
+
+@contextmanager
+def _tracked(config: Config, folder: SearchFolder, manifest: Manifest) -> Iterator[RunHandle]:
+    """The search's MLflow run, the parent of its trials'; it ends with the report as artifact."""
+    tracking = open_run(config.model_copy(update={"name": f"{config.name}-search"}), folder.path, manifest)
+    status = "FAILED"
+    try:
+        yield tracking
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        close_run(tracking, status, artifacts=folder.report)

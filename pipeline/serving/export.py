@@ -1,0 +1,76 @@
+"""A trained DRNet -> the folder that routed/ runs: exported programs and a description."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.cost import measure_costs
+from pipeline.models.drnet import DRNet
+from pipeline.models.norms import fold_batch_norms
+from pipeline.serving.runtime.programs import BACKBONE_FILE, META_FILE, PREDICTOR_FILE
+from pipeline.training.checkpoint import LoadedModel
+
+
+class _FromPixels(nn.Module):
+    """uint8 images (N, S, S, 3) -> logits of `network`, normalised as DRNet.normalize does."""
+
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, model: DRNet, network: nn.Module):
+        super().__init__()
+        self.register_buffer("scale", (255 * model.std).reciprocal().view(1, 3, 1, 1))
+        self.register_buffer("bias", (-model.mean / model.std).view(1, 3, 1, 1))
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.permute(0, 3, 1, 2).float() * self.scale + self.bias)
+
+
+def export_model(loaded: LoadedModel, folder: Path) -> None:
+    """Write meta.json, a backbone_SIDE.pt2 for each resolution and, for more than one, predictor.pt2 into `folder`.
+
+    The programs take uint8 (N, S, S, 3) for any N >= 1, normalise inside, and hold no pickle. Batch norms are folded
+    into the convolutions before them. Each resolution has its own, so each program has its own folded weights: R times
+    the backbone on disk and in memory, for a batch norm's pass over memory less at every layer. `loaded` is on the CPU.
+    """
+    model = loaded.model.eval()
+    costs = measure_costs(model)
+    routed = len(model.resolutions) > 1
+    if routed:
+        _export(folded(model, model.predictor), model.predictor_size, folder / PREDICTOR_FILE)
+    for index, side in enumerate(model.resolutions):
+        _export(folded(model, model.backbone.at(index)), side, folder / BACKBONE_FILE.format(side=side))
+    meta = {
+        "classes": loaded.classes,
+        "resolutions": model.resolutions,
+        "predictor_size": model.predictor_size,
+        "validation_crop": loaded.validation_crop,
+        "mean": loaded.mean,
+        "std": loaded.std,
+        "backbone_gflops": costs.backbone_gflops,
+        "predictor_gflops": costs.predictor_gflops if routed else 0.0,
+        "relative_costs": costs.relative,
+    }
+    (folder / META_FILE).write_text(json.dumps(meta, indent=1))
+
+
+def folded(model: DRNet, network: nn.Module) -> nn.Module:
+    """A copy of `network`, from pixels, with every batch norm that follows a convolution folded into it."""
+    return _FromPixels(model, fold_batch_norms(network))
+
+
+def _export(program: nn.Module, side: int, path: Path) -> None:
+    # A batch of one would be taken for a constant, and weights in channels_last are not written whole.
+    example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    program.to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
+    with torch.no_grad():
+        exported = torch.export.export(
+            program.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        )
+    exported.example_inputs = None  # would be stored as a pickle
+    torch.export.save(exported, path)

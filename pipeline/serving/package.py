@@ -1,0 +1,69 @@
+"""What is registered: an MLflow model that needs neither this project nor pickle."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from PIL import Image
+
+from pipeline.serving import pyfunc, runtime
+from pipeline.serving.export import export_model
+from pipeline.training.checkpoint import LoadedModel
+
+REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow")
+_OUTPUT_TYPES = {"Int64": "long", "Float64": "double", "string": "string"}
+_ROUTED = Path(runtime.__path__[0])
+
+
+def save_pyfunc(loaded: LoadedModel, folder: Path) -> None:
+    """Write exported programs, their description, the code that runs them, and serving.py as an MLflow model."""
+    with tempfile.TemporaryDirectory() as temporary:
+        programs = Path(temporary) / pyfunc.FOLDER_ARTIFACT
+        programs.mkdir()
+        export_model(loaded, programs)
+        write_code(programs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of pandas, for how MLflow reads the example
+            mlflow.pyfunc.save_model(
+                folder,
+                python_model=pyfunc.__file__,
+                artifacts={pyfunc.FOLDER_ARTIFACT: str(programs)},
+                model_config=pyfunc.PLACEMENT,
+                signature=_signature(),
+                input_example=_example(loaded.model.sides[0]),
+                pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+            )
+
+
+def write_code(folder: Path) -> None:
+    """Put the package that runs the programs beside them."""
+    shutil.copytree(_ROUTED, folder / pyfunc.CODE_FOLDER, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def code_files() -> list[Path]:
+    """Every file of code that is stored with a model."""
+    return [Path(pyfunc.__file__), *sorted(_ROUTED.glob("*.py"))]
+
+
+def _signature() -> ModelSignature:
+    outputs: list[ColSpec | TensorSpec] = [
+        ColSpec(_OUTPUT_TYPES[kind], name, required=name == "gflops") for name, kind in pyfunc.OUTPUT_COLUMNS.items()
+    ]
+    budget = ParamSpec(pyfunc.BUDGET_PARAM, "double", 0.0)
+    return ModelSignature(Schema([ColSpec("binary", pyfunc.IMAGE_COLUMN)]), Schema(outputs), ParamSchema([budget]))
+
+
+def _example(side: int) -> pd.DataFrame:
+    """One grey JPEG."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
+    return pd.DataFrame({pyfunc.IMAGE_COLUMN: [buffer.getvalue()]})

@@ -1,0 +1,253 @@
+"""What a configuration will cost, before anything is spent: FLOPs, parameters, data, steps, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from torch import nn
+
+from datasets.beton import MANIFEST, TRAIN, VALIDATION, load_manifest
+from datasets.loading.order import count_batches
+from datasets.remote import redacted
+from datasets.sources.catalog import SourceOptions, find_dataset, imagenet100_ids
+from datasets.sources.glyphs import LETTERS
+from datasets.staging import remote_manifest
+from pipeline.config.schema import Config, DataConfig, JointStage, PredictorStage, RoutedStage, Stage
+from pipeline.models.cost import Costs, measure_costs
+from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.dry_run import measure_activations, tensor_bytes
+from pipeline.models.norms import ResolutionBatchNorm2d
+from pipeline.training.logit_table import logits_bytes
+from pipeline.training.run import alpha_problems
+
+_IMAGENET100_VALIDATION_IMAGES = 5000
+_ASSUMED_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Images and classes: of the prepared data, or what its source is expected to give. None is unknown."""
+
+    dataset: str
+    folder: str
+    prepared: bool
+    note: str
+    num_classes: int | None
+    num_train: int | None
+    num_validation: int | None
+    size_bytes: int | None
+
+
+@dataclass(frozen=True)
+class NetworkSummary:
+    """One network at one input size; GFLOPs are 1e9 multiply-adds an image."""
+
+    name: str
+    side: int
+    gflops: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a worker holds at the peak of a training step. Not included: the libraries' own and work space."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    images: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.images
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage; steps are None while the data is unknown.
+
+    A stage that routes has a target of the backbone's mean cost: `alpha_gflops`, which can lie within
+    `reachable_gflops`, the costs of the cheapest and the dearest resolution, or `alpha_milliseconds`, whose range is
+    known once it is measured. All are None in the other stages.
+    """
+
+    name: str
+    epochs: int
+    steps_per_epoch: int | None
+    total_steps: int | None
+    alpha_gflops: float | None
+    alpha_milliseconds: float | None
+    reachable_gflops: tuple[float, float] | None
+    memory: StepMemory
+    table_bytes: int | None
+    """of the logit tables that the stage keeps on disk; None where there are none"""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything that `jobs.describe` prints.
+
+    `lowest_gflops` and `highest_gflops` are the cost of an image, predictor included, where every image takes the
+    cheapest or the dearest resolution. `parameters` counts all private batch norms.
+    """
+
+    run: str
+    data: DataSummary
+    networks: list[NetworkSummary]
+    parameters: int
+    lowest_gflops: float
+    highest_gflops: float
+    images_per_worker: int
+    stages: list[StageSummary]
+    problems: list[str]
+
+
+def describe(config: Config) -> Description:
+    """Work out the description of a run. Builds the model with random weights and reads no images.
+
+    Raises:
+        ValueError: the model cannot be built, or the prepared data is damaged.
+    """
+    data = summarize_data(config.data)
+    plain = config.model.model_copy(update={"weights": None})
+    model = build_drnet(plain, data.num_classes or _ASSUMED_CLASSES, (0.5,) * 3, (0.5,) * 3)
+    costs = measure_costs(model)
+    routed = len(model.resolutions) > 1
+    return Description(
+        run=config.name,
+        data=data,
+        networks=list(_networks(config, model, costs)),
+        parameters=_count(model),
+        lowest_gflops=costs.min_backbone_gflops + (costs.predictor_gflops if routed else 0),
+        highest_gflops=costs.max_backbone_gflops + (costs.predictor_gflops if routed else 0),
+        images_per_worker=config.training.batch_size // config.cluster.num_workers,
+        stages=list(_stages(config, model, data, costs)),
+        problems=alpha_problems(config, costs),
+    )
+
+
+def summarize_data(data: DataConfig) -> DataSummary:
+    """What the prepared folder holds; where it is not prepared, what the source would give.
+
+    Raises:
+        BetonError: the folder is half-prepared or its manifest is damaged.
+        ValueError, OSError: nothing can be read at data.uri.
+    """
+    if data.uri or (data.folder / MANIFEST).exists():
+        manifest = remote_manifest(data.uri) if data.uri else load_manifest(data.folder)
+        place = redacted(data.uri) if data.uri else str(data.folder)
+        train, validation = manifest.splits[TRAIN], manifest.splits[VALIDATION]
+        size = train.size_bytes + validation.size_bytes
+        counts = (len(manifest.classes), train.count, validation.count, size)
+        return DataSummary(manifest.dataset, place, True, f"digest {manifest.digest}", *counts)
+    note = "not prepared: run `python -m jobs.prepare` with this configuration"
+    try:
+        counts = _counts_of_glyphs(data) if data.dataset == "glyphs" else _counts_of_source(data)
+    except (ValueError, OSError) as error:
+        counts = _known_counts(data)
+        note = f"{note}; {str(error).splitlines()[0].partition(';')[0]}"
+        if counts[0] is None:
+            note = f"{note}; {_ASSUMED_CLASSES:,} classes are assumed below"
+    return DataSummary(data.dataset, str(data.folder), False, note, *counts, None)
+
+
+def _counts_of_glyphs(data: DataConfig) -> tuple[int, int, int]:
+    """Classes, training and validation images that will be generated; the classes take turns."""
+    num_classes, num_train = len(LETTERS), data.glyphs.num_train
+    if data.images_per_class is not None:
+        per_class = [len(range(label, num_train, num_classes)) for label in range(num_classes)]
+        num_train = sum(min(count, data.images_per_class) for count in per_class)
+    return num_classes, num_train, data.glyphs.num_validation
+
+
+def _counts_of_source(data: DataConfig) -> tuple[int, int, int]:
+    """Classes, training and validation images that a preparation would start from, bad images included."""
+    options = SourceOptions(
+        folder=data.folder,
+        source=data.source,
+        validation_source=data.validation_source,
+        validation_fraction=data.validation_fraction,
+        images_per_class=data.images_per_class,
+        split_seed=data.split_seed,
+    )
+    index = find_dataset(data.dataset).scan(options).read_index()
+    return len(index.classes), len(index.splits[TRAIN]), len(index.splits[VALIDATION])
+
+
+def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]:
+    """What is known of a data set whose source is not here."""
+    if data.dataset != "imagenet100":
+        return None, None, None
+    num_classes = len(imagenet100_ids())
+    num_train = num_classes * data.images_per_class if data.images_per_class else None
+    return num_classes, num_train, _IMAGENET100_VALIDATION_IMAGES
+
+
+def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSummary]:
+    """The backbone at each resolution, with the parameters that are used there, then the predictor."""
+    norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionBatchNorm2d)]
+    private = sum(_count(layer.norms[0]) for layer in norms)
+    used = _count(model.backbone) - private * (len(model.resolutions) - 1)
+    for side, gflops in zip(model.resolutions, costs.backbone_gflops, strict=True):
+        yield NetworkSummary(config.model.backbone, side, gflops, used)
+    name = f"predictor {config.model.predictor.architecture}"
+    yield NetworkSummary(name, model.predictor_size, costs.predictor_gflops, _count(model.predictor))
+
+
+def _stages(config: Config, model: DRNet, data: DataSummary, costs: Costs) -> Iterator[StageSummary]:
+    steps = count_batches(data.num_train, config.training.batch_size) if data.num_train else None
+    for name, stage in config.stages.present():
+        routed = isinstance(stage, RoutedStage)
+        yield StageSummary(
+            name=name,
+            epochs=stage.epochs,
+            steps_per_epoch=steps,
+            total_steps=steps * stage.epochs if steps else None,
+            alpha_gflops=stage.alpha_gflops if routed else None,
+            alpha_milliseconds=stage.alpha_milliseconds if routed else None,
+            reachable_gflops=(costs.min_backbone_gflops, costs.max_backbone_gflops) if routed else None,
+            memory=_step_memory(config, model, stage),
+            table_bytes=_table_bytes(stage, model, data),
+        )
+
+
+def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:
+    return isinstance(stage, PredictorStage) and stage.logits == "table"
+
+
+def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
+    """All views of the training images, and the validation images."""
+    if not _trains_on_table(stage) or not (data.num_train and data.num_validation and data.num_classes):
+        return None
+    num_images = (stage.views or stage.epochs) * data.num_train + data.num_validation
+    return logits_bytes(num_images, len(model.resolutions), data.num_classes)
+
+
+def _step_memory(config: Config, model: DRNet, stage: Stage) -> StepMemory:
+    """The peak is the backward pass of a batch that is at the largest resolution altogether."""
+    batch, precision = config.training.batch_size // config.cluster.num_workers, config.training.precision
+    trained: list[nn.Module] = []
+    activations = 0
+    if not isinstance(stage, PredictorStage):
+        trained.append(model.backbone)
+        activations += measure_activations(model.backbone, model.resolutions[0], 0, precision=precision).of_batch(batch)
+    if isinstance(stage, PredictorStage | JointStage):
+        trained.append(model.predictor)
+        activations += measure_activations(model.predictor, model.predictor_size, precision=precision).of_batch(batch)
+    gradients = sum(tensor_bytes(module.parameters()) for module in trained)
+    sides = (model.predictor_size,) if _trains_on_table(stage) else model.sides
+    states = 2 if stage.optimizer == "adamw" else int(stage.momentum > 0)
+    return StepMemory(
+        weights=tensor_bytes(model.parameters()) + tensor_bytes(model.buffers()),
+        gradients=gradients,
+        optimizer=states * gradients,
+        activations=activations,
+        images=sum(batch * 3 * side * side for side in sides),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,169 @@
+"""What a run is watched for: goodput, means over an epoch, collapsed routing, diverging losses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.schema import RoutedStage
+from pipeline.models.cost import Costs
+from pipeline.training import distributed
+from pipeline.training.run import Progress
+
+
+class Meter:
+    """Adds up per-image sums of steps; a mean is the sum over all ranks, divided by the images over all ranks.
+
+    `fold` adds the ranks' sums up, after which every rank holds the same totals and none of its own: what a checkpoint
+    within an epoch saves. Means depend on where was folded by rounding alone.
+
+    Args:
+        state: of another meter, to go on from.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._totals: dict[str, float] = dict(state["totals"]) if state else {}
+        self._images: int = state["images"] if state else 0
+
+    def update(self, sums: Mapping[str, Tensor], global_size: int) -> None:
+        """Add one step: this rank's sums, and the images of the step over all ranks."""
+        for key, value in sums.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
+        self._images += global_size
+
+    def fold(self) -> None:
+        """Add this rank's sums since the last time to the totals over all ranks. Every rank must call it."""
+        if not self._sums:
+            return
+        added = distributed.sum_over_ranks(torch.stack([value.double() for value in self._sums.values()])).tolist()
+        for key, value in zip(self._sums, added, strict=True):
+            self._totals[key] = self._totals.get(key, 0.0) + value
+        self._sums = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been folded."""
+        assert not self._sums, "fold first"
+        return {"totals": dict(self._totals), "images": self._images}
+
+    def means(self) -> dict[str, float]:
+        """Means over all images of all ranks. Every rank must call it."""
+        self.fold()
+        return {key: value / self._images for key, value in self._totals.items()}
+
+
+COLLAPSED_SHARE = 0.98
+
+
+def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mapping[str, float]) -> str | None:
+    """What to tell of an epoch in which the predictor collapsed, or None where it did not.
+
+    It has collapsed where one resolution takes more than COLLAPSED_SHARE of the validation images while the oracle,
+    the cheapest resolution that is right, gives that one less.
+
+    Args:
+        name: the stage's name.
+        values: of `evaluate`: `share_SIDE` and `oracle_share_SIDE` for every resolution.
+    """
+    share, side, cost = max(
+        (values[f"share_{side}"], side, cost) for side, cost in zip(costs.resolutions, costs.backbone, strict=True)
+    )
+    wanted = values[f"oracle_share_{side}"]
+    if share <= COLLAPSED_SHARE or wanted > COLLAPSED_SHARE:
+        return None
+    section, key = f"stages.{name}", f"alpha_{costs.unit}"
+    said = f"{cost:.3g} {'GFLOPs' if costs.latency is None else 'ms'}"
+    if cost == min(costs.backbone):
+        reason = "the cheapest"
+        change = f"lower {section}.eta ({stage.eta:g}) or raise {key} ({stage.alpha:g})"
+    elif cost <= stage.alpha:
+        reason = f"whose {said} are within {key} ({stage.alpha:g}), so nothing asks for less"
+        change = f"lower {section}.{key} below it, or put model.resolutions further apart"
+    else:
+        reason = f"though its {said} are above {key} ({stage.alpha:g})"
+        change = f"raise {section}.eta ({stage.eta:g})"
+    return (
+        f"{name}: the predictor has collapsed: {100 * share:.1f} % of the validation images go to {side} px, {reason}; "
+        f"the oracle sends {100 * wanted:.1f} % there. {change[0].upper()}{change[1:]}; raise tau ({stage.tau:g}) or "
+        f"tau_start, so that unused resolutions keep a gradient; or train stages.backbone for longer, so that "
+        f"resolutions differ in what they get right"
+    )
+
+
+CHECK_STEPS = 50
+"""steps after which a step's loss is looked at, at the latest"""
+
+
+class DivergedError(ValueError):
+    """Loss, gradient or weights are beyond repair: with this configuration, going on gives the same again."""
+
+
+class Watch:
+    """Looks at the loss and gradient norm of every step, some steps later.
+
+    To look at a value on a GPU is to wait for it, so steps are kept and looked at together: every CHECK_STEPS, before
+    anything is evaluated or saved. Loss and gradient are sums over the ranks, so every rank raises at the same step.
+
+    Args:
+        max_loss: largest mean loss of a step that is not called exploding; None allows every finite one.
+        last_checkpoint: name of the checkpoint that training goes on from.
+    """
+
+    def __init__(self, max_loss: float | None, last_checkpoint: str | None = None):
+        self.last_checkpoint = last_checkpoint
+        self._max_loss = math.inf if max_loss is None else max_loss
+        self._unseen: list[tuple[Progress, Tensor, Tensor]] = []
+
+    def step(self, progress: Progress, loss: Tensor, gradient_norm: Tensor, indices_N: Tensor) -> None:
+        """Keep a step: its mean loss and gradient norm over all ranks, and this rank's sample indices.
+
+        Raises:
+            DivergedError: as `check`.
+        """
+        self._unseen.append((progress, torch.stack([loss, gradient_norm.to(loss)]), indices_N))
+        if len(self._unseen) >= CHECK_STEPS:
+            self.check()
+
+    def check(self) -> None:
+        """Look at every step that was not looked at yet. Every rank must call it.
+
+        Raises:
+            DivergedError: naming the first bad step, all ranks' images of it, the last checkpoint and what to change.
+        """
+        if not self._unseen:
+            return
+        values = torch.stack([loss_and_norm for _, loss_and_norm, _ in self._unseen]).tolist()
+        for (progress, _, indices_N), (loss, norm) in zip(self._unseen, values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise DivergedError(self._message(progress, indices_N, f"loss {loss:.4g}, gradient norm {norm:.4g}"))
+            if loss > self._max_loss:
+                found = f"loss {loss:.4g}, above training.max_loss {self._max_loss:g}"
+                raise DivergedError(self._message(progress, indices_N, found))
+        self._unseen = []
+
+    def check_weights(self, progress: Progress, *modules: nn.Module) -> None:
+        """Look at weights and running statistics, which the last update may have spoilt. Every rank must call it.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        values = [value for module in modules for value in module.state_dict().values() if value.is_floating_point()]
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            found = "weights or batch-norm statistics after it are not finite"
+            raise DivergedError(self._message(progress, torch.tensor([], dtype=torch.long), found))
+
+    def _message(self, progress: Progress, indices_N: Tensor, found: str) -> str:
+        indices = sorted(itertools.chain.from_iterable(distributed.gather(indices_N.tolist())))
+        images = f" Its images are those at {indices} of the training data." if indices else ""
+        return (
+            f"training diverged in stage {progress.stage}, epoch {progress.epoch + 1} of {progress.epochs}, "
+            f"step {progress.step} of {progress.steps}: {found}.{images} The last checkpoint, from before it: "
+            f"{self.last_checkpoint or 'none'}. To change, in a run of another name: lower stages.{progress.stage}.lr, "
+            "raise its warmup_epochs, set its clip_grad_norm, or take training.precision=float32 where it is bfloat16; "
+            "where such a loss is to be expected, go on with a larger training.max_loss"
+        )

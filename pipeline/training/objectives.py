@@ -1,0 +1,390 @@
+"""What a step of each stage computes: forward, loss, backward. The loop around it is the same for all three.
+
+An objective adds the gradient of its loss, *already divided by the global batch's size*, to the parameters; the loop
+then sums gradients over ranks. So k ranks and one process take the same step, whatever part of a batch a rank holds."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from datasets.loading.order import GOLDEN_RATIO, splitmix64
+from pipeline.config.schema import BackboneStage, JointStage, PredictorStage, RoutedStage, Stage
+from pipeline.models.drnet import DRNet
+from pipeline.models.norms import has_synchronized_norms, kept_statistics
+from pipeline.training import distributed
+from pipeline.training.mixing import Mixed, Mixing
+from pipeline.training.optim import cost_target, temperature
+
+
+def gumbel_noise(seed: int, epoch: int, indices_N: Tensor, num_resolutions: int) -> Tensor:
+    """Standard Gumbel noise (N, R), float32 on the CPU, for samples `indices_N` in an epoch."""
+    with np.errstate(over="ignore"):
+        key = splitmix64(splitmix64(np.uint64(seed % 2**64)) + np.uint64(epoch))
+        sample_N1 = splitmix64(key + indices_N.cpu().numpy().astype(np.uint64) * GOLDEN_RATIO)[:, None]
+        bits_NR = splitmix64(sample_N1 + np.arange(1, num_resolutions + 1, dtype=np.uint64) * GOLDEN_RATIO)
+    # 53 random bits, moved off 0 and 1 by half a step so that both logarithms are finite.
+    uniform_NR = ((bits_NR >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return torch.from_numpy(-np.log(-np.log(uniform_NR))).float()
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Seed of torch's own generator (dropout) for one step, so that it needs no saving."""
+    with np.errstate(over="ignore"):
+        value = np.uint64(seed % 2**64)
+        for part in (epoch, step, rank):
+            value = splitmix64(value + GOLDEN_RATIO * np.uint64(part + 1))
+    return int(value >> np.uint64(1))
+
+
+def straight_through_choice(predictor_logits_NR: Tensor, gumbel_NR: Tensor, tau: float) -> Tensor:
+    """One-hot choices (N, R) with the gradient of the relaxed choice.
+
+    h = one_hot(argmax_j(log p_j + g_j)); its gradient is that of softmax((log p + g) / tau).
+    """
+    perturbed_NR = functional.log_softmax(predictor_logits_NR.float(), dim=1) + gumbel_NR
+    relaxed_NR = functional.softmax(perturbed_NR / tau, dim=1)
+    hard_NR = functional.one_hot(perturbed_NR.argmax(dim=1), perturbed_NR.shape[1]).to(relaxed_NR.dtype)
+    # In this order, (relaxed - relaxed) is exactly zero, so the forward value is one-hot to the last bit.
+    return hard_NR + (relaxed_NR - relaxed_NR.detach())
+
+
+def mixed_logits(choice_NR: Tensor, logits_NRK: Tensor) -> Tensor:
+    """The network's output y = sum_j h_j y_j, (N, K)."""
+    return torch.einsum("nr,nrk->nk", choice_NR, logits_NRK)
+
+
+def summed_cross_entropy(logits_NK: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Cross entropy summed over the batch; the caller divides by the global batch's size.
+
+    Args:
+        targets: classes (N,), or the probability of each class (N, K).
+    """
+    return functional.cross_entropy(logits_NK.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def summed_distillation(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """KL(p_teacher || p_student) of two sets of logits, summed over the batch; the teacher gets no gradient."""
+    log_student_NK = functional.log_softmax(student_NK.float(), dim=1)
+    log_teacher_NK = functional.log_softmax(teacher_NK.detach().float(), dim=1)
+    return functional.kl_div(log_student_NK, log_teacher_NK, reduction="sum", log_target=True)
+
+
+def cost_penalty(local_cost: Tensor, others_cost: Tensor, costs_R: Tensor, alpha: float) -> Tensor:
+    """L_reg = max(0, (E[F] - alpha) / (C_max - C_min)), with E[F] the mean over the *global* batch.
+
+    Args:
+        local_cost: this rank's share of E[F], sum_n F_n / N_global, carrying gradient.
+        others_cost: the other ranks' share, without gradient.
+        costs_R: C_j, in GFLOPs or milliseconds.
+        alpha: target in the same unit.
+    """
+    excess = (local_cost + others_cost - alpha) / (costs_R.max() - costs_R.min())
+    return excess.clamp(min=0)
+
+
+class Ensemble(nn.Module):
+    """Weighted mean of the logits at R resolutions (Wang et al., "Resolution Switchable Networks", ECCV 2020).
+
+    The weights are softmax(scores). They start equal and, where they are learned, follow the cross entropy of the
+    ensemble, whose gradient goes to them alone; the logits come from the students of the same step. This is the
+    paper's multi-resolution ensemble distillation in its plain form, without further losses between two resolutions;
+    temperature 1, as there.
+
+    Args:
+        num_resolutions: R.
+        learned: False keeps the weights equal.
+    """
+
+    def __init__(self, num_resolutions: int, *, learned: bool):
+        super().__init__()
+        self.scores_R = nn.Parameter(torch.zeros(num_resolutions), requires_grad=learned)
+
+    def forward(self, logits_NRK: Tensor) -> Tensor:
+        """The teacher's logits (N, K), with gradient for the scores only."""
+        return torch.einsum("r,nrk->nk", self.scores_R.softmax(dim=0), logits_NRK.detach())
+
+
+# A batch norm in training mode needs two values a channel; a lone image at the smallest resolution may leave just one.
+MIN_IMAGES_FOR_STATISTICS: int = 2
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's part of a global batch, on the model's device."""
+
+    images: Mapping[int, Tensor]
+    """side -> uint8 (N, side, side, 3)"""
+    labels_N: Tensor
+    gumbel_NR: Tensor
+    global_size: int
+    """images of this step over all ranks"""
+    logits_NRK: Tensor | None = None
+    """the frozen backbone's logits, where they are known; then the predictor's input is all that `images` need hold"""
+    epoch: float = 0.0
+    """epochs of the stage that are done, for what is annealed; a fraction counts the steps within one"""
+    num_slices: int = 1
+    """parts that the backbone is trained on one after another, so that it holds the activations of one at a time"""
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def slices(self) -> list[slice]:
+        """The rows of each part: as many parts on every rank, of sizes that differ by at most one, so maybe empty."""
+        bounds = [len(self) * part // self.num_slices for part in range(self.num_slices + 1)]
+        return [slice(first, last) for first, last in itertools.pairwise(bounds)]
+
+    def part(self, rows: slice) -> StepBatch:
+        """Some of the images, of a global batch that is as large as before."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return StepBatch(**{name: _rows_of(value, rows) for name, value in values.items()})
+
+
+def _rows_of(value: Any, rows: slice) -> Any:
+    if isinstance(value, Mapping):
+        return {key: tensor[rows] for key, tensor in value.items()}
+    return value[rows] if isinstance(value, Tensor) else value
+
+
+Sums = dict[str, Tensor]
+"""Sums over a rank's images of what is reported: loss, correct answers, choices, cost."""
+
+
+class Objective(ABC):
+    """Adds a step's gradient to the parameters and returns what to report.
+
+    `own` holds what the stage trains beside the model: part of the optimiser and of checkpoints, never of a finished
+    model. Most objectives own nothing.
+    """
+
+    own: nn.Module = nn.Module()
+
+    @abstractmethod
+    def __call__(self, batch: StepBatch) -> Sums: ...
+
+
+def build_objective(model: DRNet, stage: Stage, costs_R: Tensor, precision: str = "float32") -> Objective:
+    """The objective of a stage; also freezes what the stage does not train.
+
+    Args:
+        costs_R: the backbone's cost at each resolution in the unit of the stage's alpha, on the model's device.
+        precision: float32, or bfloat16 to run forward passes under autocast.
+    """
+    forward = Forward(model, precision)
+    model.requires_grad_(True)
+    if isinstance(stage, BackboneStage):
+        model.predictor.requires_grad_(False)
+        return BackboneObjective(forward, stage, costs_R.device)
+    if isinstance(stage, PredictorStage):
+        model.backbone.requires_grad_(False)
+        return PredictorObjective(forward, stage, costs_R)
+    assert isinstance(stage, JointStage)
+    return JointObjective(forward, stage, costs_R)
+
+
+class Forward:
+    """The model's two forward passes in the run's precision; logits come back as float32.
+
+    Batch norm runs in inference mode for fewer than MIN_IMAGES_FOR_STATISTICS images, and gradients still flow. Where
+    it is synchronised, the images of all ranks count, and every rank must make the same passes in training mode.
+    """
+
+    def __init__(self, model: DRNet, precision: str):
+        self.model, self.enabled = model, precision == "bfloat16"
+        self.synchronized = has_synchronized_norms(model)
+
+    def backbone(self, images: Mapping[int, Tensor], index: int, *, training: bool) -> Tensor:
+        """Logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}."""
+        side = self.model.resolutions[index]
+        self.model.backbone.train(training and self._has_statistics(images[side]))
+        with torch.autocast(images[side].device.type, torch.bfloat16, enabled=self.enabled):
+            return self.model.static_logits(images, index).float()
+
+    @torch.no_grad()
+    def frozen_backbone(self, images: Mapping[int, Tensor]) -> Tensor:
+        """Logits (N, R, K) at every resolution, without gradient and with batch norm in inference mode."""
+        indices = range(len(self.model.resolutions))
+        return torch.stack([self.backbone(images, index, training=False) for index in indices], dim=1)
+
+    def predictor(self, images: Mapping[int, Tensor]) -> Tensor:
+        """Logits (N, R) over the candidate resolutions."""
+        inputs = images[self.model.predictor_size]
+        self.model.predictor.train(self._has_statistics(inputs))
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
+            return self.model.predictor_logits(images).float()
+
+    def _has_statistics(self, images: Tensor) -> bool:
+        """Whether the images that batch norm sees together are enough for statistics."""
+        count = len(images)
+        if self.synchronized:
+            count = int(distributed.sum_over_ranks(torch.tensor(count, device=images.device)))
+        return count >= MIN_IMAGES_FOR_STATISTICS
+
+
+class BackboneObjective(Objective):
+    """The losses of all resolutions, summed. Backward runs per slice and resolution: activations of one are held.
+
+    With distillation (Wang et al., ECCV 2020): L = sum_j (L_ce(y_j) + weight * KL(p_ensemble || p_j)), and
+    L_ce(ensemble) for the ensemble's own weights where they are learned.
+    """
+
+    def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device):
+        self.forward, self.stage = forward, stage
+        self.mixing = Mixing(stage) if stage.mixup_alpha or stage.cutmix_alpha else None
+        self.ensemble: Ensemble | None = None
+        if stage.distillation != "none":
+            num_resolutions = len(forward.model.resolutions)
+            self.ensemble = Ensemble(num_resolutions, learned=stage.distillation == "learned").to(device)
+            self.own = self.ensemble
+
+    def __call__(self, batch: StepBatch) -> Sums:
+        mixed: Mixed | None = None
+        if self.mixing is not None:  # once, for all slices: who is mixed with whom does not depend on them
+            sides = self.forward.model.resolutions
+            mixed = self.mixing({side: batch.images[side] for side in sides}, batch.labels_N)
+            batch = replace(batch, images=mixed.images, labels_N=mixed.dominant_N)
+        sums: Sums = {}
+        for rows in batch.slices():
+            _add(sums, self._train_on(batch.part(rows), mixed.part(rows) if mixed else None))
+        return sums
+
+    def _train_on(self, part: StepBatch, mixed: Mixed | None) -> Sums:
+        """Forward and backward of a slice; `mixed` is the same slice, where it is of mixtures."""
+        sides = self.forward.model.resolutions
+        sums: Sums = {"loss": torch.zeros((), device=part.labels_N.device)}
+        teacher_NK: Tensor | None = None
+        if self.ensemble is None:
+            students = (self.forward.backbone(part.images, index, training=True) for index in range(len(sides)))
+        else:
+            students = self._students(part.images)
+            teacher_NK = self.ensemble(torch.stack(students, dim=1))
+            sums["accuracy_ensemble"] = _correct(teacher_NK, part.labels_N)
+        for side, logits_NK in zip(sides, students, strict=True):
+            loss = self._cross_entropy(logits_NK, part, mixed)
+            if teacher_NK is not None:
+                loss = loss + self.stage.distillation_weight * summed_distillation(logits_NK, teacher_NK)
+            sums["loss"] += _backward(loss, part)
+            sums[f"accuracy_{side}"] = _correct(logits_NK, part.labels_N)
+        if teacher_NK is not None and teacher_NK.requires_grad:
+            sums["loss"] += _backward(self._cross_entropy(teacher_NK, part, mixed), part)
+        return sums
+
+    def _cross_entropy(self, logits_NK: Tensor, part: StepBatch, mixed: Mixed | None) -> Tensor:
+        targets = part.labels_N if mixed is None else mixed.targets(logits_NK.shape[1])
+        return summed_cross_entropy(logits_NK, targets, self.stage.label_smoothing)
+
+    def _students(self, images: Mapping[int, Tensor]) -> list[Tensor]:
+        """Logits (N, K) at every resolution, all of which the teacher needs before the first backward.
+
+        The largest keeps its activations; those of the others are computed again in their backward, when the largest's
+        are gone. So the peak is that of the largest alone, for one more forward pass of the smaller ones, which batch
+        norm does not count twice.
+        """
+        backbone = self.forward.model.backbone
+        smaller = [
+            checkpoint(
+                self.forward.backbone,
+                images,
+                index,
+                training=True,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), kept_statistics(backbone)),
+            )
+            for index in range(1, len(self.forward.model.resolutions))
+        ]
+        return [self.forward.backbone(images, 0, training=True), *smaller]
+
+
+class RoutedObjective(Objective):
+    """The predictor's straight-through choices among the backbone's logits: L = L_ce + eta * L_reg.
+
+    The backbone runs forward and backward slice by slice, and the gradient of the choices is collected; the predictor,
+    which is small, has seen the whole batch and runs backward once. So E[F] is over the global batch, and batch norm in
+    the predictor over the rank's, however the batch is sliced.
+    """
+
+    def __init__(self, forward: Forward, stage: RoutedStage, costs_R: Tensor):
+        self.forward, self.stage, self.costs_R = forward, stage, costs_R
+        self.unit = "milliseconds" if stage.alpha_gflops is None else "gflops"
+
+    @abstractmethod
+    def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
+        """The backbone's logits (N, R, K) for a slice and the indices that its images chose."""
+
+    def __call__(self, batch: StepBatch) -> Sums:
+        tau, alpha = temperature(self.stage, batch.epoch), cost_target(self.stage, batch.epoch)
+        choice_NR = straight_through_choice(self.forward.predictor(batch.images), batch.gumbel_NR, tau)
+        # The predictor's graph is cut here and run once, at the end.
+        cut_NR = choice_NR.detach().requires_grad_()
+        sums: Sums = {}
+        for rows in batch.slices():
+            part, h_NR = batch.part(rows), cut_NR[rows]
+            logits_NK = mixed_logits(h_NR, self.logits(part, h_NR.detach().argmax(dim=1)))
+            loss = summed_cross_entropy(logits_NK, part.labels_N, self.stage.label_smoothing)
+            _add(sums, {"loss": _backward(loss, part), "accuracy_routed": _correct(logits_NK, part.labels_N)})
+        cost_N = cut_NR @ self.costs_R
+        local_cost = cost_N.sum() / batch.global_size
+        others_cost = distributed.sum_over_ranks(local_cost) - local_cost.detach()
+        penalty = self.stage.eta * cost_penalty(local_cost, others_cost, self.costs_R, alpha)
+        penalty.backward()
+        choice_NR.backward(cut_NR.grad)
+        _add(sums, {"loss": penalty.detach() * len(batch), f"{self.unit}_backbone": cost_N.detach().sum()})
+        return sums | {f"share_{index}": share for index, share in enumerate(cut_NR.detach().sum(dim=0))}
+
+
+class PredictorObjective(RoutedObjective):
+    """The predictor alone, on a frozen backbone (inference mode of batch norm, no gradient) or its stored logits."""
+
+    def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
+        return self.forward.frozen_backbone(part.images) if part.logits_NRK is None else part.logits_NRK
+
+
+class JointObjective(RoutedObjective):
+    """Predictor and backbone together.
+
+    With hard choices the backbone's gradient flows through the chosen resolution only, and the choice's own gradient
+    needs just the values of the others. So each image is trained at its chosen resolution in that resolution's
+    sub-batch, and evaluated at the others without gradient and with batch-norm statistics untouched.
+    """
+
+    def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
+        indices = range(len(self.costs_R))
+        return torch.stack([self._logits_at(index, part, chosen_N == index) for index in indices], dim=1)
+
+    def _logits_at(self, index: int, part: StepBatch, chosen_N: Tensor) -> Tensor:
+        """Logits (N, K) at one resolution: with gradient for the images that chose it, without for the rest."""
+        side = self.forward.model.resolutions[index]
+        images = part.images[side]
+        trained, valued = chosen_N.nonzero().squeeze(1), (~chosen_N).nonzero().squeeze(1)
+        logits = []
+        if len(valued):  # first, while the running statistics are still those of the step before
+            with torch.no_grad():
+                logits.append(self.forward.backbone({side: images[valued]}, index, training=False))
+        if len(trained) or not len(part) or self.forward.synchronized:
+            logits.append(self.forward.backbone({side: images[trained]}, index, training=True))
+        return torch.cat(logits)[torch.cat([valued, trained]).argsort()]
+
+
+def _backward(loss: Tensor, part: StepBatch) -> Tensor:
+    """Add the gradient of a slice's summed loss, over the global batch's size; returns the sum."""
+    (loss / part.global_size).backward()
+    return loss.detach()
+
+
+def _add(sums: Sums, more: Sums) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _correct(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    return (logits_NK.detach().argmax(dim=1) == labels_N).sum().float()

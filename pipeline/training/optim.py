@@ -1,0 +1,125 @@
+"""Optimizer, schedules as pure functions of progress, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.config.schema import JointStage, RoutedStage, Stage
+from pipeline.models.drnet import DRNet
+
+# torch.optim.lr_scheduler.OneCycleLR's defaults (Smith and Topin, "Super-Convergence", 2018).
+ONE_CYCLE_START = 1 / 25
+ONE_CYCLE_END = ONE_CYCLE_START / 10_000
+
+
+def learning_rate(stage: Stage, epoch: float) -> float:
+    """The stage's learning rate after `epoch` epochs (a fraction counts the steps within one).
+
+    Linear warm-up from 0, then either steps (times gamma every step_epochs, counted from the stage's start, as in
+    the paper) or a half cosine from the end of the warm-up to zero at the end of the stage. One cycle is a half cosine
+    up during the warm-up and one down after it, between fixed fractions of the peak; the momentum stays as it is.
+    """
+    if stage.schedule == "one_cycle":
+        return stage.lr * _one_cycle(epoch, stage.warmup_epochs, stage.epochs)
+    if epoch < stage.warmup_epochs:
+        return stage.lr * epoch / stage.warmup_epochs
+    if stage.schedule == "step":
+        return stage.lr * stage.gamma ** math.floor(epoch / stage.step_epochs)
+    done = (epoch - stage.warmup_epochs) / (stage.epochs - stage.warmup_epochs)
+    return stage.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def temperature(stage: RoutedStage, epoch: float) -> float:
+    """The stage's tau after `epoch` epochs."""
+    return _annealed(stage.tau_start, stage.tau, stage, epoch)
+
+
+def cost_target(stage: RoutedStage, epoch: float) -> float:
+    """The stage's alpha after `epoch` epochs, in the run's unit of cost."""
+    return _annealed(stage.alpha_start, stage.alpha, stage, epoch)
+
+
+def _annealed(start: float | None, end: float, stage: RoutedStage, epoch: float) -> float:
+    """Linear from `start` to `end` in the stage's anneal_epochs, and `end` from then on."""
+    if start is None:
+        return end
+    return end + (start - end) * max(0.0, 1 - epoch / (stage.anneal_epochs or stage.epochs))
+
+
+def _one_cycle(epoch: float, rise_epochs: float, epochs: float) -> float:
+    """The rate as a fraction of the peak."""
+    if epoch < rise_epochs:
+        return _half_cosine(ONE_CYCLE_START, 1.0, epoch / rise_epochs)
+    return _half_cosine(1.0, ONE_CYCLE_END, (epoch - rise_epochs) / (epochs - rise_epochs))
+
+
+def _half_cosine(start: float, end: float, done: float) -> float:
+    """From `start` at done = 0 to `end` at done = 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class MovingAverage(AveragedModel):
+    """A copy of `model` that `update_parameters(model)` moves: average = decay * average + (1 - decay) * model.
+
+    The first update copies the model. Batch norms' running statistics are averaged as the weights are: they belong to
+    the activations of the weights that they were measured with, and the average of both lies in the middle of the
+    same window, while the latest statistics beside averaged weights would fit neither. It holds for the resolutions'
+    private statistics one by one: those of a resolution that nobody chose stay, and the average comes to them.
+    """
+
+    module: DRNet
+
+    def __init__(self, model: DRNet, decay: float):
+        super().__init__(model, multi_avg_fn=_update(decay), use_buffers=True)
+
+
+def _update(decay: float) -> Callable[[PARAM_LIST, PARAM_LIST, Tensor | int], None]:
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averaged: PARAM_LIST, current: PARAM_LIST, num_averaged: Tensor | int) -> None:
+        if averaged[0].is_floating_point():
+            average(averaged, current, num_averaged)
+        else:  # the batch norms' counts of batches have no mean
+            torch._foreach_copy_(averaged, current)
+
+    return update
+
+
+def build_optimizer(model: DRNet, stage: Stage, own: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The stage's optimiser over the parameters that it trains; `lr_scale` of a group multiplies the schedule.
+
+    Args:
+        own: the objective's own parameters. They are not decayed: weights of an ensemble have no reason to be equal.
+    """
+    predictor_scale = stage.predictor_lr_scale if isinstance(stage, JointStage) else 1.0
+    groups = [
+        {"params": parameters, "lr": stage.lr, "lr_scale": scale, "weight_decay": decay}
+        for module, scale in ((model.backbone, 1.0), (model.predictor, predictor_scale))
+        for parameters, decay in _decay_groups(module, stage)
+        if parameters
+    ]
+    if own is not None and (parameters := [parameter for parameter in own.parameters() if parameter.requires_grad]):
+        groups.append({"params": parameters, "lr": stage.lr, "lr_scale": 1.0, "weight_decay": 0.0})
+    if stage.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=stage.lr, fused=True)
+    return torch.optim.SGD(groups, lr=stage.lr, momentum=stage.momentum, nesterov=stage.nesterov, fused=True)
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    """Every parameter that the optimiser updates, in its order."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _decay_groups(module: nn.Module, stage: Stage) -> Iterator[tuple[list[nn.Parameter], float]]:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if stage.decay_norm_and_bias:
+        yield trained, stage.weight_decay
+        return
+    # Weights of convolutions and classifiers have two dimensions or more; batch norm and biases have one.
+    yield [parameter for parameter in trained if parameter.ndim > 1], stage.weight_decay
+    yield [parameter for parameter in trained if parameter.ndim <= 1], 0.0

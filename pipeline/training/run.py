@@ -1,0 +1,239 @@
+"""What a training run works with: model, data, costs, and whom it reports to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datasets.beton import Manifest
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import Config, RoutedStage
+from pipeline.models.cost import Costs, Latency, measure_costs, measure_latency
+from pipeline.models.drnet import DRNet
+from pipeline.training import distributed
+from pipeline.training.checkpoint import OtherRunError, TrainingState
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `epoch` counts within the stage; `data_epoch` over all stages, and keys every random draw."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    data_epoch: int
+    step: int = 0
+    steps: int = 0
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs of the stage that are done; a fraction counts the steps within one."""
+        return self.epoch + self.step / self.steps
+
+
+class Reporter(Protocol):
+    """Where the loop tells what happens; every rank calls it, most of it matters on rank 0 only."""
+
+    def step(self, progress: Progress, loss: Tensor) -> None:
+        """A step is done; `loss` is the mean over the global batch, still on the device."""
+        ...
+
+    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """An epoch is done, with what was measured in it."""
+        ...
+
+    def message(self, text: str) -> None:
+        """A line for whoever follows the run."""
+        ...
+
+    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
+        """Keep the state. It is a view of what trains: who keeps it beyond this call keeps `state.copy()`.
+
+        Args:
+            values: the epoch's, for a checkpoint at its end; empty for one within an epoch.
+        """
+        ...
+
+
+def costs_of_run(model: DRNet, config: Config, file: Path, *, resumed: bool) -> Costs:
+    """GFLOPs, and where the run's cost is milliseconds, those: measured once by rank 0 and kept in `file`.
+
+    Every rank must call it.
+
+    Args:
+        resumed: the run has gone on for a while, so its costs are in `file`, or lost.
+
+    Raises:
+        OtherRunError: the run's costs are lost, and new ones would be others; on all ranks.
+    """
+    costs = measure_costs(model)
+    if config.cost == "flops":
+        return costs
+    found = distributed.from_first_rank(_latency(model, config, file, resumed) if distributed.rank() == 0 else None)
+    if isinstance(found, ValueError):
+        raise found
+    return replace(costs, latency=found)
+
+
+def refuse_unreachable(config: Config, costs: Costs) -> None:
+    """Raise ConfigError, on every rank the same, where a stage's alpha cannot be reached with the run's costs."""
+    problems = alpha_problems(config, costs)
+    if problems:
+        raise ConfigError(problems, f"the run {config.name}")
+
+
+def alpha_problems(config: Config, costs: Costs) -> list[str]:
+    """Each stage whose alpha the candidates cannot reach, or at which the regulariser can never act.
+
+    Alpha is a target of the backbone's mean cost alone, without the predictor. One in milliseconds can be judged only
+    with costs that were measured.
+    """
+    low, high = min(costs.backbone), max(costs.backbone)
+    key, unit = f"alpha_{costs.unit}", "GFLOPs" if costs.latency is None else f"ms ({costs.latency})"
+    problems = []
+    for name, stage in config.stages.present():
+        alpha = getattr(stage, key) if isinstance(stage, RoutedStage) else None
+        if alpha is None or low <= alpha <= high:
+            continue
+        effect = (
+            "even the smallest resolution costs more"
+            if alpha < low
+            else "even the largest resolution costs less, so nothing would be saved"
+        )
+        problems.append(
+            f"stages.{name}.{key} is {alpha:g}, but {effect}; {config.model.backbone} at "
+            f"{list(costs.resolutions)} px reaches {low:.4g} to {high:.4g} {unit}"
+        )
+    return problems
+
+
+def _latency(model: DRNet, config: Config, file: Path, resumed: bool) -> Latency | ValueError:
+    if resumed and not file.exists():
+        return OtherRunError(
+            f"{file} is gone, with the milliseconds that the run was trained for so far; measured again they would be "
+            "others. Put it back, or start a run with another name (name=...)"
+        )
+    if not file.exists():
+        measure_latency(model, config.cost_batch_size, config.training.precision).save(file)
+    try:
+        return Latency.load(file)
+    except ValueError as error:
+        return error
+
+
+SET_UP, TABLE, COMPILE, DATA_WAIT, STEP, EVALUATE, CHECKPOINT = PHASES = (
+    "set_up",
+    "table",
+    "compile",
+    "data_wait",
+    "step",
+    "evaluate",
+    "checkpoint",
+)
+
+
+class Goodput:
+    """A clock that is in exactly one phase at any time, so the phases' seconds add up to the whole.
+
+    It is the time of this process: a GPU works on while the clock is in another phase, and what a stage's first step
+    compiles, allocates or tunes is `compile` with or without torch.compile. It starts in `set_up`.
+
+    Args:
+        now: seconds since some moment.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now, self._seconds = now, dict.fromkeys(PHASES, 0.0)
+        self._phase, self._since = SET_UP, now()
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Seconds in each phase until now."""
+        self.enter(self._phase)
+        return MappingProxyType(dict(self._seconds))
+
+    def enter(self, phase: str) -> None:
+        """Leave the phase that the clock is in for `phase`, one of PHASES."""
+        now = self._now()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+        assert phase in self._seconds, phase
+
+    @contextmanager
+    def inside(self, phase: str) -> Iterator[None]:
+        """`phase` for the body, then the phase of before."""
+        before = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def metrics(self) -> dict[str, float]:
+        """`goodput_PHASE_seconds`, and `goodput_PHASE_share` of the total, a fraction of 1."""
+        seconds = self.seconds
+        total = sum(seconds.values()) or 1.0
+        return {f"goodput_{phase}_seconds": value for phase, value in seconds.items()} | {
+            f"goodput_{phase}_share": value / total for phase, value in seconds.items()
+        }
+
+
+class Epoch(Protocol):
+    """One pass over a loader's batches; closing it in the middle is allowed."""
+
+    def __iter__(self) -> Iterator: ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class Batches(Protocol):
+    """What the loop asks of a loader; datasets.loading.loader.MultiResolutionLoader is one."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_batches(self) -> int: ...
+
+    def global_size(self, step: int) -> int: ...
+
+    def epoch(
+        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
+    ) -> Epoch: ...
+
+    def read(
+        self, view: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
+    ) -> Epoch: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a training run works with.
+
+    Attributes:
+        manifest: of the prepared data that the loaders read.
+        tables: folder of logit tables, the same for every rank.
+    """
+
+    config: Config
+    model: DRNet
+    costs: Costs
+    train: Batches
+    validation: Batches
+    device: torch.device
+    reporter: Reporter
+    manifest: Manifest
+    tables: Path
+    goodput: Goodput = field(default_factory=Goodput)
