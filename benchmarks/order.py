@@ -15,7 +15,7 @@ from benchmarks.harness import Row, Side, compare
 from benchmarks.photographs import write_photographs
 from datasets.beton import PAGE_SIZE, TRAIN, beton_path, read_layout
 from datasets.loading.loader import MultiResolutionLoader, RandomResizedCrop
-from datasets.loading.order import PageWindows, ViewOrder, sample_indices
+from datasets.loading.order import PageWindows, SampleOrder, sample_indices
 from datasets.prepare.prepare import prepare
 
 BATCH, SIDE = 64, 224
@@ -58,7 +58,7 @@ def read(beton: str, memory: int, world_size: int, window_pages: int | None, thr
     allocations = read_layout(path).allocations
     pages_N = allocations["ptr"].astype("int64") // PAGE_SIZE
     windows = PageWindows(pages_N, window_pages) if window_pages else None
-    order = ViewOrder(len(pages_N), BATCH * world_size, shuffle=True, world_size=world_size, windows=windows)
+    order = SampleOrder(len(pages_N), BATCH * world_size, shuffle=True, world_size=world_size, windows=windows)
     epoch = 0
     with path.open("rb") as file:
         while True:

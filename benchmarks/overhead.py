@@ -29,7 +29,7 @@ from pipeline.training import distributed
 from pipeline.training.assembly import build_model, equip_for_training, open_loaders
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.loop import prepare_stage, train, train_epoch
-from pipeline.training.monitoring import Watch
+from pipeline.training.monitoring import DivergenceMonitor
 from pipeline.training.run import TABLE, Progress, Run
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def predictor(config: str, data: str, logits: Literal["table", "live"], threads:
     ):
         stage = run.config.stages.predictor
         assert stage is not None
-        work = prepare_stage(run, stage, 0, Watch(None), None)
+        work = prepare_stage(run, stage, 0, DivergenceMonitor(None), None)
         filled = run.train.num_samples + run.validation.num_samples
         epochs = (Progress("predictor", 0, 1, data_epoch, 0, run.train.num_batches) for data_epoch in count())
         table_seconds = run.goodput.seconds[TABLE]

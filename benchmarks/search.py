@@ -17,19 +17,18 @@ from torch import Tensor
 
 from benchmarks.harness import Row, Side, compare
 from benchmarks.photographs import write_photographs
-from datasets.beton import TRAIN, VALIDATION, beton_path, load_manifest
-from datasets.loading.decoded import DecodedViews, Ordered
-from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
+from datasets.beton import SPLITS, TRAIN, beton_path, load_manifest
+from datasets.loading.decoded import DecodedCrops, Ordered
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
-from pipeline.models.drnet import build_drnet
+from pipeline.training.assembly import build_model, open_loader
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.logit_table import LogitTable, TableKey, fill_table
 from pipeline.training.loop import StageData, prepare_stage, train_epoch
-from pipeline.training.monitoring import Watch
+from pipeline.training.monitoring import DivergenceMonitor
 from pipeline.training.objectives import Forward
 from pipeline.training.run import Progress, Run
 
@@ -39,16 +38,16 @@ STAGE = "predictor"
 def on_table(**given: Any) -> Iterator[float]:
     """Images a second of a trial, with its share of the table's cost; yields as often as it is asked."""
     run, scratch = _run(**given), Path(given["scratch"])
-    key, views, size = TableKey.of(run.model, run.config, run.manifest, TRAIN), range(1), given["batch_size"]
+    key, crop_epochs, size = TableKey.of(run.model, run.config, run.manifest, TRAIN), range(1), given["batch_size"]
     started = time.perf_counter()
     backbone_logits = Forward(run.model, key.precision).frozen_backbone
-    fill_table(scratch, key, views, run.train, backbone_logits, device=run.device, tell=lambda _: None)
+    fill_table(scratch, key, crop_epochs, run.train, backbone_logits, device=run.device, tell=lambda _: None)
     table_seconds = (time.perf_counter() - started) / run.train.num_samples
     sides = (run.model.predictor_size,)
-    decoded = DecodedViews(scratch, beton_path(run.config.data.folder, TRAIN), {}, views, sides)
+    decoded = DecodedCrops(scratch, beton_path(run.config.data.folder, TRAIN), {}, crop_epochs, sides)
     decoded.fill(run.train)
     ordered = Ordered(decoded, size, shuffle=True, seed=run.config.seed)
-    data = StageData(ordered, run.validation, 0, 1, sides, LogitTable(scratch, key, views))
+    data = StageData(ordered, run.validation, 0, 1, sides, LogitTable(scratch, key, crop_epochs))
     run = replace(run, train=ordered)
     for speed in _speeds(run, data, given["epochs"]):
         yield 1 / (1 / speed + table_seconds / TRIALS)
@@ -62,27 +61,12 @@ def live(**given: Any) -> Iterator[float]:
 
 def _run(model: Mapping[str, Any], batch_size: int, data: str, threads: int, **_: Any) -> Run:
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
     manifest = load_manifest(Path(data))
-    config = _config(model, batch_size, data, manifest.dataset)
-    network = build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std)
-    network = network.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+    config, device = _config(model, batch_size, data, manifest.dataset), torch.device("cpu")
+    network = build_model(config, manifest, device)
+    train, validation = (open_loader(config, split, num_threads=threads) for split in SPLITS)
     costs = measure_costs(network)
-    crops = {TRAIN: RandomResizedCrop((0.08, 1.0), (3 / 4, 4 / 3), True), VALIDATION: CenterCrop(0.875)}
-    train, validation = (
-        MultiResolutionLoader(
-            beton_path(Path(data), split),
-            network.sides,
-            batch_size,
-            crop=crop,
-            shuffle=split == TRAIN,
-            num_threads=threads,
-        )
-        for split, crop in crops.items()
-    )
-    return Run(
-        config, network, costs, train, validation, torch.device("cpu"), _Silent(), manifest, Path(data) / "tables"
-    )
+    return Run(config, network, costs, train, validation, device, _Silent(), manifest, Path(data) / "tables")
 
 
 def _config(model: Mapping[str, Any], batch_size: int, data: str, dataset: str) -> Config:
@@ -101,7 +85,7 @@ def _config(model: Mapping[str, Any], batch_size: int, data: str, dataset: str) 
 def _speeds(run: Run, data: StageData, epochs: int) -> Iterator[float]:
     stage = run.config.stages.predictor
     assert stage is not None
-    work, epoch = prepare_stage(run, stage, 0, Watch(None), data=data), 0
+    work, epoch = prepare_stage(run, stage, 0, DivergenceMonitor(None), data=data), 0
     while True:
         speeds = []
         for _ in range(epochs):
@@ -193,7 +177,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
     return rows, [
         f"{threads} threads on each side of the first two rows; both train by the same loop, from the same crops",
         "on the table: the predictor's inputs are decoded before, once for all trials, as jobs.tune has them",
-        "the table has a view for every epoch; with fewer views its share is smaller",
+        "the table has a crop_epoch for every epoch; with fewer crop_epochs its share is smaller",
     ]
 
 

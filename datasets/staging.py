@@ -44,7 +44,7 @@ def remote_manifest(uri: str) -> Manifest:
     return _read_manifest(open_remote(uri))[1]
 
 
-def stage(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, tell: Tell = print) -> Manifest:
+def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, tell: Tell = print) -> Manifest:
     """Make `folder` hold the betons of `splits` at an address, checked against the manifest there; often there is
     nothing to do.
 

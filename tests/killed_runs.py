@@ -1,8 +1,8 @@
 """Runs that die by SIGKILL and go on, beside one that nobody disturbs: `python -m tests.killed_runs FOLDER` shows them.
 
 Every run is a process of its own, or one for each rank, forked from this one: torch is imported once, and nothing is
-computed before a fork. A run kills itself right after a step, or a view of a logit table, that it was told: so it is
-the same in every try.
+computed before a fork. A run kills itself right after a given step, or a given epoch of
+crops of a logit table, so every try is the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STAGES = {
 """with everything that a state has to hold"""
 
 Pair = tuple[str, int]
-"""A stage, and how many of its steps were done; or TABLE, and how many views of the logit tables."""
+"""A stage, and how many of its steps were done; or TABLE, and how many crop_epochs of the logit tables."""
 
 STEPS_OF = {"backbone": 6, TABLE: 3, "predictor": 6, "joint": 3}
 PAIRS: dict[int, list[Pair]] = {
@@ -136,7 +136,7 @@ def main(folder: Path) -> None:
             name = f"{world_size}-{'-'.join(map(str, pair)) if pair else 'undisturbed'}"
             found = run_to_the_end(folder / name, world_size, pair)
             results.append(found)
-            killed = f"{pair[0]:<9} {'view' if pair[0] == TABLE else 'step'} {pair[1]}" if pair else "undisturbed"
+            killed = f"{pair[0]:<9} {'crop_epoch' if pair[0] == TABLE else 'step'} {pair[1]}" if pair else "undisturbed"
             print(f"{world_size} rank(s)  {killed:<18}  {found['went_on_from']:<34}  {found['sha256'][0]}", flush=True)
     (folder / "results.json").write_text(json.dumps(results))
 

@@ -64,7 +64,7 @@ class Memory:
     """Room for one batch: a block of bytes for the crops of all wanted sides, pinned where there is a GPU.
 
     Attributes:
-        images: side -> uint8 (N, side, side, 3), views of the block; only the sides that are wanted.
+        images: side -> uint8 (N, side, side, 3), keys of the block; only the sides that are wanted.
         labels_N: int64.
         status_N: uint8, kernels.DECODED or what is wrong with a sample.
         pixels: the block, uint8.

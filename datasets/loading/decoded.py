@@ -1,6 +1,6 @@
 """Views of a beton decoded once and kept on a node's disk, for many trainings that see the same small crops.
 
-    FOLDER/DIGEST/view-00003-32px.npy     uint8 (N, 32, 32, 3), the samples in the order of the beton
+    FOLDER/DIGEST/crop_epoch-00003-32px.npy     uint8 (N, 32, 32, 3), the samples in the order of the beton
 
 The folder is named by what the pixels depend on. A file takes its name when it is whole, and is read by memory map, so
 the processes of a node share it.
@@ -22,99 +22,101 @@ from numpy.typing import NDArray
 from datasets.beton import read_layout
 from datasets.files import exclusive, sync_folder
 from datasets.loading.loader import Batch
-from datasets.loading.order import ViewOrder, batch_bounds, sample_indices
+from datasets.loading.order import SampleOrder, batch_bounds, sample_indices
 
 SAMPLES_AT_ONCE = 256
 
 
 class Reader(Protocol):
-    """What gives views of samples: MultiResolutionLoader, or DecodedViews."""
+    """What gives crop_epochs of samples: MultiResolutionLoader, or DecodedCrops."""
 
     @property
     def num_samples(self) -> int: ...
 
-    def read(self, view: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None) -> Any: ...
+    def read(
+        self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
+    ) -> Any: ...
 
 
-def decoded_bytes(num_samples: int, num_views: int, sides: Collection[int]) -> int:
-    """What decoded views take."""
-    return num_samples * num_views * sum(3 * side * side for side in sides)
+def decoded_bytes(num_samples: int, num_crops: int, sides: Collection[int]) -> int:
+    """What decoded crop_epochs take."""
+    return num_samples * num_crops * sum(3 * side * side for side in sides)
 
 
-class DecodedViews:
-    """A Reader of views that were decoded before.
+class DecodedCrops:
+    """A Reader of crop_epochs that were decoded before.
 
     Args:
-        folder: where decoded views of any data are kept.
+        folder: where decoded crop_epochs of any data are kept.
         beton: that they are of.
         about: all that the pixels depend on: data, crop, seed, and how finely JPEGs are decoded.
-        views, sides: those that can be read.
+        crop_epochs, sides: those that can be read.
     """
 
     def __init__(
-        self, folder: Path, beton: Path, about: Mapping[str, Any], views: Sequence[int], sides: Collection[int]
+        self, folder: Path, beton: Path, about: Mapping[str, Any], crop_epochs: Sequence[int], sides: Collection[int]
     ):
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-        self.folder, self.views, self.sides = folder / digest, tuple(views), tuple(sides)
+        self.folder, self.crop_epochs, self.sides = folder / digest, tuple(crop_epochs), tuple(sides)
         metadata = read_layout(beton).metadata
         self.num_samples = len(metadata)
         self._labels = torch.from_numpy(metadata["label"].astype(np.int64))
         self._mapped: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     def fill(self, reader: Reader) -> None:
-        """Decode what is missing, every view once for all sides. One process of a node does it, others wait."""
+        """Decode what is missing, every crop_epoch once for all sides. One process of a node does it, others wait."""
         with exclusive(self.folder, waiting=lambda: None):
-            for view in self.views:
-                missing = [side for side in self.sides if not self._path(view, side).exists()]
+            for crop_epoch in self.crop_epochs:
+                missing = [side for side in self.sides if not self._path(crop_epoch, side).exists()]
                 if missing:
-                    self._decode(reader, view, missing)
+                    self._decode(reader, crop_epoch, missing)
             sync_folder(self.folder)
 
     def read(
-        self, view: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
+        self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Iterator[Batch]:
         """Given samples in given batches, as MultiResolutionLoader.read has them; batches are the caller's to keep."""
-        mapped = {side: self._map(view, side) for side in (self.sides if sides is None else sides)}
+        mapped = {side: self._map(crop_epoch, side) for side in (self.sides if sides is None else sides)}
         for indices_N in batches:
             images = {side: torch.from_numpy(pixels[indices_N]) for side, pixels in mapped.items()}
             indices = torch.from_numpy(indices_N)
             yield Batch(images, self._labels[indices], indices)
 
-    def _decode(self, reader: Reader, view: int, sides: Sequence[int]) -> None:
-        partial = {side: self._path(view, side).with_suffix(".partial") for side in sides}
+    def _decode(self, reader: Reader, crop_epoch: int, sides: Sequence[int]) -> None:
+        partial = {side: self._path(crop_epoch, side).with_suffix(".partial") for side in sides}
         files = {
             side: np.lib.format.open_memmap(path, "w+", np.uint8, (self.num_samples, side, side, 3))
             for side, path in partial.items()
         }
         starts = range(0, self.num_samples, SAMPLES_AT_ONCE)
         batches = [np.arange(first, min(first + SAMPLES_AT_ONCE, self.num_samples)) for first in starts]
-        with closing(reader.read(view, batches, sides=sides)) as epoch:
+        with closing(reader.read(crop_epoch, batches, sides=sides)) as epoch:
             for first, batch in zip(starts, epoch, strict=True):
                 for side, file in files.items():
                     file[first : first + len(batch.indices)] = batch.images[side].numpy()
         for side, file in files.items():
             file.flush()
-            partial[side].replace(self._path(view, side))
+            partial[side].replace(self._path(crop_epoch, side))
 
-    def _map(self, view: int, side: int) -> NDArray[np.uint8]:
-        if (view, side) not in self._mapped:
-            self._mapped[view, side] = np.load(self._path(view, side), mmap_mode="r")
-        return self._mapped[view, side]
+    def _map(self, crop_epoch: int, side: int) -> NDArray[np.uint8]:
+        if (crop_epoch, side) not in self._mapped:
+            self._mapped[crop_epoch, side] = np.load(self._path(crop_epoch, side), mmap_mode="r")
+        return self._mapped[crop_epoch, side]
 
-    def _path(self, view: int, side: int) -> Path:
-        return self.folder / f"view-{view:05}-{side}px.npy"
+    def _path(self, crop_epoch: int, side: int) -> Path:
+        return self.folder / f"crop_epoch-{crop_epoch:05}-{side}px.npy"
 
 
 class Ordered:
     """A Reader in the order of a training loader: what the loop asks of one, with an order of its own seed.
 
-    The crops stay those of the reader, so trainings of different seeds share one set of views. With the seed of a
+    The crops stay those of the reader, so trainings of different seeds share one set of crop_epochs. With the seed of a
     MultiResolutionLoader of one rank, the order is its order.
     """
 
     def __init__(self, reader: Reader, batch_size: int, *, shuffle: bool, seed: int):
         self._reader = reader
-        self._order = ViewOrder(reader.num_samples, batch_size, shuffle=shuffle, seed=seed)
+        self._order = SampleOrder(reader.num_samples, batch_size, shuffle=shuffle, seed=seed)
 
     @property
     def num_samples(self) -> int:
@@ -124,17 +126,19 @@ class Ordered:
     def num_batches(self) -> int:
         return self._order.num_batches
 
-    def read(self, view: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None) -> Any:
+    def read(
+        self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
+    ) -> Any:
         """As the reader's."""
-        return self._reader.read(view, batches, sides=sides)
+        return self._reader.read(crop_epoch, batches, sides=sides)
 
     def global_size(self, step: int) -> int:
         first, last = batch_bounds(self.num_samples, self._order.batch_size, step)
         return last - first
 
     def epoch(
-        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
+        self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Any:
-        """A pass over all samples: the order of `epoch`, the crops of `view`."""
-        batches = [sample_indices(views) for views in self._order.batches(epoch, start_step)]
-        return self._reader.read(epoch if view is None else view, batches, sides=sides)
+        """A pass over all samples: the order of `epoch`, the crops of `crop_epoch`."""
+        batches = [sample_indices(crop_epochs) for crop_epochs in self._order.batches(epoch, start_step)]
+        return self._reader.read(epoch if crop_epoch is None else crop_epoch, batches, sides=sides)

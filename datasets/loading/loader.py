@@ -24,10 +24,10 @@ from datasets.loading.kernels import DECODED
 from datasets.loading.order import (
     MAX_SAMPLES,
     PageWindows,
-    ViewOrder,
+    SampleOrder,
     batch_bounds,
     next_sample,
-    pack_views,
+    pack_keys,
     sample_indices,
 )
 
@@ -44,7 +44,7 @@ class Batch:
     """This rank's part of a batch; it may be empty.
 
     Attributes:
-        images: side -> uint8 (N, side, side, 3) RGB: of each image the same crop at every side. Views of the loader's
+        images: side -> uint8 (N, side, side, 3) RGB: of each image the same crop at every side. Slices of the loader's
             memory: valid until the next batch is asked for, and for what is queued by then on the CUDA stream that is
             current when it is asked for. Pinned where there is a GPU.
         labels: int64 (N,).
@@ -71,7 +71,7 @@ class Job(NamedTuple):
     """A batch in the making."""
 
     slot: Slot
-    views: np.ndarray
+    keys: np.ndarray
     parts: list[Future]
 
 
@@ -102,7 +102,7 @@ class Epoch(Iterator[Batch]):
         self._jobs: deque[Job] = deque()
         self._held: Job | None = None
         num_slots = min(batches_ahead + 1, len(batches))  # one is with the consumer
-        capacity = max((len(views) for views in batches), default=0)
+        capacity = max((len(keys) for keys in batches), default=0)
         self._free = deque(Slot(Memory(sides, wanted, capacity)) for _ in range(num_slots))
         threads = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
         self._threads = threads
@@ -162,23 +162,23 @@ class Epoch(Iterator[Batch]):
     def _submit(self) -> None:
         """Hand as many batches to the threads as there is memory for."""
         while self._waiting and self._free:
-            slot, (views, pages) = self._free.popleft(), self._waiting.popleft()
+            slot, (keys, pages) = self._free.popleft(), self._waiting.popleft()
             if len(pages):
                 self._threads.submit(self._decoder.fetch, pages)
-            rows = max(MIN_ROWS, -(-len(views) // self._num_threads))
-            parts = [slice(first, min(first + rows, len(views))) for first in range(0, len(views), rows)]
-            self._jobs.append(Job(slot, views, [self._decoded(slot, views, part) for part in parts]))
+            rows = max(MIN_ROWS, -(-len(keys) // self._num_threads))
+            parts = [slice(first, min(first + rows, len(keys))) for first in range(0, len(keys), rows)]
+            self._jobs.append(Job(slot, keys, [self._decoded(slot, keys, part) for part in parts]))
 
-    def _decoded(self, slot: Slot, views: np.ndarray, rows: slice) -> Future[None]:
-        return self._threads.submit(_decode, self._decoder, slot, views, rows, self._damage)
+    def _decoded(self, slot: Slot, keys: np.ndarray, rows: slice) -> Future[None]:
+        return self._threads.submit(_decode, self._decoder, slot, keys, rows, self._damage)
 
     def _batch(self, job: Job) -> Batch:
-        count = len(job.views)
+        count = len(job.keys)
         memory = job.slot.memory
         return Batch(
             images={side: torch.from_numpy(images[:count]) for side, images in memory.images.items()},
             labels=torch.from_numpy(memory.labels_N[:count].copy()),
-            indices=torch.from_numpy(sample_indices(job.views)),
+            indices=torch.from_numpy(sample_indices(job.keys)),
         )
 
 
@@ -212,16 +212,16 @@ class DamageLimit:
             )
 
 
-def _decode(decoder: Decoder, slot: Slot, views: np.ndarray, rows: slice, limit: DamageLimit) -> None:
-    """Fill some rows of a slot; in `views`, a damaged sample becomes the next one of the beton that is not."""
+def _decode(decoder: Decoder, slot: Slot, keys: np.ndarray, rows: slice, limit: DamageLimit) -> None:
+    """Fill some rows of a slot; in `keys`, a damaged sample becomes the next one of the beton that is not."""
     if slot.last_use is not None:
         slot.last_use.synchronize()
-    decoder.run(views, slot.memory, rows)
+    decoder.run(keys, slot.memory, rows)
     for row in range(rows.start, rows.stop):
         while slot.memory.status_N[row] != DECODED:
-            limit.count(int(sample_indices(views[row : row + 1])[0]))
-            views[row : row + 1] = next_sample(views[row : row + 1], decoder.num_samples)
-            decoder.run(views, slot.memory, slice(row, row + 1))
+            limit.count(int(sample_indices(keys[row : row + 1])[0]))
+            keys[row : row + 1] = next_sample(keys[row : row + 1], decoder.num_samples)
+            decoder.run(keys, slot.memory, slice(row, row + 1))
 
 
 def _damage(beton: Path, index: int) -> str:
@@ -310,7 +310,7 @@ class MultiResolutionLoader:
             raise ValueError(f"{self.beton} has {self.num_samples} samples; a loader takes 1 to {MAX_SAMPLES - 1}")
         pages_N = layout.allocations["ptr"].astype(np.int64) // PAGE_SIZE
         windows = PageWindows(pages_N, window_pages) if window_pages else None
-        self._order = ViewOrder(
+        self._order = SampleOrder(
             self.num_samples, batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, windows=windows
         )
         self._decoder = Decoder(self.beton, self.sides, crop)
@@ -328,14 +328,14 @@ class MultiResolutionLoader:
         return last - first
 
     def epoch(
-        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
+        self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Epoch:
         """Begin a pass over the data, to iterate over (an iterator that is also a context manager).
 
         Args:
-            epoch: from 0; keys the order, and the crops where `view` is None.
+            epoch: from 0; keys the order, and the crops where `crop_epoch` is None.
             start_step: the first batch to give; those before it are not read.
-            view: show the crops of this epoch instead.
+            crop_epoch: show the crops of this epoch instead.
             sides: those that are wanted, all by default. The others cost no memory and no resizing, and those that
                 are wanted show the same pixels.
 
@@ -343,39 +343,41 @@ class MultiResolutionLoader:
             ValueError: an argument is out of range, or a side is not one of the loader's.
             DecodeError: from the iteration, when it comes to a damaged JPEG.
         """
-        view = epoch if view is None else view
-        if min(epoch, view) < 0 or not 0 <= start_step <= self.num_batches:
+        crop_epoch = epoch if crop_epoch is None else crop_epoch
+        if min(epoch, crop_epoch) < 0 or not 0 <= start_step <= self.num_batches:
             raise ValueError(
-                f"epoch {epoch}, view {view}, start_step {start_step}: "
-                f"epochs and views are 0 or more, a step 0 to {self.num_batches}"
+                f"epoch {epoch}, crop_epoch {crop_epoch}, start_step {start_step}: "
+                f"epochs and keys are 0 or more, a step 0 to {self.num_batches}"
             )
-        batches, pages = self._order.batches(epoch, start_step, view), self._order.pages_ahead(epoch, start_step)
+        batches, pages = self._order.batches(epoch, start_step, crop_epoch), self._order.pages_ahead(epoch, start_step)
         return self._start(batches, pages, sides, self._max_damaged)
 
-    def read(self, view: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None) -> Epoch:
+    def read(
+        self, crop_epoch: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
+    ) -> Epoch:
         """Begin a pass over given samples, in the given batches; what is given is not shared out over the ranks.
 
         What is read so is kept under the sample's number, so nothing is shown in place of a damaged one, whatever
         `max_damaged` says.
 
         Args:
-            view: the epoch whose crops are shown.
+            crop_epoch: the epoch whose crops are shown.
             batches: sample indices, (N,) each.
             sides: as in `epoch`.
 
         Raises:
-            ValueError: `view` or an index is out of range, or a side is not one of the loader's.
+            ValueError: `crop_epoch` or an index is out of range, or a side is not one of the loader's.
             DecodeError: as in `epoch`.
         """
         given = [np.asarray(indices_N, np.int64) for indices_N in batches]
         outside = [int(indices_N[n]) for indices_N in given for n in np.flatnonzero(indices_N // self.num_samples)]
-        if view < 0 or outside:
+        if crop_epoch < 0 or outside:
             raise ValueError(
-                f"view {view}, samples {outside[:5]}: a view is 0 or more, a sample of {self.beton} "
+                f"crop_epoch {crop_epoch}, samples {outside[:5]}: a crop_epoch is 0 or more, a sample of {self.beton} "
                 f"0 to {self.num_samples - 1}"
             )
-        views = [pack_views(indices_N, self._order.seed, view) for indices_N in given]
-        return self._start(views, [np.empty(0, np.int64)] * len(views), sides, max_damaged=0)
+        keys = [pack_keys(indices_N, self._order.seed, crop_epoch) for indices_N in given]
+        return self._start(keys, [np.empty(0, np.int64)] * len(keys), sides, max_damaged=0)
 
     def _start(
         self,

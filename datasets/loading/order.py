@@ -56,16 +56,16 @@ def batch_bounds(num_samples: int, batch_size: int, step: int) -> tuple[int, int
     return first, first + size + (step < larger)
 
 
-def pack_views(indices_N: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.uint64]:
+def pack_keys(indices_N: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.uint64]:
     """Views (N,) of the samples at `indices_N`, each in 0 .. 2**32 - 1, as the epoch sees them."""
     # The last of the generator's values for (seed, epoch) serves as their hash, far from those that the order uses.
     high = _generator(seed, epoch).advance(1 << 64).random_raw() & INDEX_MASK.item()
     return indices_N.astype(np.uint64) | np.uint64(high << INDEX_BITS.item())
 
 
-def sample_indices(views_N: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The sample indices (N,) of views."""
-    return (views_N & INDEX_MASK).astype(np.int64)
+def sample_indices(keys_N: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The sample indices (N,) of keys."""
+    return (keys_N & INDEX_MASK).astype(np.int64)
 
 
 def rank_part(owners_N: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
@@ -110,13 +110,13 @@ class PageWindows:
         return by_number[np.searchsorted(order, self.pages_N, sorter=by_number)]
 
 
-def next_sample(views_N: NDArray[np.uint64], num_samples: int) -> NDArray[np.uint64]:
-    """The views of the samples that follow in the beton, in the same epoch."""
-    return (views_N & ~INDEX_MASK) | ((views_N & INDEX_MASK) + np.uint64(1)) % np.uint64(num_samples)
+def next_sample(keys_N: NDArray[np.uint64], num_samples: int) -> NDArray[np.uint64]:
+    """The keys of the samples that follow in the beton, in the same epoch."""
+    return (keys_N & ~INDEX_MASK) | ((keys_N & INDEX_MASK) + np.uint64(1)) % np.uint64(num_samples)
 
 
-class ViewOrder:
-    """The order of one rank, as views.
+class SampleOrder:
+    """The order of one rank, as keys.
 
     The batches over all ranks together are the same for any number of ranks. Of each batch, rank r takes the r-th of
     `world_size` parts, which may be empty. With `windows` a batch is shared out by pages, so that a rank reads little
@@ -142,24 +142,19 @@ class ViewOrder:
     def num_batches(self) -> int:
         return count_batches(self.num_samples, self.batch_size)
 
-    @property
-    def local_batch_size(self) -> int:
-        """The largest number of samples in this rank's part of a batch."""
-        return -(-min(self.batch_size, self.num_samples) // self.world_size)
+    def batches(self, epoch: int, start_step: int = 0, crop_epoch: int | None = None) -> list[NDArray[np.uint64]]:
+        """This rank's keys of every batch of the epoch from `start_step` on.
 
-    def batches(self, epoch: int, start_step: int = 0, view: int | None = None) -> list[NDArray[np.uint64]]:
-        """This rank's views of every batch of the epoch from `start_step` on.
-
-        They are as the epoch sees them, or as epoch `view` does.
+        They are as the epoch sees them, or as epoch `crop_epoch` does.
         """
         places_N = self.windows.places(self.seed, epoch) if self.windows else np.zeros(self.num_samples, np.int64)
         windows_N = places_N // self.windows.num_pages if self.windows else places_N
         order = epoch_order(self.num_samples, self.seed, epoch, self.shuffle, windows_N)
-        views, parts = pack_views(order, self.seed, epoch if view is None else view), []
+        keys, parts = pack_keys(order, self.seed, epoch if crop_epoch is None else crop_epoch), []
         for step in range(start_step, self.num_batches):
             first, last = batch_bounds(self.num_samples, self.batch_size, step)
             owners = self._owners(places_N[order[first:last]])
-            parts.append(views[first + rank_part(owners, self.rank, self.world_size)])
+            parts.append(keys[first + rank_part(owners, self.rank, self.world_size)])
         return parts
 
     def pages_ahead(self, epoch: int, start_step: int = 0) -> list[NDArray[np.int64]]:
@@ -182,10 +177,6 @@ class ViewOrder:
     def _owners(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rank that the page at each place of the epoch belongs to: every window is shared out evenly."""
         return places % self.windows.num_pages * self.world_size // self.windows.num_pages if self.windows else places
-
-    def sample_order(self, epoch: int) -> NDArray[np.uint64]:
-        """This rank's views of the whole epoch."""
-        return np.concatenate(self.batches(epoch))
 
 
 def _generator(seed: int, epoch: int) -> np.random.Philox:

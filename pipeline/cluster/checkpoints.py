@@ -12,9 +12,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
 )
 
 from datasets.files import write_whole
-from pipeline.training.checkpoint import TrainingState
-
-STATE_FILE = "state.pt"
+from pipeline.training.checkpoint import STATE_FILE, TrainingState
 
 
 class DamagedCheckpointError(ValueError):

@@ -21,7 +21,7 @@ import yaml
 from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
 from datasets.files import write_whole
 from datasets.sources.catalog import find_dataset
-from datasets.staging import stage
+from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import DamagedCheckpointError, mend_snapshot
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
@@ -38,7 +38,7 @@ from pipeline.evaluation.report import write_report
 from pipeline.models.cost import Costs, Latency
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
-from pipeline.tracking.tracker import RunHandle, close_run, open_run, replay
+from pipeline.tracking.tracker import replay, tracked_run
 from pipeline.training.checkpoint import load_model
 
 
@@ -67,8 +67,8 @@ def train_run(config: Config) -> RunResult:
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_driver(folder.driver_lock):
         write_whole(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        stage_validation(config)
-        with ray_cluster(), sigterm_as_sigint(), _tracked(config, folder, manifest) as tracking:
+        download_validation_split(config)
+        with ray_cluster(), sigterm_as_sigint(), tracked_run(config, folder.path, folder.report, manifest) as tracking:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
             _collect(_fit(config, folder.path, settings), folder)
             report = _write_report(config, folder, manifest, _measured(config, folder, costs))
@@ -91,7 +91,7 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
     load_model(folder.model)
     config = config if cost is None else config.model_copy(update={"cost": cost})
     manifest, costs = check_config(config)
-    stage_validation(config)
+    download_validation_split(config)
     with only_driver(folder.driver_lock), ray_cluster():
         settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)
         # Ray Train goes on from what it finds under a run's name, so every evaluation has a name of its own.
@@ -131,10 +131,10 @@ def _collect(checkpoint: Path, folder: RunFolder) -> None:
         write_whole(folder.model, (checkpoint / folder.model.name).read_bytes())
 
 
-def stage_validation(config: Config) -> None:
+def download_validation_split(config: Config) -> None:
     """Bring the images that the report shows to the driver's node: first, so that it cannot fail for want of them."""
     if config.data.uri:
-        stage(config.data.uri, config.data.folder, splits=[VALIDATION])
+        download_dataset(config.data.uri, config.data.folder, splits=[VALIDATION])
 
 
 def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: Costs) -> dict[str, Any]:
@@ -166,20 +166,6 @@ def environment() -> dict[str, str]:
         "ray": ray.__version__,
         "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, GPU {gpu}",
     }
-
-
-@contextmanager
-def _tracked(config: Config, folder: RunFolder, manifest: Manifest) -> Iterator[RunHandle]:
-    """The run's MLflow run; it ends FINISHED with the report as artifact, or FAILED or KILLED."""
-    tracking, status = open_run(config, folder.path, manifest), "FAILED"
-    try:
-        yield tracking
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        close_run(tracking, status, artifacts=folder.report)
 
 
 @contextmanager

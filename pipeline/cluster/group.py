@@ -35,7 +35,7 @@ _OF_OTHERS = ("Connection closed by peer", "Connection reset by peer", "Broken p
 """what a worker says when another one has gone"""
 
 
-class FailureTeller(UserCallback):
+class FailureReporter(UserCallback):
     """Adds each failure of workers to the run's folder as it happens. It lives in Ray Train's controller."""
 
     def __init__(self, run_folder: Path):
@@ -46,7 +46,7 @@ class FailureTeller(UserCallback):
             append_event(self.run_folder, {"message": explain_workers(worker_exceptions)}, FAILURES)
 
 
-class WaitTeller(ControllerCallback):
+class WaitReporter(ControllerCallback):
     """Adds that workers cannot be started, which Ray Train tries again without a word for as long as it takes."""
 
     def __init__(self, run_folder: Path):
@@ -159,7 +159,7 @@ def run_group(
             storage_path=str(storage.parent),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureTeller(told), WaitTeller(told)],
+            callbacks=[FailureReporter(told), WaitReporter(told)],
         ),
     )
     try:

@@ -32,6 +32,13 @@ def append_event(run_folder: Path, event: Mapping[str, Any], file_name: str = FI
         file.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
+def event_writer(folder: Path | None) -> Callable[[str], None]:
+    """Writes lines as progress messages of a run folder; None prints them on this worker's own output."""
+    if folder is None:
+        return print
+    return lambda line: append_event(folder, {"message": line})
+
+
 @contextmanager
 def followed(run_folder: Path, show: Callable[[str], None] = print) -> Iterator[None]:
     """Print the run's new events while the body runs."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,18 @@ from torch import Tensor
 
 from datasets.beton import Manifest, load_manifest
 from datasets.loading.loader import MultiResolutionLoader
-from datasets.staging import stage
-from pipeline.cluster.checkpoints import STATE_FILE, read_state
-from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, labelled_logs
+from datasets.staging import download_dataset
+from pipeline.cluster.checkpoints import read_state
+from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labelled_logs
 from pipeline.cluster.stopping import StoppedError, is_stop_asked
 from pipeline.config.run_folder import RunFolder
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, DataConfig
 from pipeline.evaluation.predictions import collect_predictions
-from pipeline.models.drnet import DRNet
+from pipeline.models.drnet import DRNet, place_model
 from pipeline.tracking.tracker import RunHandle, RunLogger, system_metrics
 from pipeline.training import distributed
-from pipeline.training.assembly import build_model, equip_for_training, open_loaders, placed
-from pipeline.training.checkpoint import TrainingState, load_model, save_model
+from pipeline.training.assembly import build_model, equip_for_training, open_loaders
+from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model, save_model
 from pipeline.training.loop import train
 from pipeline.training.run import EVALUATE, Goodput, Progress, Run, costs_of_run, refuse_unreachable
 
@@ -53,7 +54,9 @@ def run_worker(settings: WorkerSettings) -> None:
     goodput = Goodput()
     config, context, folder = settings.config, ray.train.get_context(), RunFolder(settings.run_folder)
     device = ray.train.torch.get_device()
-    manifest = data_of_node(settings, context.get_node_rank())
+    # As rank 0: only one machine appends to a file that others may see over a network.
+    tell = event_writer(settings.run_folder if context.get_node_rank() == 0 else None)
+    manifest = data_of_node(config.data, settings.data_digest, tell)
     with ExitStack() as stack:
         labels = stack.enter_context(labelled_logs(config.name, context.get_world_rank()))
         reporter = WorkerReporter(settings, context.get_world_rank(), manifest, goodput, labels)
@@ -71,7 +74,7 @@ def run_worker(settings: WorkerSettings) -> None:
         if settings.evaluate_model:
             model = load_model(settings.evaluate_model).model.to(device)
             if config.cost == "milliseconds":
-                trained = placed(copy.deepcopy(model), config, device)
+                trained = place_model(copy.deepcopy(model), device, channels_last=config.training.channels_last)
                 costs_of_run(trained, config, folder.latency, resumed=False)
         else:
             model, state = build_model(config, manifest, device), _last_state()
@@ -101,27 +104,23 @@ def run_worker(settings: WorkerSettings) -> None:
             reporter.goodput(goodput)
 
 
-def data_of_node(settings: WorkerSettings, node: int) -> Manifest:
-    """The manifest of the data in this node's data.folder, which is brought there first where it has an address.
+def data_of_node(data: DataConfig, digest: str, tell: Callable[[str], None]) -> Manifest:
+    """The manifest of this node's data.folder; downloads the data first where it has an address.
+
+    Args:
+        digest: of the data that the driver saw.
+        tell: called with lines about the download.
 
     Raises:
-        ValueError: the data cannot be staged, or is not the data that the driver saw.
+        ValueError: the data cannot be downloaded, or is not the data that the driver saw.
         OSError: the address cannot be read, or there is no space.
     """
-    data = settings.config.data
-
-    def tell(line: str) -> None:
-        if node == 0:  # as rank 0: only one machine appends to a file that others may see over a network
-            append_event(settings.run_folder, {"message": line})
-        else:
-            print(line)
-
-    manifest = stage(data.uri, data.folder, tell=tell) if data.uri else load_manifest(data.folder)
-    if manifest.digest != settings.data_digest:
+    manifest = download_dataset(data.uri, data.folder, tell=tell) if data.uri else load_manifest(data.folder)
+    if manifest.digest != digest:
         raise ValueError(
-            f"{data.folder} on node {node} holds other data (digest {manifest.digest}) than the driver of the run saw "
-            f"(digest {settings.data_digest}); make the folder the same on every node, or, where the data at "
-            "data.uri has just changed, start again"
+            f"{data.folder} on {platform.node()} holds other data (digest {manifest.digest}) than the driver saw "
+            f"(digest {digest}). Make the folder the same on every node; if the data at data.uri has just changed, "
+            "start again."
         )
     return manifest
 

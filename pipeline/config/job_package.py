@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.remote import HIDDEN, redacted
-from pipeline.config.schema import Config
+from pipeline.config.schema import REGISTERED, Config
 
 UNPACKED_IN = "working_dir_files"
 """Ray's name of the folder that packages are unpacked in"""
@@ -69,7 +69,7 @@ def _starts(config: Config) -> Iterator[tuple[str, Path]]:
     if weights.suffix in (".pt", ".pth", ".bin") or len(weights.parts) > 1:  # else the name of published weights
         yield "model.weights", weights
     for key, named in (("backbone", config.search.backbone), ("tables", config.search.tables)):
-        if named and not str(named).startswith("models:/"):
+        if named and not str(named).startswith(REGISTERED):
             yield f"search.{key}", Path(named)
     for name, stage in config.stages.present():
         if stage.init_from:

@@ -180,8 +180,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"stages.{name}.warmup_epochs {stage.warmup_epochs:g} must be less than epochs {stage.epochs}"
         if isinstance(stage, RoutedStage):
             yield from (f"stages.{name}.{problem}" for problem in _target_problems(stage, config.cost))
-        if isinstance(stage, PredictorStage) and stage.views is not None and stage.views > stage.epochs:
-            yield f"stages.{name}.views {stage.views} must not be more than epochs {stage.epochs}, which see one each"
+        if isinstance(stage, PredictorStage) and stage.num_crops is not None and stage.num_crops > stage.epochs:
+            yield f"stages.{name}.num_crops is {stage.num_crops}; give at most its epochs, {stage.epochs}"
 
 
 def _target_problems(stage: RoutedStage, cost: str) -> Iterator[str]:

@@ -9,13 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from datasets.remote import redacted
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+REGISTERED = "models:/"
+"""how the address of a registered model begins"""
 
 
 class Section(BaseModel):
@@ -215,7 +219,7 @@ class PredictorStage(RoutedStage):
 
     logits: Literal["table", "live"] = "table"
     """table: the frozen backbone's logits are computed once and kept as float16; live: it runs in every step"""
-    views: Positive | None = None
+    num_crops: Positive | None = Field(None, validation_alias=AliasChoices("num_crops", "views"))
     """random crops of each image, which the epochs take in turn, so that a table costs less; null is one every epoch"""
 
 
@@ -343,7 +347,7 @@ class SearchConfig(Section):
     num_trials: Positive = 40
     """candidates that are tried besides the paper's four"""
     epochs: Positive | None = None
-    """epochs of a trial, and at most as many views; null is stages.predictor.epochs"""
+    """epochs of a trial, and at most as many num_crops; null is stages.predictor.epochs"""
     objective: Literal["front", "budget"] = "front"
     """front: accuracy and total GFLOPs (Optuna's multi-objective TPE); budget: accuracy at budget_gflops (with ASHA)"""
     budget_gflops: Annotated[float, Field(gt=0)] | None = None

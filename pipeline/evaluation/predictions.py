@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.files import whole_file
+from pipeline.models.dry_run import training_mode
 
 if TYPE_CHECKING:
     from pipeline.models.drnet import DRNet
@@ -139,7 +139,7 @@ def collect_predictions(
     """
     device = next(model.parameters()).device
     labels, indices, logits, predictor = [], [], [], []
-    with _evaluating(model), torch.inference_mode():
+    with training_mode(model, False), torch.inference_mode():
         for batch in batches:
             if len(batch.labels) == 0:
                 continue
@@ -195,15 +195,3 @@ def _check_complete(indices_N: np.ndarray, num_images: int | None) -> None:
         if found.any():
             first = ", ".join(str(index) for index in np.flatnonzero(found)[:5])
             raise ValueError(f"{found.sum()} of {count} images are {what}, the first: {first}; evaluate again")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside, every layer's own flag is as before: a frozen backbone may differ from its model."""
-    flags = [(layer, layer.training) for layer in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for layer, flag in flags:
-            layer.training = flag

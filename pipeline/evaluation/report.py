@@ -17,6 +17,7 @@ from pipeline.evaluation.figures import draw_figures, draw_gallery, pick_tiles
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.render import render_html, render_markdown
 from pipeline.evaluation.statistics import (
+    COLLAPSED_SHARE,
     CONFIDENCE,
     RESAMPLES,
     Estimate,
@@ -184,9 +185,6 @@ def _difference(
     }
 
 
-COLLAPSED_SHARE = 0.99
-
-
 def judge(report: Mapping[str, Any]) -> dict[str, Any]:
     """`outcome`, `verdict` (text; its first sentence is the outcome) and `verdict_details` (further sentences).
 
@@ -275,7 +273,7 @@ def _against_line(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
 def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str]:
     shares = rows["routed"]["shares"]
     most = max(range(len(shares)), key=lambda j: shares[j])
-    if shares[most] >= COLLAPSED_SHARE:
+    if shares[most] > COLLAPSED_SHARE:
         yield (
             f"The predictor sends {percent(shares[most])} of the images to {report['resolutions'][most]} px: "
             "the choice has collapsed, which leaves a static network that also pays for a predictor."

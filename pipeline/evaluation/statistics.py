@@ -18,6 +18,8 @@ from scipy.stats import binomtest, spearmanr
 from pipeline.models.cost import Costs
 
 CONFIDENCE = 0.95
+COLLAPSED_SHARE = 0.98
+"""Routing has collapsed when one resolution takes more of the images than this."""
 RESAMPLES = 10_000
 _CHUNK = 1000
 

@@ -86,6 +86,12 @@ def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], st
     return DRNet(backbone, predictor, config.resolutions, config.predictor.input_size, mean, std)
 
 
+def place_model(model: DRNet, device: torch.device, *, channels_last: bool) -> DRNet:
+    """Move a model to a device, with weights and input in one memory format."""
+    model.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=model.memory_format)  # ty: ignore[no-matching-overload]
+
+
 def build_configured(config: PredictorConfig, num_resolutions: int) -> Predictor:
     """The predictor that `config` describes; raises ValueError where there is none."""
     shape = predictor_shape(

@@ -76,19 +76,6 @@ def make_resolution_aware(module: nn.Module, num_resolutions: int) -> list[Resol
     return list(replaced.values())
 
 
-def select_resolution(module: nn.Module, index: int) -> None:
-    """Make candidate `index` active in every ResolutionBatchNorm2d of `module`.
-
-    Raises:
-        ValueError: `index` is not in [0, R).
-    """
-    for layer in module.modules():
-        if isinstance(layer, ResolutionBatchNorm2d):
-            if not 0 <= index < len(layer.norms):
-                raise ValueError(f"resolution index {index} is not in 0..{len(layer.norms) - 1}")
-            layer.active = index
-
-
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
     """Forward passes of the body, in training mode too, leave every running statistic inside `module` as it is.

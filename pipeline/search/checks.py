@@ -16,11 +16,10 @@ from datasets.beton import TRAIN, VALIDATION, Manifest
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.preflight import check_config
 from pipeline.config.load import ConfigError
-from pipeline.config.schema import Config, SearchConfig
+from pipeline.config.schema import REGISTERED, Config, SearchConfig
 from pipeline.models.cost import measure_costs
-from pipeline.models.drnet import build_drnet
+from pipeline.models.drnet import build_drnet, place_model
 from pipeline.search.source import (
-    REGISTERED,
     TrainedBackbone,
     backbone_path,
     backbone_problems,
@@ -38,7 +37,7 @@ from pipeline.search.space import (
     space_of,
     space_problems,
 )
-from pipeline.search.trial import num_views, trial_config, trial_stage
+from pipeline.search.trial import num_crops, trial_config, trial_stage
 from pipeline.training.logit_table import LogitTable, TableKey
 from pipeline.training.objectives import Forward, StepBatch, build_objective, gumbel_noise
 from pipeline.training.optim import build_optimizer
@@ -48,7 +47,7 @@ BACKBONE_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class Work:
+class SearchWork:
     """Images that a search runs through networks."""
 
     table_images: int
@@ -69,12 +68,12 @@ class Speed:
     backbone: float
 
 
-def search_work(config: Config, manifest: Manifest) -> Work:
+def search_work(config: Config, manifest: Manifest) -> SearchWork:
     """How many images a search has to do with."""
     stage, joint = trial_stage(config), config.stages.joint
     train, validation = manifest.splits[TRAIN].count, manifest.splits[VALIDATION].count
-    return Work(
-        table_images=num_views(config) * train + validation,
+    return SearchWork(
+        table_images=num_crops(config) * train + validation,
         trial_images=stage.epochs * train,
         evaluated_images=2 * validation,
         joint_images=joint.epochs * train if joint else 0,
@@ -87,9 +86,8 @@ def measure_speed(config: Config, candidate: Candidate, num_classes: int, num_th
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = trial_config(config, candidate, config.seed)
     plain = config.model.model_copy(update={"weights": None})
-    model = build_drnet(plain, num_classes, (0.5,) * 3, (0.5,) * 3).to(device)
-    if config.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+    model = build_drnet(plain, num_classes, (0.5,) * 3, (0.5,) * 3)
+    model = place_model(model, device, channels_last=config.training.channels_last)
     stage, size, R = config.stages.predictor, config.training.batch_size, len(model.resolutions)
     assert stage is not None
     costs_R = torch.tensor(measure_costs(model).backbone_gflops, device=device)
@@ -228,8 +226,8 @@ def _table_problems(config: Config, backbone: TrainedBackbone, manifest: Manifes
     try:
         model = model_with_backbone(backbone, config, len(manifest.classes))
         if config.search.tables is not None and config.stages.predictor is not None:
-            for split, views in ((TRAIN, num_views(config)), (VALIDATION, 1)):
-                LogitTable(config.search.tables, TableKey.of(model, config, manifest, split), range(views))
+            for split, count in ((TRAIN, num_crops(config)), (VALIDATION, 1)):
+                LogitTable(config.search.tables, TableKey.of(model, config, manifest, split), range(count))
     except ValueError as error:
         yield str(error)
 
@@ -279,7 +277,7 @@ def describe_search(config: Config) -> str:
     return "\n".join(_lines(config, checked, speed, search_work(config, checked.manifest), at_once))
 
 
-def _lines(config: Config, checked: Checked, speed: Speed, work: Work, at_once: int) -> Iterator[str]:
+def _lines(config: Config, checked: Checked, speed: Speed, work: SearchWork, at_once: int) -> Iterator[str]:
     search, space = config.search, checked.space
     yield f"backbone: {checked.backbone.origin}, {config.model.backbone} at {list(config.model.resolutions)} px"
     yield (

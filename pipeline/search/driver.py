@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,28 @@ from ray import tune
 from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
-from pipeline.cluster.driver import environment, only_driver, stage_validation, train_run
+from pipeline.cluster.driver import download_validation_split, environment, only_driver, train_run
 from pipeline.cluster.group import run_group
-from pipeline.cluster.progress import append_event, followed
+from pipeline.cluster.progress import event_writer, followed
 from pipeline.cluster.stopping import sigterm_as_sigint
-from pipeline.cluster.worker import WorkerSettings, data_of_node
+from pipeline.cluster.worker import data_of_node
 from pipeline.config.load import with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, StagesConfig
-from pipeline.models.drnet import DRNet, build_configured
+from pipeline.models.drnet import DRNet, build_configured, place_model
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources
 from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
 from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.source import model_with_backbone
-from pipeline.search.space import RECIPE_KEYS, Candidate, paper_candidates
-from pipeline.search.trial import num_views, trial_stage
-from pipeline.search.tuner import EPOCH, SCORE, PatientASHA, Plan, SearchSettings, search_loader, tune_trial
+from pipeline.search.space import RECIPE_KEYS, Candidate, input_sizes, paper_candidates
+from pipeline.search.trial import num_crops, trial_stage
+from pipeline.search.tuner import EPOCH, SCORE, PatientASHA, SearchSettings, TrialSearcher, tune_trial
 from pipeline.tracking.registry import RegisteredModel, register_model
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER, tracking_uri
-from pipeline.tracking.tracker import RunHandle, RunLogger, close_run, open_run
+from pipeline.tracking.tracker import RunHandle, RunLogger, tracked_run
+from pipeline.training.assembly import open_loader
 from pipeline.training.checkpoint import load_model, save_model
 from pipeline.training.logit_table import LogitTable, TableError, TableKey, fill_table
 from pipeline.training.objectives import Forward
@@ -170,16 +170,18 @@ def search_run(config: Config) -> SearchResult:
         only_driver(folder.lock),
         ray_cluster(),
         sigterm_as_sigint(),
-        _tracked(config, folder, checked.manifest) as tracking,
+        tracked_run(
+            config.model_copy(update={"name": f"{config.name}-search"}), folder.path, folder.report, checked.manifest
+        ) as tracking,
     ):
         require_healthy(config, checked.manifest.digest)
         check_trials_fit(config)
-        stage_validation(config)
+        download_validation_split(config)
         settings = _begin(config, folder, checked)
         _fill_tables(settings, checked.manifest)
         correct_NR = _correct(settings, checked.manifest)
         _run_trials(settings, checked, correct_NR, tracking)
-        records, _ = settings.records.read(settings.context)
+        records = settings.records.read(settings.context)
         # An earlier sitting may have had more seeds.
         records = [record for record in records if 0 <= record.seed - config.seed < config.search.seeds]
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
@@ -229,37 +231,31 @@ def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
 def _tables_complete(settings: SearchSettings, manifest: Manifest) -> bool:
     model = load_model(settings.folder.backbone).model
     try:
-        for split, views in _table_views(settings.config).items():
-            LogitTable(settings.tables, TableKey.of(model, settings.config, manifest, split), views)
+        for split, crop_epochs in _table_crops(settings.config).items():
+            LogitTable(settings.tables, TableKey.of(model, settings.config, manifest, split), crop_epochs)
     except TableError:
         return False
     return True
 
 
-def _table_views(config: Config) -> dict[str, range]:
-    return {TRAIN: range(num_views(config)), VALIDATION: range(1)}
+def _table_crops(config: Config) -> dict[str, range]:
+    return {TRAIN: range(num_crops(config)), VALIDATION: range(1)}
 
 
 def _fill_worker(settings: SearchSettings) -> None:
     """This rank's part of the tables."""
     config, context = settings.config, ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
-    node = WorkerSettings(config, settings.folder.path, settings.data_digest, tracking=None)
-    manifest = data_of_node(node, context.get_node_rank())
-    model = load_model(settings.folder.backbone).model.to(device)
-    if config.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
-
-    def tell(line: str) -> None:
-        if rank == 0:
-            append_event(settings.folder.path, {"message": line})
-
+    tell = event_writer(settings.folder.path if rank == 0 else None)
+    manifest = data_of_node(config.data, settings.data_digest, tell)
+    model = load_model(settings.folder.backbone).model
+    model = place_model(model, device, channels_last=config.training.channels_last)
     settings.folder.tables.mkdir(exist_ok=True)
-    for split, views in _table_views(config).items():
+    for split, crop_epochs in _table_crops(config).items():
         key = TableKey.of(model, config, manifest, split)
-        loader = search_loader(config, split, num_threads=torch.get_num_threads())
+        loader = open_loader(config, split, input_sizes(config), num_threads=torch.get_num_threads())
         backbone_logits = Forward(model, key.precision).frozen_backbone
-        fill_table(settings.folder.tables, key, views, loader, backbone_logits, device=device, tell=tell)
+        fill_table(settings.folder.tables, key, crop_epochs, loader, backbone_logits, device=device, tell=tell)
 
 
 def _correct(settings: SearchSettings, manifest: Manifest) -> np.ndarray:
@@ -287,9 +283,9 @@ def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarr
         _track(logger, record)
         print(f"[{plan.num_done}/{plan.num_planned}] {_line(record)}", flush=True)
 
-    plan = Plan(settings, checked.space, fixed, search.num_trials, finalists, on_record)
+    plan = TrialSearcher(settings, checked.space, fixed, search.num_trials, finalists, on_record)
     try:
-        for record in settings.records.read(settings.context)[0]:
+        for record in settings.records.read(settings.context):
             _track(logger, record)
         if plan.is_over:
             return
@@ -301,7 +297,7 @@ def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarr
         raise KeyboardInterrupt("interrupted; the same command goes on with the trials that are not finished")
 
 
-def _fit(settings: SearchSettings, plan: Plan) -> None:
+def _fit(settings: SearchSettings, plan: TrialSearcher) -> None:
     search, folder = settings.config.search, settings.folder
     shutil.rmtree(folder.tune, ignore_errors=True)
     # Tune's newer output cannot be silenced, and every trial has its line already.
@@ -382,18 +378,3 @@ def _track(logger: RunLogger, record: Record) -> None:
     values = {"accuracy": record.accuracy, "gflops": record.gflops, "predictor_gflops": record.predictor_gflops}
     numbers = {key: value for key, value in values.items() if value is not None}
     logger.metrics(name, {**numbers, f"outcome_{record.outcome}": 1.0}, record.epochs)
-
-
-@contextmanager
-def _tracked(config: Config, folder: SearchFolder, manifest: Manifest) -> Iterator[RunHandle]:
-    """The search's MLflow run, the parent of its trials'; it ends with the report as artifact."""
-    tracking = open_run(config.model_copy(update={"name": f"{config.name}-search"}), folder.path, manifest)
-    status = "FAILED"
-    try:
-        yield tracking
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        close_run(tracking, status, artifacts=folder.report)

@@ -146,17 +146,10 @@ class Records:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def read(self, context: str) -> tuple[list[Record], int]:
-        """The trials of a context in the order of their keys, and how many there are of other ones."""
-        found: list[Record] = []
-        others = 0
-        for path in sorted(self.folder.glob("*.json")):
-            record = self._load(path)
-            if record is not None and record.context == context:
-                found.append(record)
-            else:
-                others += record is not None
-        return found, others
+    def read(self, context: str) -> list[Record]:
+        """The trials of a context in the order of their keys."""
+        found = (self._load(path) for path in sorted(self.folder.glob("*.json")))
+        return [record for record in found if record is not None and record.context == context]
 
     def find(self, context: str, candidate: Candidate, seed: int) -> Record | None:
         """A trial that is there already."""

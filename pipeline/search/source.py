@@ -12,13 +12,11 @@ from torch import Tensor
 from datasets.beton import Manifest
 from pipeline.config.load import parse_config
 from pipeline.config.run_folder import RunFolder
-from pipeline.config.schema import Config
+from pipeline.config.schema import REGISTERED, Config
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.tracking.registry import download_trained
-from pipeline.training.checkpoint import TrainingState, load_model
+from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model
 
-STATE_FILE = "state.pt"
-REGISTERED = "models:/"
 _PREFIX = "backbone."
 
 

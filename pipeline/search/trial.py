@@ -14,13 +14,13 @@ from pipeline.config.schema import Config, PredictorStage, StagesConfig
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.backbone import ResolutionBackbone
 from pipeline.models.cost import Costs, measure_costs
-from pipeline.models.drnet import DRNet, build_configured
+from pipeline.models.drnet import DRNet, build_configured, place_model
 from pipeline.search.records import Record, choice_letters
 from pipeline.search.space import Candidate
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.logit_table import LogitTable
 from pipeline.training.loop import StageData, train_stage
-from pipeline.training.monitoring import DivergedError, Watch
+from pipeline.training.monitoring import DivergedError, DivergenceMonitor
 from pipeline.training.run import Batches, Progress, Run
 
 STAGE = "predictor"
@@ -52,8 +52,8 @@ class TrialData:
     device: torch.device
 
     @property
-    def num_views(self) -> int:
-        return num_views(self.config)
+    def num_crops(self) -> int:
+        return num_crops(self.config)
 
 
 def trial_stage(config: Config) -> PredictorStage:
@@ -61,14 +61,16 @@ def trial_stage(config: Config) -> PredictorStage:
     stage = config.stages.predictor
     assert stage is not None
     epochs = config.search.epochs or stage.epochs
-    return stage.model_copy(update={"epochs": epochs, "views": min(stage.views or epochs, epochs), "init_from": None})
+    return stage.model_copy(
+        update={"epochs": epochs, "num_crops": min(stage.num_crops or epochs, epochs), "init_from": None}
+    )
 
 
-def num_views(config: Config) -> int:
+def num_crops(config: Config) -> int:
     """Different crops of each training image that the trials see."""
-    views = trial_stage(config).views
-    assert views is not None
-    return views
+    num_crops = trial_stage(config).num_crops
+    assert num_crops is not None
+    return num_crops
 
 
 def trial_config(config: Config, candidate: Candidate, seed: int) -> Config:
@@ -106,7 +108,7 @@ def run_trial(
     assert stage is not None
     record = Record(data.context, candidate, seed, "diverged", predictor_gflops=run.costs.predictor_gflops)
     try:
-        train_stage(run, STAGE, stage, 0, Watch(run.config.training.max_loss), data=stage_data)
+        train_stage(run, STAGE, stage, 0, DivergenceMonitor(run.config.training.max_loss), data=stage_data)
     except DivergedError as error:
         return replace(record, reason=str(error), seconds=time.perf_counter() - started), None
     found = collect_predictions(run.model, stage_data.validation_epoch(), stage_data.validation_logits)
@@ -140,7 +142,7 @@ def _run_of(
         train=data.train(seed),
         validation=data.validation,
         first_epoch=0,
-        views=data.num_views,
+        num_crops=data.num_crops,
         sides=(candidate.input_size,),
         train_table=data.train_table,
         validation_table=data.validation_table,
@@ -170,9 +172,8 @@ def build_model(data: TrialData, config: Config, seed: int) -> tuple[DRNet, Cost
         config.model.predictor.input_size,
         data.mean,
         data.std,
-    ).to(data.device)
-    if config.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+    )
+    model = place_model(model, data.device, channels_last=config.training.channels_last)
     return model, measure_costs(model)
 
 

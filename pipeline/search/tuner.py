@@ -18,14 +18,14 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
-from datasets.loading.decoded import DecodedViews, Ordered, Reader, decoded_bytes
-from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
-from pipeline.cluster.worker import WorkerSettings, data_of_node
+from datasets.loading.decoded import DecodedCrops, Ordered, Reader, decoded_bytes
+from pipeline.cluster.worker import data_of_node
 from pipeline.config.schema import Config
 from pipeline.search.front import budget_score
 from pipeline.search.records import Record, Records, SearchFolder
 from pipeline.search.space import Candidate, Space, input_sizes
-from pipeline.search.trial import TrialData, num_views, run_trial
+from pipeline.search.trial import TrialData, num_crops, run_trial
+from pipeline.training.assembly import open_loader
 from pipeline.training.checkpoint import load_model
 from pipeline.training.logit_table import LogitTable, TableKey, copy_table
 
@@ -91,16 +91,16 @@ def trial_data(settings: SearchSettings) -> TrialData:
     """What this process's trials share; made by the first of them. The first process of a node copies and decodes."""
     config = settings.config
     torch.set_num_threads(settings.cpus)
-    manifest = data_of_node(WorkerSettings(config, settings.folder.path, settings.data_digest, tracking=None), node=1)
+    manifest = data_of_node(config.data, settings.data_digest, print)
     loaded = load_model(settings.folder.backbone)
     node = config.search.node_folder
     tables = {}
-    for split, views in ((TRAIN, range(num_views(config))), (VALIDATION, range(1))):
+    for split, crop_epochs in ((TRAIN, range(num_crops(config))), (VALIDATION, range(1))):
         key, root = TableKey.of(loaded.model, config, manifest, split), settings.tables
         if node is not None:
-            copy_table(root, node / "tables", key, views)
+            copy_table(root, node / "tables", key, crop_epochs)
             root = node / "tables"
-        tables[split] = LogitTable(root, key, views)
+        tables[split] = LogitTable(root, key, crop_epochs)
     cached = decodes_once(config, manifest)
     readers = {split: _reader(settings, tables[split].key, cached) for split in tables}
     size, device = config.training.batch_size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,13 +122,13 @@ def trial_data(settings: SearchSettings) -> TrialData:
 def _reader(settings: SearchSettings, key: TableKey, cached: bool) -> Reader:
     """What trials read of a split: decoded once a node, where that is small enough."""
     config, sides = settings.config, input_sizes(settings.config)
-    views = range(num_views(config) if key.split == TRAIN else 1)
-    loader = search_loader(config, key.split, num_threads=os.cpu_count() or 1 if cached else settings.cpus)
+    crop_epochs = range(num_crops(config) if key.split == TRAIN else 1)
+    loader = open_loader(config, key.split, sides, num_threads=os.cpu_count() or 1 if cached else settings.cpus)
     if not cached:
         return loader
     about = {"data": key.data, "split": key.split, "crop": dict(key.crop)}
     folder = (config.search.node_folder or settings.folder.path) / "decoded"
-    decoded = DecodedViews(folder, beton_path(config.data.folder, key.split), about, views, sides)
+    decoded = DecodedCrops(folder, beton_path(config.data.folder, key.split), about, crop_epochs, sides)
     decoded.fill(loader)
     return decoded
 
@@ -136,25 +136,8 @@ def _reader(settings: SearchSettings, key: TableKey, cached: bool) -> Reader:
 def decodes_once(config: Config, manifest: Manifest) -> bool:
     """Whether the trials' images take no more than search.cache_gb."""
     sides, train, validation = input_sizes(config), manifest.splits[TRAIN].count, manifest.splits[VALIDATION].count
-    size = decoded_bytes(train, num_views(config), sides) + decoded_bytes(validation, 1, sides)
+    size = decoded_bytes(train, num_crops(config), sides) + decoded_bytes(validation, 1, sides)
     return size <= config.search.cache_gb * 1e9
-
-
-def search_loader(config: Config, split: str, *, num_threads: int) -> MultiResolutionLoader:
-    """A loader with every side that the search needs, of one rank."""
-    settings = config.loader
-    augmented = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, settings.flip)
-    return MultiResolutionLoader(
-        beton_path(config.data.folder, split),
-        sides={*config.model.resolutions, *input_sizes(config)},
-        batch_size=config.training.batch_size,
-        crop=augmented if split == TRAIN else CenterCrop(settings.validation_crop),
-        shuffle=split == TRAIN,
-        seed=config.seed,
-        num_threads=num_threads,
-        batches_ahead=settings.batches_ahead,
-        max_damaged=settings.max_damaged if split == TRAIN else 0,
-    )
 
 
 Trial = tuple[Candidate, int]
@@ -162,7 +145,7 @@ Trial = tuple[Candidate, int]
 
 
 @dataclass(frozen=True)
-class Work:
+class RunningTrial:
     """A trial that Tune has: of the plan's own, or drawn by the sampler as `drawn`."""
 
     candidate: Candidate
@@ -170,7 +153,7 @@ class Work:
     drawn: str | None = None
 
 
-class Plan(Searcher):
+class TrialSearcher(Searcher):
     """Which trial comes next: fixed ones, then as many as are wanted of the sampler's, then the finalists' seeds.
 
     The records are the state: what is in them is not tried again, and tells the sampler what it told before.
@@ -198,12 +181,12 @@ class Plan(Searcher):
         self._finalists, self._on_record = finalists, on_record
         first_seed = settings.config.seed
         self._seeds = range(first_seed, first_seed + settings.config.search.seeds)
-        known, _ = settings.records.read(settings.context)
+        known = settings.records.read(settings.context)
         self._done = {(record.candidate, record.seed): record for record in known if record.outcome != "failed"}
         drawn = [record for (candidate, seed), record in self._done.items() if self._was_drawn(candidate, seed, fixed)]
         self._left = max(0, num_drawn - len(drawn)) if space.parameters else 0
         self._fixed = [(candidate, first_seed) for candidate in fixed]
-        self._running: dict[str, Work] = {}
+        self._running: dict[str, RunningTrial] = {}
         num_repeated = len(fixed) + (settings.config.search.finalists if space.parameters else 0)
         self.num_planned = len(fixed) + self._left + len(drawn) + num_repeated * (len(self._seeds) - 1)
         """at most"""
@@ -263,15 +246,15 @@ class Plan(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; None while the next one depends on those that run."""
-        work: Work | None = None
+        work: RunningTrial | None = None
         if fixed := self._missing(self._fixed):
-            work = Work(*fixed[0])
+            work = RunningTrial(*fixed[0])
         elif self._left:
             work = self._draw(trial_id)
         if work is None and self._is_running_first():
             return None
         if work is None and (repeats := self._missing(self._repeats())):
-            work = Work(*repeats[0])
+            work = RunningTrial(*repeats[0])
         if work is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = work
@@ -280,7 +263,7 @@ class Plan(Searcher):
     def _is_running_first(self) -> bool:
         return any(work.seed == self._seeds[0] for work in self._running.values())
 
-    def _draw(self, trial_id: str) -> Work | None:
+    def _draw(self, trial_id: str) -> RunningTrial | None:
         """A candidate of the sampler that is not too dear and was not tried; None where the space is used up."""
         assert self._sampler is not None
         tried = {candidate for candidate, _ in self._done} | {work.candidate for work in self._running.values()}
@@ -293,7 +276,7 @@ class Plan(Searcher):
             candidate = self._space.candidate(values)
             if candidate not in tried and self._space.allows(candidate):
                 self._left -= 1
-                return Work(candidate, self._seeds[0], drawn)
+                return RunningTrial(candidate, self._seeds[0], drawn)
             self._sampler.on_trial_complete(drawn, error=True)
         self._left = 0
         return None
@@ -316,7 +299,7 @@ class Plan(Searcher):
             self._sampler.on_trial_complete(work.drawn, answer, error=told is None)
         self._on_record(record)
 
-    def _cut_short(self, work: Work, result: Mapping[str, Any] | None, error: bool) -> Record:
+    def _cut_short(self, work: RunningTrial, result: Mapping[str, Any] | None, error: bool) -> Record:
         """The record of a trial that could not write its own: stopped by ASHA, or its process died."""
         record = Record(self._settings.context, work.candidate, work.seed, outcome="failed")
         if error or not result or result.get(ACCURACY) is None:

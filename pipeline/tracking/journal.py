@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from datasets.files import write_whole
+from datasets.remote import redacted
 from pipeline.tracking.runs import (
     Description,
     children,
@@ -26,7 +27,7 @@ from pipeline.tracking.runs import (
     find_run,
     param_text,
 )
-from pipeline.tracking.store import REJECTED, TrackingError, now_ms, redacted
+from pipeline.tracking.store import REJECTED, TrackingError, now_ms
 
 JOURNAL_FILE, NODE_JOURNALS = "journal.jsonl", "journal-*.jsonl"
 Record = dict[str, Any]

@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 
+from datasets.remote import redacted
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.evaluation.gate import Answers
@@ -25,7 +26,7 @@ from pipeline.serving import pyfunc
 from pipeline.serving.package import code_files, save_pyfunc
 from pipeline.tracking.promotion import ANSWERS_FILE, give_first
 from pipeline.tracking.runs import COMMIT_TAG, Description
-from pipeline.tracking.store import TrackingError, explained, redacted, sqlite_file, tracking_uri
+from pipeline.tracking.store import TrackingError, explained, sqlite_file, tracking_uri
 from pipeline.tracking.tracker import replay
 from pipeline.training.checkpoint import load_model
 

@@ -15,9 +15,10 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
 from datasets.files import write_whole
+from datasets.remote import redacted
 from pipeline.config.load import flattened
 from pipeline.config.schema import Config
-from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, experiment_id, now_ms, redacted
+from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, experiment_id, now_ms
 
 if TYPE_CHECKING:
     from datasets.beton import Manifest

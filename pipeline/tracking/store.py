@@ -12,6 +12,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from datasets.remote import redacted
 from pipeline.config.job_package import job_package
 from pipeline.config.schema import Config
 
@@ -49,11 +50,6 @@ def _default_store(config: Config | None) -> str:
     if config and job_package(PROJECT_FOLDER):
         return f"sqlite:///{Path(config.cluster.storage).absolute() / 'mlflow.db'}"
     return "sqlite:///mlflow.db"
-
-
-def redacted(uri: str) -> str:
-    """The address without the password in it."""
-    return re.sub(r"(?<=//)([^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from datasets.remote import redacted
 from pipeline.config.schema import Config
 from pipeline.tracking.journal import (
     JOURNAL_FILE,
@@ -32,7 +33,7 @@ from pipeline.tracking.journal import (
     status_record,
 )
 from pipeline.tracking.runs import describe_run
-from pipeline.tracking.store import TrackingError, explanation, now_ms, redacted, tracking_uri
+from pipeline.tracking.store import TrackingError, explanation, now_ms, tracking_uri
 
 if TYPE_CHECKING:
     from datasets.beton import Manifest
@@ -85,6 +86,20 @@ def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> 
         _send_now(handle.uri, handle.folder)
     except (TrackingError, OSError) as error:  # a full disk has ended the run: that is told, not this
         _logger.warning("the end of the run is not in MLflow: %s", error)
+
+
+@contextmanager
+def tracked_run(config: Config, folder: Path, report: Path, manifest: Manifest) -> Iterator[RunHandle]:
+    """Open the MLflow run of a run folder; it ends FINISHED with the report as artifact, or FAILED or KILLED."""
+    tracking, status = open_run(config, folder, manifest), "FAILED"
+    try:
+        yield tracking
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        close_run(tracking, status, artifacts=report)
 
 
 def replay(config: Config, folder: Path) -> RunHandle:

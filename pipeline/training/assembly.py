@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
-from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
+from datasets.beton import SPLITS, TRAIN, Manifest, beton_path
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
 from pipeline.config.schema import Config
 from pipeline.models.backbone import compile_backbone
-from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.drnet import DRNet, build_drnet, place_model
 from pipeline.models.norms import synchronize_batch_norms
 
 
 def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRNet:
     """The untrained model, the same on every rank."""
     torch.manual_seed(config.seed)
-    return placed(build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std), config, device)
-
-
-def placed(model: DRNet, config: Config, device: torch.device) -> DRNet:
-    """The model where it is trained, laid out as there."""
-    model = model.to(device)
-    if not config.training.channels_last:
-        model.memory_format = torch.contiguous_format
-    return model.to(memory_format=model.memory_format)  # ty: ignore[no-matching-overload]
+    model = build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std)
+    return place_model(model, device, channels_last=config.training.channels_last)
 
 
 def equip_for_training(model: DRNet, config: Config) -> None:
@@ -38,32 +30,43 @@ def equip_for_training(model: DRNet, config: Config) -> None:
         compile_backbone(model.backbone)
 
 
+def open_loader(
+    config: Config, split: str, sides: Collection[int] = (), *, rank: int = 0, world_size: int = 1, num_threads: int = 1
+) -> MultiResolutionLoader:
+    """A rank's loader of a split, cropped and ordered as the configuration says.
+
+    Args:
+        split: datasets.beton.TRAIN, with random crops in a new order every epoch, or VALIDATION.
+        sides: that are read besides the candidate resolutions and the predictor's input.
+        num_threads: that decode.
+    """
+    settings, training = config.loader, split == TRAIN
+    augmented = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, settings.flip)
+    return MultiResolutionLoader(
+        beton_path(config.data.folder, split),
+        sides={*config.model.resolutions, config.model.predictor.input_size, *sides},
+        batch_size=config.training.batch_size,
+        crop=augmented if training else CenterCrop(settings.validation_crop),
+        shuffle=training,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_threads=num_threads,
+        batches_ahead=settings.batches_ahead,
+        window_pages=settings.window_pages,
+        max_damaged=settings.max_damaged if training else 0,
+    )
+
+
 @contextmanager
 def open_loaders(
     config: Config, rank: int, world_size: int, num_threads: int
 ) -> Iterator[tuple[MultiResolutionLoader, MultiResolutionLoader]]:
-    """A rank's training and validation loaders; `num_threads` is how many decode."""
-    shared: dict[str, Any] = {
-        "sides": {*config.model.resolutions, config.model.predictor.input_size},
-        "batch_size": config.training.batch_size,
-        "seed": config.seed,
-        "rank": rank,
-        "world_size": world_size,
-        "num_threads": num_threads,
-        "batches_ahead": config.loader.batches_ahead,
-        "window_pages": config.loader.window_pages,
-    }
-    settings = config.loader
-    augmented = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, settings.flip)
-    folder = config.data.folder
-    train_loader = MultiResolutionLoader(
-        beton_path(folder, TRAIN), crop=augmented, shuffle=True, max_damaged=settings.max_damaged, **shared
-    )
-    validation_loader = MultiResolutionLoader(
-        beton_path(folder, VALIDATION), crop=CenterCrop(settings.validation_crop), shuffle=False, **shared
-    )
-    try:
-        yield train_loader, validation_loader
-    finally:
-        train_loader.close()
-        validation_loader.close()
+    """A rank's training and validation loaders, closed at the end."""
+    with ExitStack() as stack:
+        train, validation = (
+            open_loader(config, split, rank=rank, world_size=world_size, num_threads=num_threads) for split in SPLITS
+        )
+        for loader in (train, validation):
+            stack.callback(loader.close)
+        yield train, validation

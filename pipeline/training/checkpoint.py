@@ -14,6 +14,8 @@ from pipeline.config.load import drift, parse_config
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
 
+STATE_FILE = "state.pt"
+"""in the folder of a checkpoint"""
 STATE_FORMAT = 2
 MODEL_FORMAT = 1
 

@@ -219,10 +219,10 @@ def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:
 
 
 def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
-    """All views of the training images, and the validation images."""
+    """All num_crops of the training images, and the validation images."""
     if not _trains_on_table(stage) or not (data.num_train and data.num_validation and data.num_classes):
         return None
-    num_images = (stage.views or stage.epochs) * data.num_train + data.num_validation
+    num_images = (stage.num_crops or stage.epochs) * data.num_train + data.num_validation
     return logits_bytes(num_images, len(model.resolutions), data.num_classes)
 
 

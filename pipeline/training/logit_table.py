@@ -103,12 +103,12 @@ class TableKey:
 
     @property
     def num_chunks(self) -> int:
-        """Files of a view."""
+        """Files of a crop_epoch."""
         return -(-self.num_samples // self.chunk_samples)
 
     @property
-    def view_bytes(self) -> int:
-        """Size of a view, without the files' headers."""
+    def crop_bytes(self) -> int:
+        """Size of a crop_epoch, without the files' headers."""
         return logits_bytes(self.num_samples, len(self.resolutions), self.num_classes)
 
     def bounds(self, chunk: int) -> tuple[int, int]:
@@ -137,60 +137,61 @@ class LogitTable:
     Args:
         root: folder of tables: that of `fill_table`, or where the table's folder was copied to.
         key: what the logits have to be of.
-        views: those that will be read.
+        crop_epochs: those that will be read.
 
     Raises:
-        TableError: there is no table of this key, saying in what others differ, or a view is incomplete.
+        TableError: there is no table of this key, saying in what others differ, or a crop_epoch is incomplete.
     """
 
-    def __init__(self, root: Path, key: TableKey, views: Sequence[int]):
+    def __init__(self, root: Path, key: TableKey, crop_epochs: Sequence[int]):
         self.key, self.folder = key, root / key.digest
         _check_key(root, key)
-        self._views = frozenset(views)
-        for view in sorted(self._views):
-            self._check_complete(view)
+        self._views = frozenset(crop_epochs)
+        for crop_epoch in sorted(self._views):
+            self._check_complete(crop_epoch)
         self._mapped: tuple[int, dict[int, NDArray[np.float16]]] = (-1, {})
 
-    def logits(self, view: int, indices_N: Tensor) -> Tensor:
-        """Logits (N, R, K), float32 on the CPU, of samples as `view` shows them.
+    def logits(self, crop_epoch: int, indices_N: Tensor) -> Tensor:
+        """Logits (N, R, K), float32 on the CPU, of samples as `crop_epoch` shows them.
 
-        A file's checksum is verified when a view is turned to and the file is first read, and the file stays mapped
-        until another view is asked for.
+        A file's checksum is verified when the file is first read. Files stay mapped until another `crop_epoch` is read.
 
         Raises:
             TableError: a file is missing or damaged.
-            ValueError: a view or sample that the table was not opened for.
+            ValueError: a crop_epoch or sample that the table was not opened for.
         """
         indices = indices_N.cpu().numpy()
-        if view not in self._views or (len(indices) and not 0 <= indices.min() <= indices.max() < self.key.num_samples):
+        if crop_epoch not in self._views or (
+            len(indices) and not 0 <= indices.min() <= indices.max() < self.key.num_samples
+        ):
             raise ValueError(
-                f"view {view}, samples {indices[:5].tolist()}...: this table was opened for views "
+                f"crop_epoch {crop_epoch}, samples {indices[:5].tolist()}...: this table was opened for crop_epochs "
                 f"{sorted(self._views)}, and has samples 0 to {self.key.num_samples - 1}"
             )
         logits_NRK = np.empty((len(indices), len(self.key.resolutions), self.key.num_classes), np.float16)
         chunk_N, row_N = np.divmod(indices, self.key.chunk_samples)
         for chunk in np.unique(chunk_N).tolist():
             here_N = chunk_N == chunk
-            logits_NRK[here_N] = self._chunk(view, chunk)[row_N[here_N]]
+            logits_NRK[here_N] = self._chunk(crop_epoch, chunk)[row_N[here_N]]
         return torch.from_numpy(logits_NRK).float()
 
-    def _chunk(self, view: int, chunk: int) -> NDArray[np.float16]:
-        # Chunks of one view at a time: those of all views together could be more mappings than a process may have.
-        if self._mapped[0] != view:
-            self._mapped = (view, {})
+    def _chunk(self, crop_epoch: int, chunk: int) -> NDArray[np.float16]:
+        # Chunks of one epoch of crops at a time: all of them could be more mappings than a process may have.
+        if self._mapped[0] != crop_epoch:
+            self._mapped = (crop_epoch, {})
         chunks = self._mapped[1]
         if chunk not in chunks:
-            chunks[chunk] = map_chunk(self.folder, self.key, view, chunk)
+            chunks[chunk] = map_chunk(self.folder, self.key, crop_epoch, chunk)
         return chunks[chunk]
 
-    def _check_complete(self, view: int) -> None:
-        folder = view_folder(self.folder, view)
+    def _check_complete(self, crop_epoch: int) -> None:
+        folder = crop_folder(self.folder, crop_epoch)
         found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        expected = [chunk_path(self.folder, view, chunk) for chunk in range(self.key.num_chunks)]
+        expected = [chunk_path(self.folder, crop_epoch, chunk) for chunk in range(self.key.num_chunks)]
         missing = [path for path in expected if path.name not in found]
         if missing:
             raise TableError(
-                f"the logit table in {self.folder} is incomplete: view {view} lacks {len(missing)} of its "
+                f"the logit table in {self.folder} is incomplete: crop_epoch {crop_epoch} lacks {len(missing)} of its "
                 f"{len(expected)} files, the first {missing[0]}; compute the table to its end, or copy it whole"
             )
 
@@ -221,12 +222,12 @@ def _differences(path: Path, key: TableKey) -> list[str]:
     ]
 
 
-def view_folder(folder: Path, view: int) -> Path:
-    return folder / f"view-{view:05}"
+def crop_folder(folder: Path, crop_epoch: int) -> Path:
+    return folder / f"crop_epoch-{crop_epoch:05}"
 
 
-def chunk_path(folder: Path, view: int, chunk: int) -> Path:
-    return view_folder(folder, view) / f"chunk-{chunk:05}.npy"
+def chunk_path(folder: Path, crop_epoch: int, chunk: int) -> Path:
+    return crop_folder(folder, crop_epoch) / f"chunk-{chunk:05}.npy"
 
 
 def write_chunk(path: Path, logits_NRK: NDArray[np.float16]) -> None:
@@ -237,9 +238,9 @@ def write_chunk(path: Path, logits_NRK: NDArray[np.float16]) -> None:
     write_whole(path, content + hashlib.sha256(content).digest())
 
 
-def map_chunk(folder: Path, key: TableKey, view: int, chunk: int) -> NDArray[np.float16]:
+def map_chunk(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> NDArray[np.float16]:
     """The logits (n, R, K) of a file, mapped; raises TableError where it is missing or damaged."""
-    path = chunk_path(folder, view, chunk)
+    path = chunk_path(folder, crop_epoch, chunk)
     first, last = key.bounds(chunk)
     expected = (last - first, len(key.resolutions), key.num_classes)
     size = hashlib.sha256().digest_size
@@ -257,21 +258,21 @@ def map_chunk(folder: Path, key: TableKey, view: int, chunk: int) -> NDArray[np.
     return logits_NRK
 
 
-def copy_table(source: Path, target: Path, key: TableKey, views: Sequence[int]) -> None:
-    """Copy some views of a table to a node's own disk, where they are not. One process of a node copies, others wait.
+def copy_table(source: Path, target: Path, key: TableKey, crop_epochs: Sequence[int]) -> None:
+    """Copy missing epochs of crops to a node's own disk. One process of a node copies, the others wait.
 
     Raises:
         TableError: `source` has no complete table of the key.
     """
-    LogitTable(source, key, views)
+    LogitTable(source, key, crop_epochs)
     with exclusive(target / key.digest, waiting=lambda: None):
-        for view in views:
-            folder = view_folder(target / key.digest, view)
+        for crop_epoch in crop_epochs:
+            folder = crop_folder(target / key.digest, crop_epoch)
             folder.mkdir(exist_ok=True)
             for chunk in range(key.num_chunks):
-                path = chunk_path(target / key.digest, view, chunk)
+                path = chunk_path(target / key.digest, crop_epoch, chunk)
                 if not path.exists():
-                    write_whole(path, chunk_path(source / key.digest, view, chunk).read_bytes())
+                    write_whole(path, chunk_path(source / key.digest, crop_epoch, chunk).read_bytes())
         write_whole(target / key.digest / TABLE_FILE, (source / key.digest / TABLE_FILE).read_bytes())
 
 
@@ -285,24 +286,24 @@ BackboneLogits = Callable[[Mapping[int, Tensor]], Tensor]
 def fill_table(
     root: Path,
     key: TableKey,
-    views: Sequence[int],
+    crop_epochs: Sequence[int],
     loader: Batches,
     backbone_logits: BackboneLogits,
     *,
     device: torch.device,
     tell: Callable[[str], None],
 ) -> None:
-    """Compute what is missing of some views; when it returns, they are complete. Every rank must call it.
+    """Compute what is missing of some crop_epochs; when it returns, they are complete. Every rank must call it.
 
     A chunk has one rank that writes it. Chunks that are there and sound are left as they are, damaged ones are
     computed anew.
 
     Args:
         root: folder of tables, the same for every rank.
-        views: numbers of the loader's epochs whose crops are shown.
+        crop_epochs: numbers of the loader's epochs whose crops are shown.
         loader: of the key's split.
         backbone_logits: images on `device`, {side: uint8 (n, side, side, 3)}, -> logits (n, R, K).
-        tell: is told about every view of which something was missing.
+        tell: is told about every crop_epoch of which something was missing.
 
     Raises:
         UnfillableTableError: on every rank: the disk has no room for what is missing, or a logit is no finite float16.
@@ -311,25 +312,31 @@ def fill_table(
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_whole(folder / TABLE_FILE, json.dumps(key.content, indent=2) + "\n")
-    # Ranks take turns over all chunks of all views: a view may have fewer chunks than there are ranks.
-    mine = {view: range((rank - view * key.num_chunks) % world_size, key.num_chunks, world_size) for view in views}
+    # Ranks take turns over all chunks of all crop_epochs: a crop_epoch may have fewer chunks than there are ranks.
+    mine = {
+        crop_epoch: range((rank - crop_epoch * key.num_chunks) % world_size, key.num_chunks, world_size)
+        for crop_epoch in crop_epochs
+    }
     missing = {
-        view: [chunk for chunk in chunks if not _is_sound(folder, key, view, chunk)] for view, chunks in mine.items()
+        crop_epoch: [chunk for chunk in chunks if not _is_sound(folder, key, crop_epoch, chunk)]
+        for crop_epoch, chunks in mine.items()
     }
     with _on_every_rank():
         _check_room(folder, key, sum(map(len, missing.values())) * world_size)
-    for number, view in enumerate(views, 1):
+    for number, crop_epoch in enumerate(crop_epochs, 1):
         started = time.perf_counter()
-        view_folder(folder, view).mkdir(exist_ok=True)
-        # This also holds every rank until the view is whole, so that none waits for another longer than for one view.
+        crop_folder(folder, crop_epoch).mkdir(exist_ok=True)
+        # Every rank stays here until the epoch is whole, so none waits for another longer than for one epoch.
         with _on_every_rank():
-            for chunk, logits_NRK in _compute(key, view, missing[view], loader, backbone_logits, device):
-                write_chunk(chunk_path(folder, view, chunk), logits_NRK)
-        count = sum(last - first for first, last in map(key.bounds, missing[view]))
+            for chunk, logits_NRK in _compute(key, crop_epoch, missing[crop_epoch], loader, backbone_logits, device):
+                write_chunk(chunk_path(folder, crop_epoch, chunk), logits_NRK)
+        count = sum(last - first for first, last in map(key.bounds, missing[crop_epoch]))
         count = int(distributed.sum_over_ranks(torch.tensor(count, device=device)))
         if count:
             speed = count / (time.perf_counter() - started)
-            tell(f"logit table of {key.split}: view {number}/{len(views)}  {count:,} images  {speed:.0f} images/s")
+            tell(
+                f"logit table of {key.split}: crops {number}/{len(crop_epochs)}  {count:,} images  {speed:.0f} images/s"
+            )
 
 
 @contextmanager
@@ -346,17 +353,17 @@ def _on_every_rank() -> Iterator[None]:
 
 
 def _check_room(folder: Path, key: TableKey, num_chunks: int) -> None:
-    needed, free = num_chunks * key.view_bytes // key.num_chunks, shutil.disk_usage(folder).free
+    needed, free = num_chunks * key.crop_bytes // key.num_chunks, shutil.disk_usage(folder).free
     if needed > free:
         raise UnfillableTableError(
             f"the logit table needs {needed / 1e9:.1f} GB more in {folder}, which has {free / 1e9:.1f} GB free; "
-            "make room, lower stages.predictor.views, or set stages.predictor.logits=live"
+            "make room, lower stages.predictor.crop_epochs, or set stages.predictor.logits=live"
         )
 
 
 def _compute(
     key: TableKey,
-    view: int,
+    crop_epoch: int,
     chunks: Sequence[int],
     loader: Batches,
     backbone_logits: BackboneLogits,
@@ -365,7 +372,7 @@ def _compute(
     """Each of the chunks with its logits (n, R, K)."""
     batches = {chunk: _batches(*key.bounds(chunk)) for chunk in chunks}
     samples = [indices_N for parts in batches.values() for indices_N in parts]
-    with closing(loader.read(view, samples, sides=key.resolutions)) as epoch:
+    with closing(loader.read(crop_epoch, samples, sides=key.resolutions)) as epoch:
         for chunk, parts in batches.items():
             yield chunk, np.concatenate([_answer(key, next(epoch), backbone_logits, device) for _ in parts])
 
@@ -389,9 +396,9 @@ def _answer(key: TableKey, batch: Any, backbone_logits: BackboneLogits, device: 
     return logits_NRK.cpu().numpy()
 
 
-def _is_sound(folder: Path, key: TableKey, view: int, chunk: int) -> bool:
+def _is_sound(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> bool:
     try:
-        map_chunk(folder, key, view, chunk)
+        map_chunk(folder, key, crop_epoch, chunk)
     except TableError:
         return False
     return True

@@ -20,7 +20,7 @@ from pipeline.models.drnet import DRNet
 from pipeline.training import distributed
 from pipeline.training.checkpoint import TrainingState, load_model
 from pipeline.training.logit_table import LogitTable, TableKey, fill_table
-from pipeline.training.monitoring import Meter, Watch, collapse_warning
+from pipeline.training.monitoring import DivergenceMonitor, Meter, collapse_warning
 from pipeline.training.objectives import Forward, Objective, StepBatch, build_objective, gumbel_noise, step_seed
 from pipeline.training.optim import MovingAverage, build_optimizer, learning_rate, trained_parameters
 from pipeline.training.run import (
@@ -74,8 +74,8 @@ class StageData:
 
     Attributes:
         first_epoch: the data_epoch of the stage's first epoch.
-        views: different crops of each training image, taken in turn; those of the stage's epoch e are the crops of
-            data_epoch first_epoch + e mod views.
+        num_crops: different crops of each training image, taken in turn; those of the stage's epoch e are the crops of
+            data_epoch first_epoch + e mod num_crops.
         sides: that are decoded; None is all.
         train_table, validation_table: the frozen backbone's logits; None where it runs.
     """
@@ -83,22 +83,22 @@ class StageData:
     train: Batches
     validation: Batches
     first_epoch: int
-    views: int
+    num_crops: int
     sides: tuple[int, ...] | None = None
     train_table: LogitTable | None = None
     validation_table: LogitTable | None = None
 
-    def view(self, data_epoch: int) -> int:
+    def crop_epoch(self, data_epoch: int) -> int:
         """The number of the epoch whose crops `data_epoch` shows."""
-        return self.first_epoch + (data_epoch - self.first_epoch) % self.views
+        return self.first_epoch + (data_epoch - self.first_epoch) % self.num_crops
 
     def epoch(self, data_epoch: int, start_step: int = 0) -> Epoch:
         """Begin a pass over the training images."""
-        return self.train.epoch(data_epoch, start_step, view=self.view(data_epoch), sides=self.sides)
+        return self.train.epoch(data_epoch, start_step, crop_epoch=self.crop_epoch(data_epoch), sides=self.sides)
 
     def logits(self, data_epoch: int, indices_N: Tensor) -> Tensor | None:
         """Stored logits (N, R, K), float32 on the CPU, of samples in an epoch; None where the backbone runs."""
-        return self.train_table.logits(self.view(data_epoch), indices_N) if self.train_table else None
+        return self.train_table.logits(self.crop_epoch(data_epoch), indices_N) if self.train_table else None
 
     def validation_epoch(self) -> Epoch:
         """Begin a pass over the validation images."""
@@ -122,29 +122,29 @@ def open_stage_data(run: Run, stage: Stage, first_epoch: int) -> StageData:
     live = StageData(run.train, run.validation, first_epoch, stage.epochs)
     if not isinstance(stage, PredictorStage):
         return live
-    views = stage.views or stage.epochs
+    num_crops = stage.num_crops or stage.epochs
     if stage.logits == "live":
-        return replace(live, views=views)
+        return replace(live, num_crops=num_crops)
     return replace(
         live,
-        views=views,
+        num_crops=num_crops,
         sides=(run.model.predictor_size,),
-        train_table=_table(run, TRAIN, run.train, range(first_epoch, first_epoch + views)),
+        train_table=_table(run, TRAIN, run.train, range(first_epoch, first_epoch + num_crops)),
         validation_table=_table(run, VALIDATION, run.validation, range(1)),
     )
 
 
-def _table(run: Run, split: str, loader: Batches, views: range) -> LogitTable:
+def _table(run: Run, split: str, loader: Batches, crop_epochs: range) -> LogitTable:
     """The complete table of a split."""
     key = TableKey.of(run.model, run.config, run.manifest, split)
     backbone_logits = Forward(run.model, key.precision).frozen_backbone
     with run.goodput.inside(TABLE):
-        fill_table(run.tables, key, views, loader, backbone_logits, device=run.device, tell=run.reporter.message)
-    return LogitTable(run.tables, key, views)
+        fill_table(run.tables, key, crop_epochs, loader, backbone_logits, device=run.device, tell=run.reporter.message)
+    return LogitTable(run.tables, key, crop_epochs)
 
 
 @dataclass
-class Work:
+class StageState:
     """What one stage trains with, besides the model."""
 
     stage: Stage
@@ -152,7 +152,7 @@ class Work:
     objective: Objective
     optimizer: torch.optim.Optimizer
     averaged: MovingAverage | None
-    watch: Watch
+    monitor: DivergenceMonitor
     meter: Meter
     phase: str = COMPILE
     """of the goodput: COMPILE until the process has taken its first step of the stage"""
@@ -169,12 +169,12 @@ def train(run: Run, state: TrainingState | None = None) -> None:
     if state is not None:
         state.refuse_other(run.config, run.manifest.digest)
         run.model.load_state_dict(state.model)
-    watch = Watch(run.config.training.max_loss, state.name if state else None)
+    monitor = DivergenceMonitor(run.config.training.max_loss, state.name if state else None)
     data_epoch = 0
     for name, stage in run.config.stages.present():
         end = data_epoch + stage.epochs
         if state is None or state.data_epoch < end:
-            train_stage(run, name, stage, data_epoch, watch, state)
+            train_stage(run, name, stage, data_epoch, monitor, state)
             state = None
         data_epoch = end
 
@@ -184,7 +184,7 @@ def train_stage(
     name: str,
     stage: Stage,
     data_epoch: int,
-    watch: Watch,
+    monitor: DivergenceMonitor,
     state: TrainingState | None = None,
     data: StageData | None = None,
 ) -> None:
@@ -200,35 +200,35 @@ def train_stage(
         state = None
     if stage.init_from is not None and state is None:
         run.model.load_state_dict(load_model(stage.init_from).model.state_dict())
-    work = prepare_stage(run, stage, data_epoch, watch, state, data)
+    stage_state = prepare_stage(run, stage, data_epoch, monitor, state, data)
     first, step = (state.data_epoch - data_epoch, state.step) if state else (0, 0)
     for epoch in range(first, stage.epochs):
         progress = Progress(name, epoch, stage.epochs, data_epoch + epoch, step, run.train.num_batches)
-        values, warning = train_epoch(run, work, progress), None
-        work.meter, step = Meter(), 0
-        average_over_ranks(run, work)
+        values, warning = train_epoch(run, stage_state, progress), None
+        stage_state.meter, step = Meter(), 0
+        average_over_ranks(run, stage_state)
         done, last = replace(progress, step=progress.steps), epoch + 1 == stage.epochs
-        if last and work.averaged is not None:
-            run.model.load_state_dict(work.averaged.module.state_dict())
+        if last and stage_state.averaged is not None:
+            run.model.load_state_dict(stage_state.averaged.module.state_dict())
         if last or (epoch + 1) % run.config.training.evaluate_epochs == 0:
-            watch.check_weights(done, run.model)
-            evaluated, warning = validate(run, work, name)
+            monitor.check_weights(done, run.model)
+            evaluated, warning = validate(run, stage_state, name)
             values |= evaluated
         run.reporter.epoch(done, values)
         if warning is not None:
             run.reporter.message(warning)
         if last or (epoch + 1) % run.config.training.checkpoint_epochs == 0:
-            checkpoint(run, work, done, values)
+            checkpoint(run, stage_state, done, values)
 
 
 def prepare_stage(
     run: Run,
     stage: Stage,
     data_epoch: int,
-    watch: Watch,
+    monitor: DivergenceMonitor,
     state: TrainingState | None = None,
     data: StageData | None = None,
-) -> Work:
+) -> StageState:
     """What a stage trains with: new, or as `state`, which is of this stage, has it. Every rank must call it."""
     costs_R = torch.tensor(run.costs.backbone, device=run.device)
     objective = build_objective(run.model, stage, costs_R, run.config.training.precision)
@@ -236,49 +236,49 @@ def prepare_stage(
     averaged = MovingAverage(run.model, stage.ema_decay) if stage.ema_decay is not None else None
     data = data or open_stage_data(run, stage, data_epoch)
     if state is None:
-        return Work(stage, data, objective, optimizer, averaged, watch, Meter())
+        return StageState(stage, data, objective, optimizer, averaged, monitor, Meter())
     optimizer.load_state_dict(dict(state.optimizer))
     objective.own.load_state_dict(state.objective)
     if averaged is not None and state.averaged is not None:
         averaged.load_state_dict(state.averaged)
-    return Work(stage, data, objective, optimizer, averaged, watch, Meter(state.meter))
+    return StageState(stage, data, objective, optimizer, averaged, monitor, Meter(state.meter))
 
 
-def train_epoch(run: Run, work: Work, progress: Progress) -> dict[str, float]:
+def train_epoch(run: Run, stage_state: StageState, progress: Progress) -> dict[str, float]:
     """The steps of one pass over the training images, from `progress.step` on.
 
     Returns:
         The whole epoch's means; of the steps taken here images/s, seconds, and the share of them spent waiting.
     """
-    stage, optimizer, before = work.stage, work.optimizer, run.goodput.seconds
+    stage, optimizer, before = stage_state.stage, stage_state.optimizer, run.goodput.seconds
     parameters, checkpoint_steps = list(trained_parameters(optimizer)), run.config.training.checkpoint_steps
-    with closing(work.data.epoch(progress.data_epoch, progress.step)) as batches:
+    with closing(stage_state.data.epoch(progress.data_epoch, progress.step)) as batches:
         for step in range(progress.step, progress.steps):
             now, done = replace(progress, step=step), replace(progress, step=step + 1)
             run.goodput.enter(DATA_WAIT)
             batch = next(batches)
-            run.goodput.enter(work.phase)
-            step_batch = place(batch, run, work.data, now)
+            run.goodput.enter(stage_state.phase)
+            step_batch = place(batch, run, stage_state.data, now)
             set_learning_rate(optimizer, learning_rate(stage, now.epochs_done))
             torch.manual_seed(step_seed(run.config.seed, progress.data_epoch, step, distributed.rank()))
 
-            sums = work.objective(step_batch)
+            sums = stage_state.objective(step_batch)
             loss = distributed.sum_gradients(parameters, sums["loss"]) / step_batch.global_size
             gradient_norm = clip(parameters, stage.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if work.averaged is not None:
-                work.averaged.update_parameters(run.model)
+            if stage_state.averaged is not None:
+                stage_state.averaged.update_parameters(run.model)
 
-            work.phase = STEP
-            work.meter.update(sums, step_batch.global_size)
-            work.watch.step(done, loss, gradient_norm, batch.indices)
+            stage_state.phase = STEP
+            stage_state.meter.update(sums, step_batch.global_size)
+            stage_state.monitor.step(done, loss, gradient_norm, batch.indices)
             run.reporter.step(done, loss)
             if checkpoint_steps and done.step % checkpoint_steps == 0 and done.step < done.steps:
-                average_over_ranks(run, work)
-                checkpoint(run, work, done, {})
-    work.watch.check()
-    means = {f"train_{key}": value for key, value in work.meter.means().items()}
+                average_over_ranks(run, stage_state)
+                checkpoint(run, stage_state, done, {})
+    stage_state.monitor.check()
+    means = {f"train_{key}": value for key, value in stage_state.meter.means().items()}
     images = sum(map(run.train.global_size, range(progress.step, progress.steps)))
     return means | speed(images, before, run.goodput.seconds)
 
@@ -316,45 +316,45 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     return norm
 
 
-def validate(run: Run, work: Work, name: str) -> tuple[dict[str, float], str | None]:
+def validate(run: Run, stage_state: StageState, name: str) -> tuple[dict[str, float], str | None]:
     """How what the stage would end with now does on the validation images, and a warning where that has collapsed."""
     with run.goodput.inside(EVALUATE):
-        model = run.model if work.averaged is None else work.averaged.module
-        values = evaluate(model, work.data.validation_epoch(), run.costs, work.data.validation_logits)
-    if not isinstance(work.stage, RoutedStage):
+        model = run.model if stage_state.averaged is None else stage_state.averaged.module
+        values = evaluate(model, stage_state.data.validation_epoch(), run.costs, stage_state.data.validation_logits)
+    if not isinstance(stage_state.stage, RoutedStage):
         return values, None
-    warning = collapse_warning(name, work.stage, run.costs, values)
+    warning = collapse_warning(name, stage_state.stage, run.costs, values)
     return values | {"collapsed": float(warning is not None)}, warning
 
 
-def average_over_ranks(run: Run, work: Work) -> None:
+def average_over_ranks(run: Run, stage_state: StageState) -> None:
     """Make what ranks have of their own the same on all of them: running statistics, and sums of the epoch so far."""
     distributed.average_running_statistics(run.model)
-    if work.averaged is not None:
-        distributed.average_running_statistics(work.averaged.module)
-    work.meter.fold()
+    if stage_state.averaged is not None:
+        distributed.average_running_statistics(stage_state.averaged.module)
+    stage_state.meter.fold()
 
 
-def checkpoint(run: Run, work: Work, progress: Progress, values: Mapping[str, float]) -> None:
+def checkpoint(run: Run, stage_state: StageState, progress: Progress, values: Mapping[str, float]) -> None:
     """Hand over the state, unless something in it is not finite."""
-    work.watch.check()
+    stage_state.monitor.check()
     epochs, step = divmod(progress.data_epoch * progress.steps + progress.step, progress.steps)
     with run.goodput.inside(CHECKPOINT):
-        work.watch.check_weights(progress, run.model, work.objective.own)
+        stage_state.monitor.check_weights(progress, run.model, stage_state.objective.own)
         state = TrainingState(
             stage=progress.stage,
             data_epoch=epochs,
             step=step,
             model=run.model.state_dict(),
-            optimizer=work.optimizer.state_dict(),
-            objective=work.objective.own.state_dict(),
-            averaged=work.averaged.state_dict() if work.averaged is not None else None,
-            meter=work.meter.state_dict(),
+            optimizer=stage_state.optimizer.state_dict(),
+            objective=stage_state.objective.own.state_dict(),
+            averaged=stage_state.averaged.state_dict() if stage_state.averaged is not None else None,
+            meter=stage_state.meter.state_dict(),
             config=run.config.model_dump(mode="json"),
             data_digest=run.manifest.digest,
         )
         run.reporter.checkpoint(state, values)
-        work.watch.last_checkpoint = state.name
+        stage_state.monitor.last_checkpoint = state.name
 
 
 def speed(images: int, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

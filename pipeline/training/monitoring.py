@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import RoutedStage
+from pipeline.evaluation.statistics import COLLAPSED_SHARE
 from pipeline.models.cost import Costs
 from pipeline.training import distributed
 from pipeline.training.run import Progress
@@ -57,9 +58,6 @@ class Meter:
         return {key: value / self._images for key, value in self._totals.items()}
 
 
-COLLAPSED_SHARE = 0.98
-
-
 def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mapping[str, float]) -> str | None:
     """What to tell of an epoch in which the predictor collapsed, or None where it did not.
 
@@ -103,7 +101,7 @@ class DivergedError(ValueError):
     """Loss, gradient or weights are beyond repair: with this configuration, going on gives the same again."""
 
 
-class Watch:
+class DivergenceMonitor:
     """Looks at the loss and gradient norm of every step, some steps later.
 
     To look at a value on a GPU is to wait for it, so steps are kept and looked at together: every CHECK_STEPS, before

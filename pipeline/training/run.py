@@ -210,11 +210,11 @@ class Batches(Protocol):
     def global_size(self, step: int) -> int: ...
 
     def epoch(
-        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
+        self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Epoch: ...
 
     def read(
-        self, view: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
+        self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Epoch: ...
 
 

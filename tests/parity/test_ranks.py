@@ -14,7 +14,7 @@ from pipeline.config.load import parse_config
 from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.models.norms import synchronize_batch_norms
 from pipeline.training import distributed, objectives
-from pipeline.training.monitoring import DivergedError, Meter, Watch
+from pipeline.training.monitoring import DivergedError, DivergenceMonitor, Meter
 from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.optim import MovingAverage, build_optimizer, trained_parameters
 from pipeline.training.run import Progress, costs_of_run
@@ -74,7 +74,7 @@ def steps_of(rank: int, world_size: int, norm: str) -> States:
 
 def divergence_of(rank: int, world_size: int) -> str:
     """What a rank says when the last of them, at its second step, has a loss that is not a number."""
-    watch = Watch(max_loss=None, last_checkpoint="checkpoint_x")
+    watch = DivergenceMonitor(max_loss=None, last_checkpoint="checkpoint_x")
     for step in (1, 2, 3):
         loss = torch.tensor(math.nan if (step, rank) == (2, world_size - 1) else 1.0)
         total = distributed.sum_gradients([], loss)

@@ -12,7 +12,7 @@ from torchvision.transforms import RandomResizedCrop as PeerCrop
 from datasets.loading import kernels
 from datasets.loading.decode import CenterCrop, Memory, RandomResizedCrop
 from datasets.loading.kernels import LIBRARY, crop_box, crop_boxes, uniform
-from datasets.loading.order import pack_views
+from datasets.loading.order import pack_keys
 from tests.betons import jpeg_bytes, photograph
 
 WHOLE = CenterCrop(1.0).parameters()
@@ -29,23 +29,23 @@ def resized(
     return np.moveaxis(np.round(levels / 2.0**kernels.LEVEL_BITS), 0, 2).astype(np.uint8)
 
 
-def decoded(jpegs: list[bytes], shapes: list[tuple[int, int]], sides: tuple[int, ...], crop=WHOLE, views=None):
+def decoded(jpegs: list[bytes], shapes: list[tuple[int, int]], sides: tuple[int, ...], crop=WHOLE, keys=None):
     """Images by side, and the status, of JPEGs that lie one after another."""
     sizes = np.array([len(jpeg) for jpeg in jpegs])
     memory = Memory(sides, sides, len(jpegs))
     memory.status_N[:] = kernels.DECODED
     storage = np.frombuffer(b"".join(jpegs), np.uint8)
-    views = np.arange(len(jpegs), dtype=np.uint64) if views is None else views
+    keys = np.arange(len(jpegs), dtype=np.uint64) if keys is None else keys
     offsets, shapes_N2 = np.cumsum(sizes) - sizes, np.array(shapes)
-    boxes_N5 = crop_boxes(views, shapes_N2, crop)
+    boxes_N5 = crop_boxes(keys, shapes_N2, crop)
     blocks = memory.pixels, memory.starts_R, memory.status_N
     kernels.decode_boxes(storage, offsets, sizes, shapes_N2, boxes_N5, np.array(sides), *blocks)
     return tuple(memory.images.values()), memory.status_N
 
 
-def boxes(views: np.ndarray, height: int, width: int, crop: RandomResizedCrop) -> np.ndarray:
-    """(top, left, height, width, mirrored) of every view, float64 (N, 5)."""
-    return crop_boxes(views, np.array([[height, width]] * len(views)), crop.parameters())
+def boxes(keys: np.ndarray, height: int, width: int, crop: RandomResizedCrop) -> np.ndarray:
+    """(top, left, height, width, mirrored) of every crop_epoch, float64 (N, 5)."""
+    return crop_boxes(keys, np.array([[height, width]] * len(keys)), crop.parameters())
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -92,9 +92,9 @@ def test_resize_keeps_a_flat_image(level, size, side):
 
 
 def test_sides_show_the_same_crop():
-    views = pack_views(np.arange(6), seed=0, epoch=0)
+    keys = pack_keys(np.arange(6), seed=0, epoch=0)
     jpegs = [jpeg_bytes(photograph(150, 110, seed)) for seed in range(6)]
-    (large, small), _ = decoded(jpegs, [(110, 150)] * 6, (96, 48), RandomResizedCrop().parameters(), views)
+    (large, small), _ = decoded(jpegs, [(110, 150)] * 6, (96, 48), RandomResizedCrop().parameters(), keys)
     for big, little in zip(large, small, strict=True):
         assert difference(little, np.asarray(Image.fromarray(big).resize((48, 48), Image.Resampling.BILINEAR))) < 4
 
@@ -126,12 +126,10 @@ def test_decoding_at_a_fraction_shows_the_same_picture(fraction):
 
 def test_decoding_at_full_size_is_pillows_within_a_grey_level():
     jpegs = [jpeg_bytes(photograph(160, 120, seed)) for seed in range(4)]
-    views = pack_views(np.arange(4), seed=1, epoch=2)
+    keys = pack_keys(np.arange(4), seed=1, epoch=2)
     crop = RandomResizedCrop(scale=(0.3, 0.9))
-    (images,), _ = decoded(jpegs, [(120, 160)] * 4, (96,), crop.parameters(), views)
-    for jpeg, out, (top, left, height, width, mirrored) in zip(
-        jpegs, images, boxes(views, 120, 160, crop), strict=True
-    ):
+    (images,), _ = decoded(jpegs, [(120, 160)] * 4, (96,), crop.parameters(), keys)
+    for jpeg, out, (top, left, height, width, mirrored) in zip(jpegs, images, boxes(keys, 120, 160, crop), strict=True):
         box = (left, top, left + width, top + height)
         expected = Image.open(io.BytesIO(jpeg)).convert("RGB").resize((96, 96), Image.Resampling.BILINEAR, box=box)
         expected = ImageOps.mirror(expected) if mirrored else expected
@@ -204,14 +202,12 @@ def test_every_kind_of_jpeg_is_pillows_within_a_grey_level(settings, size):
     width, height = size
     image = photograph(width, height, seed=7)
     jpeg = save(image, **settings) if isinstance(settings, dict) else subsampled(image, settings)
-    views = pack_views(np.arange(5), seed=1, epoch=2)
+    keys = pack_keys(np.arange(5), seed=1, epoch=2)
     crop = RandomResizedCrop(scale=(0.3, 0.9))
-    (images,), status = decoded([jpeg] * 5, [(height, width)] * 5, (96,), crop.parameters(), views)
+    (images,), status = decoded([jpeg] * 5, [(height, width)] * 5, (96,), crop.parameters(), keys)
     assert status.tolist() == [kernels.DECODED] * 5
     whole = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    for out, (top, left, box_height, box_width, mirrored) in zip(
-        images, boxes(views, height, width, crop), strict=True
-    ):
+    for out, (top, left, box_height, box_width, mirrored) in zip(images, boxes(keys, height, width, crop), strict=True):
         box = (left, top, left + box_width, top + box_height)
         expected = whole.resize((96, 96), Image.Resampling.BILINEAR, box=box)
         expected = ImageOps.mirror(expected) if mirrored else expected
@@ -222,19 +218,19 @@ def test_every_kind_of_jpeg_is_pillows_within_a_grey_level(settings, size):
 def above_the_middle(height: int) -> tuple[np.ndarray, tuple]:
     """Views whose crops end well above the lower quarter of an image, and their crop."""
     crop = RandomResizedCrop(scale=(0.1, 0.3)).parameters()
-    views = pack_views(np.arange(200), seed=3, epoch=0)
-    found = crop_boxes(views, np.array([[height, height]] * 200), crop)
-    return views[found[:, 0] + found[:, 2] < 0.6 * height][:8], crop
+    keys = pack_keys(np.arange(200), seed=3, epoch=0)
+    found = crop_boxes(keys, np.array([[height, height]] * 200), crop)
+    return keys[found[:, 0] + found[:, 2] < 0.6 * height][:8], crop
 
 
 def test_rows_below_the_crop_are_left_out_and_change_nothing():
     image = photograph(320, 320, seed=8)
     # With restart markers every row is decoded: the same coefficients, and so the same pixels.
     left_out, complete = save(image), save(image, restart_marker_rows=1)
-    views, crop = above_the_middle(320)
+    keys, crop = above_the_middle(320)
     outs = []
     for jpeg in (left_out, complete):
-        images, status = decoded([jpeg] * 8, [(320, 320)] * 8, (96, 33), crop, views)
+        images, status = decoded([jpeg] * 8, [(320, 320)] * 8, (96, 33), crop, keys)
         assert status.tolist() == [kernels.DECODED] * 8
         outs.append(images)
     assert all(np.array_equal(one, other) for one, other in zip(*outs, strict=True))
@@ -242,14 +238,14 @@ def test_rows_below_the_crop_are_left_out_and_change_nothing():
 
 def test_damage_is_seen_in_the_rows_that_are_shown():
     good = save(photograph(320, 320, seed=9))
-    views, crop = above_the_middle(320)
+    keys, crop = above_the_middle(320)
     early, late = bytearray(good), bytearray(good)
     for jpeg, place in ((early, 0.25), (late, 0.9)):
         start = int(len(good) * place)
         jpeg[start : start + 4] = b"\xff\xd9\xff\xd9"  # the end of the image, too soon
-    _, status = decoded([bytes(early)] * 8, [(320, 320)] * 8, (96,), crop, views)
+    _, status = decoded([bytes(early)] * 8, [(320, 320)] * 8, (96,), crop, keys)
     assert status.tolist() == [kernels.DAMAGED] * 8
-    (images,), status = decoded([good] * 8 + [bytes(late)] * 8, [(320, 320)] * 16, (96,), crop, np.tile(views, 2))
+    (images,), status = decoded([good] * 8 + [bytes(late)] * 8, [(320, 320)] * 16, (96,), crop, np.tile(keys, 2))
     assert status.tolist() == [kernels.DECODED] * 16
     assert np.array_equal(images[:8], images[8:])
 
@@ -257,7 +253,7 @@ def test_damage_is_seen_in_the_rows_that_are_shown():
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (64, 64), (9, 11)])
 def test_random_crop_is_torchvisions_in_distribution(height, width):
     crop = RandomResizedCrop(scale=(0.2, 0.8), ratio=(0.5, 1.5))
-    ours = boxes(pack_views(np.arange(4000), seed=5, epoch=1), height, width, crop)
+    ours = boxes(pack_keys(np.arange(4000), seed=5, epoch=1), height, width, crop)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     peers = np.array([PeerCrop.get_params(image, list(crop.scale), list(crop.ratio)) for _ in range(4000)], np.float64)
@@ -273,7 +269,7 @@ def test_random_crop_is_torchvisions_in_distribution(height, width):
 
 def test_random_crop_stays_within_its_ranges():
     tops, lefts, heights, widths, mirrored = boxes(
-        pack_views(np.arange(2000), seed=9, epoch=0), 1000, 1000, RandomResizedCrop(scale=(0.1, 0.5), ratio=(0.8, 1.25))
+        pack_keys(np.arange(2000), seed=9, epoch=0), 1000, 1000, RandomResizedCrop(scale=(0.1, 0.5), ratio=(0.8, 1.25))
     ).T
     areas, ratios = heights * widths / 1e6, widths / heights
     assert areas.min() >= 0.0995
@@ -287,36 +283,36 @@ def test_random_crop_stays_within_its_ranges():
 
 
 def test_random_crop_falls_back_to_the_centre():
-    wide = boxes(pack_views(np.arange(3), 0, 0), 10, 1000, RandomResizedCrop(scale=(1.0, 1.0)))
-    tall = boxes(pack_views(np.arange(3), 0, 0), 1000, 10, RandomResizedCrop(scale=(1.0, 1.0)))
+    wide = boxes(pack_keys(np.arange(3), 0, 0), 10, 1000, RandomResizedCrop(scale=(1.0, 1.0)))
+    tall = boxes(pack_keys(np.arange(3), 0, 0), 1000, 10, RandomResizedCrop(scale=(1.0, 1.0)))
     assert wide[:, :4].tolist() == [[0, 493, 10, 13]] * 3
     assert tall[:, :4].tolist() == [[493, 0, 13, 10]] * 3
 
 
 def test_flip_can_be_left_out():
-    assert not boxes(pack_views(np.arange(50), 0, 0), 50, 50, RandomResizedCrop(flip=False))[:, 4].any()
+    assert not boxes(pack_keys(np.arange(50), 0, 0), 50, 50, RandomResizedCrop(flip=False))[:, 4].any()
 
 
 def test_centre_crop_is_a_central_square_of_the_shorter_side():
-    view = pack_views(np.arange(1), 0, 0)[0]
-    assert crop_box(view, 256, 301, CenterCrop(0.875).parameters()) == (16.0, 38.5, 224.0, 224.0, False)
+    crop_epoch = pack_keys(np.arange(1), 0, 0)[0]
+    assert crop_box(crop_epoch, 256, 301, CenterCrop(0.875).parameters()) == (16.0, 38.5, 224.0, 224.0, False)
 
 
 def test_draws_are_the_same_on_every_machine_and_version():
-    view = pack_views(np.arange(1), seed=7, epoch=3)[0]
-    assert [float(uniform(view, draw)).hex() for draw in range(3)] == [
+    crop_epoch = pack_keys(np.arange(1), seed=7, epoch=3)[0]
+    assert [float(uniform(crop_epoch, draw)).hex() for draw in range(3)] == [
         "0x1.77fb23a3deb58p-4",
         "0x1.fba04b555beb8p-4",
         "0x1.e7be24e57ecefp-1",
     ]
-    assert crop_box(view, 375, 500, RandomResizedCrop().parameters()) == (171.0, 41.0, 196.0, 158.0, True)
+    assert crop_box(crop_epoch, 375, 500, RandomResizedCrop().parameters()) == (171.0, 41.0, 196.0, 158.0, True)
 
 
 def test_draws_of_neighbouring_samples_and_epochs_are_unrelated():
-    samples = pack_views(np.arange(2000), 0, 0)
-    epochs = np.concatenate([pack_views(np.arange(1), 0, epoch) for epoch in range(2000)])
-    for views in (samples, epochs):
-        draws = np.array([[uniform(view, draw) for draw in range(4)] for view in views])
+    samples = pack_keys(np.arange(2000), 0, 0)
+    epochs = np.concatenate([pack_keys(np.arange(1), 0, epoch) for epoch in range(2000)])
+    for keys in (samples, epochs):
+        draws = np.array([[uniform(crop_epoch, draw) for draw in range(4)] for crop_epoch in keys])
         assert np.abs(draws.mean(axis=0) - 0.5).max() < 0.03
         related = np.corrcoef(np.concatenate([draws[:-1], draws[1:]], axis=1).T) - np.eye(8)
         assert np.abs(related).max() < 0.1

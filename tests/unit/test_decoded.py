@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datasets.beton import TRAIN, beton_path
-from datasets.loading.decoded import DecodedViews, Ordered, decoded_bytes
+from datasets.loading.decoded import DecodedCrops, Ordered, decoded_bytes
 from datasets.loading.loader import MultiResolutionLoader
 from tests.table_runs import NUM_TRAIN, config_of, loader_of, write_data
 
@@ -22,8 +22,8 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> MultiResolutionLoader:
     return loader_of(config_of(write_data(tmp_path_factory.mktemp("data"))), TRAIN)
 
 
-def decoded_of(folder: Path, loader: MultiResolutionLoader, **about: Any) -> DecodedViews:
-    return DecodedViews(folder, loader.beton, about, views=(0, 3), sides=SIDES)
+def decoded_of(folder: Path, loader: MultiResolutionLoader, **about: Any) -> DecodedCrops:
+    return DecodedCrops(folder, loader.beton, about, crop_epochs=(0, 3), sides=SIDES)
 
 
 def test_decoded_views_are_what_the_loader_reads(tmp_path: Path, loader: MultiResolutionLoader):
@@ -31,8 +31,10 @@ def test_decoded_views_are_what_the_loader_reads(tmp_path: Path, loader: MultiRe
     decoded.fill(loader)
     assert decoded.num_samples == NUM_TRAIN
     batches = [np.array([5, 2, 28]), np.array([], np.int64), np.array([2, 0])]
-    for view in (0, 3):
-        for ours, theirs in zip(decoded.read(view, batches), loader.read(view, batches, sides=SIDES), strict=True):
+    for crop_epoch in (0, 3):
+        for ours, theirs in zip(
+            decoded.read(crop_epoch, batches), loader.read(crop_epoch, batches, sides=SIDES), strict=True
+        ):
             assert torch.equal(ours.labels, theirs.labels)
             assert torch.equal(ours.indices, theirs.indices)
             for side in SIDES:
@@ -65,7 +67,7 @@ def test_the_order_of_the_loaders_own_seed_is_its_order(tmp_path: Path, loader: 
     assert (ordered.num_batches, ordered.num_samples) == (loader.num_batches, NUM_TRAIN)
     assert [ordered.global_size(step) for step in range(4)] == [loader.global_size(step) for step in range(4)]
     for epoch, start in ((0, 0), (2, 1)):
-        pairs = zip(ordered.epoch(epoch, start, view=1), loader.epoch(epoch, start, view=1), strict=True)
+        pairs = zip(ordered.epoch(epoch, start, crop_epoch=1), loader.epoch(epoch, start, crop_epoch=1), strict=True)
         assert all(
             torch.equal(ours.indices, theirs.indices) and torch.equal(ours.images[24], theirs.images[24])
             for ours, theirs in pairs
@@ -88,4 +90,4 @@ def test_another_seed_is_another_order_of_the_same_crops(loader: MultiResolution
 
 def test_a_beton_that_is_missing_is_told(tmp_path: Path):
     with pytest.raises(ValueError, match=r"train\.beton"):
-        DecodedViews(tmp_path, beton_path(tmp_path, TRAIN), {}, (0,), SIDES)
+        DecodedCrops(tmp_path, beton_path(tmp_path, TRAIN), {}, (0,), SIDES)

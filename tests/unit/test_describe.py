@@ -188,14 +188,14 @@ def test_memory_of_each_stage(tmp_path: Path):
     assert describe(alone).stages[0].memory.activations == pytest.approx(2 * backbone.activations, rel=0.01)
 
 
-@pytest.mark.parametrize(("changed", "num_views"), [({}, 6), ({"views": 2}, 2), ({"logits": "live"}, None)])
-def test_a_logit_table_has_two_bytes_for_each_logit(tmp_path: Path, changed: dict, num_views: int | None):
+@pytest.mark.parametrize(("changed", "num_crops"), [({}, 6), ({"views": 2}, 2), ({"logits": "live"}, None)])
+def test_a_logit_table_has_two_bytes_for_each_logit(tmp_path: Path, changed: dict, num_crops: int | None):
     write_manifest(tmp_path)
     predictor = {"epochs": 6, "alpha_gflops": 0.005, **changed}
     description = describe(config_in(tmp_path, stages={"backbone": {"epochs": 1}, "predictor": predictor}))
     backbone, stage = description.stages
     assert backbone.table_bytes is None
-    num_images = num_views and num_views * 70 + 14
+    num_images = num_crops and num_crops * 70 + 14
     assert stage.table_bytes == (num_images and num_images * 3 * 7 * 2)
     assert ("the predictor stage keeps" in job.as_text(description)) == (num_images is not None)
 

@@ -15,7 +15,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, SchedulingState
 from ray.train.v2._internal.execution.scaling_policy import ScalingDecision
 
-from pipeline.cluster.group import FailureTeller, WaitTeller, explain_end, explain_workers
+from pipeline.cluster.group import FailureReporter, WaitReporter, explain_end, explain_workers
 from pipeline.cluster.progress import FAILURES, append_event, followed
 
 DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
@@ -62,7 +62,7 @@ def test_whoever_follows_a_run_sees_failures_too(tmp_path: Path) -> None:
     shown: list[str] = []
     with followed(tmp_path, shown.append):
         append_event(tmp_path, {"message": "beginning with 2 workers"})
-        FailureTeller(tmp_path).after_exception(None, {1: DEAD})
+        FailureReporter(tmp_path).after_exception(None, {1: DEAD})
     assert shown[0] == "beginning with 2 workers"
     assert shown[1].startswith("worker 1: its process died")
     assert len(shown) == 2
@@ -70,7 +70,7 @@ def test_whoever_follows_a_run_sees_failures_too(tmp_path: Path) -> None:
 
 def test_whoever_waits_for_nodes_is_told_so(tmp_path: Path) -> None:
     error = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
-    teller = WaitTeller(tmp_path)
+    teller = WaitReporter(tmp_path)
     teller.after_controller_state_update(InitializingState(), SchedulingState(ScalingDecision()))
     assert not (tmp_path / FAILURES).exists()
     for _ in range(3):  # every time that Ray Train tries
@@ -80,5 +80,5 @@ def test_whoever_waits_for_nodes_is_told_so(tmp_path: Path) -> None:
 
 
 def test_a_failure_that_cannot_be_written_is_not_one_more(tmp_path: Path) -> None:
-    FailureTeller(tmp_path / "gone").after_exception(None, {0: DEAD})
+    FailureReporter(tmp_path / "gone").after_exception(None, {0: DEAD})
     assert not (tmp_path / "gone").exists()

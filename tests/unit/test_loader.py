@@ -334,16 +334,16 @@ def test_the_centre_has_to_be_a_part_of_the_image(beton):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "start_step", "view"), [(-1, 0, None), (0, -1, None), (0, 5, None), (0, 0, -1), (-1, 0, 0)]
+    ("epoch", "start_step", "crop_epoch"), [(-1, 0, None), (0, -1, None), (0, 5, None), (0, 0, -1), (-1, 0, 0)]
 )
-def test_epoch_step_and_view_have_to_exist(beton, epoch, start_step, view):
+def test_epoch_step_and_view_have_to_exist(beton, epoch, start_step, crop_epoch):
     with pytest.raises(ValueError, match="start_step"):
-        load(beton).epoch(epoch, start_step, view=view)
+        load(beton).epoch(epoch, start_step, crop_epoch=crop_epoch)
 
 
 def test_an_epoch_may_show_another_ones_crops_in_its_own_order(beton):
     loader = load(beton)
-    found = digests(loader, 3, view=1)
+    found = digests(loader, 3, crop_epoch=1)
     assert found == digests(loader, 1)
     assert list(found) == list(digests(loader, 3)) != list(digests(loader, 1))
 
@@ -358,10 +358,10 @@ def test_given_samples_are_read_as_an_epoch_shows_them(beton):
     assert [len(batch.indices) for batch in load(beton).read(2, given)] == [3, 1, 0]
 
 
-@pytest.mark.parametrize(("view", "index"), [(-1, 0), (0, NUM_SAMPLES), (0, -1)])
-def test_given_samples_and_their_view_have_to_exist(beton, view, index):
-    with pytest.raises(ValueError, match=f"view {view}, samples .* 0 to {NUM_SAMPLES - 1}"):
-        load(beton).read(view, [np.array([0, index])])
+@pytest.mark.parametrize(("crop_epoch", "index"), [(-1, 0), (0, NUM_SAMPLES), (0, -1)])
+def test_given_samples_and_their_view_have_to_exist(beton, crop_epoch, index):
+    with pytest.raises(ValueError, match=f"crop_epoch {crop_epoch}, samples .* 0 to {NUM_SAMPLES - 1}"):
+        load(beton).read(crop_epoch, [np.array([0, index])])
 
 
 def test_sides_that_are_not_wanted_cost_nothing_and_change_nothing(beton):

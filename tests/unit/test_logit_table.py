@@ -20,8 +20,8 @@ from pipeline.config.schema import Config, PredictorConfig
 from pipeline.models.drnet import DRNet
 from pipeline.models.predictor import ARCHITECTURES, build_predictor
 from pipeline.training.logit_table import LogitTable, TableError, TableKey, UnfillableTableError, chunk_path, fill_table
-from pipeline.training.loop import StageData, Work, evaluate, open_stage_data, train, train_epoch
-from pipeline.training.monitoring import Meter, Watch
+from pipeline.training.loop import StageData, StageState, evaluate, open_stage_data, train, train_epoch
+from pipeline.training.monitoring import DivergenceMonitor, Meter
 from pipeline.training.objectives import Forward, build_objective
 from pipeline.training.optim import build_optimizer
 from pipeline.training.run import Progress, Run
@@ -60,7 +60,7 @@ def model(config: Config) -> DRNet:
 
 @pytest.fixture(scope="module")
 def key(config: Config, model: DRNet) -> TableKey:
-    """Files of 8 samples: 4 of them a view, the last with 5."""
+    """Files of 8 samples: 4 of them a crop_epoch, the last with 5."""
     return replace(TableKey.of(model, config, MANIFEST, TRAIN), chunk_samples=8)
 
 
@@ -105,13 +105,13 @@ def flip_a_byte(path: Path, place: int) -> None:
 def test_the_table_holds_the_live_logits(fill: Fill, key: TableKey, loader, model: DRNet, tmp_path: Path) -> None:
     assert fill() == 2 * 4
     table, forward = LogitTable(tmp_path, key, VIEWS), Forward(model, "float32")
-    for view in (*VIEWS, *VIEWS):  # and back again
-        for batch in loader.epoch(view):
-            found_NRK = table.logits(view, batch.indices)
+    for crop_epoch in (*VIEWS, *VIEWS):  # and back again
+        for batch in loader.epoch(crop_epoch):
+            found_NRK = table.logits(crop_epoch, batch.indices)
             assert (found_NRK.shape, found_NRK.dtype) == ((len(batch.labels), 2, NUM_CLASSES), torch.float32)
             torch.testing.assert_close(found_NRK, forward.frozen_backbone(batch.images), **FLOAT16)
-    first, last = (table.logits(view, torch.tensor([3])) for view in VIEWS)
-    assert not torch.allclose(first, last, rtol=1e-2), "views are different crops"
+    first, last = (table.logits(crop_epoch, torch.tensor([3])) for crop_epoch in VIEWS)
+    assert not torch.allclose(first, last, rtol=1e-2), "crop_epochs are different crops"
 
 
 def test_predictor_training_mode_and_memory_format_do_not_matter_to_the_key(config: Config, key: TableKey) -> None:
@@ -145,7 +145,9 @@ def test_an_incomplete_table_is_not_opened(fill: Fill, key: TableKey, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         fill(dies_before=6)
     LogitTable(tmp_path, key, VIEWS[:1])
-    with pytest.raises(TableError, match=r"view 5 lacks 2 of its 4 files, the first .*view-00005/chunk-00002\.npy"):
+    with pytest.raises(
+        TableError, match=r"crop_epoch 5 lacks 2 of its 4 files, the first .*crop_epoch-00005/chunk-00002\.npy"
+    ):
         LogitTable(tmp_path, key, VIEWS)
 
 
@@ -162,12 +164,12 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_file_is_noticed_and_computed_anew(fill: Fill, damage, key: TableKey, tmp_path: Path) -> None:
     fill()
-    whole, path = contents(tmp_path), chunk_path(tmp_path / key.digest, view=5, chunk=1)
+    whole, path = contents(tmp_path), chunk_path(tmp_path / key.digest, crop_epoch=5, chunk=1)
     damage(path)
     table = LogitTable(tmp_path, key, VIEWS)
     table.logits(2, torch.arange(NUM_TRAIN))
     table.logits(5, torch.arange(8))
-    with pytest.raises(TableError, match=r"view-00005/chunk-00001\.npy of the logit table is missing or damaged"):
+    with pytest.raises(TableError, match=r"crop_epoch-00005/chunk-00001\.npy of the logit table is missing or damaged"):
         table.logits(5, torch.tensor([0, 8]))
     assert fill() == 1
     assert contents(tmp_path) == whole
@@ -226,11 +228,13 @@ def test_an_empty_folder_and_a_wrong_table_json_are_told_apart(fill: Fill, key: 
         LogitTable(tmp_path, key, VIEWS)
 
 
-@pytest.mark.parametrize(("view", "index"), [(3, 0), (2, NUM_TRAIN), (2, -1)])
-def test_only_what_the_table_was_opened_for_is_read(fill: Fill, key: TableKey, view: int, index: int, tmp_path) -> None:
+@pytest.mark.parametrize(("crop_epoch", "index"), [(3, 0), (2, NUM_TRAIN), (2, -1)])
+def test_only_what_the_table_was_opened_for_is_read(
+    fill: Fill, key: TableKey, crop_epoch: int, index: int, tmp_path
+) -> None:
     fill()
-    with pytest.raises(ValueError, match=rf"opened for views \[2, 5\], and has samples 0 to {NUM_TRAIN - 1}"):
-        LogitTable(tmp_path, key, VIEWS).logits(view, torch.tensor([index]))
+    with pytest.raises(ValueError, match=rf"opened for crop_epochs \[2, 5\], and has samples 0 to {NUM_TRAIN - 1}"):
+        LogitTable(tmp_path, key, VIEWS).logits(crop_epoch, torch.tensor([index]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 65520.0])
@@ -246,7 +250,7 @@ def test_logits_beyond_float16_are_an_error_that_names_the_sample(key: TableKey,
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(key: TableKey, loader, model, tmp_path: Path) -> None:
     huge, backbone = replace(key, num_classes=10**15), Backbone(model)
-    with pytest.raises(UnfillableTableError, match=r"needs .* GB more .* stages\.predictor\.views"):
+    with pytest.raises(UnfillableTableError, match=r"needs .* GB more .* stages\.predictor\.crop_epochs"):
         fill_table(tmp_path, huge, [0], loader, backbone, device=torch.device("cpu"), tell=print)
     assert backbone.batches == 0
 
@@ -257,11 +261,13 @@ def trained(config: Config, tables: Path, **predictor) -> tuple[Run, Recorder]:
     return run, recorder
 
 
-@pytest.mark.parametrize("views", [None, 2])
-def test_training_on_the_table_is_live_training_to_float16_rounding(config: Config, views, tmp_path: Path) -> None:
-    live_run, live = trained(config, tmp_path, logits="live", views=views)
+@pytest.mark.parametrize("crop_epochs", [None, 2])
+def test_training_on_the_table_is_live_training_to_float16_rounding(
+    config: Config, crop_epochs, tmp_path: Path
+) -> None:
+    live_run, live = trained(config, tmp_path, logits="live", crop_epochs=crop_epochs)
     assert not any(tmp_path.iterdir())
-    table_run, table = trained(config, tmp_path, views=views)
+    table_run, table = trained(config, tmp_path, crop_epochs=crop_epochs)
     assert table.losses == pytest.approx(live.losses, rel=1e-3)
     assert table.losses != live.losses
     for found, expected in zip(table.values, live.values, strict=True):
@@ -275,11 +281,11 @@ def test_training_on_the_table_is_live_training_to_float16_rounding(config: Conf
     ):
         torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-4, msg=name)
     whole = [line for line in table.messages if f"{NUM_TRAIN} images" in line]
-    assert len(whole) == len(list(tmp_path.rglob("view-*"))) - 1 == (views or 3)
+    assert len(whole) == len(list(tmp_path.rglob("crop_epoch-*"))) - 1 == (crop_epochs or 3)
 
 
 def test_epochs_take_the_views_in_turn(config: Config, tmp_path: Path) -> None:
-    run, _ = run_of(config_of(config.data.folder, views=2, epochs=5), tmp_path)
+    run, _ = run_of(config_of(config.data.folder, crop_epochs=2, epochs=5), tmp_path)
     data = open_stage_data(run, run.config.stages.predictor, first_epoch=7)
     assert [data.view(epoch) for epoch in range(7, 12)] == [7, 8, 7, 8, 7]
     for epoch in (8, 10):
@@ -319,7 +325,7 @@ def test_computing_a_table_is_a_phase_of_the_goodput(config: Config, tmp_path: P
 @pytest.mark.parametrize("lost", ["nothing", "a file of the table", "the table"])
 def test_a_resumed_stage_ends_with_the_same_bits(config: Config, lost: str, tmp_path: Path) -> None:
     expected, recorder = trained(config, tmp_path)
-    files = sorted(tmp_path.rglob("view-*/*.npy"))
+    files = sorted(tmp_path.rglob("crop_epoch-*/*.npy"))
     if lost == "a file of the table":
         flip_a_byte(files[1], 300)
     elif lost == "the table":
@@ -355,13 +361,16 @@ def test_a_predictor_of_any_size_trains_on_a_copy_without_a_backbone(config: Con
     predictor = build_predictor(ARCHITECTURES[4], 2, width=0.25)
     model = DRNet(torch.nn.Identity(), predictor, [48, 32], 20, (0.5,) * 3, (0.25,) * 3)
     loaders = loader_of(small, TRAIN), loader_of(small, VALIDATION)
-    local = [LogitTable(tmp_path / "local", key, views) for key, views in zip(keys, (range(3), range(1)), strict=True)]
+    local = [
+        LogitTable(tmp_path / "local", key, crop_epochs)
+        for key, crop_epochs in zip(keys, (range(3), range(1)), strict=True)
+    ]
     data = StageData(*loaders, 0, 3, (20,), *local)
     recorder, stage = Recorder(), config.stages.predictor
     run = replace(made, config=small, model=model, train=loaders[0], validation=loaders[1], reporter=recorder)
     objective = build_objective(model, stage, torch.tensor(run.costs.backbone_gflops))
     before = copy.deepcopy(predictor.fc.weight)
-    work = Work(stage, data, objective, build_optimizer(model, stage), None, Watch(None), Meter())
+    work = StageState(stage, data, objective, build_optimizer(model, stage), None, DivergenceMonitor(None), Meter())
     train_epoch(run, work, Progress("predictor", 0, 3, 0, 0, 4))
     values = evaluate(model, data.validation_epoch(), run.costs, data.validation_logits)
 
@@ -374,5 +383,5 @@ def test_a_predictor_of_any_size_trains_on_a_copy_without_a_backbone(config: Con
 
 def test_a_file_can_be_read_by_numpy(fill: Fill, key: TableKey, tmp_path: Path) -> None:
     fill()
-    logits_NRK = np.load(chunk_path(tmp_path / key.digest, view=2, chunk=3))
+    logits_NRK = np.load(chunk_path(tmp_path / key.digest, crop_epoch=2, chunk=3))
     assert (logits_NRK.shape, logits_NRK.dtype) == ((5, 2, NUM_CLASSES), np.float16)

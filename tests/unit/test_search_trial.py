@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datasets.beton import TRAIN, VALIDATION, beton_path
-from datasets.loading.decoded import DecodedViews, Ordered, Reader
+from datasets.loading.decoded import DecodedCrops, Ordered, Reader
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, build_configured
 from pipeline.search.source import (
@@ -99,7 +99,7 @@ def test_a_trial_is_the_predictor_stage_of_a_run_bit_for_bit(run: Run, data: Tri
 def test_decoded_views_make_the_same_trial(run: Run, data: TrialData, tmp_path: Path) -> None:
     def decoded(split: str) -> Reader:
         beton = beton_path(run.config.data.folder, split)
-        views = DecodedViews(tmp_path / "decoded", beton, {"split": split}, range(2), (24,))
+        views = DecodedCrops(tmp_path / "decoded", beton, {"split": split}, range(2), (24,))
         views.fill(loader_of(run.config, split))
         return views
 

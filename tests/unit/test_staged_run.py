@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from jobs.prepare import main
 from pipeline.cluster.preflight import check_config
-from pipeline.cluster.worker import WorkerSettings, data_of_node
+from pipeline.cluster.progress import event_writer
+from pipeline.cluster.worker import data_of_node
 from pipeline.config.load import ConfigError, differences, parse_config
 from pipeline.config.schema import Config
 from pipeline.training.describe import summarize_data
@@ -46,11 +46,6 @@ def config_of(tmp_path: Path, uri: str | None) -> Config:
     )
 
 
-def settings_of(config: Config, run_folder: Path, digest: str) -> WorkerSettings:
-    run_folder.mkdir(exist_ok=True)
-    return WorkerSettings(config, run_folder, digest, tracking=None)
-
-
 def test_the_driver_needs_the_manifest_alone(remote: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, remote.as_uri())
     manifest, _ = check_config(config)
@@ -67,21 +62,24 @@ def test_an_address_without_data_is_told_before_ray_is_asked(tmp_path: Path) -> 
 
 def test_a_worker_stages_and_refuses_other_data_than_the_drivers(remote: Path, tmp_path: Path) -> None:
     config, manifest = config_of(tmp_path, remote.as_uri()), load_manifest(remote)
-    settings = settings_of(config, tmp_path / "run", manifest.digest)
-    for node in (1, 0):  # two workers of which only that of node 0 tells the run's progress
-        assert data_of_node(settings, node) == manifest
-        assert not (tmp_path / "run" / "progress.jsonl").exists()
-    shutil.rmtree(config.data.folder)
-    data_of_node(settings, 0)
-    lines = (tmp_path / "run" / "progress.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["message"].startswith(f"staging {config.data.folder}: ")
+    lines: list[str] = []
+    for _ in range(2):  # the second worker of the node finds the data there
+        assert data_of_node(config.data, manifest.digest, lines.append) == manifest
+    assert lines[0].startswith(f"staging {config.data.folder}: ")
 
-    other = settings_of(config, tmp_path / "run", "0" * 32)
-    with pytest.raises(ValueError, match=rf"on node 3 holds other data \(digest {manifest.digest}\) than the driver"):
-        data_of_node(other, 3)
+    with pytest.raises(ValueError, match=rf"holds other data \(digest {manifest.digest}\) than the driver"):
+        data_of_node(config.data, "0" * 32, print)
     here = config_of(tmp_path, None)
     with pytest.raises(ValueError, match="holds other data"):
-        data_of_node(settings_of(here, tmp_path / "run", "0" * 32), 0)
+        data_of_node(here.data, "0" * 32, print)
+
+
+def test_one_machine_appends_to_the_progress_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    event_writer(None)("on another node")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "on another node\n"
+    event_writer(tmp_path)("on the first")
+    assert json.loads((tmp_path / "progress.jsonl").read_text())["message"] == "on the first"
 
 
 def test_what_is_kept_of_a_configuration_holds_no_secret(tmp_path: Path) -> None:

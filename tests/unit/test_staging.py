@@ -18,7 +18,7 @@ from datasets.beton import SPLITS, TRAIN, VALIDATION, BetonError, beton_path, lo
 from datasets.files import LOCK
 from datasets.prepare.prepare import prepare
 from datasets.remote import CHUNK_BYTES
-from datasets.staging import STAGED, remote_manifest, stage, upload
+from datasets.staging import STAGED, download_dataset, remote_manifest, upload
 from tests.conftest import ROOT
 from tests.s3_server import S3Server
 from tests.unit.pictures import write_class_folders
@@ -37,7 +37,7 @@ def tell(line):
         sys.stdin.read()
 
 staging.SECONDS_BETWEEN_LINES = 0
-staging.stage(sys.argv[1], Path(sys.argv[2]), tell=tell)
+staging.download_dataset(sys.argv[1], Path(sys.argv[2]), tell=tell)
 """
 
 
@@ -130,14 +130,14 @@ def test_what_is_uploaded_and_staged_is_what_was_prepared(
 
     manifest = upload(prepared[0], uri, tell=lines.append)
     assert remote_manifest(uri) == manifest
-    assert stage(uri, node, tell=lines.append) == manifest
+    assert download_dataset(uri, node, tell=lines.append) == manifest
 
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
     assert sorted(contents(node)) == sorted([*FILES, STAGED])
     assert verify_betons(node, full=True) == manifest
     assert [line for line in lines if line.startswith(f"staging {node}: 33.")]
     lines.clear()
-    assert stage(uri, node, tell=lines.append) == manifest
+    assert download_dataset(uri, node, tell=lines.append) == manifest
     assert upload(prepared[0], uri, tell=lines.append) == manifest
     assert lines == [f"{uri} holds this data already; nothing to do"]
 
@@ -148,7 +148,7 @@ def test_processes_that_ask_at_once_download_once(
     uri = s3.address("at-once")
     upload(prepared[0], uri)
     s3.requests()
-    stage(uri, tmp_path / "alone", tell=lambda line: None)
+    download_dataset(uri, tmp_path / "alone", tell=lambda line: None)
     alone = [line for line in s3.requests() if "GET /bucket/at-once/" in line and ".beton" in line]
 
     first = child(uri, node, pause=" left")
@@ -180,7 +180,7 @@ def test_a_killed_download_goes_on_where_it_stopped(
 
     spoil(remote / "train.beton", end=CHUNK_BYTES)  # what is here already is not read again
     lines: list[str] = []
-    stage(remote.as_uri(), node, tell=lines.append)
+    download_dataset(remote.as_uri(), node, tell=lines.append)
 
     assert "train.beton: going on after 8.4 MB that are here already" in lines
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
@@ -197,7 +197,7 @@ def test_who_waited_takes_what_is_there_then(remote: Path, prepared: tuple[Path,
             put(prepared[1], remote)
             os.close(other)
 
-    assert stage(remote.as_uri(), node, tell=change) == load_manifest(prepared[1])
+    assert download_dataset(remote.as_uri(), node, tell=change) == load_manifest(prepared[1])
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
@@ -211,7 +211,7 @@ def test_a_partial_file_that_does_not_fit_is_given_up(
     (node / partial(prepared[0], TRAIN).name).write_bytes(b"\xee" * size)
     (node / f".staging-{'0' * 64}.partial").write_bytes(b"of data that was replaced")
 
-    stage(uri, node)
+    download_dataset(uri, node)
 
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
     assert sorted(contents(node)) == sorted([*FILES, STAGED])
@@ -220,33 +220,33 @@ def test_a_partial_file_that_does_not_fit_is_given_up(
 def test_a_process_that_dies_among_the_renames_costs_no_download(
     remote: Path, prepared: tuple[Path, Path], node: Path
 ) -> None:
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     (node / "manifest.json").unlink()
     (node / "validation.beton").rename(node / partial(remote, VALIDATION).name)
     for split in SPLITS:
         spoil(beton_path(remote, split))
 
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
 
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
 
 def test_a_beton_without_a_manifest_is_looked_at_in_full(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     (node / "manifest.json").unlink()
     flip_one_bit(node / "train.beton")
 
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
 
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
 
 def test_only_what_is_damaged_is_staged_again(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     (node / "train.beton").write_bytes((node / "train.beton").read_bytes()[:-24])
     spoil(remote / "validation.beton")
 
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
 
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
@@ -254,11 +254,11 @@ def test_only_what_is_damaged_is_staged_again(remote: Path, prepared: tuple[Path
 def test_a_beton_that_is_not_its_manifests_is_refused(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     flip_one_bit(remote / "train.beton")
     with pytest.raises(BetonError, match=r"train\.beton of file:///.*remote has SHA-256 .* or is damaged"):
-        stage(remote.as_uri(), node)
+        download_dataset(remote.as_uri(), node)
     assert contents(node) == {}
 
     put(prepared[0], remote)
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
 
@@ -272,10 +272,10 @@ def test_a_beton_that_changes_while_it_is_read_is_refused(
             put(prepared[1], remote)
 
     with pytest.raises(BetonError, match="it changed while it was read"):
-        stage(remote.as_uri(), node, tell=change)
+        download_dataset(remote.as_uri(), node, tell=change)
     assert contents(node) == {}
 
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
@@ -294,7 +294,7 @@ def test_a_beton_that_changes_while_it_is_read_is_refused(
 def test_half_a_remote_folder_is_refused(change, message: str, remote: Path, node: Path) -> None:
     change(remote)
     with pytest.raises(BetonError, match=message):
-        stage(remote.as_uri(), node)
+        download_dataset(remote.as_uri(), node)
     assert not node.exists() or contents(node) == {}
 
 
@@ -303,7 +303,7 @@ def test_a_manifest_cannot_lead_out_of_the_folder(remote: Path, node: Path) -> N
     tree["splits"]["train"]["file"] = "../train.beton"
     (remote / "manifest.json").write_text(json.dumps(tree))
     with pytest.raises(BetonError, match=r"names the betons '\.\./train\.beton'"):
-        stage(remote.as_uri(), node)
+        download_dataset(remote.as_uri(), node)
 
 
 def test_too_little_space_is_noticed_before_the_first_byte(
@@ -314,33 +314,33 @@ def test_too_little_space_is_noticed_before_the_first_byte(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: usage)
         with pytest.raises(OSError, match=r"node has 2\.0 MB free, 33\.\d MB of file:///.* are still to come"):
-            stage(remote.as_uri(), node)
+            download_dataset(remote.as_uri(), node)
         assert contents(node) == {}
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
 
 
 def test_changed_data_is_staged_again_and_said(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     before, after = (load_manifest(folder).digest for folder in prepared)
     put(prepared[1], remote)
     lines: list[str] = []
 
-    stage(remote.as_uri(), node, tell=lines.append)
+    download_dataset(remote.as_uri(), node, tell=lines.append)
 
     assert lines[0].endswith(f"has changed since it was staged (digest {before}, now {after})")
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
 def test_a_part_can_be_staged_alone(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
-    manifest = stage(remote.as_uri(), node, splits=[VALIDATION])
+    manifest = download_dataset(remote.as_uri(), node, splits=[VALIDATION])
     assert sorted(contents(node)) == ["manifest.json", STAGED, "validation.beton"]
-    assert stage(remote.as_uri(), node) == manifest
+    assert download_dataset(remote.as_uri(), node) == manifest
 
     # Both have betons of one size: what is left of the old data must not pass for the new.
     put(prepared[1], remote)
-    stage(remote.as_uri(), node, splits=[VALIDATION])
+    download_dataset(remote.as_uri(), node, splits=[VALIDATION])
     assert sorted(contents(node)) == ["manifest.json", STAGED, "validation.beton"]
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
@@ -348,35 +348,35 @@ def test_what_was_prepared_here_is_never_replaced(remote: Path, prepared: tuple[
     put(prepared[1], node)
     before = contents(node)
     with pytest.raises(BetonError, match=r"prepared here.* choose another data\.folder, set data\.uri=null"):
-        stage(remote.as_uri(), node)
+        download_dataset(remote.as_uri(), node)
     assert contents(node) == before
 
     (node / "manifest.json").unlink()
     with pytest.raises(BetonError, match="its preparation was cut short"):
-        stage(remote.as_uri(), node)
+        download_dataset(remote.as_uri(), node)
     assert contents(node) == {name: data for name, data in before.items() if name != "manifest.json"}
 
 
 def test_what_was_staged_and_then_prepared_here_is_not_replaced(
     remote: Path, prepared: tuple[Path, Path], node: Path
 ) -> None:
-    stage(remote.as_uri(), node)
+    download_dataset(remote.as_uri(), node)
     put(prepared[1], node)
     with pytest.raises(BetonError, match="prepared here"):
-        stage(remote.as_uri(), node)
+        download_dataset(remote.as_uri(), node)
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
 def test_the_same_data_prepared_here_is_used_as_it_is(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     put(prepared[0], node)
     lines: list[str] = []
-    stage(remote.as_uri(), node, tell=lines.append)
+    download_dataset(remote.as_uri(), node, tell=lines.append)
     assert lines == []
     assert sorted(contents(node)) == FILES
 
     (node / "train.beton").write_bytes(b"cut")
     with pytest.raises(BetonError, match=r"train\.beton has 3 bytes"):
-        stage(remote.as_uri(), node)
+        download_dataset(remote.as_uri(), node)
     assert (node / "train.beton").read_bytes() == b"cut"
 
 
