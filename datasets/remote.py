@@ -99,7 +99,7 @@ class RemoteFolder:
         try:
             yield
         except (OSError, ValueError, NotImplementedError) as error:
-            raise OSError(f"{self}: {problem}: {_said(error, self.uri)}; {_ADVICE}") from None
+            raise OSError(f"{self}: {problem}: {message_of(error, self.uri)}; {_ADVICE}") from None
 
 
 def open_remote(uri: str) -> RemoteFolder:
@@ -115,16 +115,16 @@ def open_remote(uri: str) -> RemoteFolder:
     try:
         filesystem, path = FileSystem.from_uri(uri)
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{redacted(uri)!r} is no address of a folder ({_said(error, uri)}); {forms}") from None
+        raise ValueError(f"{redacted(uri)!r} is no address of a folder ({message_of(error, uri)}); {forms}") from None
     except OSError as error:
-        raise OSError(f"{redacted(uri)} cannot be opened: {_said(error, uri)}; {_ADVICE}") from None
+        raise OSError(f"{redacted(uri)} cannot be opened: {message_of(error, uri)}; {_ADVICE}") from None
     if not path.strip("/"):
         raise ValueError(f"{redacted(uri)!r} names no folder; {forms}")
     return RemoteFolder(uri, filesystem, path)
 
 
-def _said(error: Exception, uri: str) -> str:
-    """What pyarrow said, on one line, without what the address hides."""
+def message_of(error: Exception, uri: str) -> str:
+    """An error's message on one line, without the secrets of the address that it is about."""
     text = " ".join(str(error).split()).replace(uri, redacted(uri))
     hidden = [found[2] for found in _PASSWORD.finditer(uri)]
     hidden += [found[2] for found in _PARAMETER.finditer(uri) if found[1] not in OPEN_PARAMETERS]

@@ -35,7 +35,7 @@ STAGES = {
 """with everything that a state has to hold"""
 
 Pair = tuple[str, int]
-"""A stage, and how many of its steps were done; or TABLE, and how many crop_epochs of the logit tables."""
+"""A stage, and how many of its steps were done; or TABLE, and how many epochs of crops in the logit tables."""
 
 STEPS_OF = {"backbone": 6, TABLE: 3, "predictor": 6, "joint": 3}
 PAIRS: dict[int, list[Pair]] = {

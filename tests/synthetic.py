@@ -40,7 +40,7 @@ class Batch:
 class SyntheticBatches:
     """The loop's Batches from memory: noise on stripes whose direction is the class; this rank's part of each batch.
 
-    Every view of an image is the image itself.
+    Every crop of an image is the image itself.
     """
 
     def __init__(self, num_samples: int, batch_size: int, *, shuffle: bool, seed: int):
@@ -64,7 +64,7 @@ class SyntheticBatches:
         return min(self.batch_size, self.num_samples - step * self.batch_size)
 
     def epoch(
-        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
+        self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
         order = (
@@ -75,7 +75,7 @@ class SyntheticBatches:
         return self.read(epoch, [batch[mine].numpy() for batch in batches], sides=sides)
 
     def read(
-        self, view: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
+        self, crop_epoch: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Iterator[Batch]:
         for indices_N in map(torch.from_numpy, batches):
             images = {side: self.images[side][indices_N] for side in sides or SIDES}

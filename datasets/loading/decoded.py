@@ -1,6 +1,6 @@
 """Views of a beton decoded once and kept on a node's disk, for many trainings that see the same small crops.
 
-    FOLDER/DIGEST/crop_epoch-00003-32px.npy     uint8 (N, 32, 32, 3), the samples in the order of the beton
+    FOLDER/DIGEST/crops-00003-32px.npy     uint8 (N, 32, 32, 3), the samples in the order of the beton
 
 The folder is named by what the pixels depend on. A file takes its name when it is whole, and is read by memory map, so
 the processes of a node share it.
@@ -104,7 +104,7 @@ class DecodedCrops:
         return self._mapped[crop_epoch, side]
 
     def _path(self, crop_epoch: int, side: int) -> Path:
-        return self.folder / f"crop_epoch-{crop_epoch:05}-{side}px.npy"
+        return self.folder / f"crops-{crop_epoch:05}-{side}px.npy"
 
 
 class Ordered:

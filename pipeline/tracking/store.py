@@ -12,7 +12,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from datasets.remote import redacted
+from datasets.remote import message_of, redacted
 from pipeline.config.job_package import job_package
 from pipeline.config.schema import Config
 
@@ -95,7 +95,7 @@ def server_problem(uri: str) -> str | None:
 
 def explanation(error: Exception, uri: str) -> str:
     """One line: what MLflow said, and what to do about it."""
-    said = redacted(" ".join(str(error).split()))
+    said = message_of(error, uri)
     said = re.sub(r'^API request to .*\(Caused by \w+\(["\']?(.*?)["\']?\)\)$', r"\1", said)
     if "Invalid Host header" in said or "status code 403" in said:
         advice = "start the server with --allowed-hosts naming the host that is used here"

@@ -103,12 +103,12 @@ class TableKey:
 
     @property
     def num_chunks(self) -> int:
-        """Files of a crop_epoch."""
+        """Files for one epoch of crops."""
         return -(-self.num_samples // self.chunk_samples)
 
     @property
     def crop_bytes(self) -> int:
-        """Size of a crop_epoch, without the files' headers."""
+        """Size of one epoch of crops, without the files' headers."""
         return logits_bytes(self.num_samples, len(self.resolutions), self.num_classes)
 
     def bounds(self, chunk: int) -> tuple[int, int]:
@@ -146,8 +146,8 @@ class LogitTable:
     def __init__(self, root: Path, key: TableKey, crop_epochs: Sequence[int]):
         self.key, self.folder = key, root / key.digest
         _check_key(root, key)
-        self._views = frozenset(crop_epochs)
-        for crop_epoch in sorted(self._views):
+        self._crop_epochs = frozenset(crop_epochs)
+        for crop_epoch in sorted(self._crop_epochs):
             self._check_complete(crop_epoch)
         self._mapped: tuple[int, dict[int, NDArray[np.float16]]] = (-1, {})
 
@@ -158,15 +158,15 @@ class LogitTable:
 
         Raises:
             TableError: a file is missing or damaged.
-            ValueError: a crop_epoch or sample that the table was not opened for.
+            ValueError: an epoch or sample that the table was not opened for.
         """
         indices = indices_N.cpu().numpy()
-        if crop_epoch not in self._views or (
+        if crop_epoch not in self._crop_epochs or (
             len(indices) and not 0 <= indices.min() <= indices.max() < self.key.num_samples
         ):
             raise ValueError(
-                f"crop_epoch {crop_epoch}, samples {indices[:5].tolist()}...: this table was opened for crop_epochs "
-                f"{sorted(self._views)}, and has samples 0 to {self.key.num_samples - 1}"
+                f"crops of epoch {crop_epoch}, samples {indices[:5].tolist()}...: this table was opened for crops of "
+                f"the epochs {sorted(self._crop_epochs)}, and has samples 0 to {self.key.num_samples - 1}"
             )
         logits_NRK = np.empty((len(indices), len(self.key.resolutions), self.key.num_classes), np.float16)
         chunk_N, row_N = np.divmod(indices, self.key.chunk_samples)
@@ -191,7 +191,7 @@ class LogitTable:
         missing = [path for path in expected if path.name not in found]
         if missing:
             raise TableError(
-                f"the logit table in {self.folder} is incomplete: crop_epoch {crop_epoch} lacks {len(missing)} of its "
+                f"the logit table in {self.folder} is incomplete: epoch {crop_epoch} lacks {len(missing)} of its "
                 f"{len(expected)} files, the first {missing[0]}; compute the table to its end, or copy it whole"
             )
 
@@ -223,7 +223,7 @@ def _differences(path: Path, key: TableKey) -> list[str]:
 
 
 def crop_folder(folder: Path, crop_epoch: int) -> Path:
-    return folder / f"crop_epoch-{crop_epoch:05}"
+    return folder / f"crops-{crop_epoch:05}"
 
 
 def chunk_path(folder: Path, crop_epoch: int, chunk: int) -> Path:
@@ -293,7 +293,7 @@ def fill_table(
     device: torch.device,
     tell: Callable[[str], None],
 ) -> None:
-    """Compute what is missing of some crop_epochs; when it returns, they are complete. Every rank must call it.
+    """Compute what a table lacks for the crops of some epochs. Every rank must call it.
 
     A chunk has one rank that writes it. Chunks that are there and sound are left as they are, damaged ones are
     computed anew.
@@ -312,7 +312,7 @@ def fill_table(
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_whole(folder / TABLE_FILE, json.dumps(key.content, indent=2) + "\n")
-    # Ranks take turns over all chunks of all crop_epochs: a crop_epoch may have fewer chunks than there are ranks.
+    # Ranks take turns over the chunks of all epochs: one epoch may have fewer chunks than there are ranks.
     mine = {
         crop_epoch: range((rank - crop_epoch * key.num_chunks) % world_size, key.num_chunks, world_size)
         for crop_epoch in crop_epochs
@@ -357,7 +357,7 @@ def _check_room(folder: Path, key: TableKey, num_chunks: int) -> None:
     if needed > free:
         raise UnfillableTableError(
             f"the logit table needs {needed / 1e9:.1f} GB more in {folder}, which has {free / 1e9:.1f} GB free; "
-            "make room, lower stages.predictor.crop_epochs, or set stages.predictor.logits=live"
+            "make room, lower stages.predictor.num_crops, or set stages.predictor.logits=live"
         )
 
 

@@ -208,8 +208,8 @@ def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
         ({"data.dataset": "imagefolder"}, "data.source is missing"),
         ({"stages.backbone.warmup_epochs": 2}, "stages.backbone.warmup_epochs 2 must be less than epochs 2"),
         (
-            {"stages.predictor": {"epochs": 2, "alpha_gflops": 1, "views": 3}},
-            "stages.predictor.views 3 must not be more than epochs 2",
+            {"stages.predictor": {"epochs": 2, "alpha_gflops": 1, "num_crops": 3}},
+            "stages.predictor.num_crops is 3; give at most its epochs, 2",
         ),
         ({"stages.backbone.lr": float("inf")}, "stages.backbone.lr is inf"),
         ({"stages.backbone.lr": float("nan")}, "stages.backbone.lr is nan"),

@@ -188,7 +188,7 @@ def test_memory_of_each_stage(tmp_path: Path):
     assert describe(alone).stages[0].memory.activations == pytest.approx(2 * backbone.activations, rel=0.01)
 
 
-@pytest.mark.parametrize(("changed", "num_crops"), [({}, 6), ({"views": 2}, 2), ({"logits": "live"}, None)])
+@pytest.mark.parametrize(("changed", "num_crops"), [({}, 6), ({"num_crops": 2}, 2), ({"logits": "live"}, None)])
 def test_a_logit_table_has_two_bytes_for_each_logit(tmp_path: Path, changed: dict, num_crops: int | None):
     write_manifest(tmp_path)
     predictor = {"epochs": 6, "alpha_gflops": 0.005, **changed}

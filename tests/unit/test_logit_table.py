@@ -111,7 +111,7 @@ def test_the_table_holds_the_live_logits(fill: Fill, key: TableKey, loader, mode
             assert (found_NRK.shape, found_NRK.dtype) == ((len(batch.labels), 2, NUM_CLASSES), torch.float32)
             torch.testing.assert_close(found_NRK, forward.frozen_backbone(batch.images), **FLOAT16)
     first, last = (table.logits(crop_epoch, torch.tensor([3])) for crop_epoch in VIEWS)
-    assert not torch.allclose(first, last, rtol=1e-2), "crop_epochs are different crops"
+    assert not torch.allclose(first, last, rtol=1e-2), "epochs are different crops"
 
 
 def test_predictor_training_mode_and_memory_format_do_not_matter_to_the_key(config: Config, key: TableKey) -> None:
@@ -145,9 +145,7 @@ def test_an_incomplete_table_is_not_opened(fill: Fill, key: TableKey, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         fill(dies_before=6)
     LogitTable(tmp_path, key, VIEWS[:1])
-    with pytest.raises(
-        TableError, match=r"crop_epoch 5 lacks 2 of its 4 files, the first .*crop_epoch-00005/chunk-00002\.npy"
-    ):
+    with pytest.raises(TableError, match=r"epoch 5 lacks 2 of its 4 files, the first .*crops-00005/chunk-00002\.npy"):
         LogitTable(tmp_path, key, VIEWS)
 
 
@@ -169,7 +167,7 @@ def test_a_damaged_file_is_noticed_and_computed_anew(fill: Fill, damage, key: Ta
     table = LogitTable(tmp_path, key, VIEWS)
     table.logits(2, torch.arange(NUM_TRAIN))
     table.logits(5, torch.arange(8))
-    with pytest.raises(TableError, match=r"crop_epoch-00005/chunk-00001\.npy of the logit table is missing or damaged"):
+    with pytest.raises(TableError, match=r"crops-00005/chunk-00001\.npy of the logit table is missing or damaged"):
         table.logits(5, torch.tensor([0, 8]))
     assert fill() == 1
     assert contents(tmp_path) == whole
@@ -233,7 +231,9 @@ def test_only_what_the_table_was_opened_for_is_read(
     fill: Fill, key: TableKey, crop_epoch: int, index: int, tmp_path
 ) -> None:
     fill()
-    with pytest.raises(ValueError, match=rf"opened for crop_epochs \[2, 5\], and has samples 0 to {NUM_TRAIN - 1}"):
+    with pytest.raises(
+        ValueError, match=rf"opened for crops of the epochs \[2, 5\], and has samples 0 to {NUM_TRAIN - 1}"
+    ):
         LogitTable(tmp_path, key, VIEWS).logits(crop_epoch, torch.tensor([index]))
 
 
@@ -250,7 +250,7 @@ def test_logits_beyond_float16_are_an_error_that_names_the_sample(key: TableKey,
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(key: TableKey, loader, model, tmp_path: Path) -> None:
     huge, backbone = replace(key, num_classes=10**15), Backbone(model)
-    with pytest.raises(UnfillableTableError, match=r"needs .* GB more .* stages\.predictor\.crop_epochs"):
+    with pytest.raises(UnfillableTableError, match=r"needs .* GB more .* stages\.predictor\.num_crops"):
         fill_table(tmp_path, huge, [0], loader, backbone, device=torch.device("cpu"), tell=print)
     assert backbone.batches == 0
 
@@ -261,13 +261,11 @@ def trained(config: Config, tables: Path, **predictor) -> tuple[Run, Recorder]:
     return run, recorder
 
 
-@pytest.mark.parametrize("crop_epochs", [None, 2])
-def test_training_on_the_table_is_live_training_to_float16_rounding(
-    config: Config, crop_epochs, tmp_path: Path
-) -> None:
-    live_run, live = trained(config, tmp_path, logits="live", crop_epochs=crop_epochs)
+@pytest.mark.parametrize("num_crops", [None, 2])
+def test_training_on_the_table_is_live_training_to_float16_rounding(config: Config, num_crops, tmp_path: Path) -> None:
+    live_run, live = trained(config, tmp_path, logits="live", num_crops=num_crops)
     assert not any(tmp_path.iterdir())
-    table_run, table = trained(config, tmp_path, crop_epochs=crop_epochs)
+    table_run, table = trained(config, tmp_path, num_crops=num_crops)
     assert table.losses == pytest.approx(live.losses, rel=1e-3)
     assert table.losses != live.losses
     for found, expected in zip(table.values, live.values, strict=True):
@@ -281,13 +279,13 @@ def test_training_on_the_table_is_live_training_to_float16_rounding(
     ):
         torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-4, msg=name)
     whole = [line for line in table.messages if f"{NUM_TRAIN} images" in line]
-    assert len(whole) == len(list(tmp_path.rglob("crop_epoch-*"))) - 1 == (crop_epochs or 3)
+    assert len(whole) == len(list(tmp_path.rglob("crops-*"))) - 1 == (num_crops or 3)
 
 
-def test_epochs_take_the_views_in_turn(config: Config, tmp_path: Path) -> None:
-    run, _ = run_of(config_of(config.data.folder, crop_epochs=2, epochs=5), tmp_path)
+def test_epochs_take_the_crops_in_turn(config: Config, tmp_path: Path) -> None:
+    run, _ = run_of(config_of(config.data.folder, num_crops=2, epochs=5), tmp_path)
     data = open_stage_data(run, run.config.stages.predictor, first_epoch=7)
-    assert [data.view(epoch) for epoch in range(7, 12)] == [7, 8, 7, 8, 7]
+    assert [data.crop_epoch(epoch) for epoch in range(7, 12)] == [7, 8, 7, 8, 7]
     for epoch in (8, 10):
         shown = {index: row for batch in run.train.epoch(8) for index, row in _rows(batch, 24)}
         assert dict(row for batch in data.epoch(epoch) for row in _rows(batch, 24)) == shown
@@ -325,7 +323,7 @@ def test_computing_a_table_is_a_phase_of_the_goodput(config: Config, tmp_path: P
 @pytest.mark.parametrize("lost", ["nothing", "a file of the table", "the table"])
 def test_a_resumed_stage_ends_with_the_same_bits(config: Config, lost: str, tmp_path: Path) -> None:
     expected, recorder = trained(config, tmp_path)
-    files = sorted(tmp_path.rglob("crop_epoch-*/*.npy"))
+    files = sorted(tmp_path.rglob("crops-*/*.npy"))
     if lost == "a file of the table":
         flip_a_byte(files[1], 300)
     elif lost == "the table":

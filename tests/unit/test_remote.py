@@ -68,6 +68,10 @@ def test_a_missing_bucket_and_missing_rights_are_explained(s3: S3Server) -> None
             "s3://bucket/folder?scheme=http&endpoint_override=host:9000&token=***",
         ),
         ("gs://bucket/folder?secret", "gs://bucket/folder?***"),
+        ("postgresql://user:p/w@host/db", "postgresql://user:***@host/db"),
+        ("postgresql+psycopg://user:p@w@host:5432/db", "postgresql+psycopg://user:***@host:5432/db"),
+        ("http://user:secret@host:5000", "http://user:***@host:5000"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
     ],
 )

@@ -21,7 +21,7 @@ from pipeline.search.source import (
     model_with_backbone,
 )
 from pipeline.search.space import Candidate
-from pipeline.search.trial import TrialData, run_trial
+from pipeline.search.trial import TrialData, build_model, run_trial
 from pipeline.training.checkpoint import TrainingState, save_model
 from pipeline.training.logit_table import LogitTable, TableKey, copy_table
 from pipeline.training.loop import open_stage_data, train
@@ -36,7 +36,7 @@ SEED = 0
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of the predictor stage whose tables are there."""
     folder = tmp_path_factory.mktemp("trial")
-    run, _ = run_of(config_of(write_data(folder), views=2), folder / "tables")
+    run, _ = run_of(config_of(write_data(folder), num_crops=2), folder / "tables")
     open_stage_data(run, stage_of(run.config), 0)
     return run
 
@@ -109,6 +109,15 @@ def test_decoded_views_make_the_same_trial(run: Run, data: TrialData, tmp_path: 
     assert others is not None
     assert all(torch.equal(weights[key], others[key]) for key in weights)
     assert with_loader.choices == with_views.choices
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_trial_lays_memory_out_as_a_run_does(run: Run, data: TrialData, channels_last: bool) -> None:
+    training = run.config.training.model_copy(update={"channels_last": channels_last})
+    model, _ = build_model(data, run.config.model_copy(update={"training": training}), SEED)
+    weight = next(weight for weight in model.predictor.parameters() if weight.ndim == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert model.memory_format == (torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def test_seeds_and_candidates_differ_and_neither_depends_on_the_trial_before(run: Run, data: TrialData) -> None:

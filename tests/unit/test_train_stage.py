@@ -45,12 +45,12 @@ class Batches:
         return 8
 
     def epoch(
-        self, epoch: int, start_step: int = 0, *, view: int | None = None, sides: Collection[int] | None = None
+        self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Iterator[LoadedBatch]:
         return self.read(0, [np.arange(8 * step, 8 * step + 8) for step in range(start_step, 2)])
 
     def read(
-        self, view: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
+        self, crop_epoch: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Iterator[LoadedBatch]:
         whole = batch_of(16)
         for indices_N in map(torch.from_numpy, batches):
