@@ -27,6 +27,7 @@ from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
+from pipeline.config.sqlite import sqlite_address
 from pipeline.tracking.store import sqlite_file, tracking_uri
 from pipeline.training.describe import describe
 
@@ -274,7 +275,7 @@ def _look(config: Config, data_digest: str | None, found: Diagnosis, *, thorough
                 mark,
                 config.data.folder.absolute(),
                 config.data.uri,
-                tracking_uri=uri if uri.startswith("http") else None,
+                tracking_uri=uri,
                 tokens=thorough or bool(os.environ.get("RAY_ADDRESS")),
                 thorough=thorough,
             )
@@ -346,7 +347,7 @@ def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
         yield (
             f"the tracking store {file} is a file of one machine, and this cluster has {len(hosts)}; start `mlflow "
             "server --allowed-hosts ...` on one and set tracking.uri=http://HOST:PORT, or put the file into "
-            f"cluster.storage: tracking.uri=sqlite:///{storage / 'mlflow.db'}"
+            f"cluster.storage: tracking.uri={sqlite_address(storage / 'mlflow.db')}"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets.remote import HIDDEN, redacted
 from pipeline.config.schema import REGISTERED, Config
+from pipeline.config.sqlite import sqlite_path
 
 UNPACKED_IN = "working_dir_files"
 """Ray's name of the folder that packages are unpacked in"""
@@ -18,7 +19,6 @@ NOT_IN_PACKAGE = (
     "is not in the package of this Ray job. What .gitignore and .rayignore name is not sent: take it out of them, or "
     "give an absolute path that every node has"
 )
-_SQLITE = "sqlite:///"
 
 
 def job_package(folder: Path) -> Path | None:
@@ -42,7 +42,8 @@ def package_problems(config: Config, package: Path, *, preparing: bool = False) 
                 f"deleted with the job; give an absolute path outside it, such as {key}=/shared/{path.name}"
             )
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    if not preparing and uri and uri.startswith(_SQLITE) and _is_in(Path(uri.removeprefix(_SQLITE)), package):
+    store = sqlite_path(uri) if uri and not preparing else None
+    if store and _is_in(store, package):
         yield (
             f"the MLflow store {uri} lies in the package of this Ray job, and is deleted with it; set tracking.uri or "
             "MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:////ABSOLUTE/PATH"

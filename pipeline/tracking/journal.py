@@ -27,7 +27,7 @@ from pipeline.tracking.runs import (
     find_run,
     param_text,
 )
-from pipeline.tracking.store import REJECTED, TrackingError, now_ms
+from pipeline.tracking.store import REJECTED, TrackingError, connect, now_ms
 
 JOURNAL_FILE, NODE_JOURNALS = "journal.jsonl", "journal-*.jsonl"
 Record = dict[str, Any]
@@ -186,7 +186,7 @@ class Delivery:
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
-            self._client = MlflowClient(self.uri)
+            self._client = connect(self.uri)
         if self.run_id is None:
             description = Description.load(self._folder)
             if self._makes_run:

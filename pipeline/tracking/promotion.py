@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from pipeline.config.schema import Config
 from pipeline.evaluation.gate import Answers, Bounds, Comparison, compare_answers, objections
-from pipeline.tracking.store import TrackingError, explained, now_ms, tracking_uri
+from pipeline.tracking.store import TrackingError, connect, explained, now_ms, tracking_uri
 
 ANSWERS_FILE = "answers.npz"
 """The artifact of a version that holds which validation images it classifies correctly."""
@@ -48,7 +48,7 @@ def promote(config: Config, number: str, bounds: Bounds) -> Decision:
     uri = tracking_uri(config)
     mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(uri):
-        client = MlflowClient(uri)
+        client = connect(uri)
         decision = weigh(client, config.registry.name, config.registry.alias, number, bounds)
         if decision.comparison is None:
             return decision
@@ -94,7 +94,7 @@ def roll_back(config: Config) -> tuple[str, str]:
     """
     uri, name, alias = tracking_uri(config), config.registry.name, config.registry.alias
     with explained(uri):
-        client = MlflowClient(uri)
+        client = connect(uri)
         current = alias_version(client, name, alias)
         if current is None:
             raise TrackingError(f"no version of {name} has the alias {alias!r}, so there is nothing to roll back")

@@ -26,7 +26,7 @@ from pipeline.serving import pyfunc
 from pipeline.serving.package import code_files, save_pyfunc
 from pipeline.tracking.promotion import ANSWERS_FILE, give_first
 from pipeline.tracking.runs import COMMIT_TAG, Description
-from pipeline.tracking.store import TrackingError, explained, sqlite_file, tracking_uri
+from pipeline.tracking.store import TrackingError, connect, explained, sqlite_file, tracking_uri
 from pipeline.tracking.tracker import replay
 from pipeline.training.checkpoint import load_model
 
@@ -87,7 +87,7 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
         )
     mlflow.set_tracking_uri(handle.uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(handle.uri):
-        client = MlflowClient(handle.uri)
+        client = connect(handle.uri)
         return _register(client, config, model_file, answers, handle.run_id, tags)
 
 
@@ -199,7 +199,7 @@ def find_model(model_uri: str, budget_bias: float = 0.0) -> FoundModel:
         raise TrackingError(f"{file} does not exist, so no model is registered; run jobs.register or {_ADVICE}")
     mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(uri):
-        client = MlflowClient(uri)
+        client = connect(uri)
         problem = _unknown(client, model_uri)
         if problem:
             raise TrackingError(f"{problem} in {redacted(uri)}; {_ADVICE}")
@@ -220,8 +220,9 @@ def load_registered(model: FoundModel) -> mlflow.pyfunc.PyFuncModel:
         TrackingError: the model is no longer available.
     """
     mlflow.set_tracking_uri(model.tracking_uri)
-    with explained(model.tracking_uri):
-        return mlflow.pyfunc.load_model(model.uri)
+    with explained(model.tracking_uri), tempfile.TemporaryDirectory() as copy:
+        # MLflow unquotes the path of a model on this machine once too often, so one with a percent sign is copied.
+        return mlflow.pyfunc.load_model(model.uri, dst_path=copy if "%" in model.tracking_uri else None)
 
 
 def download_trained(model_uri: str, folder: Path) -> Path:

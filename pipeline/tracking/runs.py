@@ -68,7 +68,7 @@ def describe_run(config: Config, folder: Path, manifest: Manifest) -> Descriptio
         started_ms=before.started_ms if before else now_ms(),
         name=config.name,
         experiment=config.tracking.experiment,
-        tags={"drnet.run_folder": str(folder), **git_tags(PROJECT_FOLDER)},
+        tags={"drnet.run_folder": param_text(folder), **git_tags(PROJECT_FOLDER)},
         params={key: param_text(value) for key, value in flattened(tree)},
         dataset=_dataset(config, manifest),
         config=yaml.safe_dump(tree, sort_keys=False),
@@ -195,6 +195,6 @@ def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
 
 
 def param_text(value: Any) -> str:
-    """Returns a value as text, cut to the length that MLflow accepts."""
-    text = str(value)
+    """Returns a value as text, cut to the length that MLflow accepts; bytes of names that are not UTF-8 are escaped."""
+    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"

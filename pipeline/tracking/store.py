@@ -8,17 +8,34 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from datasets.remote import message_of, redacted
 from pipeline.config.job_package import job_package
 from pipeline.config.schema import Config
+from pipeline.config.sqlite import sqlite_address, sqlite_path
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
-SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+DRIVERS = {
+    "psycopg": "pip install 'psycopg[binary]'",
+    "psycopg2": "pip install psycopg2-binary, or use postgresql://... with psycopg 3",
+    "MySQLdb": "pip install mysqlclient, or pip install pymysql and use mysql+pymysql://...",
+    "pymysql": "pip install pymysql",
+    "pyodbc": "pip install pyodbc and install Microsoft's ODBC driver",
+    "pymssql": "pip install pymssql",
+}
+"""How to install the module that SQLAlchemy imports for a kind of database."""
+DATABASES = ("postgresql", "mysql", "mssql")
+SCHEMES = ("sqlite", *DATABASES, "http", "https", "databricks")
+CONNECT_SECONDS = 10
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+_SQLITE_HEADER = b"SQLite format 3\0"
+_FORMS = "give http://HOST:PORT, sqlite:///FILE or postgresql://... in tracking.uri or MLFLOW_TRACKING_URI"
 
 
 class TrackingError(ValueError):
@@ -26,31 +43,98 @@ class TrackingError(ValueError):
 
 
 def tracking_uri(config: Config | None = None) -> str:
-    """Returns the address of the MLflow server or store.
+    """Returns the address of the MLflow server or store, which can work as far as one can tell without connecting.
 
     It is MLFLOW_TRACKING_URI, else tracking.uri, else mlflow.db in the project's folder. For a Ray job, whose project
     folder is deleted when it ends, the default lies in cluster.storage. The path of a relative SQLite file starts at
     the project's folder, so every process uses the same file.
 
     Raises:
-        TrackingError: MLflow cannot use this kind of address.
+        TrackingError: MLflow cannot use this address: its kind, its form, a missing driver, or a file that is no store.
     """
     configured = config.tracking.uri if config else None
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured or _default_store(config)
-    scheme = re.split(r"[+:]", uri, maxsplit=1)[0]
-    if scheme not in SCHEMES:
-        raise TrackingError(
-            f"tracking address {redacted(uri)!r} is of no kind that MLflow can use; give http://HOST:PORT, "
-            "sqlite:///FILE or postgresql://... in tracking.uri or MLFLOW_TRACKING_URI"
-        )
     file = sqlite_file(uri)
-    return uri if file is None else f"sqlite:///{file}"
+    if file is not None:
+        _, mark, query = uri.partition("?")
+        uri = f"{sqlite_address(file)}{mark}{query}"
+    if problem := _address_problem(uri, file):
+        raise TrackingError(f"the tracking address {redacted(uri)!r} cannot be used: {problem}")
+    return uri
 
 
 def _default_store(config: Config | None) -> str:
-    if config and job_package(PROJECT_FOLDER):
-        return f"sqlite:///{Path(config.cluster.storage).absolute() / 'mlflow.db'}"
-    return "sqlite:///mlflow.db"
+    folder = Path(config.cluster.storage).absolute() if config and job_package(PROJECT_FOLDER) else PROJECT_FOLDER
+    return sqlite_address(folder / "mlflow.db")
+
+
+def _address_problem(uri: str, file: Path | None) -> str | None:
+    """Returns why MLflow cannot use an address and what to do, or None; connects to nothing."""
+    kind, _, driver = uri.partition(":")[0].partition("+")
+    if kind not in SCHEMES:
+        return f"MLflow does not support this kind; {_FORMS}"
+    if kind == "sqlite":
+        if driver not in ("", "pysqlite"):
+            return "MLflow uses Python's own sqlite3; give sqlite:///FILE"
+        return "a SQLite address has three slashes: sqlite:///FILE" if file is None else _file_problem(file)
+    if kind in DATABASES:
+        return _driver_problem(uri)
+    if kind == "databricks":
+        return _databricks_problem(uri)
+    try:
+        url = urlsplit(uri)
+        complete = bool(url.hostname) and url.port != 0
+    except ValueError:
+        complete = False
+    return None if complete else "it names no host and port; give http://HOST:PORT"
+
+
+def _file_problem(file: Path) -> str | None:
+    """Returns why a file cannot be a SQLite store, or None; a file that does not exist yet can."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return f"the path {redacted(ascii(str(file)))} is not UTF-8; choose another folder"
+    if file.name in ("", ":memory:") or file == PROJECT_FOLDER:
+        return "it names no file, so nothing would be kept; give sqlite:///FILE"
+    try:
+        if file.is_dir():
+            return f"{file} is a folder; give a file in it, such as {sqlite_address(file / 'mlflow.db')}"
+        if file.exists():
+            with file.open("r+b") as stream:
+                if (start := stream.read(len(_SQLITE_HEADER))) and start != _SQLITE_HEADER:
+                    return f"{file} is not a SQLite database; give another file, which is created"
+        else:
+            parent = next(folder for folder in file.parents if folder.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                return f"{parent} is not a folder that this user may write; choose another file"
+    except OSError as error:
+        return f"{error}; make the file readable and writable for this user, or choose another one"
+    return None
+
+
+def _driver_problem(uri: str) -> str | None:
+    try:
+        _engine(uri).dispose()
+    except ImportError as error:
+        return f"the Python module {error.name} is missing on this machine; install it: {_install(error.name)}"
+    except (SQLAlchemyError, ValueError, TypeError) as error:
+        return f"{message_of(error, uri)}; {_FORMS}"
+    return None
+
+
+def _install(module: str | None) -> str:
+    return DRIVERS.get(module or "", f"pip install {module}")
+
+
+def _databricks_problem(uri: str) -> str | None:
+    from mlflow.utils.databricks_utils import get_databricks_host_creds
+
+    try:
+        get_databricks_host_creds(uri)
+    except Exception as error:  # MLflow raises its own errors, Databricks' SDK others
+        return f"{message_of(error, uri)[:300]}; configure the Databricks CLI, or {_FORMS}"
+    return None
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
@@ -78,18 +162,54 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn an MlflowException that is raised inside into a TrackingError."""
+    """Turn an error of MLflow or of its database that is raised inside into a TrackingError."""
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise TrackingError(explanation(error, uri)) from error
 
 
+def connect(uri: str) -> MlflowClient:
+    """Returns a client of a server or store.
+
+    A database is read once first, because MLflow itself retries for minutes. A SQLite file gets its folder.
+
+    Raises:
+        TrackingError: what answers is not a database that MLflow can use, so a later attempt would fail too.
+        Exception: any other error of the database's driver, of MLflow, or of the file system.
+    """
+    if (file := sqlite_file(uri)) is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if file is not None or uri.startswith(DATABASES):
+        engine = _engine(uri)
+        try:
+            sqlalchemy.inspect(engine).get_table_names()
+        except OperationalError:
+            raise
+        except SQLAlchemyError as error:
+            raise TrackingError(explanation(error, uri)) from error
+        finally:
+            engine.dispose()
+    return MlflowClient(uri)
+
+
+def _engine(uri: str) -> sqlalchemy.Engine:
+    url = sqlalchemy.make_url(uri)
+    if uri.startswith(("postgresql", "mysql")) and "connect_timeout" not in url.query:
+        url = url.update_query_dict({"connect_timeout": str(CONNECT_SECONDS)})
+    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+
+
 def server_problem(uri: str) -> str | None:
-    """Returns why the server does not answer a query and what to change, or None if it does."""
+    """Returns why the server or store does not answer a query and what to change, or None if it does."""
+    file = sqlite_file(uri)
+    if problem := _address_problem(uri, file):
+        return f"the tracking address {redacted(uri)!r} cannot be used: {problem}"
+    if file is not None and not file.exists():
+        return None  # the first run creates it; asking would do so here
     try:
-        MlflowClient(uri).search_experiments(max_results=1)
-    except MlflowException as error:
+        connect(uri).search_experiments(max_results=1)
+    except Exception as error:  # each kind of store has its own
         return explanation(error, uri)
     return None
 
@@ -99,7 +219,7 @@ def explanation(error: Exception, uri: str) -> str:
     said = message_of(error, uri)
     said = re.sub(r'^API request to .*\(Caused by \w+\(["\']?(.*?)["\']?\)\)$', r"\1", said)
     if "Invalid Host header" in said or "status code 403" in said:
-        advice = "start the server with --allowed-hosts that includes this host name"
+        advice = "start the server with --allowed-hosts naming the host that is used here"
     elif uri.startswith("http"):
         advice = "check that the server runs and that tracking.uri or MLFLOW_TRACKING_URI names it"
     else:
@@ -109,8 +229,8 @@ def explanation(error: Exception, uri: str) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """Returns the absolute path of a SQLite address's file; None for other addresses."""
-    prefix = "sqlite:///"
-    return (PROJECT_FOLDER / uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
+    path = sqlite_path(uri)
+    return None if path is None else (PROJECT_FOLDER / path).resolve()
 
 
 def _artifact_location(uri: str) -> str | None:

@@ -48,7 +48,7 @@ def postgresql() -> Iterator[str]:
         command(binaries / "initdb", "-D", f"{folder}/data", "-U", "drnet", "--auth", "trust")
         command(*control, "-o", options, "start")
         try:
-            yield f"postgresql+psycopg2://drnet@127.0.0.1:{port}/postgres"
+            yield f"postgresql://drnet@127.0.0.1:{port}/postgres"
         finally:
             command(*control, "-m", "immediate", "stop")
 

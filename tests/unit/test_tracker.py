@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -229,6 +230,19 @@ def test_passwords_and_long_values_stay_out_of_the_parameters(store, tmp_path, f
     assert params["tracking.uri"] == "postgresql://user:***@host/mlflow"
     assert len(params["data.source"]) == 6000
     assert "secret" not in (folder / runs.DESCRIPTION_FILE).read_text()
+
+
+def test_names_that_are_not_utf8_reach_mlflow_escaped(store, tmp_path):
+    latin = os.fsdecode(b"caf\xe9")
+    folder = tmp_path / latin / "small"
+    handle = open_run(make_config(tmp_path, data={"source": str(tmp_path / latin)}), folder, make_manifest())
+    (folder / "report").mkdir()
+    (folder / "report" / "report.json").write_text("{}")
+    close_run(handle, "FINISHED", artifacts=folder / "report")
+    run = MlflowClient(store).get_run(handle.run_id)
+    assert run.data.params["data.source"].endswith("caf\\xe9")
+    assert run.data.tags["drnet.run_folder"].endswith("caf\\xe9/small")
+    assert [file.path for file in MlflowClient(store).list_artifacts(handle.run_id, "report")] == ["report/report.json"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"key": "k"}'])
