@@ -47,7 +47,7 @@ def fuzz(count: int, seed: int = 0) -> Found:
         warnings.simplefilter("ignore")  # about metadata: every second mutant causes one
         for number, mutant in enumerate(mutants(count, seed)):
             try:
-                picture = Picture(mutant, FRACTION)
+                picture = Picture(mutant, FRACTION, max(SIDES))
                 for side in SIDES:
                     crop = picture.crop(side)
                     assert (crop.shape, crop.dtype) == ((side, side, 3), np.uint8)
@@ -90,7 +90,7 @@ def mutants(count: int, seed: int) -> Iterator[bytes]:
 
 
 def originals() -> Iterator[bytes]:
-    """Every kind of JPEG that the decoder meets, and a PNG: small, for speed."""
+    """Yield every kind of JPEG that the decoder meets, and the other formats: small, for speed."""
     image = generated(0).resize((120, 96))
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
@@ -101,6 +101,10 @@ def originals() -> Iterator[bytes]:
         ("JPEG", "L", {"quality": 75, "progressive": True}),
         ("JPEG", "CMYK", {"quality": 75}),
         ("PNG", "RGB", {}),
+        ("WEBP", "RGB", {}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {"exif": exif}),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}),
     ):
         buffer = io.BytesIO()
         image.convert(mode).save(buffer, kind, **options)

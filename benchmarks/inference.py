@@ -152,10 +152,10 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def decode_as_needed(files: Sequence[bytes]) -> float:
-    """Images/s: the predictor's crop, then one chosen crop by turns, each from the smallest decode that suffices."""
+    """Return images/s for the predictor's crop and one chosen crop in turn, from the smallest decode that suffices."""
     started = time.perf_counter()
     for number, file in enumerate(files):
-        picture = Picture(file, FRACTION)
+        picture = Picture(file, FRACTION, max(*RESOLUTIONS, PREDICTOR_SIZE))
         picture.crop(PREDICTOR_SIZE)
         picture.crop(RESOLUTIONS[number % len(RESOLUTIONS)])
     return len(files) / (time.perf_counter() - started)

@@ -59,7 +59,9 @@ def _signature() -> ModelSignature:
         ColSpec(_OUTPUT_TYPES[kind], name, required=name == "gflops") for name, kind in pyfunc.OUTPUT_COLUMNS.items()
     ]
     budget = ParamSpec(pyfunc.BUDGET_PARAM, "double", 0.0)
-    return ModelSignature(Schema([ColSpec("binary", pyfunc.IMAGE_COLUMN)]), Schema(outputs), ParamSchema([budget]))
+    # Base64 text over HTTP. A binary column would let MLflow's server decode it: only in some forms of a request, and
+    # with one bad image as the end of the whole request. A string column passes everything on, bytes and arrays too.
+    return ModelSignature(Schema([ColSpec("string", pyfunc.IMAGE_COLUMN)]), Schema(outputs), ParamSchema([budget]))
 
 
 def _example(side: int) -> pd.DataFrame:

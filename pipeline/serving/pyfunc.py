@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import importlib.util
+import math
 import os
 import sys
 import uuid
@@ -24,6 +25,7 @@ import pandas as pd
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow warns about its own type hints
+    import mlflow.exceptions
     import mlflow.pyfunc
 
 FOLDER_ARTIFACT, CODE_FOLDER = "drnet", "routed"
@@ -56,7 +58,10 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
             widen_server()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Classify the images in column `image`: bytes of JPEG or PNG files, or square crops as uint8 arrays (S, S, 3).
+        """Classify the images in column `image`.
+
+        Each is the bytes of an image file (JPEG, PNG, WebP, BMP, TIFF), the same as base64 text, or a square crop as a
+        uint8 array (S, S, 3).
 
         Args:
             params: `budget_bias` times each resolution's cost, from 0 (cheapest) to 1 (most expensive), is added to the
@@ -65,8 +70,16 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
         Returns:
             A row for each: class_index, label, probability in [0, 1], resolution in pixels, gflops (multiply-adds /
             1e9, predictor included) and error. An unusable image has nothing but error and gflops 0.
+
+        Raises:
+            MlflowException: budget_bias is not a finite number; MLflow's server answers with status 400.
         """
-        images, budget_bias = model_input[IMAGE_COLUMN].tolist(), (params or {}).get(BUDGET_PARAM, 0.0)
+        budget_bias = (params or {}).get(BUDGET_PARAM)
+        budget_bias = 0.0 if budget_bias is None else budget_bias
+        if not isinstance(budget_bias, int | float) or not math.isfinite(budget_bias):
+            message = f"{BUDGET_PARAM} is {budget_bias!r}; give a finite number"
+            raise mlflow.exceptions.MlflowException.invalid_parameter_value(message)
+        images = model_input[IMAGE_COLUMN].tolist()
         answers = list(self.classifier.classify(images, budget_bias))
         columns = {
             name: pd.array([getattr(answer, name) for answer in answers], dtype=kind)

@@ -91,7 +91,7 @@ def test_a_version_holds_the_trained_backbone(finished):
 
 def test_signature_example_and_exact_requirements(finished):
     model = open_model("models:/drnet@champion")
-    assert str(model.metadata.get_input_schema().inputs[0].type) == "DataType.binary"
+    assert str(model.metadata.get_input_schema().inputs[0].type) == "DataType.string"
     assert model.metadata.get_output_schema().input_names()[0] == "class_index"
     assert [(spec.name, spec.default) for spec in model.metadata.get_params_schema().params] == [("budget_bias", 0.0)]
     folder = Path(mlflow.artifacts.download_artifacts("models:/drnet@champion"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import os
 import sys
 import threading
 import zipfile
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from torch import nn
 
 from pipeline.models.backbone import build_backbone
@@ -241,8 +243,13 @@ def test_the_budget_bias_is_a_parameter_of_a_call(served):
     files = [jpeg(60, 50, seed=seed) for seed in range(6)]
     sides = [set(served.predict(None, frame(files), {"budget_bias": bias})["resolution"]) for bias in (-1e6, 1e6)]
     assert sides == [{32}, {48}]
-    with pytest.raises(ValueError, match="budget_bias is nan; give a finite number"):
-        served.predict(None, frame(files), {"budget_bias": float("nan")})
+    trained = served.predict(None, frame(files))
+    for absent in (None, {}, {"budget_bias": None}, {"budget_bias": 0}):
+        pd.testing.assert_frame_equal(served.predict(None, frame(files), absent), trained, check_exact=False)
+    for bias in (float("nan"), float("inf"), "1", [1.0]):
+        with pytest.raises(MlflowException, match=r"budget_bias is .*; give a finite number") as raised:
+            served.predict(None, frame(files), {"budget_bias": bias})
+        assert raised.value.get_http_status_code() == 400
 
 
 def test_crops_are_used_unchanged(served, model):
@@ -292,6 +299,13 @@ def test_the_server_has_threads_for_many_concurrent_requests(monkeypatch):
 
     pyfunc.widen_server()  # before a loop exists, as when MLflow's server loads the model
     asyncio.run(serve())
+
+
+def test_a_class_name_that_is_not_utf8_can_be_answered(model, tmp_path):
+    names = [*"abcd", os.fsdecode(b"caf\xe9")]
+    save_model(tmp_path / "model.pt", model, make_config(tmp_path), classes=names)
+    export_model(load_model(tmp_path / "model.pt"), tmp_path)
+    assert RoutedNetwork(tmp_path).classes == (*"abcd", "caf\\xe9")
 
 
 def test_models_of_other_versions_run_in_one_process(programs, tmp_path):

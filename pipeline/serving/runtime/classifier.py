@@ -166,7 +166,7 @@ class Classifier:
         """Yield an answer for each image, in order; any number of images needs the memory of 2 * IMAGES_AT_ONCE.
 
         Args:
-            images: each the bytes of a JPEG or PNG file, or a square crop, uint8 (S, S, 3).
+            images: each the bytes of an image file, the same as base64 text, or a square crop, uint8 (S, S, 3).
             budget_bias: see `RoutedNetwork.choose`.
         """
         running: list[_Image] = []
@@ -199,7 +199,9 @@ class Classifier:
 
     def _opened(self, image: Any) -> _Image:
         try:
-            return self._cropped(_Image(Picture(image, self.network.crop_fraction)), self.network.first_side)
+            return self._cropped(
+                _Image(Picture(image, self.network.crop_fraction, self.network.largest_side)), self.network.first_side
+            )
         except BadImageError as error:
             return _Image(error=str(error))
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-IMAGE_FORMATS = ("JPEG", "PNG")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 32 * 1024**2
 DCT_FRACTIONS = (8, 4, 2)
-OVERSAMPLING = 1.25
-"""pixels a side of a decode at a fraction, for each of the crop: it cuts off detail that a resize fades out"""
 _KEPT_PIXELS = 500_000
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How an image is turned upright, for each EXIF orientation but 1."""
 
 # Pillow warns about odd metadata, which is no reason to refuse an image, and about sizes, which are checked here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -26,90 +37,115 @@ class BadImageError(ValueError):
     """An image cannot be used; the message says why."""
 
 
-class Picture:
-    """One image, whose centred square is asked for at one side after another.
+class _Decoded(NamedTuple):
+    """An image in RGB as it is stored, its centered square (left, top, right, bottom), and its EXIF orientation."""
 
-    libjpeg-turbo can decode a JPEG at 1/2, 1/4 or 1/8 of its size, which skips most of the work. Each side is taken
-    from the smallest such decode that still has OVERSAMPLING times its pixels; a decode that is fine enough for the
-    next side too serves it as well. The file's own size is limited, before anything is allocated for its pixels: a
-    progressive JPEG keeps all its coefficients in memory at whichever fraction it is decoded.
+    image: Image.Image
+    box: tuple[float, float, float, float]
+    orientation: int
+
+
+class Picture:
+    """One image, from which centered squares are taken at several sides.
+
+    libjpeg-turbo can decode a JPEG at 1/2, 1/4 or 1/8 of its size, which skips most of the work. As in the loader, the
+    largest side decides the fraction, so the pixels of a crop do not depend on which crops are taken. The size in the
+    file's header is limited before pixels are allocated: a progressive JPEG keeps all its coefficients in memory at any
+    fraction. Of a file with several frames, the first one counts.
 
     Args:
-        image: the bytes of a JPEG or PNG file, or a square crop as uint8 (S, S, 3), RGB, which is taken whole.
-        fraction: side of the centred square, as a fraction of the image's shorter side.
+        image: the bytes of an image file, the same as base64 text, or a square crop, uint8 (S, S, 3), RGB, which is
+            used whole.
+        fraction: side of the centered square, as a fraction of the image's shorter side.
+        largest: the largest side that the network uses, pixels.
 
     Raises:
-        BadImageError: it is neither, or exceeds MAX_BYTES or MAX_PIXELS.
+        BadImageError: the image is something else, or exceeds MAX_BYTES or MAX_PIXELS.
     """
 
-    def __init__(self, image: Any, fraction: float):
-        self._fraction = fraction
-        self._file: bytes | None = None
-        self._kept: tuple[int, Image.Image] | None = None
+    def __init__(self, image: Any, fraction: float, largest: int):
+        self._fraction, self._largest = fraction, largest
+        self._file = b""
+        self._kept: _Decoded | None = None
         if isinstance(image, np.ndarray):
-            self._fraction = 1.0
-            self._kept = (1, _from_crop(image))
+            crop = _from_crop(image)
+            self._kept = _Decoded(crop, (0, 0, *crop.size), 1)
         else:
             self._file = _checked_file(image)
 
     def crop(self, side: int) -> NDArray[np.uint8]:
-        """The centred square, uint8 (side, side, 3), as the validation images are cut.
+        """Returns the centered square, uint8 (side, side, 3), as validation images are cropped.
 
         Raises:
-            BadImageError: the file is no JPEG or PNG, truncated or damaged.
+            BadImageError: the file is not an image, truncated or damaged.
         """
-        image = self._decoded(side)
-        extent = self._fraction * min(image.size)
-        left, top = (image.width - extent) / 2, (image.height - extent) / 2
-        box = (left, top, left + extent, top + extent)
-        return np.array(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
+        decoded = self._kept or self._decode()
+        square = decoded.image.resize((side, side), Image.Resampling.BILINEAR, box=decoded.box)
+        return np.array(square.transpose(_TURNS[decoded.orientation]) if decoded.orientation in _TURNS else square)
 
-    def _decoded(self, side: int) -> Image.Image:
-        """The whole image upright in RGB, at the fraction that suffices for `side`, or a finer one that is there."""
-        if self._kept is not None and (self._file is None or self._kept[0] <= self._needed_fraction(side)):
-            return self._kept[1]
-        assert self._file is not None
-        fraction, image = self._decode(self._file, side)
-        self._kept = (fraction, image) if image.width * image.height <= _KEPT_PIXELS else None
-        return image
-
-    def _decode(self, file: bytes, side: int) -> tuple[int, Image.Image]:
+    def _decode(self) -> _Decoded:
+        """Decode the whole image in RGB, at the fraction that suffices, and keep it if it is small."""
         try:
-            with Image.open(io.BytesIO(file), formats=IMAGE_FORMATS) as image:
-                self._size = image.size
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadImageError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
-                fraction = self._needed_fraction(side)
-                if fraction > 1 and not image.draft(None, (image.width // fraction, image.height // fraction)):
+            with Image.open(io.BytesIO(self._file), formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise BadImageError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
+                fraction = dct_fraction(self._fraction * min(width, height), self._largest)
+                if fraction > 1 and not image.draft(None, (width // fraction, height // fraction)):
                     fraction = 1
                 image.load()
-                return fraction, _rgb(_upright(image))
+                if fraction == 1:
+                    width, height = image.size  # Pillow has turned a TIFF by now
+                orientation, rgb = _orientation(image), _rgb(image)
         except BadImageError:
             raise
         except Image.UnidentifiedImageError:
-            raise BadImageError(f"not a {' or '.join(IMAGE_FORMATS)} file") from None
+            raise BadImageError("not a JPEG, PNG, WebP, BMP or TIFF file") from None
         except Exception as error:  # a parser fed with arbitrary bytes fails in arbitrary ways
             raise BadImageError(str(error) or type(error).__name__) from None
+        extent = self._fraction * min(width, height)
+        left, top = (width - extent) / 2, (height - extent) / 2
+        box = left / fraction, top / fraction, (left + extent) / fraction, (top + extent) / fraction
+        decoded = _Decoded(rgb, box, orientation)
+        self._kept = decoded if rgb.width * rgb.height <= _KEPT_PIXELS else None
+        return decoded
 
-    def _needed_fraction(self, side: int) -> int:
-        return dct_fraction(self._fraction * min(self._size), side)
 
-
-def dct_fraction(extent: float, side: int) -> int:
-    """The largest of 8, 4 and 2 by which `extent` pixels may be divided and still be enough for `side`, else 1."""
-    return next((fraction for fraction in DCT_FRACTIONS if extent / fraction >= OVERSAMPLING * side), 1)
+def dct_fraction(extent: float, largest: int) -> int:
+    """Returns the largest of 8, 4 and 2 by which `extent` pixels can be divided and still be `largest`, else 1."""
+    return next((fraction for fraction in DCT_FRACTIONS if extent >= fraction * largest), 1)
 
 
 def _checked_file(image: Any) -> bytes:
-    if not isinstance(image, bytes):
+    # MLflow's server turns null into the text None in the forms `instances` and `inputs`.
+    if (
+        image is None
+        or (isinstance(image, float) and math.isnan(image))
+        or (isinstance(image, str) and image == "None")
+    ):
+        raise BadImageError("the image is missing")
+    if isinstance(image, str):
+        image = _from_base64(image)
+    if not isinstance(image, bytes | bytearray | memoryview):
         raise BadImageError(
-            f"the image is given as {type(image).__name__}; give the bytes of a file, or a uint8 array (S, S, 3)"
+            f"the image is given as {type(image).__name__}; give the bytes of a file (over HTTP as base64 text), or a "
+            "uint8 array (S, S, 3)"
         )
-    if not image:
+    if not len(image):
         raise BadImageError("the file is empty")
     if len(image) > MAX_BYTES:
         raise BadImageError(f"the file has {len(image):,} bytes, more than {MAX_BYTES:,}")
-    return image
+    return bytes(image)
+
+
+def _from_base64(text: str) -> bytes:
+    """Decode base64, with or without line breaks."""
+    if len(text) > 2 * MAX_BYTES:
+        raise BadImageError(f"the text has {len(text):,} characters, more than a file of {MAX_BYTES:,} bytes")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise BadImageError("the image is text that is not base64; encode the bytes of the file as base64") from None
 
 
 def _from_crop(crop: NDArray[Any]) -> Image.Image:
@@ -121,20 +157,26 @@ def _from_crop(crop: NDArray[Any]) -> Image.Image:
     return Image.fromarray(crop)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Returns the image turned by its EXIF orientation; unchanged if the metadata is damaged."""
+def _orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1 if the metadata is damaged."""
     try:
-        return ImageOps.exif_transpose(image)
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return value if isinstance(value, int) else 1
     except Exception:  # another parser of arbitrary bytes
-        return image
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Convert gray and CMYK to RGB, 16 bits to 8, and compose alpha over white: as preparation does."""
     if image.mode.startswith("I"):
-        pixels_HW = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((pixels_HW + 128) // 257).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        pixels_HW = np.asarray(image)
+        low, high = int(pixels_HW.min()), int(pixels_HW.max())
+        if low < 0 or high > 65_535:
+            raise BadImageError(f"pixel values from {low} to {high} do not fit 16 bits, so their range is not defined")
+        image = Image.fromarray(((pixels_HW.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise BadImageError("the pixels are floating-point numbers, whose range is not defined; save it with 8 bits")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
         colors = image.convert("RGBA")
         white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, colors)

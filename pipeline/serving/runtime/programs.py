@@ -126,7 +126,9 @@ class RoutedNetwork:
         meta = json.loads((folder / META_FILE).read_text())
         self.placement = placement or Placement()
         self.device = torch.empty(0, device=self.placement.device).device  # with its number, unlike the placement's
-        self.classes: tuple[str, ...] = tuple(meta["classes"])
+        # A name from disk may hold bytes that are not UTF-8, which no answer can hold.
+        names = (name.encode("utf-8", "surrogateescape") for name in meta["classes"])
+        self.classes = tuple(name.decode("utf-8", "backslashreplace") for name in names)
         self.resolutions: tuple[int, ...] = tuple(meta["resolutions"])
         self.predictor_size: int = meta["predictor_size"]
         self.crop_fraction: float = meta["validation_crop"]
@@ -144,6 +146,11 @@ class RoutedNetwork:
     def first_side(self) -> int:
         """Side in pixels of the images that the resolution is chosen from."""
         return self.predictor_size if self.is_routed else self.resolutions[0]
+
+    @property
+    def largest_side(self) -> int:
+        """The largest side of the images that the programs take, pixels."""
+        return max(self.first_side, *self.resolutions)
 
     def predictor_logits(self, images: Tensor) -> Tensor:
         """Returns logits (N, R) over the resolutions for uint8 (N, S, S, 3), S the predictor's side."""
