@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,9 @@ WALK_LENGTHS = {"one image": 9, "one search trial": 8, "one HTTP request": 4}
 """The largest number of files in each walk of docs/architecture.md."""
 LOADED_BY_PATH = {"pipeline.serving.pyfunc": "pipeline.serving.runtime"}
 """A module, and the package that it loads from a folder of the registered model instead of importing it."""
+COMMAND = re.compile(r"python -m ((?:jobs|benchmarks|tests)(?:\.[a-z_]+)+)([^`|&#\n]*)")
+OWN_CONFIG = "mine"
+"""The name that the docs use for a reader's own configuration."""
 IMPORTS_HEADER = "| library | imported by |"
 PROSE_SUFFIXES = (".py", ".md", ".yaml", ".j2", ".sh", ".toml")
 MAX_DOCSTRING_LINES = 3
@@ -475,3 +479,31 @@ def test_job_helps(name, monkeypatch, capsys):
     first_line = job.__doc__.strip().splitlines()[0]
     assert printed.startswith(f"usage: python -m jobs.{name}")
     assert " ".join(first_line.split()) in " ".join(printed.split())
+
+
+def documented_commands() -> list[tuple[str, str, list[str]]]:
+    """Return page, module and arguments of every `python -m ...` in the README, CONTRIBUTING and docs."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (page.name, found[1], shlex.split(found[2])) for page in pages for found in COMMAND.finditer(page.read_text())
+    ]
+
+
+def test_documented_commands_are_accepted(monkeypatch, capsys):
+    commands = documented_commands()
+    helps = {}
+    for name in {module.partition(".")[2] for _, module, _ in commands if module.startswith("jobs.")} - {"cli"}:
+        monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"jobs.{name}").main()
+        helps[f"jobs.{name}"] = capsys.readouterr().out
+
+    assert len(commands) > 30
+    for page, module, arguments in commands:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"{page}: {module} does not exist"
+        if module not in helps:
+            continue
+        options = [argument for argument in arguments if argument.startswith("--")]
+        assert [option for option in options if option not in helps[module]] == [], f"{page}: {module}"
+        if "--config" in arguments and (name := arguments[arguments.index("--config") + 1]) != OWN_CONFIG:
+            assert load_config(name, [argument for argument in arguments if re.match(r"[\w.]+=", argument)])
