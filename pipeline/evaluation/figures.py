@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from report.json's values alone. Agg and matplotlib's object interface only."""
+"""Draw the figures of a report from the values in report.json alone, with matplotlib's object interface and Agg."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _MARKERS = {"static": "o", "routed": "D", "random": "s", "oracle": "*"}
 
 
 def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Static resolutions and their line, routed network, budget curve, random, oracle, and published references.
+    """Draw static resolutions and their line, routed network, budget curve, random, oracle, and published references.
 
-    A reference that lies farther from the points than they span is left to the report's table.
+    A reference is left out, and stands in the report's table alone, if it lies farther from the points than they span.
     """
     figure = new_figure(8.2, 5.6, theme)
     axes = figure.add_axes((0.085, 0.105, 0.895, 0.775))
@@ -82,7 +82,7 @@ def _sides_colors(report: Mapping[str, Any]) -> list[str]:
 
 
 def _gap(report: Mapping[str, Any]) -> np.ndarray:
-    """From the static line up (or down) to the routed network; empty without one, or beyond the line's end."""
+    """Return the segment from the static line to the routed network; empty without routing or beyond the line's end."""
     rows = {row["kind"]: row for row in report["rows"]}
     if "routed" not in rows or not np.isclose(rows["interpolation"]["mean_cost"], rows["routed"]["mean_cost"]):
         return np.zeros((0, 2))
@@ -92,7 +92,7 @@ def _gap(report: Mapping[str, Any]) -> np.ndarray:
 def _set_limits(
     axes: Axes, points: Sequence[Mapping[str, Any]], curve: np.ndarray, references: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """Set both axes' limits; returns the references that fit."""
+    """Set the limits of both axes and return the references that fit."""
     heights = [100 * row[end] for row in points for end in ("top1_low", "top1_high")] + curve[:, 1].tolist()
     low, high = min(heights), max(heights)
     span = max(high - low, 2)
@@ -124,7 +124,7 @@ def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) ->
 
 
 def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
-    """The routed network's first: labels are placed in this order."""
+    """Return the labels in the order in which they are placed, the routed network first."""
     colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random, "static": theme.ink}
     ordered = sorted(points, key=lambda row: list(colors).index(row["kind"]))
     return [
@@ -155,18 +155,18 @@ def _line_labels(
 
 
 def _along(line: np.ndarray, count: int = 9) -> list[tuple[float, float]]:
-    """Points spread evenly over a polyline whose x ascends, without its ends."""
+    """Return points spread evenly over a polyline whose x ascends, without its ends."""
     x = np.linspace(line[0, 0], line[-1, 0], count + 2)[1:-1]
     return list(zip(x.tolist(), np.interp(x, line[:, 0], line[:, 1]).tolist(), strict=True))
 
 
 _LABELLED = 7
 _MIN_SHARE_NAMED = 15
-"""percent: an area that is nowhere higher has no room for its name"""
+"""An area whose share stays below this percentage has no room for its name."""
 
 
 def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Above: accuracy with its interval against cost, some biases named, and the static line. Below: shares."""
+    """Draw accuracy with its interval, some biases and the static line against cost (above), and shares (below)."""
     figure = new_figure(8.2, 6.4, theme)
     upper = figure.add_axes((0.085, 0.4, 0.895, 0.465))
     lower = figure.add_axes((0.085, 0.09, 0.895, 0.22), sharex=upper)
@@ -210,12 +210,12 @@ def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
     _name_areas(lower, costs, shares, [f"{side} px" for side in report["resolutions"]], theme)
     title(lower, "Share of images at each resolution, %", theme)
     lower.set_xlabel(cost_words(report).axis, color=theme.muted)
-    heading(figure, "What a budget bias does", f"{subject(report)}; the same network, nothing trained again", theme)
+    heading(figure, "What a budget bias does", f"{subject(report)}; the same network, not retrained", theme)
     return figure
 
 
 def _name_areas(axes: Axes, costs: np.ndarray, shares: np.ndarray, names: Sequence[str], theme: Theme) -> None:
-    """Write each resolution into its area, where that is highest but for the ends."""
+    """Write each resolution into its area where the area is highest, away from the ends."""
     ends = len(costs) // 10
     tops = shares.cumsum(axis=0)
     for name, area, top in zip(names, shares, tops, strict=True):
@@ -232,16 +232,16 @@ _TITLE_LENGTH = 15
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of the gallery with the routed network's answer."""
+    """An image of the gallery with the answer of the routed network."""
 
     index: int
     truth: str
     answer: str
     right: bool
     right_at: tuple[bool, ...]
-    """for each resolution, whether it is right there"""
+    """Whether each resolution answers correctly."""
     jpeg: bytes
-    """thumbnail"""
+    """The thumbnail."""
 
 
 def pick_tiles(
@@ -252,7 +252,7 @@ def pick_tiles(
     columns: int = COLUMNS,
     seed: int = 0,
 ) -> list[list[Tile]]:
-    """For each resolution up to `columns` of the images that were sent to it, drawn at random without replacement."""
+    """Pick up to `columns` images for each resolution, at random without replacement, from the images routed to it."""
     generator = np.random.default_rng(seed)
     rows = []
     for j in range(len(predictions.resolutions)):
@@ -263,7 +263,7 @@ def pick_tiles(
 
 
 def draw_gallery(tiles: Sequence[Sequence[Tile]], report: Mapping[str, Any]) -> bytes:
-    """PNG bytes: one row of images a resolution, each titled with its class, the answer and whether it is right."""
+    """Return a PNG with one row of images per resolution, each titled with its class and a mark for the answer."""
     columns = max(1, *(len(row) for row in tiles))
     cell, label, top = 1.18, 1.2, 0.6
     width, height = label + cell * columns + 0.1, top + (cell + 0.42) * len(tiles)
@@ -282,13 +282,13 @@ def draw_gallery(tiles: Sequence[Sequence[Tile]], report: Mapping[str, Any]) -> 
             axes.set_axis_off()
             color = LIGHT.oracle if tile.right else LIGHT.routed
             axes.set_title(tile_title(tile), color=color, fontsize=FONT_SIZE - 3.5, pad=3, parse_math=False)
-    subject = f"{report['dataset'] or report['name']}; drawn at random; {RIGHT} right, {WRONG} wrong (answer instead)"
+    subject = f"{report['dataset'] or report['name']}; drawn at random; {RIGHT} correct, {WRONG} wrong (with answer)"
     heading(figure, "Images by chosen resolution", subject, LIGHT)
     return to_png(figure)
 
 
 def tile_title(tile: Tile) -> str:
-    """`class` and a mark, in two lines; where the answer is wrong the second names it."""
+    """Return the class and, on a second line, a mark; a wrong answer is named after its mark."""
     second = RIGHT if tile.right else f"{WRONG} {_short(tile.answer)}"
     return f"{_short(tile.truth)}\n{second}"
 
@@ -319,7 +319,7 @@ def _short(text: str) -> str:
 
 
 def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
-    """PNG bytes by name: tradeoff; with more than one resolution budget and shares; with attributes attribute."""
+    """Return PNG bytes by name: tradeoff, budget and shares (several resolutions only), attribute (if there is one)."""
     figures = {"tradeoff": draw_tradeoff(report, theme)}
     if report["routing"] is not None:
         figures["budget"] = draw_budget(report, theme)
@@ -330,7 +330,7 @@ def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
 
 
 def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Left: share of images at each resolution, routed and oracle. Right: static accuracy by chosen resolution."""
+    """Draw the share of images at each resolution (left) and static accuracy by chosen resolution (right)."""
     figure = new_figure(8.2, 4.4, theme)
     left, right = figure.add_axes((0.085, 0.145, 0.37, 0.6)), figure.add_axes((0.555, 0.145, 0.425, 0.6))
     sides, colors = report["resolutions"], resolution_colors(len(report["resolutions"]))
@@ -366,12 +366,12 @@ def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
     names = [f"{side} px\n{count:,}" for side, count in zip(sides, report["routing"]["counts_by_chosen"], strict=True)]
     _sides_axis(right, names, theme)
     title(right, "Static top-1 by choice, % (ring: as routed)", theme)
-    heading(figure, "What the predictor chooses", f"{subject(report)}; colours are resolutions", theme)
+    heading(figure, "What the predictor chooses", f"{subject(report)}; colors are resolutions", theme)
     return figure
 
 
 def draw_attributes(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """For each attribute: share of each resolution by value (above), accuracy by value (below)."""
+    """Draw, for each attribute, the share of each resolution by value (above) and accuracy by value (below)."""
     attributes = report["attributes"]
     figure = new_figure(8.2, 0.95 + 5.2 * len(attributes), theme)
     height = figure.get_figheight()
@@ -423,7 +423,7 @@ def _draw_bins(
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
-    """Name each line right of the axes, at the height of its end, pushed apart where they would touch."""
+    """Name each line to the right of the axes, at the height of its end; names that would touch are pushed apart."""
     low, high = axes.get_ylim()
     gap = 1.45 * FONT_SIZE / 72 * axes.figure.dpi / axes.bbox.height
     ordered = sorted(ends)

@@ -1,4 +1,4 @@
-"""The report for readers: Markdown, and one self-contained HTML file."""
+"""Render a report as Markdown and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CAPTIONS = {
 
 
 def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
-    """The report as Markdown; `figures` are the PNG files that lie beside it."""
+    """Return the report as Markdown; `figures` names the PNG files in the same folder."""
     details = [f"- {sentence}" for sentence in report["verdict_details"]]
     parts = [f"# {cell(report['name'])}", f"**{report['verdict']}**", "\n".join(details)]
     parts.append(_figure("tradeoff", figures))
@@ -56,10 +56,10 @@ def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
         parts += ["## Budget curve", _figure("budget", figures), BUDGET_NOTE, markdown_table(*budget_table(report))]
         parts += ["## What the predictor does", _figure("shares", figures)]
         parts += [
-            "Static top-1 of the images that were sent to each resolution:",
+            "Static top-1 of the images routed to each resolution:",
             markdown_table(*by_chosen_table(report)),
         ]
-        parts += ["Images by chosen resolution and the oracle's:", markdown_table(*confusion_table(report))]
+        parts += ["Images by chosen resolution and by the oracle's choice:", markdown_table(*confusion_table(report))]
     for name, found in report["attributes"].items():
         parts += [f"## Choice by {cell(name)}", markdown_table(*attribute_table(name, found))]
     parts += [_figure("attribute", figures), _figure("gallery", figures)]
@@ -74,11 +74,11 @@ def render_html(
     dark: Mapping[str, bytes],
     tiles: Sequence[Sequence[Tile]],
 ) -> str:
-    """The report as one HTML file that loads nothing: figures for light and dark, and images, are data addresses.
+    """Return the report as one HTML file that loads nothing from outside: figures and images are data URLs.
 
     Args:
-        light, dark: PNG bytes of the figures by name, for both looks.
-        tiles: the gallery, one row a resolution; empty leaves it out.
+        light, dark: PNG bytes of the figures by name, for the light and the dark theme.
+        tiles: the gallery, one row per resolution; empty leaves it out.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,4 +1,4 @@
-"""The report of a run: what dynamic resolution saves and costs, beside every static resolution of the same backbone."""
+"""Report what dynamic resolution saves and costs, beside every static resolution of the same backbone."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ from pipeline.models.cost import Costs, Latency
 def table_rows(
     correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray, costs: Costs, resampled: Resamples
 ) -> list[dict[str, Any]]:
-    """The rows, each with `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its
-    method), `mean_gflops`, `backbone_gflops` (without the predictor), `mean_cost` (in the report's unit of cost, which
-    is what is compared by) and `shares` (per resolution).
+    """Return the rows of the result table.
 
-    Kinds: `static` (one a resolution), then, with more than one resolution, `routed` (argmax of the predictor),
-    `random` (the same shares drawn without looking: its expected accuracy sum_j share_j * accuracy_j, counted at the
-    routed network's cost), `interpolation` (the line between the neighbouring static resolutions at the routed
-    network's cost) and `oracle` (the cheapest resolution at which an image is right, else the cheapest; no predictor).
+    Each row has `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its method),
+    `mean_gflops`, `backbone_gflops` (without the predictor), `mean_cost` (in the report's unit of cost, the one that
+    comparisons use) and `shares` (per resolution).
+
+    Kinds: `static` (one row per resolution) and, with more than one resolution, `routed` (argmax of the predictor),
+    `random` (the same shares at random: expected accuracy sum_j share_j * accuracy_j, at the routed network's cost),
+    `interpolation` (the line between the neighboring static resolutions at the routed network's cost) and `oracle`
+    (the cheapest resolution at which an image is correct, or the cheapest of all if there is none; no predictor).
     """
     N, R = correct_NR.shape
     static_R = correct_NR.mean(axis=0)
@@ -86,12 +88,12 @@ def compare(
     resampled: Resamples,
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """The routed network minus every other row, by that row's id, on the same images.
+    """Compare the routed network with every other row on the same images; returns the differences by row id.
 
-    Each with `difference_points`, `low_points`, `high_points`, `interval` (its method), `cost_ratio` and `gflops_ratio`
-    (the routed network's over the other's; `cost_ratio` in the report's unit of cost). Against one fixed answer an
-    image (static, oracle) also `only_routed_right`, `only_other_right` and `mcnemar_p` (exact, two-sided); null against
-    the two mixtures.
+    Each has `difference_points` (routed minus other), `low_points`, `high_points`, `interval` (its method),
+    `cost_ratio` and `gflops_ratio` (routed over other; `cost_ratio` in the report's unit of cost). Rows with one fixed
+    answer per image (static, oracle) also have `only_routed_right`, `only_other_right` and `mcnemar_p` (exact,
+    two-sided); these are null for the two mixtures.
     """
     by_id = {row["id"]: row for row in rows}
     routed, routed_N = by_id["routed"], _right(correct_NR, chosen_N)
@@ -116,28 +118,28 @@ def compare(
 
 
 def random_accuracy(resampled: Resamples) -> np.ndarray:
-    """(B,): expected accuracy of random routing with the resample's shares."""
+    """Return the expected accuracy (B,) of random routing with each resample's shares."""
     return (resampled.shares_BR * resampled.static_BR).sum(axis=1)
 
 
 def interpolation_accuracy(resampled: Resamples, costs: Costs) -> np.ndarray:
-    """(B,): accuracy on the static line at the resample's routed cost, predictor included."""
+    """Return the accuracy (B,) on the static line at each resample's routed cost, predictor included."""
     routed_cost_B = resampled.shares_BR @ np.asarray(costs.backbone) + costs.predictor
     return line_accuracy(costs.backbone, resampled.static_BR, routed_cost_B)
 
 
 def interpolation_shares(costs: Costs, cost: float) -> np.ndarray:
-    """(R,): the mixture of the two neighbouring static resolutions that costs `cost`."""
+    """Return the shares (R,) of the two neighboring static resolutions whose mixture costs `cost`."""
     lower, upper, weight = line_neighbours(costs.backbone, np.array([cost]))
     identity = np.eye(len(costs.resolutions))
     return (1 - weight[0]) * identity[lower[0]] + weight[0] * identity[upper[0]]
 
 
 def interpolation_ends(costs: Costs, cost: float) -> tuple[int, int]:
-    """Sides in pixels of the cheaper and the dearer neighbour; both the dearest where `cost` lies beyond it."""
+    """Return the sides in pixels of the cheaper and the costlier neighbor; past the costliest side, that side twice."""
     lower, upper, weight = line_neighbours(costs.backbone, np.array([cost]))
-    dearer = costs.resolutions[upper[0]]
-    return (dearer if weight[0] == 1 else costs.resolutions[lower[0]]), dearer
+    costlier = costs.resolutions[upper[0]]
+    return (costlier if weight[0] == 1 else costs.resolutions[lower[0]]), costlier
 
 
 def _right(correct_NR: np.ndarray, choice_N: np.ndarray) -> np.ndarray:
@@ -186,17 +188,17 @@ def _difference(
 
 
 def judge(report: Mapping[str, Any]) -> dict[str, Any]:
-    """`outcome`, `verdict` (text; its first sentence is the outcome) and `verdict_details` (further sentences).
+    """Return `outcome`, `verdict` (text; its first sentence is the outcome) and `verdict_details` (further sentences).
 
     Outcomes: `dominated` (a static resolution costs no more and is no less accurate), `below_line` (below the line
-    between the neighbouring static resolutions at equal cost), `unproven` (above it, but the 95 % interval holds 0),
+    between the neighboring static resolutions at equal cost), `unproven` (above it, but the 95 % interval contains 0),
     `gain` (above it, and the interval is above 0), `single_resolution` (nothing to route).
     """
     rows = {row["id"]: row for row in report["rows"]}
     if report["comparisons"] is None:
         row = report["headline"]
         text = (
-            f"There is one resolution, so nothing is routed: {row['label']} reaches {percent(row['top1'])} "
+            f"There is only one resolution, so nothing is routed: {row['label']} reaches {percent(row['top1'])} "
             f"(95 % CI {percent(row['top1_low'])} to {percent(row['top1_high'])}) "
             f"at {gflops(row['mean_cost'])} {cost_words(report).unit}."
         )
@@ -215,7 +217,7 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
     elif line["low_points"] <= 0:
         outcome = "unproven"
         text = (
-            f"A gain is not proven: the routed network is {_against_line(report, rows)}, an interval that holds 0. "
+            f"A gain is not proven: the routed network is {_against_line(report, rows)}, and the interval contains 0. "
             f"{_trade(report, rows)}."
         )
     else:
@@ -224,7 +226,7 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dominating(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The most accurate static resolution that costs no more than the routed network and is no less accurate."""
+    """Return the most accurate static resolution that costs no more than the routed network and is no less accurate."""
     routed = rows["routed"]
     better = [
         row
@@ -248,7 +250,7 @@ def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str
 
 
 def _trade(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """The routed network against the most accurate static resolution, without a full stop."""
+    """Compare the routed network with the most accurate static resolution; the sentence has no period."""
     best, found = rows[report["best_static"]], report["comparisons"][report["best_static"]]
     return (
         f"At {found['cost_ratio']:.2f} of the {cost_words(report).noun} of {best['label']} the routed network is "
@@ -276,18 +278,18 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
     if shares[most] > COLLAPSED_SHARE:
         yield (
             f"The predictor sends {percent(shares[most])} of the images to {report['resolutions'][most]} px: "
-            "the choice has collapsed, which leaves a static network that also pays for a predictor."
+            "the choice has collapsed. What is left is a static network that also pays for a predictor."
         )
     found = report["comparisons"]["random"]
     yield (
-        "Choosing by looking at the image, rather than at random with the same shares, is worth "
+        "Choosing by the image, rather than at random with the same shares, gains "
         f"{signed(found['difference_points'])} points ({_interval(found)})."
     )
     oracle, routing = rows["oracle"], report["routing"]
     yield (
-        f"An oracle, which knows the cheapest resolution that is right, would reach {percent(oracle['top1'])} at "
+        f"An oracle, which knows the cheapest correct resolution, would reach {percent(oracle['top1'])} at "
         f"{gflops(oracle['mean_cost'])} {cost_words(report).unit}. Of the routed network's {routing['wrong']} wrong "
-        f"answers, {routing['wrong_but_right_elsewhere']} are right at another resolution."
+        f"answers, {routing['wrong_but_right_elsewhere']} are correct at another resolution."
     )
 
 
@@ -319,31 +321,31 @@ def build_report(
     name: str,
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that report.json holds, as plain Python values without NaN.
+    """Return the content of report.json, as plain Python values without NaN.
 
     Args:
         classes: names of the K classes.
-        attributes: for each attribute one value for every image of the validation beton, in its order.
-        name: of the run.
+        attributes: one value per image of the validation beton, in its order, for each attribute.
+        name: name of the run.
         context: `dataset`, `git_commit`, `created` (ISO 8601) and `references` (published results of others, a list of
-            `{"label", "top1", "note"}`) where they are known; all else is put under `environment`.
+            `{"label", "top1", "note"}`), as far as they are known; everything else goes under `environment`.
 
     Returns:
-        Accuracies are fractions of 1, differences points (percent), GFLOPs 1e9 multiply-adds an image. What is called
-        cost is in the unit that `costs` names, gflops or (measured) milliseconds, and is what is compared by. Lists
-        over resolutions follow `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`,
+        Accuracies are fractions of 1, differences are in points (percent), GFLOPs are 1e9 multiply-adds per image.
+        "Cost" is in the unit that `costs` names, gflops or (measured) milliseconds; comparisons use it. Lists over
+        resolutions follow `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`,
         `dataset`, `n`, `num_classes`, `classes`, `resolutions`, `costs`; `outcome`, `verdict`, `verdict_details` (see
-        `verdict.judge`); `headline` (what the model reaches as deployed); `best_static` (id of a row); `rows` (see
-        `comparison.table_rows`); `comparisons` (row id -> the routed network against it, see `comparison.compare`);
-        `budget_curve` (see `budget.budget_curve`); `routing`; `attributes`; `majority_class_top1`; `references`;
-        `method`; `environment`. With one resolution `comparisons` and `routing` are null, `budget_curve` is empty.
+        `judge`); `headline` (the row of the model as deployed); `best_static` (id of a row); `rows` (see
+        `table_rows`); `comparisons` (row id -> difference to the routed network, see `compare`); `budget_curve` (see
+        `budget_curve`); `routing`; `attributes`; `majority_class_top1`; `references`; `method`; `environment`. With one
+        resolution `comparisons` and `routing` are null, `budget_curve` is empty.
 
     Raises:
-        ValueError: predictions, costs, classes and attributes do not belong together.
+        ValueError: predictions, costs, classes and attributes do not match; the message names every mismatch.
     """
     problems = list(_mismatches(predictions, costs, classes, attributes))
     if problems:
-        raise ValueError(f"no report can be made: {'; '.join(problems)}")
+        raise ValueError(f"cannot build the report: {'; '.join(problems)}")
     correct_NR, chosen_N = predictions.correct_NR, predictions.chosen_N
     oracle_N = oracle_choice(correct_NR, costs.backbone)
     resampled = resample(correct_NR, chosen_N, BOOTSTRAP_SEED)
@@ -397,16 +399,16 @@ def write_report(
     name: str,
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write report.json, report.md, report.html and the figures into `folder`; returns what report.json holds.
+    """Write report.json, report.md, report.html and the figures into `folder`; returns the content of report.json.
 
-    Each file is whole or absent, and report.json comes last. Figures of an earlier report that this one does not have
-    are removed.
+    Each file is complete or absent, and report.json comes last. Figures of an earlier report that this one lacks are
+    removed.
 
     Args:
-        read_image: JPEG bytes of the image at an index of the validation beton, for the gallery; None leaves it out.
+        read_image: function from an index of the validation beton to JPEG bytes, for the gallery; None leaves it out.
 
     Raises:
-        ValueError: as `build_report`, or `context` holds what JSON cannot.
+        ValueError: as `build_report`, or `context` contains a value that JSON cannot represent.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     report = build_report(
@@ -436,7 +438,7 @@ def write_report(
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """Strict JSON.
+    """Return the report as strict JSON.
 
     Raises:
         ValueError: a value is NaN, infinite, or of a type that JSON does not have.
@@ -444,7 +446,7 @@ def to_json(report: Mapping[str, Any]) -> str:
     try:
         return json.dumps(report, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the report holds what JSON cannot: {error}; give context as text and numbers") from error
+        raise ValueError(f"JSON cannot represent the report: {error}; give context as text and numbers") from error
 
 
 _NAMED_CONTEXT = ("dataset", "git_commit", "created", "references")
@@ -473,13 +475,13 @@ def _mismatches(
 
 
 def _latency(latency: Latency) -> dict[str, Any]:
-    """What was measured, and in a line how: `measured`."""
+    """Return the measured latency, with one line under `measured` that says how it was measured."""
     sides = list(latency.backbone_milliseconds)
     return asdict(latency) | {"backbone_milliseconds": sides, "measured": str(latency)}
 
 
 def _routing(correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray) -> dict[str, Any]:
-    """How the predictor's choice compares with the oracle's, and how hard the images of each choice are."""
+    """Compare the predictor's choice with the oracle's, and measure how hard the images of each choice are."""
     R = correct_NR.shape[1]
     chosen_NR = chosen_N[:, None] == np.arange(R)
     counts_R = chosen_NR.sum(axis=0)

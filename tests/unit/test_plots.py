@@ -1,4 +1,4 @@
-"""Figures: drawn from report.json alone, not blank, and readable: no label over another."""
+"""Figures are drawn from report.json alone, are not blank, and have no label over another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def three_resolutions(skill: float = 0.9, references=(), attributes=("height",))
 
 
 def five_resolutions(spread: float, seed: int = 0) -> dict:
-    """Accuracies from 95 % down to 95 % - spread."""
+    """Return a report with accuracies from 95 % down to 95 % - spread."""
     generator = np.random.default_rng(seed)
     correct_NR = generator.random((800, 1)) < np.linspace(0.95, 0.95 - spread, 5)
     predictions = predictions_of(correct_NR, generator.integers(0, 5, 800), sides=FIVE.resolutions)
@@ -66,7 +66,7 @@ def num_colors(pixels: np.ndarray) -> int:
 
 
 def drawn_texts(figure: Figure) -> list[Text]:
-    """Every text that can be seen: matplotlib also keeps ticks outside the limits, which it does not draw."""
+    """Return every visible text; matplotlib also keeps ticks outside the limits, which it does not draw."""
     texts = list(figure.texts)
     for axes in figure.axes:
         texts += [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title]
@@ -122,7 +122,7 @@ def test_no_label_of_the_tradeoff_lies_over_another_or_leaves_the_figure(name):
     assert_inside(labels, axes.get_window_extent())
 
 
-def test_a_reference_far_from_the_points_is_left_to_the_table():
+def test_a_reference_far_from_the_points_is_not_drawn():
     texts = " ".join(text.get_text() for text in draw_tradeoff(five_resolutions(0.1), LIGHT).axes[0].texts)
     assert "others  93.0 %" in texts
     assert "far away" not in texts
@@ -149,7 +149,7 @@ def test_one_resolution_has_no_shares():
     assert num_colors(pixels_of(figures["tradeoff"])) > 50
 
 
-def test_labels_keep_off_each_other_and_off_lines_where_there_is_room():
+def test_labels_avoid_each_other_and_lines_if_there_is_room():
     figure = new_figure(6, 4, LIGHT)
     axes = figure.add_axes((0.1, 0.1, 0.85, 0.85))
     axes.set_xlim(0, 1)
@@ -164,7 +164,7 @@ def test_labels_keep_off_each_other_and_off_lines_where_there_is_room():
     assert not any(box.y0 < level < box.y1 for box in boxes)
 
 
-def test_resolutions_have_different_colours_in_a_fixed_order():
+def test_resolutions_have_different_colors_in_a_fixed_order():
     for count in range(1, 7):
         assert len(set(resolution_colors(count))) == count
     assert resolution_colors(5)[0] == resolution_colors(3)[0] == resolution_colors(1)[0]
@@ -174,7 +174,7 @@ def test_a_png_holds_no_date():
     assert b"Software" not in to_png(new_figure(1, 1, LIGHT))
 
 
-def test_the_figures_leave_matplotlibs_global_state_alone():
+def test_the_figures_do_not_import_pyplot():
     program = "import sys, pipeline.evaluation.figures; print('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What a report says, in JSON, Markdown and HTML, and that it says so when a static resolution wins."""
+"""Tests of a report in JSON, Markdown and HTML, above all that it says so when a static resolution wins."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TestVerdict:
         )
 
     def test_dominated(self):
-        """Hard images are sent to 32 px and easy ones to 96 px."""
+        """Hard images go to 32 px and easy ones to 96 px."""
         correct, chosen = outcomes((600, (1, 1, 1), 0), (400, (1, 1, 0), 2))
         report = report_of(correct, chosen)
         assert report["outcome"] == "dominated"
@@ -79,7 +79,7 @@ class TestVerdict:
         assert not any("collapsed" in sentence for sentence in report_of(*PERFECT)["verdict_details"])
 
     def test_below_the_line(self):
-        """Routing at random between 96 px and 32 px, where 64 px lies above the line between those two."""
+        """Random routing between 96 px and 32 px loses to 64 px, which lies above the line between the two."""
         correct, _ = outcomes((600, (1, 1, 1), 0), (250, (1, 1, 0), 0), (150, (1, 0, 0), 0))
         report = report_of(correct, np.where(np.arange(1000) % 10 < 7, 0, 2))
         assert report["outcome"] == "below_line"
@@ -90,7 +90,7 @@ class TestVerdict:
         assert "At 0.77 of the FLOPs of static 96 px the routed network is 12.0 points below it" in report["verdict"]
 
     def test_unproven(self):
-        """Twenty images: one more right than the line has is no proof."""
+        """On twenty images, one correct image more than on the line proves nothing."""
         everywhere, not_at_32, at_96 = (1, 1, 1), (1, 1, 0), (1, 0, 0)
         correct, chosen = outcomes(
             (10, everywhere, 1), (2, everywhere, 0), (5, not_at_32, 1), (1, not_at_32, 0), (1, at_96, 0), (1, at_96, 1)
@@ -100,7 +100,7 @@ class TestVerdict:
         assert report["verdict"].startswith(
             "A gain is not proven: the routed network is 2.4 points above the line between static 64 px and 96 px"
         )
-        assert "an interval that holds 0" in report["verdict"]
+        assert "and the interval contains 0" in report["verdict"]
 
     def test_more_accurate_than_every_static_resolution_beyond_the_lines_end(self):
         correct, chosen = outcomes((900, (1, 0, 0), 0), (60, (0, 0, 1), 2), (40, (0, 0, 0), 0))
@@ -116,7 +116,7 @@ class TestVerdict:
         report = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
         assert report["outcome"] == "single_resolution"
         assert report["verdict"].startswith(
-            "There is one resolution, so nothing is routed: static 96 px reaches 100.0 %"
+            "There is only one resolution, so nothing is routed: static 96 px reaches 100.0 %"
         )
         assert (report["comparisons"], report["routing"], report["budget_curve"]) == (None, None, [])
         assert report["headline"]["id"] == "static-96"
@@ -134,15 +134,15 @@ def test_the_report_is_strict_json_with_the_documented_keys():
     assert (read["dataset"], read["git_commit"], read["created"]) == ("glyphs", "abc123", CONTEXT["created"])
 
 
-def test_no_choice_of_a_resolution_still_is_strict_json():
-    """Means of nothing must be null, not NaN."""
+def test_a_report_with_an_unused_resolution_is_strict_json():
+    """The mean over no images must be null, not NaN."""
     correct, _ = PERFECT
     report = report_of(correct, np.zeros(1000, np.int64), attributes={"height": [0.5] * 1000})
     assert report["routing"]["static_top1_by_chosen"][2] == [None, None, None]
     assert "NaN" not in to_json(report)
 
 
-def test_routing_counts_images_by_choice_oracle_and_right_nowhere():
+def test_routing_counts_images_by_choice_by_oracle_and_never_correct():
     routing = report_of(*PERFECT)["routing"]
     assert routing["counts_by_chosen"] == [280, 100, 620]
     assert routing["chosen_by_oracle"] == [[280, 0, 0], [0, 100, 0], [0, 0, 620]]
@@ -158,7 +158,7 @@ def test_the_best_static_resolution_is_the_cheapest_of_the_most_accurate():
 
 
 def test_attributes_follow_the_images_own_indices():
-    """Predictions of every second image of the beton."""
+    """The predictions cover every second image of the beton."""
     predictions = predictions_of(*PERFECT)
     object.__setattr__(predictions, "indices_N", 2 * np.arange(1000))
     heights = np.zeros(1999)
@@ -177,7 +177,7 @@ def test_attributes_follow_the_images_own_indices():
         ({"attributes": {"height": [float("nan")] * 1000}}, "attribute height has values that are NaN"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(changed, message):
+def test_inputs_that_do_not_match_are_rejected(changed, message):
     with pytest.raises(ValueError, match=message):
         report_of(*PERFECT, **changed)
 
@@ -196,7 +196,7 @@ def test_all_mismatches_are_named_together():
         )
 
 
-def test_a_context_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+def test_a_context_that_json_cannot_represent_is_rejected_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="give context as text and numbers"):
         written(tmp_path, context={"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
@@ -215,7 +215,7 @@ def written(folder: Path, **changed) -> dict:
 
 
 class Page(HTMLParser):
-    """What a browser would load, and the tags that are open at the end."""
+    """Parses a page: the addresses that a browser would load, and the tags still open at the end."""
 
     VOID = ("meta", "img", "source", "br")
 
@@ -244,7 +244,7 @@ def report_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_folder_holds_whole_files_and_nothing_else(report_folder):
+def test_the_folder_holds_the_report_and_nothing_else(report_folder):
     expected = {
         "report.json",
         "report.md",
@@ -267,10 +267,10 @@ def test_the_html_loads_nothing_from_outside(report_folder):
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert not re.search(r"https?://|url\(|@import", text)
     assert page.tags.count("img") == 4 + 24, "four figures and three rows of eight images"
-    assert page.tags.count("source") == 4, "a dark look of every figure"
+    assert page.tags.count("source") == 4, "a dark version of every figure"
 
 
-def test_the_html_says_what_the_json_says(report_folder):
+def test_the_html_shows_the_values_of_the_json(report_folder):
     text = (report_folder / "report.html").read_text()
     report = json.loads((report_folder / "report.json").read_text())
     plain = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
@@ -302,7 +302,7 @@ def test_the_markdowns_tables_are_regular_and_its_figures_exist(report_folder):
     assert all((report_folder / figure).is_file() for figure in figures)
 
 
-def test_the_gallery_shows_seeded_images_of_each_choice():
+def test_the_gallery_shows_images_of_each_choice_by_seed():
     correct_NR, chosen_N, _ = easy_and_hard(400, skill=0.9)
     predictions, asked = predictions_of(correct_NR, chosen_N), []
 
@@ -323,7 +323,7 @@ def test_the_gallery_shows_seeded_images_of_each_choice():
     assert pick_tiles(predictions, CLASSES, read_image, seed=1) != first
 
 
-def test_the_gallery_has_room_for_a_resolution_that_nothing_was_sent_to(report_folder):
+def test_the_gallery_handles_a_resolution_without_images(report_folder):
     correct_NR, chosen_N, _ = easy_and_hard(40)
     predictions = predictions_of(correct_NR, np.where(chosen_N == 1, 0, chosen_N))
     tiles = pick_tiles(predictions, CLASSES, jpeg, columns=3)
@@ -340,7 +340,7 @@ def test_a_report_without_images_or_attributes_removes_the_earlier_figures(tmp_p
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
-def test_one_resolution_is_written_too(tmp_path):
+def test_a_report_with_one_resolution_is_written(tmp_path):
     predictions = predictions_of(np.arange(50)[:, None] % 3 > 0, np.zeros(50, np.int64), sides=(96,))
     write_report(
         tmp_path,
@@ -357,4 +357,4 @@ def test_one_resolution_is_written_too(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {
         *("report.json", "report.md", "report.html", "tradeoff.png", "attribute.png", "gallery.png")
     }
-    assert json.loads((tmp_path / "report.json").read_text())["created"], "the time of writing where none is given"
+    assert json.loads((tmp_path / "report.json").read_text())["created"], "the time of writing is the default"

@@ -1,4 +1,4 @@
-"""The table over seeds."""
+"""Tests of the table over several seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def seed_reports() -> list[dict]:
     return found
 
 
-def test_seeds_are_summarised_by_mean_and_spread():
+def test_seeds_are_summarized_by_mean_and_spread():
     reports = seed_reports()
     summary = summarize_seeds(reports)
     gains = [report["comparisons"]["interpolation"]["difference_points"] for report in reports]
@@ -42,7 +42,7 @@ def test_one_seed_has_no_spread():
     assert "±" not in seeds_markdown(summary)
 
 
-def test_reports_of_different_runs_are_not_summarised():
+def test_reports_of_different_runs_are_rejected():
     other = report_of(*PERFECT, context=CONTEXT | {"dataset": "elpv"})
     with pytest.raises(ValueError, match=r"different runs.*elpv.*glyphs"):
         summarize_seeds([*seed_reports(), other])

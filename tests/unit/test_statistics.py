@@ -1,4 +1,4 @@
-"""Intervals, tests, baselines and the budget curve against slow references that loop over images."""
+"""Intervals, tests, baselines and the budget curve match slow references that loop over images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Z = 1.959963984540054
 
 @st.composite
 def evaluations(draw) -> tuple[np.ndarray, np.ndarray, Costs]:
-    """correct (N, R), predictor logits (N, R) with ties, and costs in any order."""
+    """Draw correct (N, R), predictor logits (N, R) with ties, and costs in any order."""
     N, R = draw(st.integers(1, 30)), draw(st.integers(2, 5))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     gflops = tuple(generator.permutation(np.arange(1, R + 1) * 0.25).tolist())
@@ -43,10 +43,10 @@ def evaluations(draw) -> tuple[np.ndarray, np.ndarray, Costs]:
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (7, 10), (981, 1000), (10, 10)])
 def test_accuracy_has_wilsons_interval(right, n):
     share = right / n
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     margin = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     found = accuracy(right, n)
-    assert (found.value, found.low, found.high) == pytest.approx((share, centre - margin, centre + margin), abs=1e-12)
+    assert (found.value, found.low, found.high) == pytest.approx((share, center - margin, center + margin), abs=1e-12)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 5), (3, 9), (12, 12), (40, 21)])
@@ -70,7 +70,7 @@ def test_paired_difference_is_antisymmetric_and_inside_minus_one_to_one():
     assert paired_difference(2, 0, 2).high == 1
 
 
-def test_paired_difference_covers_the_truth_as_often_as_it_says():
+def test_the_interval_of_a_paired_difference_has_95_percent_coverage():
     generator = np.random.default_rng(0)
     probabilities, n = (0.03, 0.06, 0.91), 300
     draws = generator.multinomial(n, probabilities, size=3000)
@@ -104,7 +104,7 @@ def test_no_choice_is_more_accurate_than_the_oracle_and_none_as_accurate_is_chea
             assert gflops[choice_N].sum() >= gflops[oracle_N].sum() - 1e-9
 
 
-def test_the_line_joins_the_neighbouring_static_resolutions():
+def test_the_line_joins_the_neighboring_static_resolutions():
     gflops, static_R = (0.9, 0.1, 0.4), np.array([0.9, 0.5, 0.8])
     at = np.array([0.1, 0.25, 0.4, 0.65, 0.9, 1.5, 0.05])
     expected = [0.5, 0.65, 0.8, 0.85, 0.9, 0.9, 0.5]
@@ -195,7 +195,7 @@ def test_the_interpolation_row_costs_what_the_routed_network_costs():
     assert line["top1_low"] < line["top1"] < line["top1_high"]
 
 
-def test_the_line_ends_at_the_dearest_static_resolution():
+def test_the_line_ends_at_the_most_expensive_static_resolution():
     correct_NR, _, _ = easy_and_hard(200)
     rows, compared = rows_of(correct_NR, np.zeros(200, np.int64), COSTS)
     assert rows["interpolation"]["label"] == "static 96 px"
@@ -223,7 +223,7 @@ def test_one_resolution_has_its_static_row_alone():
 
 @settings(deadline=None, max_examples=60)
 @given(evaluations())
-def test_every_point_of_the_budget_curve_is_what_its_bias_reaches(evaluation):
+def test_every_point_of_the_budget_curve_matches_its_bias(evaluation):
     correct_NR, logits_NR, costs = evaluation
     rows, gflops = np.arange(len(correct_NR)), np.array(costs.backbone_gflops)
     for point in budget_curve(logits_NR, correct_NR, costs, max_points=1000):
@@ -245,11 +245,11 @@ def test_every_point_of_the_budget_curve_is_what_its_bias_reaches(evaluation):
 
 @settings(deadline=None, max_examples=60)
 @given(evaluations(), st.floats(-40, 40))
-def test_no_bias_reaches_a_trade_that_the_budget_curve_lacks(evaluation, bias):
+def test_no_bias_reaches_a_point_that_the_budget_curve_lacks(evaluation, bias):
     correct_NR, logits_NR, costs = evaluation
     biased_NR = logits_NR.astype(np.float64) + bias * np.array(costs.relative)
     ordered_NR = np.sort(biased_NR, axis=1)
-    assume((ordered_NR[:, -1] - ordered_NR[:, -2]).min() > 1e-9)  # at a tie either choice is right
+    assume((ordered_NR[:, -1] - ordered_NR[:, -2]).min() > 1e-9)  # at a tie either choice is valid
     choice_N = biased_NR.argmax(axis=1)
     trade = (correct_NR[np.arange(len(choice_N)), choice_N].mean(), *shares(choice_N, correct_NR.shape[1]))
     curve = budget_curve(logits_NR, correct_NR, costs, max_points=1000)
@@ -257,7 +257,7 @@ def test_no_bias_reaches_a_trade_that_the_budget_curve_lacks(evaluation, bias):
     assert np.isclose(reachable, trade).all(axis=1).any()
 
 
-def test_the_budget_curve_runs_from_cheapest_to_dearest_through_the_routed_network():
+def test_the_budget_curve_runs_from_cheapest_to_most_expensive_through_the_routed_network():
     correct_NR, chosen_N, _ = easy_and_hard(500, skill=0.8)
     logits_NR = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32) + 2 * np.eye(3)[chosen_N]
     logits_NR = logits_NR.astype(np.float32)
@@ -273,7 +273,7 @@ def test_the_budget_curve_runs_from_cheapest_to_dearest_through_the_routed_netwo
     assert here["shares"] == pytest.approx(shares(routed_N, 3).tolist())
 
 
-def test_a_predictor_without_opinion_has_the_ends_alone():
+def test_equal_predictor_logits_give_only_the_ends_of_the_curve():
     curve = budget_curve(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), Costs((64, 32), (0.4, 0.1), 0.0))
     assert [point["shares"] for point in curve] == [[0, 1], [1, 0]]
     assert curve[1]["budget_bias"] == 0
