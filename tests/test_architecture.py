@@ -431,7 +431,10 @@ def test_contributing_names_the_rules_of_this_file():
     reading = page.partition("## Read the code in this order")[2].partition("\n## ")[0]
     files = re.findall(r"^\d+\. `([^`]+)`", reading, flags=re.MULTILINE)
 
+    subjects = [folder.relative_to(ROOT) for folder in subject_folders() if folder.parent == ROOT / "pipeline"]
+
     assert table == ONLY_IN
+    assert [str(folder) for folder in subjects if f"`{folder}`" not in page] == []
     assert len(files) == 6
     assert [file for file in files if not (ROOT / file).is_file()] == []
 
