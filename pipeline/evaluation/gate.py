@@ -152,8 +152,8 @@ def objections(found: Comparison, bounds: Bounds) -> list[str]:
 
     Without `max_accuracy_drop` the challenger must be "not worse", which takes two things: McNemar's test does not find
     it less accurate at 5 %, and the interval of the paired difference excludes a loss of more than NOT_WORSE_MARGIN
-    points (with ten images no test finds anything). With `max_accuracy_drop` the interval alone decides, against that
-    bound: a proven loss that the user accepts is no objection.
+    points (among ten images McNemar's test misses even 5 lost ones). With `max_accuracy_drop` the interval alone
+    decides, against that bound: a proven loss that the user accepts is no objection.
     """
     said = []
     low, margin = 100 * found.difference.low, bounds.max_accuracy_drop
