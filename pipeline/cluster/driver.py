@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import ray
 import torch
 import yaml
 
-from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
+from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg, read_layout
 from datasets.files import write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
@@ -34,8 +35,9 @@ from pipeline.config.load import drift, parse_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.evaluation.predictions import Predictions, merge
-from pipeline.evaluation.report import write_report
+from pipeline.evaluation.report import Evaluation, write_report
 from pipeline.models.cost import Costs, Latency
+from pipeline.policies.calibrate import Budget, Split
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import replay, tracked_run
@@ -141,8 +143,7 @@ def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: 
     validation = beton_path(config.data.folder, VALIDATION)
     return write_report(
         folder.report,
-        Predictions.load(folder.predictions),
-        costs,
+        evaluation_of(config, folder, costs),
         classes=manifest.classes,
         attributes=manifest.splits[VALIDATION].attributes,
         read_image=lambda index: read_jpeg(validation, index),
@@ -154,6 +155,23 @@ def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: 
             "data digest": manifest.digest,
             **environment(),
         },
+    )
+
+
+def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation:
+    """What a finished run's report is made of; the validation images must be on this node."""
+    predictions = Predictions.load(folder.predictions)
+    checksums_N = read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
+    policy = config.policy
+    highest = policy.budget_gflops if config.cost == "flops" else policy.budget_milliseconds
+    drop = policy.max_accuracy_drop
+    return Evaluation(
+        predictions,
+        costs,
+        checksums_N[predictions.indices_N],
+        budget=Budget(highest, None if drop is None else drop / 100),
+        split=Split(policy.select_share, policy.cross_fit_below, policy.folds, config.seed),
+        balanced=policy.select_by == "balanced_accuracy",
     )
 
 

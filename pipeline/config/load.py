@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "tracking.",
     "registry.",
     "search.",
+    "policy.",
     "data.num_processes",
     "loader.num_threads",
     "loader.batches_ahead",

@@ -376,6 +376,24 @@ class SearchConfig(Section):
     """folder on each node's own disk for copies of the logit tables and for decoded inputs; null is the search's"""
 
 
+class PolicyConfig(Section):
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] | None = 1.0
+    """how many points of accuracy the chosen policy may lose against the best static resolution, by a one-sided 95 %
+    bound; the cheapest policy that keeps to it is chosen; null sets no limit"""
+    budget_gflops: Annotated[float, Field(gt=0)] | None = None
+    """highest mean cost of an image, GFLOPs, where cost is flops; null sets no limit"""
+    budget_milliseconds: Annotated[float, Field(gt=0)] | None = None
+    """highest mean cost of an image, milliseconds, where cost is milliseconds; null sets no limit"""
+    select_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """share of the validation images that policies are fitted and chosen on; results are stated on the others"""
+    cross_fit_below: Annotated[int, Field(ge=0)] = 1000
+    """with fewer validation images than this, policies are fitted on folds and stated on the fold left out"""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """number of these folds"""
+    select_by: Literal["accuracy", "balanced_accuracy"] = "accuracy"
+    """what policies are chosen by; balanced_accuracy is the mean over the classes"""
+
+
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """name of the run: its folder under cluster.storage and its MLflow run"""
@@ -391,6 +409,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     stages: StagesConfig
+    policy: PolicyConfig = PolicyConfig()
     search: SearchConfig = SearchConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.statistics import envelope
 from pipeline.evaluation.style import (
     FONT_SIZE,
     LIGHT,
@@ -30,11 +31,12 @@ from pipeline.evaluation.style import (
 )
 from pipeline.evaluation.tables import bias_text, cost_words, every, percent, signed
 
-_MARKERS = {"static": "o", "routed": "D", "random": "s", "oracle": "*"}
+_MARKERS = {"static": "o", "before": "o", "routed": "D", "random": "s", "oracle": "*"}
+_CURVES = {"cascade": "-", "predictor": (0, (5, 1.5)), "predictor+cascade": (0, (1, 1))}
 
 
 def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Draw static resolutions and their line, routed network, budget curve, random, oracle, and published references.
+    """Draw static networks and their envelope, the routed network, policy curves, random, oracle and references.
 
     A reference is left out, and stands in the report's table alone, if it lies farther from the points than they span.
     """
@@ -42,18 +44,18 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     axes = figure.add_axes((0.085, 0.105, 0.895, 0.775))
     style_axes(axes, theme)
     points = [row for row in report["rows"] if row["kind"] in _MARKERS]
-    static = sorted((row for row in points if row["kind"] == "static"), key=lambda row: row["mean_cost"])
-    line = np.array([_position(row) for row in static])
-    curve = np.array([_position(point) for point in report["budget_curve"]]).reshape(-1, 2)
-    references = _set_limits(axes, points, curve, report["references"])
+    line, curves = _static_envelope(report), _policy_curves(report)
+    references = _set_limits(axes, points, np.concatenate([line, *curves.values()]), report["references"])
     levels = [np.array([[x, 100 * reference["top1"]] for x in axes.get_xlim()]) for reference in references]
     gap = _gap(report)
     axes.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), zorder=2)
-    axes.plot(*curve.T, color=theme.routed, lw=1.5, alpha=0.55, zorder=3)
+    for kind, curve in curves.items():
+        axes.plot(*curve.T, color=theme.routed, lw=1.5, alpha=0.6, ls=_CURVES[kind], zorder=3)
     axes.plot(*gap.T, color=theme.routed, lw=1.2, ls=(0, (1, 1.5)), zorder=3)
     for level in levels:
         axes.plot(*level.T, color=theme.reference, lw=1.1, ls=(0, (1, 2)), zorder=1)
     colors = {f"static-{side}": color for side, color in zip(report["resolutions"], _sides_colors(report), strict=True)}
+    colors |= {f"before-{side}": theme.muted for side in report["resolutions"]}
     colors |= {"routed": theme.routed, "random": theme.random, "oracle": theme.oracle}
     for row in points:
         _draw_point(axes, row, colors[row["id"]], theme)
@@ -62,8 +64,8 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     ]
     place_labels(
         axes,
-        [*_point_labels(points, theme), *_line_labels(report, line, curve, gap, references, levels, theme)],
-        [part for part in (line, curve, gap, *whiskers, *levels) if len(part)],
+        [*_point_labels(points, theme), *_line_labels(report, line, curves, gap, references, levels, theme)],
+        [part for part in (line, *curves.values(), gap, *whiskers, *levels) if len(part)],
         size=FONT_SIZE,
         background=theme.background,
     )
@@ -81,12 +83,29 @@ def _sides_colors(report: Mapping[str, Any]) -> list[str]:
     return resolution_colors(len(report["resolutions"]))
 
 
+def _static_envelope(report: Mapping[str, Any]) -> np.ndarray:
+    """Return the upper concave envelope of all static networks as a polyline."""
+    static = [row for row in report["rows"] if row["kind"] in ("static", "before")]
+    costs, accuracies = np.array([(row["mean_cost"], row["top1"]) for row in static]).T
+    grid = np.unique(np.concatenate([costs, np.linspace(costs.min(), costs.max(), 60)]))
+    heights, _ = envelope(costs, np.tile(accuracies, (len(grid), 1)), grid)
+    return np.column_stack([grid, 100 * heights])
+
+
+def _policy_curves(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return what policies of each kind reach at rising cost, as polylines of two points or more."""
+    curves = report["policies"]["curves"] if report["policies"] else {}
+    lines = {kind: np.array([_position(point) for point in curves.get(kind, [])]).reshape(-1, 2) for kind in _CURVES}
+    ordered = {kind: line[np.argsort(line[:, 0], kind="stable")] for kind, line in lines.items()}
+    return {kind: line for kind, line in ordered.items() if len(line) > 1}
+
+
 def _gap(report: Mapping[str, Any]) -> np.ndarray:
     """Return the segment from the static line to the routed network; empty without routing or beyond the line's end."""
     rows = {row["kind"]: row for row in report["rows"]}
-    if "routed" not in rows or not np.isclose(rows["interpolation"]["mean_cost"], rows["routed"]["mean_cost"]):
+    if "routed" not in rows or not np.isclose(rows["envelope"]["mean_cost"], rows["routed"]["mean_cost"]):
         return np.zeros((0, 2))
-    return np.array([_position(rows["interpolation"]), _position(rows["routed"])])
+    return np.array([_position(rows["envelope"]), _position(rows["routed"])])
 
 
 def _set_limits(
@@ -125,7 +144,8 @@ def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) ->
 
 def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
     """Return the labels in the order in which they are placed, the routed network first."""
-    colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random, "static": theme.ink}
+    colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random}
+    colors |= {"static": theme.ink, "before": theme.muted}
     ordered = sorted(points, key=lambda row: list(colors).index(row["kind"]))
     return [
         Label(f"{row['label']}  {percent(row['top1'])}", [_position(row)], colors[row["kind"]], row["kind"] == "routed")
@@ -136,7 +156,7 @@ def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Lab
 def _line_labels(
     report: Mapping[str, Any],
     line: np.ndarray,
-    curve: np.ndarray,
+    curves: Mapping[str, np.ndarray],
     gap: np.ndarray,
     references: Sequence[Mapping[str, Any]],
     levels: Sequence[np.ndarray],
@@ -144,13 +164,13 @@ def _line_labels(
 ) -> list[Label]:
     labels = []
     if len(gap):
-        gain = report["comparisons"]["interpolation"]["difference_points"]
+        gain = report["comparisons"]["envelope"]["difference_points"]
         labels.append(Label(f"{signed(gain)} points", [tuple(gap.mean(axis=0))], theme.routed))
     for reference, level in zip(references, levels, strict=True):
         labels.append(Label(f"{reference['label']}  {percent(reference['top1'])}", _along(level), theme.reference))
-    if len(curve):
-        labels.append(Label("budget curve", _along(curve), theme.routed))
-        labels.append(Label("static line", _along(line), theme.muted))
+    labels += [Label(kind, _along(curve), theme.routed) for kind, curve in curves.items()]
+    if curves:
+        labels.append(Label("envelope of static", _along(line), theme.muted))
     return labels
 
 
@@ -246,17 +266,22 @@ class Tile:
 
 def pick_tiles(
     predictions: Predictions,
+    answered_N: np.ndarray,
     classes: Sequence[str],
     read_image: Callable[[int], bytes],
     *,
     columns: int = COLUMNS,
     seed: int = 0,
 ) -> list[list[Tile]]:
-    """Pick up to `columns` images for each resolution, at random without replacement, from the images routed to it."""
+    """Pick up to `columns` images for each resolution, at random without replacement.
+
+    Args:
+        answered_N: index of the resolution whose answer counts for each image.
+    """
     generator = np.random.default_rng(seed)
     rows = []
     for j in range(len(predictions.resolutions)):
-        sent = np.flatnonzero(predictions.chosen_N == j)
+        sent = np.flatnonzero(answered_N == j)
         picked = generator.choice(sent, size=min(columns, len(sent)), replace=False)
         rows.append([_tile(predictions, classes, read_image, int(n), j) for n in picked])
     return rows

@@ -72,6 +72,10 @@ class Predictions:
         """The index of the resolution that the predictor chooses (argmax, without noise), int64."""
         return self.predictor_logits_NR.argmax(axis=1)
 
+    def rows(self, rows_M: np.ndarray) -> Predictions:
+        """Return some of the images, in the given order."""
+        return Predictions(self.resolutions, *(getattr(self, name)[rows_M] for name in _ARRAYS))
+
     def save(self, path: Path) -> None:
         """Write one .npz file atomically."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}

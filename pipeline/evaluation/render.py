@@ -18,6 +18,7 @@ from pipeline.evaluation.tables import (
     budget_table,
     by_chosen_table,
     cell,
+    class_table,
     comparison_table,
     confusion_table,
     cost_cells,
@@ -27,6 +28,8 @@ from pipeline.evaluation.tables import (
     markdown_table,
     method_notes,
     percent,
+    policy_note,
+    policy_table,
     provenance,
     reference_table,
     result_table,
@@ -53,13 +56,20 @@ def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
         parts += ["Published elsewhere, under other protocols:", markdown_table(*reference_table(report))]
     if report["comparisons"] is not None:
         parts += ["## The routed network against the others", markdown_table(*comparison_table(report))]
-        parts += ["## Budget curve", _figure("budget", figures), BUDGET_NOTE, markdown_table(*budget_table(report))]
-        parts += ["## What the predictor does", _figure("shares", figures)]
+        parts += ["## Policies", policy_note(report), markdown_table(*policy_table(report))]
+        parts += [
+            "## Budget curve of the predictor",
+            _figure("budget", figures),
+            BUDGET_NOTE,
+            markdown_table(*budget_table(report)),
+        ]
+        parts += ["## Where images end", _figure("shares", figures)]
         parts += [
             "Static top-1 of the images routed to each resolution:",
             markdown_table(*by_chosen_table(report)),
         ]
         parts += ["Images by chosen resolution and by the oracle's choice:", markdown_table(*confusion_table(report))]
+    parts += ["## Classes", markdown_table(*class_table(report))]
     for name, found in report["attributes"].items():
         parts += [f"## Choice by {cell(name)}", markdown_table(*attribute_table(name, found))]
     parts += [_figure("attribute", figures), _figure("gallery", figures)]
@@ -103,6 +113,9 @@ def render_html(
         comparison=comparison_table(report) if routed else None,
         budget=budget_table(report) if routed else None,
         budget_note=BUDGET_NOTE,
+        policies=policy_table(report) if routed else None,
+        policy_note=policy_note(report) if routed else None,
+        classes=class_table(report),
         attributes={name: attribute_table(name, found) for name, found in report["attributes"].items()},
         notes=method_notes(report),
         provenance=provenance(report),

@@ -57,7 +57,7 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def seeds_markdown(summary: Mapping[str, Any]) -> str:
     """Return a summary as a Markdown table: one row per seed, then mean and standard deviation."""
-    header = ("run", "routed", "GFLOPs", "best static", "of its FLOPs", "against it", "above the line", "oracle")
+    header = ("run", "routed", "GFLOPs", "best static", "of its FLOPs", "against it", "above the envelope", "oracle")
     body = [
         (
             row["name"],
@@ -88,7 +88,7 @@ def seeds_markdown(summary: Mapping[str, Any]) -> str:
 def _row(report: Mapping[str, Any]) -> dict[str, Any]:
     rows = {row["id"]: row for row in report["rows"]}
     best, routed, compared = rows[report["best_static"]], rows["routed"], report["comparisons"]
-    against_best, line = compared[best["id"]], compared["interpolation"]
+    against_best, line = compared[best["id"]], compared["envelope"]
     return {
         "name": report["name"],
         "outcome": report["outcome"],

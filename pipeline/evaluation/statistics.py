@@ -33,15 +33,6 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True)
-class Resamples:
-    """Accuracies and shares of B bootstrap resamples of the validation images."""
-
-    static_BR: np.ndarray
-    routed_B: np.ndarray
-    shares_BR: np.ndarray
-
-
 def accuracy(num_right: int, num_images: int) -> Estimate:
     """Return the share of correct answers with Wilson's score interval."""
     interval = binomtest(num_right, num_images).proportion_ci(CONFIDENCE, method="wilson")
@@ -92,47 +83,53 @@ def shares(chosen_N: np.ndarray, num_resolutions: int) -> np.ndarray:
     return np.bincount(chosen_N, minlength=num_resolutions) / len(chosen_N)
 
 
-def line_neighbours(costs_R: Sequence[float], at_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the two static resolutions between which each given cost lies; there must be at least two resolutions.
+def balanced_accuracy(correct_N: np.ndarray, labels_N: np.ndarray) -> float:
+    """Return the mean over the classes of the share of correct answers."""
+    classes, positions_N = np.unique(labels_N, return_inverse=True)
+    return float((np.bincount(positions_N, correct_N, len(classes)) / np.bincount(positions_N)).mean())
+
+
+def envelope(
+    costs_S: np.ndarray, accuracy_BS: np.ndarray, at_B: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return the upper concave envelope of points (cost, accuracy) at given costs.
+
+    It is the highest accuracy that drawing between any two of the points at random reaches at no more than the cost.
+    Below the cheapest point it is that of the cheapest point, which is the least that can be spent.
 
     Returns:
-        Index of the cheaper, index of the more expensive, weight of the more expensive in [0, 1], each (B,). The weight
-        is 1 for a cost above all resolutions and 0 for a cost below all.
+        The accuracy (B,); and which two points are mixed: index of the cheaper, index of the more expensive, weight of
+        the latter in [0, 1], each (B,).
     """
-    order_R = np.argsort(costs_R, kind="stable")
-    ordered_R = np.asarray(costs_R, dtype=np.float64)[order_R]
-    upper_B = np.clip(np.searchsorted(ordered_R, at_B, side="left"), 1, len(ordered_R) - 1)
-    span_B = ordered_R[upper_B] - ordered_R[upper_B - 1]
-    weight_B = np.divide(at_B - ordered_R[upper_B - 1], span_B, out=np.ones(np.shape(at_B)), where=span_B > 0)
-    return order_R[upper_B - 1], order_R[upper_B], np.clip(weight_B, 0, 1)
+    S, rows_B = len(costs_S), np.arange(len(at_B))
+    cheapest = int(np.argmin(costs_S))
+    best_B = accuracy_BS[:, cheapest].astype(np.float64)
+    lower_B, upper_B, weight_B = (np.full(len(at_B), value) for value in (cheapest, cheapest, 1.0))
+    for lower in range(S):
+        for upper in range(S):
+            span = costs_S[upper] - costs_S[lower]
+            if span < 0 or (span == 0 and lower != upper):
+                continue
+            weights_B = np.clip((at_B - costs_S[lower]) / span, 0, 1) if span else np.ones(len(at_B))
+            mixed_B = (1 - weights_B) * accuracy_BS[rows_B, lower] + weights_B * accuracy_BS[rows_B, upper]
+            better_B = (costs_S[lower] <= at_B) & (mixed_B > best_B)
+            for kept, value in ((best_B, mixed_B), (weight_B, weights_B)):
+                kept[better_B] = value[better_B]
+            lower_B[better_B], upper_B[better_B] = lower, upper
+    return best_B, (lower_B, upper_B, weight_B)
 
 
-def line_accuracy(costs_R: Sequence[float], static_BR: np.ndarray, at_B: np.ndarray) -> np.ndarray:
-    """Return the accuracy (B,) on the straight line between the neighboring static resolutions, at cost `at_B`.
+def bootstrap_means(values_NC: np.ndarray, seed: int = 0, num_resamples: int = RESAMPLES) -> np.ndarray:
+    """Return the column means of B bootstrap resamples of the rows, (B, C).
 
-    Sending images to the two neighbors at random reaches it at the same cost.
+    Equal rows are exchangeable, so drawing their counts from a multinomial is the same as drawing rows, and takes no
+    longer for more images.
     """
-    lower_B, upper_B, weight_B = line_neighbours(costs_R, at_B)
-    rows_B = np.arange(len(static_BR))
-    return (1 - weight_B) * static_BR[rows_B, lower_B] + weight_B * static_BR[rows_B, upper_B]
-
-
-def resample(correct_NR: np.ndarray, chosen_N: np.ndarray, seed: int = 0, num_resamples: int = RESAMPLES) -> Resamples:
-    """Resample the images with replacement (bootstrap).
-
-    Images with the same choice and the same correct resolutions are exchangeable. So the counts of these patterns,
-    drawn from a multinomial, are distributed as if images were drawn, and more images take no more time.
-    """
-    N, R = correct_NR.shape
-    pattern_NC = np.column_stack([chosen_N, correct_NR])
-    pattern_PC, counts_P = np.unique(pattern_NC, axis=0, return_counts=True)
-    chosen_P, correct_PR = pattern_PC[:, 0], pattern_PC[:, 1:].astype(np.float64)
-    routed_P = correct_PR[np.arange(len(chosen_P)), chosen_P]
-    columns_PC = np.column_stack([correct_PR, routed_P, np.eye(R)[chosen_P]])
+    rows_PC, counts_P = np.unique(values_NC, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     sizes = [min(_CHUNK, num_resamples - start) for start in range(0, num_resamples, _CHUNK)]
-    means_BC = np.concatenate([generator.multinomial(N, counts_P / N, size) @ columns_PC for size in sizes]) / N
-    return Resamples(means_BC[:, :R], means_BC[:, R], means_BC[:, R + 1 :])
+    N = len(values_NC)
+    return np.concatenate([generator.multinomial(N, counts_P / N, size) @ rows_PC for size in sizes]) / N
 
 
 def percentile_interval(value: float, values_B: np.ndarray) -> Estimate:

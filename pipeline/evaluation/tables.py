@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 BUDGET_ROWS = 9
+POLICY_ROWS = 6
+CLASS_ROWS = 20
 BUDGET_NOTE = (
     "A bias b on the predictor's logits (logit_j + b * c_j) trades accuracy against cost without retraining. c_j is a "
     "resolution's GFLOPs on a scale from 0 (the cheapest) to 1 (the most expensive), in every report; b = 0 is the "
@@ -78,17 +80,18 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
     predictor = report["costs"]["predictor_gflops"] if latency is None else latency["predictor_milliseconds"]
     return [
         *notes,
-        "Routed: each image at the resolution with the largest predictor logit, without noise.",
+        "Routed: the chosen policy. A static policy runs every image at one resolution. A predictor sends each image "
+        "to one resolution. A cascade runs the cheapest resolution first and stops when the largest softmax "
+        "probability reaches a threshold; otherwise it runs a larger one and pays for both.",
         "Random: the same shares, chosen at random. Its accuracy is the exact expectation. It is shown at the routed "
         f"network's cost; without the predictor it would cost {gflops(predictor)} {words.unit} less.",
-        "Line: a random mixture of the two neighboring static resolutions at the same "
-        f"{words.noun}; it needs no predictor. A routed network that is not above the line saves nothing.",
-        "Oracle: each image at the cheapest resolution that is correct, or at the cheapest of all if none is, without "
-        "a predictor. No predictor can be more accurate with this backbone.",
+        "Envelope: the upper concave envelope of all static networks, which is what drawing between any two of them at "
+        f"random reaches at the same {words.noun}. A routed network that is not above it saves nothing.",
+        "Oracle: each image at the cheapest resolution that is correct, or at the cheapest of all if none is. No "
+        "policy can be more accurate with this network.",
         "Differences are paired, on the same images: Bonett and Price's interval and McNemar's exact test against "
         f"single networks; {method['bootstrap_resamples']:,} bootstrap resamples of the images against mixtures.",
-        "Intervals cover the choice of validation images, not the seed of the training: compare several seeds. The "
-        "best static resolution and the budget curve come from the same images.",
+        "Intervals cover the choice of validation images, not the seed of the training: compare several seeds.",
     ]
 
 
@@ -145,12 +148,13 @@ def result_table(report: Mapping[str, Any]) -> Table:
             row["label"],
             percent(row["top1"]),
             f"{100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f}",
+            percent(row["balanced_top1"]),
             *cost_cells(report, row),
             *(percent(share) if share else "" for share in row["shares"]),
         )
         for row in report["rows"]
     ]
-    return ("", "top-1", "95 % interval", *cost_headers(report), *(f"at {side} px" for side in sides)), body
+    return ("", "top-1", "95 % interval", "balanced", *cost_headers(report), *(f"at {side} px" for side in sides)), body
 
 
 def reference_table(report: Mapping[str, Any]) -> Table:
@@ -193,6 +197,56 @@ def budget_table(report: Mapping[str, Any]) -> Table:
         )
         for point in every(report["budget_curve"], BUDGET_ROWS)
     ]
+
+
+def policy_note(report: Mapping[str, Any]) -> str:
+    """Say on which images policies were fitted, which budget chose one, and which images the numbers are of."""
+    found, words = report["policies"], cost_words(report)
+    budget = found["budget"]
+    limits = [] if budget["cost"] is None else [f"at most {gflops(budget['cost'])} {words.unit}"]
+    if budget["max_drop"] is not None:
+        limits.append(f"at most {100 * budget['max_drop']:g} points below the best static resolution")
+    wanted = " and ".join(limits) or "the highest accuracy"
+    if found["folds"] is None:
+        where = f"fitted on {found['num_select']:,} validation images and applied to the {report['n']:,} others"
+    else:
+        where = f"fitted on {found['num_select']:,} images each, {found['folds']} times, and applied to those left out"
+    return (
+        f"Policies are {where}. The budget was {wanted}; it chose {found['chosen']['label']}. The table shows what the "
+        "best policy of each kind reaches at rising cost."
+    )
+
+
+def policy_table(report: Mapping[str, Any]) -> Table:
+    """Return the table of what the best policy of each kind reaches at rising cost."""
+    curves = report["policies"]["curves"]
+    rows = []
+    for kind, points in curves.items():
+        last = len(points) - 1
+        for place in sorted({round(last * part / (POLICY_ROWS - 1)) for part in range(POLICY_ROWS)}):
+            point = points[place]
+            interval = f"{100 * point['top1_low']:.1f} to {100 * point['top1_high']:.1f}"
+            name = "any" if kind == "all" else kind
+            rows.append((name, *cost_cells(report, point), percent(point["top1"]), interval))
+    return ("policy", *cost_headers(report), "top-1", "95 % interval"), rows
+
+
+def class_table(report: Mapping[str, Any]) -> Table:
+    """Return the table of the classes, those with the lowest accuracy first where there are many."""
+    sides, routed = report["resolutions"], report["comparisons"] is not None
+    rows = report["by_class"]
+    if len(rows) > CLASS_ROWS:
+        key = "routed_top1" if routed else "static_top1"
+        rows = sorted(rows, key=lambda row: row[key])[:CLASS_ROWS]
+    header = ("class", "images", *(f"static {side} px" for side in sides))
+    body = [(row["name"], f"{row['n']:,}", *(percent(value) for value in row["static_top1"])) for row in rows]
+    if routed:
+        header = (*header, "routed", *(f"at {side} px" for side in sides))
+        body = [
+            (*cells, percent(row["routed_top1"]), *(percent(share) if share else "" for share in row["shares"]))
+            for cells, row in zip(body, rows, strict=True)
+        ]
+    return header, body
 
 
 def by_chosen_table(report: Mapping[str, Any]) -> Table:

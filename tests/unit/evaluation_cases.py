@@ -8,8 +8,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.evaluation.predictions import Predictions
-from pipeline.evaluation.report import build_report
+from pipeline.evaluation.report import Evaluation, build_report
 from pipeline.models.cost import Costs
+from pipeline.policies.calibrate import ALL, Calibration
+from pipeline.policies.fit import FittedPolicy
+from pipeline.policies.route import Images, route
+from pipeline.serving.runtime.policy import predictor_policy
 
 SIDES = (96, 64, 32)
 COSTS = Costs(SIDES, (0.9, 0.4, 0.1), 0.03)
@@ -50,10 +54,28 @@ CLASSES = ("ant", "bee", "cat", "dog")
 CONTEXT = {"dataset": "glyphs", "git_commit": "abc123", "created": "2026-01-02T03:04:05+00:00", "torch": "2.13"}
 
 
+def evaluation_of(predictions: Predictions, costs: Costs = COSTS) -> Evaluation:
+    """Return an evaluation in which the predictor's own choice is the policy and every image is stated.
+
+    The tests say which image goes where. Which policy a budget chooses is another test's matter.
+    """
+    N = predictions.num_images
+    evaluation = Evaluation(predictions, costs, np.arange(N, dtype=np.uint64))
+    if len(costs.resolutions) > 1:
+        images = Images.of(predictions.logits_NRK, predictions.labels_N, predictions.predictor_logits_NR, costs)
+        policy = predictor_policy(np.argsort(costs.backbone).tolist())
+        routed = route(policy, images)
+        point = FittedPolicy(policy, float(routed.cost_N(costs).mean()), float(predictions.correct_NR.mean()))
+        fronts, curves = {"predictor": [point], ALL: [point]}, {"predictor": [routed], ALL: [routed]}
+        calibration = Calibration(fronts, point, np.arange(N), {ALL: routed}, curves, N, None)
+        evaluation.__dict__["calibration"] = calibration
+    return evaluation
+
+
 def report_of(correct_NR: np.ndarray, chosen_N: np.ndarray, **changed) -> dict:
     given = {"classes": CLASSES, "attributes": {}, "name": "run", "context": CONTEXT, "costs": COSTS} | changed
     costs = given.pop("costs")
-    return build_report(predictions_of(correct_NR, chosen_N, sides=costs.resolutions), costs, **given)
+    return build_report(evaluation_of(predictions_of(correct_NR, chosen_N, sides=costs.resolutions), costs), **given)
 
 
 def outcomes(*groups: tuple[int, tuple[int, int, int], int]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from pipeline.evaluation.figures import draw_attributes, draw_figures, draw_shar
 from pipeline.evaluation.report import build_report
 from pipeline.evaluation.style import DARK, LIGHT, Label, new_figure, place_labels, resolution_colors, to_png
 from pipeline.models.cost import Costs
-from tests.unit.evaluation_cases import COSTS, easy_and_hard, predictions_of
+from tests.unit.evaluation_cases import easy_and_hard, evaluation_of, predictions_of
 
 FIVE = Costs((224, 192, 168, 112, 96), (4.09, 3.0, 2.5, 1.08, 0.75), 0.04)
 
@@ -28,8 +28,7 @@ FIVE = Costs((224, 192, 168, 112, 96), (4.09, 3.0, 2.5, 1.08, 0.75), 0.04)
 def three_resolutions(skill: float = 0.9, references=(), attributes=("height",)) -> dict:
     correct_NR, chosen_N, height_N = easy_and_hard(500, skill)
     return build_report(
-        predictions_of(correct_NR, chosen_N),
-        COSTS,
+        evaluation_of(predictions_of(correct_NR, chosen_N)),
         classes=list("abcd"),
         attributes=dict.fromkeys(attributes, height_N),
         name="three",
@@ -44,7 +43,9 @@ def five_resolutions(spread: float, seed: int = 0) -> dict:
     predictions = predictions_of(correct_NR, generator.integers(0, 5, 800), sides=FIVE.resolutions)
     references = [{"label": "others", "top1": 0.93}, {"label": "far away", "top1": 0.2}]
     context = {"dataset": "imagenet100", "references": references}
-    return build_report(predictions, FIVE, classes=list("abcd"), attributes={}, name="five", context=context)
+    return build_report(
+        evaluation_of(predictions, FIVE), classes=list("abcd"), attributes={}, name="five", context=context
+    )
 
 
 REPORTS = {
@@ -117,7 +118,7 @@ def test_no_label_of_the_tradeoff_lies_over_another_or_leaves_the_figure(name):
     (axes,) = figure.axes
     labels = [text for text in axes.texts if text.get_text()]
     named = {text.get_text().split("  ")[0] for text in labels}
-    assert {row["label"] for row in report["rows"] if row["kind"] != "interpolation"} <= named
+    assert {row["label"] for row in report["rows"] if row["kind"] != "envelope"} <= named
     assert_apart(labels)
     assert_inside(labels, axes.get_window_extent())
 
@@ -142,7 +143,11 @@ def test_one_resolution_has_no_shares():
     costs = Costs((96,), (0.9,), 0.0)
     predictions = predictions_of(np.arange(60)[:, None] % 2 > 0, np.zeros(60, np.int64), sides=(96,))
     report = build_report(
-        predictions, costs, classes=list("abcd"), attributes={"height": range(60)}, name="one", context={}
+        evaluation_of(predictions, costs),
+        classes=list("abcd"),
+        attributes={"height": range(60)},
+        name="one",
+        context={},
     )
     figures = draw_figures(report, LIGHT)
     assert list(figures) == ["tradeoff", "attribute"]

@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 
 from pipeline.evaluation.figures import draw_gallery, pick_tiles
-from pipeline.evaluation.report import build_report, to_json, write_report
+from pipeline.evaluation.report import Evaluation, build_report, to_json, write_report
 from pipeline.models.cost import Costs
 from tests.unit.evaluation_cases import (
     CLASSES,
     CONTEXT,
-    COSTS,
     PERFECT,
     SIDES,
     easy_and_hard,
+    evaluation_of,
     jpeg,
     outcomes,
     predictions_of,
@@ -33,12 +33,12 @@ class TestVerdict:
     def test_gain(self):
         report = report_of(*PERFECT)
         assert report["outcome"] == "gain"
-        # 0.62 * 0.1 + 0.1 * 0.4 + 0.28 * 0.9 + 0.03 = 0.384 GFLOPs; the line from 60 % to 70 % is at 69.5 % there.
+        # 0.62 * 0.1 + 0.1 * 0.4 + 0.28 * 0.9 + 0.03 = 0.384 GFLOPs; the envelope from 60 % to 98 % is at 73.5 % there.
         assert report["verdict"].startswith(
             "At 0.43 of the FLOPs of static 96 px the routed network is level with it (95 % CI "
         )
         assert (
-            ", and 28.5 points above the line between static 32 px and 64 px at equal FLOPs (95 % CI +"
+            ", and 24.5 points above the envelope of the static resolutions at equal FLOPs (95 % CI +"
             in report["verdict"]
         )
         assert "wins" not in report["verdict"]
@@ -75,7 +75,7 @@ class TestVerdict:
         report = report_of(correct, np.ones(1000, np.int64))
         assert report["outcome"] == "dominated"
         assert report["verdict"].startswith("Static wins: static 64 px is as accurate as the routed network")
-        assert "sends 100.0 % of the images to 64 px: the choice has collapsed" in report["verdict_details"][0]
+        assert "100.0 % of the images are answered at 64 px: the routing has collapsed" in report["verdict_details"][0]
         assert not any("collapsed" in sentence for sentence in report_of(*PERFECT)["verdict_details"])
 
     def test_below_the_line(self):
@@ -85,7 +85,7 @@ class TestVerdict:
         assert report["outcome"] == "below_line"
         # 88 % at 0.69 GFLOPs, where the line from 85 % to 100 % is at 93.7 %.
         assert report["verdict"].startswith(
-            "Static wins: at equal FLOPs the routed network is 5.7 points below the line between static 64 px and 96 px"
+            "Static wins: the routed network is 5.7 points below the envelope of the static resolutions at equal FLOPs"
         )
         assert "At 0.77 of the FLOPs of static 96 px the routed network is 12.0 points below it" in report["verdict"]
 
@@ -98,9 +98,9 @@ class TestVerdict:
         report = report_of(correct, chosen)
         assert report["outcome"] == "unproven"
         assert report["verdict"].startswith(
-            "A gain is not proven: the routed network is 2.4 points above the line between static 64 px and 96 px"
+            "A gain is not proven: the routed network is 2.4 points above the envelope of the static resolutions"
         )
-        assert "and the interval contains 0" in report["verdict"]
+        assert "an interval contains 0" in report["verdict"]
 
     def test_more_accurate_than_every_static_resolution_beyond_the_lines_end(self):
         correct, chosen = outcomes((900, (1, 0, 0), 0), (60, (0, 0, 1), 2), (40, (0, 0, 0), 0))
@@ -110,7 +110,7 @@ class TestVerdict:
         assert report["verdict"].startswith(
             "At 1.17 of the FLOPs of static 96 px the routed network is 6.0 points above it"
         )
-        assert "6.0 points above static 96 px, where the static line ends" in report["verdict"]
+        assert "6.0 points above the envelope of the static resolutions" in report["verdict"]
 
     def test_one_resolution(self):
         report = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
@@ -128,8 +128,8 @@ def test_the_report_is_strict_json_with_the_documented_keys():
     read = json.loads(to_json(report), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert read == report
     documented = re.findall(r"`(\w+)`", build_report.__doc__.split("Keys:")[1].split("With one")[0])
-    assert set(report) == {key for key in documented if key not in ("judge", "table_rows", "compare")}
-    assert read["schema_version"] == 2
+    assert set(report) == {key for key in documented if key not in ("judge", "_policies")}
+    assert read["schema_version"] == 3
     assert read["environment"] == {"torch": "2.13"}
     assert (read["dataset"], read["git_commit"], read["created"]) == ("glyphs", "abc123", CONTEXT["created"])
 
@@ -163,9 +163,8 @@ def test_attributes_follow_the_images_own_indices():
     object.__setattr__(predictions, "indices_N", 2 * np.arange(1000))
     heights = np.zeros(1999)
     heights[::2] = np.arange(1000)
-    report = build_report(
-        predictions, COSTS, classes=CLASSES, attributes={"height": heights}, name="run", context=CONTEXT
-    )
+    evaluation = evaluation_of(predictions)
+    report = build_report(evaluation, classes=CLASSES, attributes={"height": heights}, name="run", context=CONTEXT)
     assert report["attributes"]["height"]["by_chosen"][1]["mean"] == np.arange(600, 700).mean()
 
 
@@ -184,11 +183,11 @@ def test_inputs_that_do_not_match_are_rejected(changed, message):
 
 def test_all_mismatches_are_named_together():
     with pytest.raises(
-        ValueError, match=r"predictions are for \[96, 64, 32\] px, costs for \[64, 32\] px; there are 3"
+        ValueError,
+        match=r"predictions are for \[96, 64, 32\] px, costs for \[64, 32\] px; there are 3 .*; there are 9 keys",
     ):
         build_report(
-            predictions_of(*PERFECT),
-            Costs((64, 32), (0.4, 0.1), 0),
+            Evaluation(predictions_of(*PERFECT), Costs((64, 32), (0.4, 0.1), 0), np.arange(9, dtype=np.uint64)),
             classes=CLASSES[:3],
             attributes={},
             name="run",
@@ -211,7 +210,7 @@ def written(folder: Path, **changed) -> dict:
         "name": "run",
         "context": CONTEXT,
     } | changed
-    return write_report(folder, predictions_of(correct_NR, chosen_N), COSTS, **given)
+    return write_report(folder, evaluation_of(predictions_of(correct_NR, chosen_N)), **given)
 
 
 class Page(HTMLParser):
@@ -310,7 +309,7 @@ def test_the_gallery_shows_images_of_each_choice_by_seed():
         asked.append(index)
         return jpeg(index)
 
-    first, again = (pick_tiles(predictions, CLASSES, read_image) for _ in range(2))
+    first, again = (pick_tiles(predictions, chosen_N, CLASSES, read_image) for _ in range(2))
     assert first == again
     assert len(set(asked)) == 24
     for j, row in enumerate(first):
@@ -320,13 +319,13 @@ def test_the_gallery_shows_images_of_each_choice_by_seed():
             assert tile.right == correct_NR[tile.index, j] == (tile.truth == tile.answer)
             assert tile.truth == CLASSES[tile.index % 4]
             assert Image.open(io.BytesIO(tile.jpeg)).size == (40, 30)
-    assert pick_tiles(predictions, CLASSES, read_image, seed=1) != first
+    assert pick_tiles(predictions, chosen_N, CLASSES, read_image, seed=1) != first
 
 
 def test_the_gallery_handles_a_resolution_without_images(report_folder):
     correct_NR, chosen_N, _ = easy_and_hard(40)
-    predictions = predictions_of(correct_NR, np.where(chosen_N == 1, 0, chosen_N))
-    tiles = pick_tiles(predictions, CLASSES, jpeg, columns=3)
+    answered_N = np.where(chosen_N == 1, 0, chosen_N)
+    tiles = pick_tiles(predictions_of(correct_NR, answered_N), answered_N, CLASSES, jpeg, columns=3)
     assert [len(row) for row in tiles] == [3, 0, 3]
     report = json.loads((report_folder / "report.json").read_text())
     assert Image.open(io.BytesIO(draw_gallery(tiles, report))).width > 400
@@ -344,8 +343,7 @@ def test_a_report_with_one_resolution_is_written(tmp_path):
     predictions = predictions_of(np.arange(50)[:, None] % 3 > 0, np.zeros(50, np.int64), sides=(96,))
     write_report(
         tmp_path,
-        predictions,
-        Costs((96,), (0.9,), 0.0),
+        evaluation_of(predictions, Costs((96,), (0.9,), 0.0)),
         classes=CLASSES,
         attributes={"height": list(range(50))},
         read_image=jpeg,

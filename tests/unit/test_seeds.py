@@ -23,7 +23,7 @@ def seed_reports() -> list[dict]:
 def test_seeds_are_summarized_by_mean_and_spread():
     reports = seed_reports()
     summary = summarize_seeds(reports)
-    gains = [report["comparisons"]["interpolation"]["difference_points"] for report in reports]
+    gains = [report["comparisons"]["envelope"]["difference_points"] for report in reports]
     found = summary["summary"]["gain_over_line_points"]
     assert found["mean"] == pytest.approx(sum(gains) / 3)
     assert found["std"] == pytest.approx((sum((gain - found["mean"]) ** 2 for gain in gains) / 2) ** 0.5)
