@@ -73,7 +73,7 @@ def _recovery(data: Path, storage: Path, name: str) -> float:
         over.set()
         thread.join()
     events = map(json.loads, (storage / name / "progress.jsonl").read_text().splitlines())
-    begun = [event["time"] for event in events if event.get("message", "").startswith(("going on", "beginning"))]
+    begun = [event["time"] for event in events if event.get("message", "").startswith(("resuming", "starting"))]
     return min(moment for moment in begun if moment > killed[0]) - killed[0]
 
 

@@ -1,4 +1,4 @@
-"""The driver of a run: check everything, start Ray, train in one worker group, then report, track and finish."""
+"""Drive a run: check everything, start Ray, train in one worker group, then report, track and finish."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg, read_lay
 from datasets.files import write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
-from pipeline.cluster.checkpoints import DamagedCheckpointError, mend_snapshot
+from pipeline.cluster.checkpoints import DamagedCheckpointError, repair_snapshot
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.group import run_group
@@ -46,7 +46,7 @@ from pipeline.training.checkpoint import load_model
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run."""
+    """The folder and report of a finished run."""
 
     folder: RunFolder
     report: dict[str, Any]
@@ -54,10 +54,10 @@ class RunResult:
 
 
 def train_run(config: Config) -> RunResult:
-    """Train, evaluate and report; goes on from the last checkpoint, and does nothing for a finished run.
+    """Train, evaluate and report. It resumes from the last checkpoint, and does nothing for a finished run.
 
     Raises:
-        ConfigError: with every problem that can be known before Ray starts, or that the cluster shows.
+        ConfigError: lists every problem that is found before Ray starts, or on the cluster.
         ValueError: the run exists with another configuration, another driver is at work on it, or it diverged.
     """
     folder = RunFolder.of(config)
@@ -79,13 +79,13 @@ def train_run(config: Config) -> RunResult:
 
 
 def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None = None) -> RunResult:
-    """Evaluate a run's model.pt again and write its report anew.
+    """Evaluate a run's model.pt again and rewrite its report.
 
     Args:
-        cost: of the report, in place of the run's own. Milliseconds that the run has measured are used again.
+        cost: replaces the run's own cost in the report. Milliseconds that the run has measured are reused.
 
     Raises:
-        ConfigError: as `train_run`.
+        ConfigError: as in `train_run`.
         ValueError: the run has no readable model.pt.
     """
     folder = RunFolder.of(config)
@@ -96,37 +96,37 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
     download_validation_split(config)
     with only_driver(folder.driver_lock), ray_cluster():
         settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)
-        # Ray Train goes on from what it finds under a run's name, so every evaluation has a name of its own.
+        # Ray Train resumes from what it finds under a run's name, so every evaluation gets its own name.
         with tempfile.TemporaryDirectory(dir=folder.path, prefix="evaluation-") as storage:
             _collect(_fit(config, Path(storage), settings), folder)
     return RunResult(folder, _write_report(config, folder, manifest, _measured(config, folder, costs)))
 
 
 def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
-    """With the milliseconds that a worker measured, where they are the cost."""
+    """Return the costs, with the milliseconds that a worker measured if those are the cost."""
     return costs if config.cost == "flops" else replace(costs, latency=Latency.load(folder.latency))
 
 
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
-    """Run the worker group to its end; returns the folder of the last checkpoint. Raises what `run_group` does."""
+    """Run the worker group and return the folder of the last checkpoint; raises what `run_group` raises."""
     require_healthy(config, settings.data_digest)
-    # The controller answers a worker's report at its next look; the default of 2 s would be most of a short epoch.
+    # The controller answers a worker's report at its next poll; the default of 2 s would be most of a short epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.cluster.hang_seconds)
     shipped = replace(settings, config=with_absolute_paths(config))
     with followed(settings.run_folder):
         while True:
-            for line in mend_snapshot(storage):
+            for line in repair_snapshot(storage):
                 append_event(settings.run_folder, {"message": line}, FAILURES)
             # An evaluation has no checkpoints to stop at.
             stopping = nullcontext() if settings.evaluate_model else stoppable(RunFolder(settings.run_folder))
             with suppress(DamagedCheckpointError), stopping:
-                result = run_group(run_worker, shipped, config, storage=storage, told=settings.run_folder)
+                result = run_group(run_worker, shipped, config, storage=storage, event_folder=settings.run_folder)
                 return Path(result.checkpoint.path)
 
 
 def _collect(checkpoint: Path, folder: RunFolder) -> None:
-    """Put what the workers reported last into the run's folder: the model, and all ranks' predictions as one."""
+    """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks."""
     parts = [Predictions.load(path) for path in sorted(checkpoint.glob("predictions-*.npz"))]
     merge(parts).save(folder.predictions)
     if not folder.model.exists():
@@ -134,7 +134,7 @@ def _collect(checkpoint: Path, folder: RunFolder) -> None:
 
 
 def download_validation_split(config: Config) -> None:
-    """Bring the images that the report shows to the driver's node: first, so that it cannot fail for want of them."""
+    """Download the images that the report shows to the driver's node, before training, so that the report has them."""
     if config.data.uri:
         download_dataset(config.data.uri, config.data.folder, splits=[VALIDATION])
 
@@ -176,7 +176,7 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware, as a published figure needs them."""
+    """Return the versions and hardware that a published figure needs."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
@@ -188,7 +188,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def only_driver(lock: Path) -> Iterator[None]:
-    """Hold the folder of `lock` against a second driver; the lock ends with the process, however that ends."""
+    """Keep a second driver out of the folder of `lock`; the lock ends with the process, even if it is killed."""
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,13 +200,13 @@ def only_driver(lock: Path) -> Iterator[None]:
 
 
 def _refuse_drift(folder: RunFolder, config: Config) -> None:
-    """A run goes on with the configuration it began with."""
+    """Refuse to resume a run with another configuration than it started with."""
     if not folder.config.exists():
         return
     changed = drift(parse_config(yaml.safe_load(folder.config.read_text()), str(folder.config)), config)
     if changed:
         listing = "\n".join(f"  - {line}" for line in changed)
         raise ValueError(
-            f"the run {config.name} began with another configuration:\n{listing}\n"
-            f"put it back, choose another name (name=...), or remove {folder.path}"
+            f"The run {config.name} started with another configuration:\n{listing}\n"
+            f"Restore these values, choose another name (name=...), or remove {folder.path}."
         )
