@@ -228,6 +228,9 @@ class JointStage(RoutedStage):
 
     predictor_lr_scale: Annotated[float, Field(gt=0)] = 0.1
     """the predictor's learning rate, as a multiple of lr"""
+    norm_statistics: Literal["frozen", "all", "routed"] = "frozen"
+    """the backbone's batch norm statistics: frozen keeps them; all updates them from every image at every resolution,
+    for one more forward pass; routed updates them from the images that chose the resolution, as the paper does"""
 
 
 class StagesConfig(Section):

@@ -109,6 +109,11 @@ class ResolutionBackbone(nn.Module):
         for norm in self._norms:
             norm.active = resolution_index
 
+    def freeze_statistics(self, frozen: bool) -> None:
+        """Have every batch norm use its running statistics in training mode too, from the next `train()` on."""
+        for norm in self._norms:
+            norm.frozen = frozen
+
     def at(self, resolution_index: int) -> nn.Module:
         """An independent copy of the network with the plain BatchNorm2d of one candidate, for export and cost."""
         self.select(resolution_index)

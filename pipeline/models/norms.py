@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,19 @@ class ResolutionBatchNorm2d(nn.Module):
 
     active: int
     keeps_statistics: bool
-    """in training mode, normalise with the batch's statistics and leave the running ones as they are"""
+    """In training mode, normalize with the batch's statistics and leave the running ones as they are."""
+    frozen: bool
+    """Normalize with the running statistics in training mode too; set it before `train()`."""
 
     def __init__(self, norm: nn.BatchNorm2d, num_resolutions: int):
         super().__init__()
         self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_resolutions - 1))])
         self.active = 0
-        self.keeps_statistics = False
+        self.keeps_statistics = self.frozen = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, which leaves a frozen layer in inference mode."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise (N, C, H, W) with the active copy."""
