@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,10 +29,11 @@ from pipeline.cluster.group import run_group
 from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
 from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
-from pipeline.cluster.worker import WorkerSettings, run_worker
+from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
 from pipeline.config.load import drift, parse_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
+from pipeline.evaluation.joint import better
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import write_report
 from pipeline.models.cost import Costs, Latency
@@ -40,6 +41,7 @@ from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import replay, tracked_run
 from pipeline.training.checkpoint import load_model
+from pipeline.training.run import BEFORE_JOINT
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ def train_run(config: Config) -> RunResult:
         download_validation_split(config)
         with ray_cluster(), sigterm_as_sigint(), tracked_run(config, folder.path, folder.report, manifest) as tracking:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
-            _collect(_fit(config, folder.path, settings), folder)
-            report = _write_report(config, folder, manifest, _measured(config, folder, costs))
+            checkpoint = _fit(config, folder.path, settings)
+            costs = _measured(config, folder, costs)
+            kept = _collect(checkpoint, folder, costs)
+            report = _write_report(config, folder, manifest, costs, {"joint stage": kept} if kept else {})
             write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
 
@@ -96,7 +100,7 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
         settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)
         # Ray Train goes on from what it finds under a run's name, so every evaluation has a name of its own.
         with tempfile.TemporaryDirectory(dir=folder.path, prefix="evaluation-") as storage:
-            _collect(_fit(config, Path(storage), settings), folder)
+            merged(_fit(config, Path(storage), settings), PREDICTIONS).save(folder.predictions)
     return RunResult(folder, _write_report(config, folder, manifest, _measured(config, folder, costs)))
 
 
@@ -123,12 +127,29 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
                 return Path(result.checkpoint.path)
 
 
-def _collect(checkpoint: Path, folder: RunFolder) -> None:
-    """Put what the workers reported last into the run's folder: the model, and all ranks' predictions as one."""
-    parts = [Predictions.load(path) for path in sorted(checkpoint.glob("predictions-*.npz"))]
-    merge(parts).save(folder.predictions)
-    if not folder.model.exists():
-        write_whole(folder.model, (checkpoint / folder.model.name).read_bytes())
+def _collect(checkpoint: Path, folder: RunFolder, costs: Costs) -> str | None:
+    """Put what the workers reported last into the run's folder: the model, and all ranks' predictions as one.
+
+    Returns:
+        Which model is the run's, where there is one from before the joint stage and one from after it.
+    """
+    predictions, model, kept = merged(checkpoint, PREDICTIONS), checkpoint / folder.model.name, None
+    if list(checkpoint.glob(f"{BEFORE_JOINT}-*.npz")):
+        before = merged(checkpoint, BEFORE_JOINT)
+        before.save(folder.predictions_before_joint)
+        predictions.save(folder.predictions_after_joint)
+        kept = better(before, predictions, costs)
+        append_event(folder.path, {"message": f"joint stage: {kept}"})
+        if not kept.is_after:
+            predictions, model = before, folder.before_joint
+    predictions.save(folder.predictions)
+    write_whole(folder.model, model.read_bytes())
+    return str(kept) if kept else None
+
+
+def merged(checkpoint: Path, name: str) -> Predictions:
+    """All ranks' predictions of one model as one."""
+    return merge([Predictions.load(path) for path in sorted(checkpoint.glob(f"{name}-*.npz"))])
 
 
 def download_validation_split(config: Config) -> None:
@@ -137,7 +158,9 @@ def download_validation_split(config: Config) -> None:
         download_dataset(config.data.uri, config.data.folder, splits=[VALIDATION])
 
 
-def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: Costs) -> dict[str, Any]:
+def _write_report(
+    config: Config, folder: RunFolder, manifest: Manifest, costs: Costs, about: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     validation = beton_path(config.data.folder, VALIDATION)
     return write_report(
         folder.report,
@@ -152,6 +175,7 @@ def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: 
             "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
             "references": [asdict(published) for published in find_dataset(manifest.dataset).published],
             "data digest": manifest.digest,
+            **(about or {}),
             **environment(),
         },
     )

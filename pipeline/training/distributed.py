@@ -60,9 +60,7 @@ def average_running_statistics(model: nn.Module) -> None:
     Each rank updates them from its own sub-batches; after this every rank, and the checkpoint, holds the same model.
     A value that is the same on every rank, as in a frozen layer, keeps its bits: the mean of equal values may not.
     """
-    statistics = [
-        buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
-    ]
+    statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if world_size() == 1:
         return
     lowest, highest = ([buffer.clone() for buffer in statistics] for _ in range(2))

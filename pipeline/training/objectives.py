@@ -380,7 +380,7 @@ class JointObjective(RoutedObjective):
         """Logits (N, K) at one resolution: with gradient for the images that chose it, without for the rest."""
         side = self.forward.model.resolutions[index]
         images = part.images[side]
-        if self.norm_statistics == "all":  # before the pass with gradient, whose backward reads the running statistics again
+        if self.norm_statistics == "all":  # first: the backward pass of what follows reads the statistics again
             with torch.no_grad():
                 self.forward.backbone({side: images}, index, training=True)
         trained, valued = chosen_N.nonzero().squeeze(1), (~chosen_N).nonzero().squeeze(1)

@@ -113,7 +113,7 @@ def test_which_images_move_the_statistics_of_a_resolution(joint: JointStage) -> 
     for norm, old in zip(norms, old_norms, strict=True):
         pairs = list(zip(norm.norms, old.norms, strict=True))
         moved = [not torch.equal(new.running_mean, before.running_mean) for new, before in pairs]
-        counted = [int(new.num_batches_tracked - before.num_batches_tracked) for new, before in pairs]
+        counted = [int(new.num_batches_tracked) - int(before.num_batches_tracked) for new, before in pairs]
         assert moved == expected[joint.norm_statistics]
         assert counted == moved, "a batch counts once"
 
