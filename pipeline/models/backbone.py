@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock
 
 from pipeline.models.dry_run import meta_forward, meta_images
 from pipeline.models.norms import keep_resolution, make_resolution_aware
+from pipeline.models.projection import avoid_unsafe_projections
 from pipeline.models.weights import load_weights
 
 
@@ -139,6 +140,7 @@ def build_backbone(
         ValueError: the name, the width or the weights do not fit.
     """
     network = SmallResNet(num_classes, width) if name == SMALL_RESNET else _torchvision(name, num_classes, width)
+    avoid_unsafe_projections(network)
     if weights is not None:
         load_weights(network, name, weights)
     return ResolutionBackbone(network, num_resolutions)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.fx import GraphModule, Node, symbolic_trace
+from torch.fx import GraphModule, Node, Tracer
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -212,7 +212,8 @@ def fold_batch_norms(network: nn.Module) -> GraphModule:
     With w, b of the convolution and mean m, variance v, scale g, shift s of the norm, k = g / sqrt(v + eps): the
     convolution with weight k * w and bias k * (b - m) + s gives what both gave. A batch norm elsewhere stays.
     """
-    traced = symbolic_trace(copy.deepcopy(network).eval())
+    network = copy.deepcopy(network).eval()
+    traced = GraphModule(network, _LayerTracer().trace(network))
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     for node in list(traced.graph.nodes):
         norm = _layer(traced, node)
@@ -227,6 +228,13 @@ def fold_batch_norms(network: nn.Module) -> GraphModule:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+class _LayerTracer(Tracer):
+    """Keeps every layer whole that is a kind of torch's convolution."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _layer(traced: GraphModule, node: Node) -> nn.Module | None:
