@@ -24,6 +24,7 @@ from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
+from pipeline.models.drnet import DRNet
 from pipeline.training.assembly import build_model, open_loader
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.logit_table import LogitTable, TableKey, fill_table
@@ -105,6 +106,9 @@ class _Silent:
         pass
 
     def message(self, text: str) -> None:
+        pass
+
+    def keep(self, name: str, model: DRNet) -> None:
         pass
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:

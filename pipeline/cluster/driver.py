@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,10 +30,11 @@ from pipeline.cluster.group import run_group
 from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
 from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
-from pipeline.cluster.worker import WorkerSettings, run_worker
+from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
 from pipeline.config.load import drift, parse_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
+from pipeline.evaluation.joint import better
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import Evaluation, write_report
 from pipeline.models.cost import Costs, Latency
@@ -42,6 +43,7 @@ from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import replay, tracked_run
 from pipeline.training.checkpoint import load_model
+from pipeline.training.run import BEFORE_JOINT
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ def train_run(config: Config) -> RunResult:
         download_validation_split(config)
         with ray_cluster(), sigterm_as_sigint(), tracked_run(config, folder.path, folder.report, manifest) as tracking:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
-            _collect(_fit(config, folder.path, settings), folder)
-            report = _write_report(config, folder, manifest, _measured(config, folder, costs))
+            checkpoint = _fit(config, folder.path, settings)
+            costs = _measured(config, folder, costs)
+            kept = _collect(checkpoint, config, folder, costs)
+            report = _write_report(config, folder, manifest, costs, {"joint stage": kept} if kept else {})
             write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
 
@@ -98,7 +102,7 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
         settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)
         # Ray Train resumes from what it finds under a run's name, so every evaluation gets its own name.
         with tempfile.TemporaryDirectory(dir=folder.path, prefix="evaluation-") as storage:
-            _collect(_fit(config, Path(storage), settings), folder)
+            merged(_fit(config, Path(storage), settings), PREDICTIONS).save(folder.predictions)
     return RunResult(folder, _write_report(config, folder, manifest, _measured(config, folder, costs)))
 
 
@@ -125,12 +129,31 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
                 return Path(result.checkpoint.path)
 
 
-def _collect(checkpoint: Path, folder: RunFolder) -> None:
-    """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks."""
-    parts = [Predictions.load(path) for path in sorted(checkpoint.glob("predictions-*.npz"))]
-    merge(parts).save(folder.predictions)
-    if not folder.model.exists():
-        write_whole(folder.model, (checkpoint / folder.model.name).read_bytes())
+def _collect(checkpoint: Path, config: Config, folder: RunFolder, costs: Costs) -> str | None:
+    """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks.
+
+    Returns:
+        Which model the run keeps, if there is one from before the joint stage and one from after it.
+    """
+    predictions, model, kept = merged(checkpoint, PREDICTIONS), checkpoint / folder.model.name, None
+    if list(checkpoint.glob(f"{BEFORE_JOINT}-*.npz")):
+        before = merged(checkpoint, BEFORE_JOINT)
+        before.save(folder.predictions_before_joint)
+        predictions.save(folder.predictions_after_joint)
+        (select, _), *folds = split_of(config).parts(sample_checksums(config)[before.indices_N])
+        select_N = np.isin(np.arange(before.num_images), select)
+        kept = better(before, predictions, costs, None if folds else select_N)
+        append_event(folder.path, {"message": f"joint stage: {kept}"})
+        if not kept.is_after:
+            predictions, model = before, folder.before_joint
+    predictions.save(folder.predictions)
+    write_whole(folder.model, model.read_bytes())
+    return str(kept) if kept else None
+
+
+def merged(checkpoint: Path, name: str) -> Predictions:
+    """All ranks' predictions of one model as one."""
+    return merge([Predictions.load(path) for path in sorted(checkpoint.glob(f"{name}-*.npz"))])
 
 
 def download_validation_split(config: Config) -> None:
@@ -139,7 +162,9 @@ def download_validation_split(config: Config) -> None:
         download_dataset(config.data.uri, config.data.folder, splits=[VALIDATION])
 
 
-def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: Costs) -> dict[str, Any]:
+def _write_report(
+    config: Config, folder: RunFolder, manifest: Manifest, costs: Costs, about: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     validation = beton_path(config.data.folder, VALIDATION)
     return write_report(
         folder.report,
@@ -153,6 +178,7 @@ def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: 
             "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
             "references": [asdict(published) for published in find_dataset(manifest.dataset).published],
             "data digest": manifest.digest,
+            **(about or {}),
             **environment(),
         },
     )
@@ -160,19 +186,35 @@ def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: 
 
 def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation:
     """What a finished run's report is made of; the validation images must be on this node."""
-    predictions = Predictions.load(folder.predictions)
-    checksums_N = read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
+    predictions, other, name = Predictions.load(folder.predictions), None, ""
+    if folder.predictions_before_joint.exists():
+        other, name = Predictions.load(folder.predictions_before_joint), "before joint"
+        if np.array_equal(other.logits_NRK, predictions.logits_NRK):
+            other, name = Predictions.load(folder.predictions_after_joint), "after joint"
     policy = config.policy
     highest = policy.budget_gflops if config.cost == "flops" else policy.budget_milliseconds
     drop = policy.max_accuracy_drop
     return Evaluation(
         predictions,
         costs,
-        checksums_N[predictions.indices_N],
+        sample_checksums(config)[predictions.indices_N],
+        other,
+        name,
         budget=Budget(highest, None if drop is None else drop / 100),
-        split=Split(policy.select_share, policy.cross_fit_below, policy.folds, config.seed),
+        split=split_of(config),
         balanced=policy.select_by == "balanced_accuracy",
     )
+
+
+def split_of(config: Config) -> Split:
+    """Which validation images policies are fitted on, and which are stated."""
+    policy = config.policy
+    return Split(policy.select_share, policy.cross_fit_below, policy.folds, config.seed)
+
+
+def sample_checksums(config: Config) -> np.ndarray:
+    """The checksum of every validation image, uint64, in the order of the beton."""
+    return read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
 
 
 def environment() -> dict[str, str]:

@@ -33,7 +33,9 @@ from pipeline.training import distributed
 from pipeline.training.assembly import build_model, equip_for_training, open_loaders
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model, save_model
 from pipeline.training.loop import train
-from pipeline.training.run import EVALUATE, Goodput, Progress, Run, costs_of_run, refuse_unreachable
+from pipeline.training.run import BEFORE_JOINT, EVALUATE, Goodput, Progress, Run, costs_of_run, refuse_unreachable
+
+PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def run_worker(settings: WorkerSettings) -> None:
         )
         if settings.evaluate_model:
             model = load_model(settings.evaluate_model).model.to(device)
+            models = {PREDICTIONS: model}
             if config.cost == "milliseconds":
                 trained = place_model(copy.deepcopy(model), device, channels_last=config.training.channels_last)
                 costs_of_run(trained, config, folder.latency, resumed=False)
@@ -98,8 +101,12 @@ def run_worker(settings: WorkerSettings) -> None:
             num_workers = context.get_world_size()
             reporter.message(f"{start} with {num_workers} worker{'s' if num_workers > 1 else ''}")
             train(run, state)
+            models = {PREDICTIONS: model}
+            if config.stages.joint and folder.before_joint.exists():
+                before = load_model(folder.before_joint).model
+                models[BEFORE_JOINT] = place_model(before, device, channels_last=config.training.channels_last)
         with goodput.inside(EVALUATE):
-            reporter.predictions(model, validation_loader)
+            reporter.predictions(models, validation_loader)
         if not settings.evaluate_model:
             reporter.goodput(goodput)
 
@@ -170,6 +177,11 @@ class WorkerReporter:
         if distributed.sum_over_ranks(torch.tensor(float(asked), device=ray.train.torch.get_device())) > 0:
             raise StoppedError(f"stopped after {state.name}; the same command resumes from there")
 
+    def keep(self, name: str, model: DRNet) -> None:
+        if self.rank == 0:
+            file = self.settings.run_folder / f"{name}.pt"
+            save_model(file, model, self.settings.config, classes=self.manifest.classes)
+
     def _report(self, state: TrainingState, values: Mapping[str, float]) -> None:
         """Copy the state now, and let Ray Train's upload thread write it while training continues.
 
@@ -202,11 +214,17 @@ class WorkerReporter:
             checkpoint_upload_fn=write,
         )
 
-    def predictions(self, model: DRNet, validation_loader: MultiResolutionLoader) -> None:
-        """Report the model, and each rank's predictions for its part of the validation images."""
+    def predictions(self, models: Mapping[str, DRNet], validation_loader: MultiResolutionLoader) -> None:
+        """Report the model, and each rank's predictions for its part of the validation images.
+
+        Args:
+            models: the run's under PREDICTIONS. The predictions of each go to NAME-RANK.npz.
+        """
+        model = models[PREDICTIONS]
         self.message(f"evaluating {validation_loader.num_samples} validation images")
         with tempfile.TemporaryDirectory() as folder:
-            collect_predictions(model, validation_loader.epoch(0)).save(Path(folder) / f"predictions-{self.rank}.npz")
+            for name, each in models.items():
+                collect_predictions(each, validation_loader.epoch(0)).save(Path(folder) / f"{name}-{self.rank}.npz")
             if self.rank == 0:
                 config = self.settings.config
                 save_model(RunFolder(Path(folder)).model, model, config, classes=self.manifest.classes)

@@ -228,6 +228,9 @@ class JointStage(RoutedStage):
 
     predictor_lr_scale: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of the predictor, as a multiple of lr."""
+    norm_statistics: Literal["frozen", "all", "routed"] = "frozen"
+    """Batch norm statistics of the backbone. frozen keeps them. all updates them from every image at every resolution,
+    for one more forward pass. routed updates them from the images that chose the resolution, as in the paper."""
 
 
 class StagesConfig(Section):

@@ -41,9 +41,7 @@ def budget_curve(
     bias_E, image_E, before_E, after_E = (array[order_E] for array in (bias_E, image_E, before_E, after_E))
     gain_E = correct_NR[image_E, after_E].astype(np.int64) - correct_NR[image_E, before_E]
     right_S = np.concatenate([[0], np.cumsum(gain_E)]) + correct_NR[np.arange(N), start_N].sum()
-    moves_ER = np.eye(R, dtype=np.int64)[after_E] - np.eye(R, dtype=np.int64)[before_E]
-    counts_SR = np.concatenate([np.zeros((1, R), np.int64), np.cumsum(moves_ER, axis=0)])
-    counts_SR += np.bincount(start_N, minlength=R)
+    counts_SR = _counts(start_N, before_E, after_E, R)
     gflops_S = counts_SR @ gflops_R / N + costs.predictor_gflops
     reachable_T, bias_T = _states(bias_E)
     keep_T = _thin(gflops_S[reachable_T], bias_T, max_points)
@@ -58,6 +56,30 @@ def budget_curve(
             | {"shares": shares}
         )
     return points
+
+
+def fit_bias(predictor_logits_NR: np.ndarray, costs: Costs, target: float) -> float:
+    """The budget_bias with the highest mean cost that is not above `target`, or with the lowest there is. Exact.
+
+    Args:
+        target: of the backbone alone, in `costs.unit`.
+    """
+    start_N, bias_E, _, before_E, after_E = _switches(
+        predictor_logits_NR.astype(np.float64), np.asarray(costs.backbone_gflops)
+    )
+    order_E, R = np.argsort(bias_E, kind="stable"), len(costs.resolutions)
+    counts_SR = _counts(start_N, before_E[order_E], after_E[order_E], R)
+    reachable_T, bias_T = _states(bias_E[order_E])
+    cost_T = counts_SR[reachable_T] @ np.asarray(costs.backbone) / len(start_N)
+    within_T = cost_T <= target * (1 + 1e-9)
+    state = np.where(within_T, cost_T, -np.inf).argmax() if within_T.any() else cost_T.argmin()
+    return float(bias_T[state] * np.ptp(costs.backbone_gflops))
+
+
+def _counts(start_N: np.ndarray, before_E: np.ndarray, after_E: np.ndarray, R: int) -> np.ndarray:
+    """(1 + E, R): images at each resolution before the first switch and after each one, int64."""
+    moves_ER = np.eye(R, dtype=np.int64)[after_E] - np.eye(R, dtype=np.int64)[before_E]
+    return np.concatenate([np.zeros((1, R), np.int64), moves_ER.cumsum(axis=0)]) + np.bincount(start_N, minlength=R)
 
 
 def _right_at(correct_NR: np.ndarray, predictor_logits_NR: np.ndarray, costs: Costs, budget_bias: float) -> np.ndarray:

@@ -35,13 +35,16 @@ class Stated:
     Attributes:
         labels_N: true classes, int64.
         correct_NR: whether each resolution is right, bool.
-        before_NR: the same of the network before the joint stage; None where there was none.
+        other_NR: the same of another network that could have been deployed, such as the one from before the joint
+            stage; None if there is none.
+        other_name: what is said of that network: "before joint".
         routed: kind of policy or ALL -> what it does with these images; empty with one resolution.
     """
 
     labels_N: np.ndarray
     correct_NR: np.ndarray
-    before_NR: np.ndarray | None
+    other_NR: np.ndarray | None
+    other_name: str
     routed: Mapping[str, Routed]
     costs: Costs
 
@@ -60,9 +63,9 @@ class Stated:
             (f"static-{side}", f"static {side} px", index, self.correct_NR[:, index])
             for index, side in enumerate(self.costs.resolutions)
         ]
-        if self.before_NR is not None:
+        if self.other_NR is not None:
             found += [
-                (f"before-{side}", f"static {side} px before joint", index, self.before_NR[:, index])
+                (f"other-{side}", f"static {side} px {self.other_name}", index, self.other_NR[:, index])
                 for index, side in enumerate(self.costs.resolutions)
             ]
         return found
@@ -75,7 +78,7 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
     `balanced_top1` (mean over the classes), `mean_gflops`, `mean_cost` (in the unit of the costs, by which rows are
     compared) and `shares` (of the answers, per resolution).
 
-    Kinds: `static` and `before` (one per resolution, and of the network before the joint stage), `routed` (the chosen
+    Kinds: `static` and `other` (one per resolution, of the network and of the other one), `routed` (the chosen
     policy), `policy` (the best policy of each other kind that costs no more), `random` (the same answers' shares drawn
     without looking at the images), `envelope` (the upper concave envelope of all static points at the routed cost: the
     best that mixing static networks at random reaches) and `oracle` (the cheapest resolution that is right).

@@ -31,7 +31,7 @@ from pipeline.evaluation.style import (
 )
 from pipeline.evaluation.tables import bias_text, cost_words, every, percent, signed
 
-_MARKERS = {"static": "o", "before": "o", "routed": "D", "random": "s", "oracle": "*"}
+_MARKERS = {"static": "o", "other": "o", "routed": "D", "random": "s", "oracle": "*"}
 _CURVES = {"cascade": "-", "predictor": (0, (5, 1.5)), "predictor+cascade": (0, (1, 1))}
 
 
@@ -55,7 +55,7 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     for level in levels:
         axes.plot(*level.T, color=theme.reference, lw=1.1, ls=(0, (1, 2)), zorder=1)
     colors = {f"static-{side}": color for side, color in zip(report["resolutions"], _sides_colors(report), strict=True)}
-    colors |= {f"before-{side}": theme.muted for side in report["resolutions"]}
+    colors |= {f"other-{side}": theme.muted for side in report["resolutions"]}
     colors |= {"routed": theme.routed, "random": theme.random, "oracle": theme.oracle}
     for row in points:
         _draw_point(axes, row, colors[row["id"]], theme)
@@ -85,7 +85,7 @@ def _sides_colors(report: Mapping[str, Any]) -> list[str]:
 
 def _static_envelope(report: Mapping[str, Any]) -> np.ndarray:
     """Return the upper concave envelope of all static networks as a polyline."""
-    static = [row for row in report["rows"] if row["kind"] in ("static", "before")]
+    static = [row for row in report["rows"] if row["kind"] in ("static", "other")]
     costs, accuracies = np.array([(row["mean_cost"], row["top1"]) for row in static]).T
     grid = np.unique(np.concatenate([costs, np.linspace(costs.min(), costs.max(), 60)]))
     heights, _ = envelope(costs, np.tile(accuracies, (len(grid), 1)), grid)
@@ -145,7 +145,7 @@ def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) ->
 def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
     """Return the labels in the order in which they are placed, the routed network first."""
     colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random}
-    colors |= {"static": theme.ink, "before": theme.muted}
+    colors |= {"static": theme.ink, "other": theme.muted}
     ordered = sorted(points, key=lambda row: list(colors).index(row["kind"]))
     return [
         Label(f"{row['label']}  {percent(row['top1'])}", [_position(row)], colors[row["kind"]], row["kind"] == "routed")

@@ -160,7 +160,7 @@ def _p(value: float) -> str:
 
 SCHEMA_VERSION = 3
 FIGURES = ("tradeoff", "budget", "shares", "attribute", "gallery")
-STATIC_KINDS = ("static", "before")
+STATIC_KINDS = ("static", "other")
 """kinds of rows that are static networks"""
 
 
@@ -170,7 +170,9 @@ class Evaluation:
 
     Attributes:
         predictions: of the network that is deployed.
-        before: of the same network before the joint stage, for the same images; None where there was none.
+        other: of another network that could have been deployed, for the same images: the one from before the joint
+            stage, or from after it.
+        other_name: what is said of that network: "before joint".
         keys_N: uint64, what identifies each image, such as the checksum of its bytes; it decides on which side of the
             split an image is.
         budget: by which a policy is chosen.
@@ -181,7 +183,8 @@ class Evaluation:
     predictions: Predictions
     costs: Costs
     keys_N: np.ndarray
-    before: Predictions | None = None
+    other: Predictions | None = None
+    other_name: str = "before joint"
     budget: Budget = field(default_factory=Budget)
     split: Split = field(default_factory=Split)
     balanced: bool = False
@@ -236,11 +239,11 @@ def build_report(
         raise ValueError(f"cannot build a report: {'; '.join(problems)}")
     calibration = evaluation.calibration
     stated_M = np.arange(predictions.num_images) if calibration is None else calibration.stated
-    before = evaluation.before
     stated = Stated(
         predictions.labels_N[stated_M],
         predictions.correct_NR[stated_M],
-        None if before is None else before.correct_NR[stated_M],
+        None if evaluation.other is None else evaluation.other.correct_NR[stated_M],
+        evaluation.other_name,
         {} if calibration is None else calibration.routed,
         costs,
     )
@@ -409,7 +412,7 @@ def _accurate_then_cheap(row: Mapping[str, Any]) -> tuple[float, float]:
 def _mismatches(
     evaluation: Evaluation, classes: Sequence[str], attributes: Mapping[str, Sequence[float]]
 ) -> Iterator[str]:
-    predictions, costs, before = evaluation.predictions, evaluation.costs, evaluation.before
+    predictions, costs, other = evaluation.predictions, evaluation.costs, evaluation.other
     if predictions.num_images == 0:
         yield "there are no predictions"
         return
@@ -419,8 +422,8 @@ def _mismatches(
         yield f"there are {len(classes)} class names for {predictions.num_classes} logits"
     if len(evaluation.keys_N) != predictions.num_images:
         yield f"there are {len(evaluation.keys_N)} keys for {predictions.num_images} images"
-    if before is not None and not np.array_equal(before.indices_N, predictions.indices_N):
-        yield "the predictions before the joint stage are of other images"
+    if other is not None and not np.array_equal(other.indices_N, predictions.indices_N):
+        yield f"the predictions {evaluation.other_name} are of other images"
     last = int(predictions.indices_N.max())
     for name, values in attributes.items():
         if len(values) <= last:

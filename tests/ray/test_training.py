@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,10 @@ from pipeline.cluster.driver import evaluate_run, train_run
 from pipeline.config.load import ConfigError, parse_config
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
-from pipeline.models.cost import Latency
+from pipeline.evaluation.joint import better
+from pipeline.evaluation.predictions import Predictions
+from pipeline.models.cost import Latency, measure_costs
+from pipeline.search.source import backbone_path
 from pipeline.serving.predict import classify_files
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.training.checkpoint import load_model
@@ -67,6 +71,19 @@ def test_a_run_leaves_a_model_a_report_and_all_predictions(undisturbed: Config) 
     assert report["n"] == 50
     assert {row["id"] for row in report["rows"]} >= {"static-48", "static-32", "routed", "random", "oracle"}
     assert load_model(folder.model).classes == tuple("BCDEFGHKRS")
+    before, after, final = map(
+        Predictions.load, (folder.predictions_before_joint, folder.predictions_after_joint, folder.predictions)
+    )
+    kept = better(before, after, measure_costs(load_model(folder.model).model))
+    assert report["environment"]["joint stage"] == str(kept)
+    assert np.array_equal(final.logits_NRK, (after if kept.is_after else before).logits_NRK)
+    same = torch.equal(
+        *(load_model(file).model.backbone.network.fc.weight for file in (folder.model, folder.before_joint))
+    )
+    assert same != kept.is_after
+    backbone, routed = (load_model(file).model.state_dict() for file in (folder.backbone, folder.before_joint))
+    assert all(torch.equal(value, routed[name]) for name, value in backbone.items() if name.startswith("backbone."))
+    assert backbone_path(undisturbed) == folder.backbone
     epochs = [json.loads(line) for line in (folder.path / "progress.jsonl").read_text().splitlines()]
     assert [event["stage"] for event in epochs if "values" in event] == ["backbone"] * 6 + ["predictor", "joint"]
 

@@ -167,7 +167,7 @@ def rows_of(correct_NR: np.ndarray, chosen_N: np.ndarray, costs: Costs, **change
     ran_NR = chosen_N[:, None] == np.arange(correct_NR.shape[1])
     routed = {ALL: Routed(ran_NR, chosen_N, np.ones(len(chosen_N), bool))}
     labels_N = np.arange(len(chosen_N)) % 4
-    stated = Stated(labels_N, correct_NR, None, routed, costs)
+    stated = Stated(labels_N, correct_NR, None, "before joint", routed, costs)
     stated = dataclasses.replace(stated, **changed)
     rows = table_rows(stated, {ALL: "routed"} | {kind: kind for kind in stated.routed if kind != ALL})
     return {row["id"]: row for row in rows}, compare(stated, rows)
@@ -223,11 +223,11 @@ def test_the_envelope_ends_at_the_most_expensive_static_resolution():
 
 def test_the_network_before_the_joint_stage_counts_as_static_too():
     correct_NR, chosen_N, _ = easy_and_hard(300)
-    rows, compared = rows_of(correct_NR, chosen_N, COSTS, before_NR=np.ones((300, 3), bool))
-    assert rows["before-96"]["label"] == "static 96 px before joint"
-    assert (rows["before-32"]["top1"], rows["before-32"]["mean_gflops"]) == (1.0, 0.1)
+    rows, compared = rows_of(correct_NR, chosen_N, COSTS, other_NR=np.ones((300, 3), bool))
+    assert rows["other-96"]["label"] == "static 96 px before joint"
+    assert (rows["other-32"]["top1"], rows["other-32"]["mean_gflops"]) == (1.0, 0.1)
     assert rows["envelope"]["top1"] == 1.0
-    assert compared["before-64"]["difference_points"] < 0
+    assert compared["other-64"]["difference_points"] < 0
 
 
 def test_a_cascade_pays_for_every_pass():
@@ -245,7 +245,7 @@ def test_a_cascade_pays_for_every_pass():
 def test_one_resolution_has_its_static_row_alone():
     costs = Costs((96,), (0.9,), 0.03)
     correct_N1, zeros = np.array([[True], [False]]), np.zeros(2, np.int64)
-    rows = table_rows(Stated(zeros, correct_N1, None, {}, costs), {})
+    rows = table_rows(Stated(zeros, correct_N1, None, "", {}, costs), {})
     assert [(row["id"], row["top1"], row["mean_gflops"]) for row in rows] == [("static-96", 0.5, 0.9)]
 
 
