@@ -43,12 +43,12 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     style_axes(axes, theme)
     points = [row for row in report["rows"] if row["kind"] in _MARKERS]
     static = sorted((row for row in points if row["kind"] == "static"), key=lambda row: row["mean_cost"])
-    line = np.array([_position(row) for row in static])
-    curve = np.array([_position(point) for point in report["budget_curve"]]).reshape(-1, 2)
+    line = np.array([point_of(row) for row in static])
+    curve = np.array([point_of(point) for point in report["budget_curve"]]).reshape(-1, 2)
     references = _set_limits(axes, points, curve, report["references"])
     levels = [np.array([[x, 100 * reference["top1"]] for x in axes.get_xlim()]) for reference in references]
     gap = _gap(report)
-    axes.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), zorder=2)
+    axes.plot(*line.T, zorder=2, **static_line(theme))
     axes.plot(*curve.T, color=theme.routed, lw=1.5, alpha=0.55, zorder=3)
     axes.plot(*gap.T, color=theme.routed, lw=1.2, ls=(0, (1, 1.5)), zorder=3)
     for level in levels:
@@ -56,13 +56,11 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     colors = {f"static-{side}": color for side, color in zip(report["resolutions"], _sides_colors(report), strict=True)}
     colors |= {"routed": theme.routed, "random": theme.random, "oracle": theme.oracle}
     for row in points:
-        _draw_point(axes, row, colors[row["id"]], theme)
-    whiskers = [
-        np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")]) for row in points
-    ]
+        draw_point(axes, row, colors[row["id"]], _MARKERS[row["kind"]], theme)
+    whiskers = [whisker(row) for row in points]
     place_labels(
         axes,
-        [*_point_labels(points, theme), *_line_labels(report, line, curve, gap, references, levels, theme)],
+        [*point_labels(points, theme), *_line_labels(report, line, curve, gap, references, levels, theme)],
         [part for part in (line, curve, gap, *whiskers, *levels) if len(part)],
         size=FONT_SIZE,
         background=theme.background,
@@ -73,7 +71,8 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
-def _position(row: Mapping[str, Any]) -> tuple[float, float]:
+def point_of(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Where a row lies in a figure: its cost, and its top-1 in percent."""
     return row["mean_cost"], 100 * row["top1"]
 
 
@@ -86,7 +85,7 @@ def _gap(report: Mapping[str, Any]) -> np.ndarray:
     rows = {row["kind"]: row for row in report["rows"]}
     if "routed" not in rows or not np.isclose(rows["interpolation"]["mean_cost"], rows["routed"]["mean_cost"]):
         return np.zeros((0, 2))
-    return np.array([_position(rows["interpolation"]), _position(rows["routed"])])
+    return np.array([point_of(rows["interpolation"]), point_of(rows["routed"])])
 
 
 def _set_limits(
@@ -105,15 +104,35 @@ def _set_limits(
     return near
 
 
-def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) -> None:
-    x, y = _position(row)
-    marker = _MARKERS[row["kind"]]
+def whisker(row: Mapping[str, Any]) -> np.ndarray:
+    """(3, 2): the interval of a row, as a line that labels keep away from."""
+    return np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")])
+
+
+def static_line(theme: Theme) -> dict[str, Any]:
+    """The style of the line through the static resolutions."""
+    return {"color": theme.muted, "lw": 1.4, "ls": (0, (4, 2))}
+
+
+def draw_point(
+    axes: Axes,
+    row: Mapping[str, Any],
+    color: str,
+    marker: str,
+    theme: Theme,
+    *,
+    size: float = 8.5,
+    cost_range: tuple[float, float] | None = None,
+) -> None:
+    """Draw a row with its interval and, across it, the range of its cost."""
+    x, y = point_of(row)
     axes.errorbar(
         [x],
         [y],
         yerr=[[max(0.0, y - 100 * row["top1_low"])], [max(0.0, 100 * row["top1_high"] - y)]],
+        xerr=None if cost_range is None else [[max(0.0, x - cost_range[0])], [max(0.0, cost_range[1] - x)]],
         fmt=marker,
-        ms=13 if marker == "*" else 8.5,
+        ms=13 if marker == "*" else size,
         color=color,
         mec=theme.background,
         mew=1.2,
@@ -123,12 +142,12 @@ def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) ->
     )
 
 
-def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
+def point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
     """The routed network's first: labels are placed in this order."""
     colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random, "static": theme.ink}
     ordered = sorted(points, key=lambda row: list(colors).index(row["kind"]))
     return [
-        Label(f"{row['label']}  {percent(row['top1'])}", [_position(row)], colors[row["kind"]], row["kind"] == "routed")
+        Label(f"{row['label']}  {percent(row['top1'])}", [point_of(row)], colors[row["kind"]], row["kind"] == "routed")
         for row in ordered
     ]
 
@@ -179,7 +198,7 @@ def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
         style_axes(axes, theme)
     upper.fill_between(costs, low, high, color=theme.routed, alpha=0.16, lw=0, zorder=2)
     upper.plot(costs, top1, color=theme.routed, lw=1.8, zorder=4)
-    upper.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), marker="o", ms=5, zorder=3)
+    upper.plot(*line.T, marker="o", ms=5, zorder=3, **static_line(theme))
     named = every(curve, _LABELLED)
     spots = [(point["mean_cost"], 100 * point["top1"]) for point in named]
     routed = [point["budget_bias"] == 0 for point in named]

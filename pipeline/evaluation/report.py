@@ -52,16 +52,11 @@ def table_rows(
     """
     N, R = correct_NR.shape
     static_R = correct_NR.mean(axis=0)
-    rows = [
-        _row(f"static-{side}", "static", f"static {side} px", N, accuracy(int(correct_NR[:, j].sum()), N), "wilson")
-        | {"resolution": side}
-        | _cost(np.eye(R)[j], costs, with_predictor=False)
-        for j, side in enumerate(costs.resolutions)
-    ]
+    rows = static_rows(correct_NR, costs)
     if R == 1:
         return rows
     shares_R = shares(chosen_N, R)
-    routed_cost = _cost(shares_R, costs, with_predictor=True)
+    routed_cost = mean_costs(shares_R, costs, with_predictor=True)
     line_R = interpolation_shares(costs, routed_cost["mean_cost"])
     lower, upper = interpolation_ends(costs, routed_cost["mean_cost"])
     line_label = f"static {upper} px" if lower == upper else f"line, static {lower} to {upper} px"
@@ -69,13 +64,34 @@ def table_rows(
     line = percentile_interval(static_R @ line_R, interpolation_accuracy(resampled, costs))
     return [
         *rows,
-        _row("routed", "routed", "routed", N, accuracy(_count_right(correct_NR, chosen_N), N), "wilson") | routed_cost,
-        _row("random", "random", "random, same shares", N, random, "bootstrap") | routed_cost,
-        _row("interpolation", "interpolation", line_label, N, line, "bootstrap")
-        | _cost(line_R, costs, with_predictor=False),
-        _row("oracle", "oracle", "oracle", N, accuracy(_count_right(correct_NR, oracle_N), N), "wilson")
-        | _cost(shares(oracle_N, R), costs, with_predictor=False),
+        result_row("routed", "routed", "routed", N, accuracy(_count_right(correct_NR, chosen_N), N), "wilson")
+        | routed_cost,
+        result_row("random", "random", "random, same shares", N, random, "bootstrap") | routed_cost,
+        result_row("interpolation", "interpolation", line_label, N, line, "bootstrap")
+        | mean_costs(line_R, costs, with_predictor=False),
+        oracle_row(correct_NR, oracle_N, costs),
     ]
+
+
+def static_rows(correct_NR: np.ndarray, costs: Costs) -> list[dict[str, Any]]:
+    """The rows of `table_rows` of kind `static`."""
+    N, R = correct_NR.shape
+    return [
+        result_row(
+            f"static-{side}", "static", f"static {side} px", N, accuracy(int(correct_NR[:, j].sum()), N), "wilson"
+        )
+        | {"resolution": side}
+        | mean_costs(np.eye(R)[j], costs, with_predictor=False)
+        for j, side in enumerate(costs.resolutions)
+    ]
+
+
+def oracle_row(correct_NR: np.ndarray, oracle_N: np.ndarray, costs: Costs) -> dict[str, Any]:
+    """The row of `table_rows` of kind `oracle`."""
+    N, R = correct_NR.shape
+    top1 = accuracy(_count_right(correct_NR, oracle_N), N)
+    cost = mean_costs(shares(oracle_N, R), costs, with_predictor=False)
+    return result_row("oracle", "oracle", "oracle", N, top1, "wilson") | cost
 
 
 def compare(
@@ -102,14 +118,14 @@ def compare(
     for other, other_N in answers.items():
         only_routed, only_other = int((routed_N & ~other_N).sum()), int((~routed_N & other_N).sum())
         difference = paired_difference(only_routed, only_other, len(routed_N))
-        found[other] = _difference(difference, "bonett-price", routed, by_id[other]) | {
+        found[other] = difference_row(difference, "bonett-price", routed, by_id[other]) | {
             "only_routed_right": only_routed,
             "only_other_right": only_other,
             "mcnemar_p": mcnemar_p(only_routed, only_other),
         }
     for other, other_B in mixtures.items():
         gain = percentile_interval(routed["top1"] - by_id[other]["top1"], resampled.routed_B - other_B)
-        found[other] = _difference(gain, "bootstrap", routed, by_id[other]) | dict.fromkeys(
+        found[other] = difference_row(gain, "bootstrap", routed, by_id[other]) | dict.fromkeys(
             ("only_routed_right", "only_other_right", "mcnemar_p")
         )
     return {row["id"]: found[row["id"]] for row in rows if row["id"] in found}
@@ -148,7 +164,8 @@ def _count_right(correct_NR: np.ndarray, choice_N: np.ndarray) -> int:
     return int(_right(correct_NR, choice_N).sum())
 
 
-def _row(identity: str, kind: str, label: str, n: int, top1: Estimate, interval: str) -> dict[str, Any]:
+def result_row(identity: str, kind: str, label: str, n: int, top1: Estimate, interval: str) -> dict[str, Any]:
+    """A row of `table_rows` without its cost."""
     return {
         "id": identity,
         "kind": kind,
@@ -162,7 +179,8 @@ def _row(identity: str, kind: str, label: str, n: int, top1: Estimate, interval:
     }
 
 
-def _cost(shares_R: np.ndarray, costs: Costs, with_predictor: bool) -> dict[str, Any]:
+def mean_costs(shares_R: Sequence[float] | np.ndarray, costs: Costs, with_predictor: bool) -> dict[str, Any]:
+    """The cost of a row of `table_rows`, from its shares."""
     shares_list = [float(share) for share in shares_R]
     return {
         "mean_gflops": costs.mean_gflops(shares_list, with_predictor),
@@ -172,9 +190,10 @@ def _cost(shares_R: np.ndarray, costs: Costs, with_predictor: bool) -> dict[str,
     }
 
 
-def _difference(
+def difference_row(
     difference: Estimate, interval: str, routed: Mapping[str, Any], other: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """One of the differences of `compare`, without its tests."""
     return {
         "difference_points": 100 * float(difference.value),
         "low_points": 100 * difference.low,
