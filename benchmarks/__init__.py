@@ -1,4 +1,4 @@
-"""The measurements behind docs/benchmarks.md: this project beside another library, on the same machine in one run.
+"""Measures this project against its peers on the same machine, for `python -m jobs.bench NAME`.
 
-Start with `harness.py`, which measures both sides by turns; `python -m jobs.bench NAME` runs one.
+Start with harness.py: how two sides are compared; each other module is one bench with a `run` function, or a tool.
 """

@@ -17,7 +17,6 @@ from pipeline.evaluation.statistics import (
     envelope,
     mcnemar_p,
     oracle_choice,
-    paired_difference,
     percentile_interval,
     shares,
 )
@@ -87,19 +86,24 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
         labels: what each kind of policy, and ALL, is called.
     """
     N, R = stated.correct_NR.shape
-    costs, identity = stated.costs, np.eye(R)
-    rows = [
-        _row(name, name.split("-")[0], label, stated, correct_N)
-        | {"resolution": costs.resolutions[index]}
-        | _cost(costs.backbone[index], costs.backbone_gflops[index], identity[index])
-        for name, label, index, correct_N in stated.static_columns()
-    ]
+    costs = stated.costs
+    rows = static_rows(stated.correct_NR, costs, stated.labels_N)
+    if stated.other_NR is not None:
+        rows += [
+            row
+            | {
+                "id": row["id"].replace("static", "other"),
+                "kind": "other",
+                "label": f"{row['label']} {stated.other_name}",
+            }
+            for row in static_rows(stated.other_NR, costs, stated.labels_N)
+        ]
     if not stated.is_routed:
         return rows
     for kind, routed in stated.routed.items():
         name, what = ("routed", "routed") if kind == ALL else (f"policy-{kind}", "policy")
-        row = _row(name, what, labels[kind], stated, routed.correct_N(stated.correct_NR)) | _routed_cost(routed, costs)
-        rows.append(row | {"policy": kind if kind != ALL else None})
+        row = answered_row(name, what, labels[kind], routed.correct_N(stated.correct_NR), stated.labels_N)
+        rows.append(row | _routed_cost(routed, costs) | {"policy": kind if kind != ALL else None})
     routed = stated.routed[ALL]
     spent, resampled = _routed_cost(routed, costs), _Resampled.of(stated)
     shares_R = shares(routed.last_N, R)
@@ -111,13 +115,13 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
     names = [label for _, label, _, _ in stated.static_columns()]
     label = names[upper] if weight == 1 else f"envelope, {names[lower]} to {names[upper].removeprefix('static ')}"
     cost = [(1 - weight) * values[lower] + weight * values[upper] for values in (static_costs, _static_gflops(stated))]
-    oracle_cost = [float(np.asarray(each)[stated.oracle_N].mean()) for each in (costs.backbone, costs.backbone_gflops)]
     return [
         *rows,
-        _mixed_row("random", "random, same shares", N, random) | spent | {"shares": shares_R.tolist()},
-        _mixed_row("envelope", label, N, line) | _cost(*cost, np.zeros(R)),
-        _row("oracle", "oracle", "oracle", stated, _at(stated.correct_NR, stated.oracle_N))
-        | _cost(*oracle_cost, shares(stated.oracle_N, R)),
+        result_row("random", "random", "random, same shares", N, random, "bootstrap")
+        | spent
+        | {"shares": shares_R.tolist()},
+        result_row("envelope", "envelope", label, N, line, "bootstrap") | _cost(*cost, np.zeros(R)),
+        oracle_row(stated.correct_NR, stated.oracle_N, costs, stated.labels_N),
     ]
 
 
@@ -140,14 +144,14 @@ def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict
     for other, other_N in answers.items():
         only_routed, only_other = int((routed_N & ~other_N).sum()), int((~routed_N & other_N).sum())
         difference = paired_difference(only_routed, only_other, len(routed_N))
-        found[other] = _difference(difference, "bonett-price", routed, by_id[other]) | {
+        found[other] = difference_row(difference, "bonett-price", routed, by_id[other]) | {
             "only_routed_right": only_routed,
             "only_other_right": only_other,
             "mcnemar_p": mcnemar_p(only_routed, only_other),
         }
     for other, other_B in (("random", resampled.random_B), ("envelope", resampled.envelope_B)):
         gain = percentile_interval(routed["top1"] - by_id[other]["top1"], resampled.routed_B - other_B)
-        found[other] = _difference(gain, "bootstrap", routed, by_id[other]) | dict.fromkeys(
+        found[other] = difference_row(gain, "bootstrap", routed, by_id[other]) | dict.fromkeys(
             ("only_routed_right", "only_other_right", "mcnemar_p")
         )
     return {row["id"]: found[row["id"]] for row in rows if row["id"] in found}
@@ -228,39 +232,56 @@ def _at(correct_NR: np.ndarray, choice_N: np.ndarray) -> np.ndarray:
     return correct_NR[np.arange(len(choice_N)), choice_N]
 
 
-def _row(name: str, kind: str, label: str, stated: Stated, correct_N: np.ndarray) -> dict[str, Any]:
-    top1 = accuracy(int(correct_N.sum()), len(correct_N))
+def static_rows(correct_NR: np.ndarray, costs: Costs, labels_N: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """Return the rows of kind `static`; without labels there is no balanced accuracy."""
+    identity = np.eye(correct_NR.shape[1])
+    return [
+        answered_row(f"static-{side}", "static", f"static {side} px", correct_NR[:, j], labels_N)
+        | {"resolution": side}
+        | mean_costs(identity[j], costs, with_predictor=False)
+        for j, side in enumerate(costs.resolutions)
+    ]
+
+
+def oracle_row(
+    correct_NR: np.ndarray, oracle_N: np.ndarray, costs: Costs, labels_N: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Return the row of kind `oracle`."""
+    row = answered_row("oracle", "oracle", "oracle", _at(correct_NR, oracle_N), labels_N)
+    return row | mean_costs(shares(oracle_N, correct_NR.shape[1]), costs, with_predictor=False)
+
+
+def answered_row(
+    name: str, kind: str, label: str, correct_N: np.ndarray, labels_N: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Return the row of a network that gives each image one answer, without its cost."""
+    row = result_row(name, kind, label, len(correct_N), accuracy(int(correct_N.sum()), len(correct_N)), "wilson")
+    return row if labels_N is None else row | {"balanced_top1": balanced_accuracy(correct_N, labels_N)}
+
+
+def result_row(name: str, kind: str, label: str, n: int, top1: Estimate, interval: str) -> dict[str, Any]:
+    """Return a row of `table_rows` without its cost and its balanced accuracy."""
     return {
         "id": name,
         "kind": kind,
-        "label": label,
-        "resolution": None,
-        "n": len(correct_N),
-        "top1": float(top1.value),
-        "top1_low": top1.low,
-        "top1_high": top1.high,
-        "interval": "wilson",
-        "balanced_top1": balanced_accuracy(correct_N, stated.labels_N),
-    }
-
-
-def _mixed_row(name: str, label: str, n: int, top1: Estimate) -> dict[str, Any]:
-    """A row of a mixture: no image has one answer."""
-    return {
-        "id": name,
-        "kind": name,
         "label": label,
         "resolution": None,
         "n": n,
         "top1": float(top1.value),
         "top1_low": top1.low,
         "top1_high": top1.high,
-        "interval": "bootstrap",
+        "interval": interval,
         "balanced_top1": None,
     }
 
 
-def _cost(mean_cost: float, mean_gflops: float, shares_R: np.ndarray) -> dict[str, Any]:
+def mean_costs(shares_R: Sequence[float] | np.ndarray, costs: Costs, with_predictor: bool) -> dict[str, Any]:
+    """Return the cost of a row whose images run once each, from the shares of the resolutions."""
+    shares_list = [float(share) for share in shares_R]
+    return _cost(costs.mean(shares_list, with_predictor), costs.mean_gflops(shares_list, with_predictor), shares_R)
+
+
+def _cost(mean_cost: float, mean_gflops: float, shares_R: Sequence[float] | np.ndarray) -> dict[str, Any]:
     return {
         "mean_cost": float(mean_cost),
         "mean_gflops": float(mean_gflops),
@@ -273,9 +294,10 @@ def _routed_cost(routed: Routed, costs: Costs) -> dict[str, Any]:
     return _cost(cost, gflops, shares(routed.last_N, len(costs.resolutions)))
 
 
-def _difference(
+def difference_row(
     difference: Estimate, interval: str, routed: Mapping[str, Any], other: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return one of the differences of `compare`, without its tests."""
     return {
         "difference_points": 100 * float(difference.value),
         "low_points": 100 * difference.low,

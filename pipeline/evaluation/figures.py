@@ -48,7 +48,7 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     references = _set_limits(axes, points, np.concatenate([line, *curves.values()]), report["references"])
     levels = [np.array([[x, 100 * reference["top1"]] for x in axes.get_xlim()]) for reference in references]
     gap = _gap(report)
-    axes.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), zorder=2)
+    axes.plot(*line.T, zorder=2, **static_line(theme))
     for kind, curve in curves.items():
         axes.plot(*curve.T, color=theme.routed, lw=1.5, alpha=0.6, ls=_CURVES[kind], zorder=3)
     axes.plot(*gap.T, color=theme.routed, lw=1.2, ls=(0, (1, 1.5)), zorder=3)
@@ -58,13 +58,11 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     colors |= {f"other-{side}": theme.muted for side in report["resolutions"]}
     colors |= {"routed": theme.routed, "random": theme.random, "oracle": theme.oracle}
     for row in points:
-        _draw_point(axes, row, colors[row["id"]], theme)
-    whiskers = [
-        np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")]) for row in points
-    ]
+        draw_point(axes, row, colors[row["id"]], _MARKERS[row["kind"]], theme)
+    whiskers = [whisker(row) for row in points]
     place_labels(
         axes,
-        [*_point_labels(points, theme), *_line_labels(report, line, curves, gap, references, levels, theme)],
+        [*point_labels(points, theme), *_line_labels(report, line, curves, gap, references, levels, theme)],
         [part for part in (line, *curves.values(), gap, *whiskers, *levels) if len(part)],
         size=FONT_SIZE,
         background=theme.background,
@@ -75,7 +73,8 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
-def _position(row: Mapping[str, Any]) -> tuple[float, float]:
+def point_of(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return where a row lies in a figure: its cost, and its top-1 in percent."""
     return row["mean_cost"], 100 * row["top1"]
 
 
@@ -95,7 +94,7 @@ def _static_envelope(report: Mapping[str, Any]) -> np.ndarray:
 def _policy_curves(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return what policies of each kind reach at rising cost, as polylines of two points or more."""
     curves = report["policies"]["curves"] if report["policies"] else {}
-    lines = {kind: np.array([_position(point) for point in curves.get(kind, [])]).reshape(-1, 2) for kind in _CURVES}
+    lines = {kind: np.array([point_of(point) for point in curves.get(kind, [])]).reshape(-1, 2) for kind in _CURVES}
     ordered = {kind: line[np.argsort(line[:, 0], kind="stable")] for kind, line in lines.items()}
     return {kind: line for kind, line in ordered.items() if len(line) > 1}
 
@@ -105,7 +104,7 @@ def _gap(report: Mapping[str, Any]) -> np.ndarray:
     rows = {row["kind"]: row for row in report["rows"]}
     if "routed" not in rows or not np.isclose(rows["envelope"]["mean_cost"], rows["routed"]["mean_cost"]):
         return np.zeros((0, 2))
-    return np.array([_position(rows["envelope"]), _position(rows["routed"])])
+    return np.array([point_of(rows["envelope"]), point_of(rows["routed"])])
 
 
 def _set_limits(
@@ -124,15 +123,35 @@ def _set_limits(
     return near
 
 
-def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) -> None:
-    x, y = _position(row)
-    marker = _MARKERS[row["kind"]]
+def whisker(row: Mapping[str, Any]) -> np.ndarray:
+    """Return the interval of a row, (3, 2), as a line that labels keep away from."""
+    return np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")])
+
+
+def static_line(theme: Theme) -> dict[str, Any]:
+    """Return the style of the line through the static resolutions."""
+    return {"color": theme.muted, "lw": 1.4, "ls": (0, (4, 2))}
+
+
+def draw_point(
+    axes: Axes,
+    row: Mapping[str, Any],
+    color: str,
+    marker: str,
+    theme: Theme,
+    *,
+    size: float = 8.5,
+    cost_range: tuple[float, float] | None = None,
+) -> None:
+    """Draw a row with its interval and, across it, the range of its cost."""
+    x, y = point_of(row)
     axes.errorbar(
         [x],
         [y],
         yerr=[[max(0.0, y - 100 * row["top1_low"])], [max(0.0, 100 * row["top1_high"] - y)]],
+        xerr=None if cost_range is None else [[max(0.0, x - cost_range[0])], [max(0.0, cost_range[1] - x)]],
         fmt=marker,
-        ms=13 if marker == "*" else 8.5,
+        ms=13 if marker == "*" else size,
         color=color,
         mec=theme.background,
         mew=1.2,
@@ -142,13 +161,13 @@ def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) ->
     )
 
 
-def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
+def point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
     """Return the labels in the order in which they are placed, the routed network first."""
     colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random}
     colors |= {"static": theme.ink, "other": theme.muted}
     ordered = sorted(points, key=lambda row: list(colors).index(row["kind"]))
     return [
-        Label(f"{row['label']}  {percent(row['top1'])}", [_position(row)], colors[row["kind"]], row["kind"] == "routed")
+        Label(f"{row['label']}  {percent(row['top1'])}", [point_of(row)], colors[row["kind"]], row["kind"] == "routed")
         for row in ordered
     ]
 
@@ -199,7 +218,7 @@ def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
         style_axes(axes, theme)
     upper.fill_between(costs, low, high, color=theme.routed, alpha=0.16, lw=0, zorder=2)
     upper.plot(costs, top1, color=theme.routed, lw=1.8, zorder=4)
-    upper.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), marker="o", ms=5, zorder=3)
+    upper.plot(*line.T, marker="o", ms=5, zorder=3, **static_line(theme))
     named = every(curve, _LABELLED)
     spots = [(point["mean_cost"], 100 * point["top1"]) for point in named]
     routed = [point["budget_bias"] == 0 for point in named]

@@ -25,6 +25,7 @@ from pipeline.evaluation.tables import (
     cost_headers,
     cost_words,
     gflops,
+    markdown_figure,
     markdown_table,
     method_notes,
     percent,
@@ -123,4 +124,4 @@ def render_html(
 
 
 def _figure(name: str, figures: Collection[str]) -> str:
-    return f"![{CAPTIONS[name]}]({name}.png)" if f"{name}.png" in figures else ""
+    return markdown_figure(name, CAPTIONS[name], figures)

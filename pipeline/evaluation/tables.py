@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,11 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell(text) for text in line)} |" for line in lines)
 
 
+def markdown_figure(name: str, caption: str, figures: Collection[str]) -> str:
+    """A link to the figure, or nothing if NAME.png is not one of `figures`."""
+    return f"![{caption}]({name}.png)" if f"{name}.png" in figures else ""
+
+
 def method_notes(report: Mapping[str, Any]) -> list[str]:
     """Return notes on how the numbers were measured, one or two sentences each."""
     method = report["method"]
@@ -98,9 +103,6 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
 def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return data set, date, commit, costs and machine as pairs of key and value."""
     named = {
-        "data set": report["dataset"],
-        "created": report["created"],
-        "git commit": report["git_commit"],
         "backbone GFLOPs": ", ".join(
             f"{gflops(cost)} at {side} px"
             for side, cost in zip(report["resolutions"], report["costs"]["backbone_gflops"], strict=True)
@@ -114,13 +116,24 @@ def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         named["backbone ms"] = ", ".join(f"{gflops(cost)} at {side} px" for side, cost in sides)
         named["predictor ms"] = gflops(latency["predictor_milliseconds"])
         named["ms measured as"] = latency["measured"]
-    pairs = [*named.items(), *report["environment"].items()]
+    return provenance_pairs(report, named)
+
+
+def provenance_pairs(report: Mapping[str, Any], named: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Data set, date and commit of a report, then what is `named`, then its environment."""
+    about = {"data set": report["dataset"], "created": report["created"], "git commit": report["git_commit"]}
+    pairs = [*about.items(), *named.items(), *report["environment"].items()]
     return [(str(key), str(value)) for key, value in pairs if value is not None]
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
     """Format a fraction of 1 as percent."""
     return "-" if fraction is None else f"{100 * fraction:.{digits}f} %"
+
+
+def interval(row: Mapping[str, Any], digits: int = 1) -> str:
+    """The interval of a row's top-1, in percent."""
+    return f"{100 * row['top1_low']:.{digits}f} to {100 * row['top1_high']:.{digits}f}"
 
 
 def signed(points: float) -> str:
@@ -140,14 +153,14 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.2g}"
 
 
-def result_table(report: Mapping[str, Any]) -> Table:
+def result_table(report: Mapping[str, Any], digits: int = 1) -> Table:
     """Return the table of all rows: accuracy with interval, cost, shares."""
     sides = report["resolutions"]
     body = [
         (
             row["label"],
-            percent(row["top1"]),
-            f"{100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f}",
+            percent(row["top1"], digits),
+            interval(row, digits),
             percent(row["balanced_top1"]),
             *cost_cells(report, row),
             *(percent(share) if share else "" for share in row["shares"]),
@@ -191,7 +204,7 @@ def budget_table(report: Mapping[str, Any]) -> Table:
             bias_text(point["budget_bias"]),
             *cost_cells(report, point),
             percent(point["top1"]),
-            f"{100 * point['top1_low']:.1f} to {100 * point['top1_high']:.1f}",
+            interval(point),
             _against_routed(point),
             *(percent(share) if share else "" for share in point["shares"]),
         )

@@ -1,8 +1,7 @@
-"""Both sides of the benchmark of steps take the same step; what it measures is what it says."""
+"""Both sides of bench step take the same step, and bench step and overhead measure what they claim."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks import step as bench_step
-from benchmarks.overhead import EVENTS, predictor, steady_epochs, steady_seconds
+from benchmarks.harness import read_events
+from benchmarks.overhead import predictor, steady_epochs, steady_seconds
 from benchmarks.step import BATCH, WORK, naive_step, our_step
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
@@ -35,7 +35,7 @@ def test_both_sides_end_with_the_same_weights(stage) -> None:
     ours, naive = small_model().to(memory_format=torch.channels_last), small_model()
     before, steps = naive.state_dict(), (our_step(ours, stage), naive_step(naive, stage))
     before = {name: value.clone() for name, value in before.items()}
-    # Some 5 images choose each resolution: a lone one would differ by design, as batch norm has no statistics for it.
+    # About 5 images choose each resolution: a single image would differ, because batch norm has no statistics for it.
     wanted_NR = nn.functional.one_hot(torch.arange(16) % 3, 3)
     for scale in (3.0, 4.0):
         batch = batch_of(16)
@@ -57,8 +57,8 @@ def test_the_joint_stage_is_routed_as_stated(shares: list[int]) -> None:
         assert count == pytest.approx(BATCH * share / sum(shares), abs=1)
 
 
-def test_memory_is_what_a_step_takes_at_most_beyond_the_model() -> None:
-    sizes = iter([100, 100, 60])  # all above 32 MB, up to which glibc may take what an earlier test has left
+def test_memory_is_the_peak_of_a_step_beyond_the_model() -> None:
+    sizes = iter([100, 100, 60])  # all above 32 MB: below it glibc may reuse memory of an earlier test
 
     def step(_: object) -> None:
         torch.ones(next(sizes) * 2**18)
@@ -72,9 +72,7 @@ def test_memory_is_what_a_step_takes_at_most_beyond_the_model() -> None:
 
 
 @pytest.mark.parametrize("logits", ["table", "live"])
-def test_the_predictor_stage_is_measured_in_epochs_of_the_loop(
-    logits, glyphs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_predictor_stage_is_measured_in_whole_epochs(logits, glyphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.overhead.SECONDS", 1e-9)
     once, *values = (next(side) for side in [predictor("glyphs", str(glyphs), logits, 1)] for _ in range(3))
     assert (once > 0) == (logits == "table")
@@ -88,11 +86,11 @@ def test_the_loop_runs_under_torchrun(glyphs: Path, tmp_path: Path) -> None:
     command = [*launcher, "-m", "benchmarks.overhead", "glyphs", str(tmp_path), *changed]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in (tmp_path / EVENTS).read_text().splitlines()]
+    events = read_events(tmp_path)
     assert [(event["stage"], event["epoch"]) for event in events] == [
         (name, epoch) for name, epochs in stages.items() for epoch in range(epochs)
     ]
-    assert {event["steps"] for event in events} == {2}, "70 images in batches of 64, over both ranks"
+    assert {event["steps"] for event in events} == {2}, "70 images in batches of 64 on both ranks"
     assert [stage for stage, _ in steady_epochs(tmp_path)] == ["backbone", "predictor"]
     assert (
         steady_seconds(tmp_path)
