@@ -16,13 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.harness import ROOT
 from benchmarks.overhead import opened_run
 from pipeline.config.load import load_config
 from pipeline.evaluation.predictions import collect_predictions
-from pipeline.evaluation.report import build_report
+from pipeline.evaluation.report import Evaluation, build_report
 from pipeline.evaluation.seeds import seeds_markdown, summarize_seeds
 from pipeline.training.loop import train
 
@@ -35,9 +36,9 @@ def train_and_report(config: str, folder: Path, device: str, changed: list[str])
         train(run)
         predictions = collect_predictions(run.model, run.validation.epoch(0))
         about = {"dataset": run.manifest.dataset}
-        return build_report(
-            predictions, run.costs, classes=run.manifest.classes, attributes={}, name=run.config.name, context=about
-        )
+        evaluation = Evaluation(predictions, run.costs, predictions.indices_N.astype(np.uint64))
+        name, classes = run.config.name, run.manifest.classes
+        return build_report(evaluation, classes=classes, attributes={}, name=name, context=about)
 
 
 def main() -> None:

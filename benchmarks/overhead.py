@@ -25,6 +25,7 @@ from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
+from pipeline.models.drnet import DRNet
 from pipeline.training import distributed
 from pipeline.training.assembly import build_model, equip_for_training, open_loaders
 from pipeline.training.checkpoint import TrainingState
@@ -182,6 +183,9 @@ class FileReporter:
                 file.write(json.dumps({**vars(progress), "values": dict(values)}) + "\n")
 
     def message(self, text: str) -> None:
+        pass
+
+    def keep(self, name: str, model: DRNet) -> None:
         pass
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What every job shares: `--config`, dotted overrides, `--help` with every field, errors without a traceback."""
+"""Provides what all jobs share: `--config`, overrides, `--help` with every field, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
-    """A parser with `--config` and overrides; `summary` is the job module's docstring."""
+    """Build a parser with `--config` and overrides; `summary` is the job module's docstring."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}",
         description=textwrap.dedent(summary or "").strip(),
@@ -33,12 +33,12 @@ def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
 
 
 def parsed_config(args: argparse.Namespace) -> Config:
-    """The configuration that the arguments of a `job_parser` name."""
+    """Read the configuration that the arguments of a `job_parser` name."""
     return load_config(args.config, args.overrides)
 
 
 def job_config(args: argparse.Namespace, *, preparing: bool = False) -> Config:
-    """`parsed_config` for a job that reads and writes files: as a Ray job, none that are lost or were not sent."""
+    """Read the configuration for a job that uses files; in a Ray job, refuse paths that are lost or were not sent."""
     config, package = parsed_config(args), job_package(Path.cwd())
     problems = list(package_problems(config, package, preparing=preparing)) if package else []
     if problems:
@@ -47,7 +47,7 @@ def job_config(args: argparse.Namespace, *, preparing: bool = False) -> Config:
 
 
 def field_reference() -> str:
-    """Every field of the configuration with type, default, meaning and unit."""
+    """List every field of the configuration with type, default, meaning and unit."""
     lines = ["configuration fields (key, type, default, meaning):"]
     for key, kind, default, meaning in describe_fields():
         lines.append(
@@ -58,7 +58,7 @@ def field_reference() -> str:
 
 
 def reference_page() -> str:
-    """docs/configuration.md: every field in a table for each section."""
+    """Return docs/configuration.md, with a table of fields for each section."""
     lines = [
         "# Configuration",
         "",
@@ -66,7 +66,7 @@ def reference_page() -> str:
         "`key.path=value`, where the value is YAML: `stages.joint.epochs=20`, `model.resolutions=[224,192,160]`.",
         "Unknown keys are refused. FLOPs are multiply-adds; a GFLOP is 1e9 of them.",
         "",
-        "This page is written by `make docs`.",
+        "`make docs` writes this page.",
     ]
     section = None
     for key, kind, default, meaning in describe_fields():
@@ -74,16 +74,16 @@ def reference_page() -> str:
         if parent != section:
             section = parent
             lines += ["", f"## {parent or 'The run'}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
-        cells = (f"`{name}`", kind, default, meaning)
+        cells = (f"`{name}`", kind, default, " ".join(meaning.split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main; what a user can mend ends it with one message and exit code 2, not a traceback."""
+    """Run a job's main. An error that a user can fix ends it with one message and exit code 2, without a traceback."""
     try:
         main()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # for example `| head`
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for the interpreter's own flush at exit
         sys.exit(141)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Which Ray cluster a job runs on, and work in chunks as its tasks."""
+"""Connect a job to its Ray cluster, and run work on it as tasks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from datasets.parallel import CHUNKS_AHEAD
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """The cluster to run on: one that is initialised, the one of RAY_ADDRESS (as in a Ray job), or a new local one.
+    """Connect to the cluster that is initialized, else to the one of RAY_ADDRESS, else start a private local one.
 
-    A cluster that merely runs on this machine is not joined: it may be the private one of another run, and end with it.
+    Ray sets RAY_ADDRESS inside a Ray job. A cluster that only happens to run on this machine is not joined: it may be
+    the private cluster of another run, and would end with it.
     """
     if ray.is_initialized():
         yield
@@ -42,12 +43,11 @@ Result = TypeVar("Result")
 def map_on_cluster(function: Callable[[Work], Result], work: Iterable[Work], /) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item of `work`, in order, each computed by a Ray task of one CPU.
 
-    It connects to the cluster when the first item is asked for. As many tasks as CHUNKS_AHEAD for each CPU that the
-    cluster has at the time are under way or wait to be taken, so memory does not grow with the work. A task whose
-    worker or machine dies is run again, a few times.
+    It connects to the cluster when the first item is requested. At most CHUNKS_AHEAD tasks for each CPU of the cluster
+    are running or waiting, so memory does not grow with the work. Ray retries a task whose worker or machine dies.
 
     Raises:
-        ChildProcessError: the workers of a task died again and again, for instance because memory ran out.
+        ChildProcessError: the workers of a task died repeatedly, for instance because memory ran out.
     """
     with ray_cluster():
         shipped, remaining = ray.put(function), iter(work)
@@ -60,7 +60,7 @@ def map_on_cluster(function: Callable[[Work], Result], work: Iterable[Work], /) 
                     return
                 yield ray.get(pending.popleft())
         except (WorkerCrashedError, ObjectLostError, OutOfMemoryError) as error:
-            raise ChildProcessError(f"a Ray task was lost, and so was every attempt to run it again: {error}") from None
+            raise ChildProcessError(f"A Ray task failed, and so did every retry: {error}") from None
         finally:
             for task in pending:
                 ray.cancel(task)

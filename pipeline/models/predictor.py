@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.backbone import init_convolutions, residual_block, scaled_channels
+from pipeline.models.projection import avoid_unsafe_projections
 
 _CHANNELS = (64, 128, 256, 512)
 MAX_STAGES = len(_CHANNELS)
@@ -124,6 +125,7 @@ def build_predictor(
         *_convolution(3, channels[0], shape.kernel, shape.stem_stride), nn.MaxPool2d(3, stride=2, padding=1)
     )
     body = nn.Sequential(*_body(shape, channels))
+    avoid_unsafe_projections(body)
     return Predictor(stem, body, channels[-1], num_resolutions, dropout)
 
 

@@ -128,7 +128,7 @@ def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
     shutil.rmtree(folder.fill, ignore_errors=True)
     saved = "the part of the logit tables that is written"
     with followed(folder.path):
-        run_group(_fill_worker, settings, config, storage=folder.fill, told=folder.path, saved=saved)
+        run_group(_fill_worker, settings, config, storage=folder.fill, event_folder=folder.path, saved=saved)
     shutil.rmtree(folder.fill, ignore_errors=True)
 
 

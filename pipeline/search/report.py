@@ -1,6 +1,6 @@
 """The report of a search: the front, the paper's four, the finetuned candidates, and which model to deploy.
 
-Rows and differences have the keys of `pipeline.evaluation.report`.
+Rows and differences have the keys of `pipeline.evaluation.comparison`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ import numpy as np
 
 from datasets.files import write_whole
 from pipeline.config.schema import Config
-from pipeline.evaluation.report import (
-    difference_row,
-    mean_costs,
-    oracle_row,
-    result_row,
-    static_rows,
-    to_json,
-)
+from pipeline.evaluation.comparison import difference_row, mean_costs, oracle_row, result_row, static_rows
+from pipeline.evaluation.report import to_json
 from pipeline.evaluation.statistics import CONFIDENCE, accuracy, mean_over_seeds, oracle_choice
 from pipeline.evaluation.style import LIGHT
 from pipeline.evaluation.tables import (
@@ -84,7 +78,7 @@ def build_search_report(
     """Everything in report.json, as plain Python values, from the records of the trials and the backbone's answers.
 
     Accuracies are fractions of 1, differences points, costs GFLOPs (1e9 multiply-adds an image, the predictor
-    included). Keys: `rows` (static resolutions and oracle, see `evaluation.report.table_rows`); `trials` (a row for
+    included). Keys: `rows` (static resolutions and oracle, see `evaluation.comparison.table_rows`); `trials` (a row for
     every record); `front` (keys of the first seed's trials that no other dominates); `compared` (the paper's four and
     the finalists over all their seeds, see `_compared`); `against_paper` (for each of the four, what dominates it);
     `finetuned`; `chosen`; `importance`; `space`; `costs`; `method`; `environment`.

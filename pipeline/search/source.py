@@ -62,16 +62,22 @@ def backbone_path(config: Config) -> Path:
         ValueError: there is no such file.
     """
     named = config.search.backbone
-    path = RunFolder.of(config).model if named is None else Path(named)
-    found = [file for file in (path, path / RunFolder(path).model.name, path / STATE_FILE) if file.is_file()]
+    path = RunFolder.of(config).path if named is None else Path(named)
+    found = [file for file in (path, *_candidates(path)) if file.is_file()]
     if not found:
         hint = (
             "train it first (python -m jobs.train with this configuration), or give search.backbone"
             if named is None
             else f"give the folder of a finished run, a model.pt, a checkpoint's folder, or {REGISTERED}NAME@ALIAS"
         )
-        raise ValueError(f"search.backbone: there is no trained model at {path}; {hint}")
+        place = RunFolder(path).model if named is None else path
+        raise ValueError(f"search.backbone: there is no trained model at {place}; {hint}")
     return found[0]
+
+
+def _candidates(folder: Path) -> tuple[Path, ...]:
+    """Where a folder may hold a backbone. That of the backbone stage comes first: the joint stage adapts it."""
+    return RunFolder(folder).backbone, RunFolder(folder).model, folder / STATE_FILE
 
 
 def load_backbone(path: Path) -> TrainedBackbone:

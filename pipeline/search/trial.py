@@ -322,5 +322,8 @@ class _Reporter:
     def message(self, text: str) -> None:
         self.warnings.append(text)
 
+    def keep(self, name: str, model: DRNet) -> None:
+        pass
+
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
         pass

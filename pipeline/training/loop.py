@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.beton import TRAIN, VALIDATION
-from pipeline.config.schema import PredictorStage, RoutedStage, Stage
+from pipeline.config.schema import BackboneStage, JointStage, PredictorStage, RoutedStage, Stage
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.evaluation.statistics import oracle_choice
 from pipeline.models.cost import Costs
@@ -24,6 +24,8 @@ from pipeline.training.monitoring import DivergenceMonitor, Meter, collapse_warn
 from pipeline.training.objectives import Forward, Objective, StepBatch, build_objective, gumbel_noise, step_seed
 from pipeline.training.optim import MovingAverage, build_optimizer, learning_rate, trained_parameters
 from pipeline.training.run import (
+    AFTER_BACKBONE,
+    BEFORE_JOINT,
     CHECKPOINT,
     COMPILE,
     DATA_WAIT,
@@ -176,6 +178,9 @@ def train(run: Run, state: TrainingState | None = None) -> None:
         if state is None or state.data_epoch < end:
             train_stage(run, name, stage, data_epoch, monitor, state)
             state = None
+        # Also after the stage's last checkpoint: the process may have died before it kept the model.
+        if isinstance(stage, BackboneStage) and (state is None or (state.data_epoch, state.step) == (end, 0)):
+            run.reporter.keep(AFTER_BACKBONE, run.model)
         data_epoch = end
 
 
@@ -200,6 +205,8 @@ def train_stage(
         state = None
     if stage.init_from is not None and state is None:
         run.model.load_state_dict(load_model(stage.init_from).model.state_dict())
+    if isinstance(stage, JointStage) and state is None:
+        run.reporter.keep(BEFORE_JOINT, run.model)
     stage_state = prepare_stage(run, stage, data_epoch, monitor, state, data)
     first, step = (state.data_epoch - data_epoch, state.step) if state else (0, 0)
     for epoch in range(first, stage.epochs):

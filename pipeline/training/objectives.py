@@ -203,10 +203,17 @@ class Forward:
         self.model, self.enabled = model, precision == "bfloat16"
         self.synchronized = has_synchronized_norms(model)
 
-    def backbone(self, images: Mapping[int, Tensor], index: int, *, training: bool) -> Tensor:
-        """Logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}."""
+    def backbone(
+        self, images: Mapping[int, Tensor], index: int, *, training: bool, frozen_statistics: bool = False
+    ) -> Tensor:
+        """Logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}.
+
+        Args:
+            frozen_statistics: batch norm uses its running statistics, and leaves them, in training mode too.
+        """
         side = self.model.resolutions[index]
-        self.model.backbone.train(training and self._has_statistics(images[side]))
+        self.model.backbone.freeze_statistics(frozen_statistics)
+        self.model.backbone.train(training and (frozen_statistics or self._has_statistics(images[side])))
         with torch.autocast(images[side].device.type, torch.bfloat16, enabled=self.enabled):
             return self.model.static_logits(images, index).float()
 
@@ -355,7 +362,15 @@ class JointObjective(RoutedObjective):
     With hard choices the backbone's gradient flows through the chosen resolution only, and the choice's own gradient
     needs just the values of the others. So each image is trained at its chosen resolution in that resolution's
     sub-batch, and evaluated at the others without gradient and with batch-norm statistics untouched.
+
+    The images that choose a resolution are no fair sample. Statistics of theirs make the resolution worse for all other
+    images, and the predictor learns that it is worse. So the running statistics normalize the sub-batch too, and stay
+    (`frozen`) or first take in the whole batch (`all`); `routed` is the paper's way, the sub-batch's own statistics.
     """
+
+    def __init__(self, forward: Forward, stage: JointStage, costs_R: Tensor):
+        super().__init__(forward, stage, costs_R)
+        self.norm_statistics = stage.norm_statistics
 
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
         indices = range(len(self.costs_R))
@@ -365,13 +380,18 @@ class JointObjective(RoutedObjective):
         """Logits (N, K) at one resolution: with gradient for the images that chose it, without for the rest."""
         side = self.forward.model.resolutions[index]
         images = part.images[side]
+        if self.norm_statistics == "all":  # first: the backward pass of what follows reads the statistics again
+            with torch.no_grad():
+                self.forward.backbone({side: images}, index, training=True)
         trained, valued = chosen_N.nonzero().squeeze(1), (~chosen_N).nonzero().squeeze(1)
         logits = []
         if len(valued):  # first, while the running statistics are still those of the step before
             with torch.no_grad():
                 logits.append(self.forward.backbone({side: images[valued]}, index, training=False))
-        if len(trained) or not len(part) or self.forward.synchronized:
-            logits.append(self.forward.backbone({side: images[trained]}, index, training=True))
+        frozen = self.norm_statistics != "routed"
+        if len(trained) or not len(part) or (self.forward.synchronized and not frozen):
+            sub_batch = {side: images[trained]}
+            logits.append(self.forward.backbone(sub_batch, index, training=True, frozen_statistics=frozen))
         return torch.cat(logits)[torch.cat([valued, trained]).argsort()]
 
 

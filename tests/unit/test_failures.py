@@ -1,4 +1,4 @@
-"""What befell workers, in one line, from the errors that Ray has for it."""
+"""pipeline/cluster/group.py: Ray's errors become one line that says which worker failed, and how."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by pe
         (GLOO, "worker 0: lost its connection to another worker"),
     ],
 )
-def test_each_kind_has_words_of_its_own(error: Exception, expected: str) -> None:
+def test_each_kind_of_failure_has_its_own_message(error: Exception, expected: str) -> None:
     assert explain_workers({0: error}).startswith(expected)
     assert "\n" not in explain_workers({0: error})
 
 
-def test_the_worker_that_died_is_named_before_those_that_missed_it() -> None:
-    assert explain_workers({0: GLOO, 1: DEAD, 2: GLOO}).startswith("worker 1 (and 2 with it): its process died")
+def test_the_worker_that_died_is_named_before_those_that_lost_their_connection() -> None:
+    assert explain_workers({0: GLOO, 1: DEAD, 2: GLOO}).startswith("worker 1 (and 2 more): its process died")
 
 
 def test_the_end_names_the_reason_and_what_to_do() -> None:
@@ -53,32 +53,32 @@ def test_the_end_names_the_reason_and_what_to_do() -> None:
     ):
         said = explain_end(error, "small", "the last checkpoint")
         assert expected in said
-        assert "the run small" in said
-        assert said.endswith("the same command goes on from the last checkpoint")
+        assert "The run small ended early." in said
+        assert said.endswith("rerun the same command; it resumes from the last checkpoint.")
 
 
-def test_whoever_follows_a_run_sees_failures_too(tmp_path: Path) -> None:
-    append_event(tmp_path, {"message": "of an earlier sitting"})
+def test_a_followed_run_shows_failures_too(tmp_path: Path) -> None:
+    append_event(tmp_path, {"message": "of an earlier attempt"})
     shown: list[str] = []
     with followed(tmp_path, shown.append):
-        append_event(tmp_path, {"message": "beginning with 2 workers"})
+        append_event(tmp_path, {"message": "starting with 2 workers"})
         FailureReporter(tmp_path).after_exception(None, {1: DEAD})
-    assert shown[0] == "beginning with 2 workers"
+    assert shown[0] == "starting with 2 workers"
     assert shown[1].startswith("worker 1: its process died")
     assert len(shown) == 2
 
 
-def test_whoever_waits_for_nodes_is_told_so(tmp_path: Path) -> None:
+def test_waiting_for_nodes_is_reported_once(tmp_path: Path) -> None:
     error = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
-    teller = WaitReporter(tmp_path)
-    teller.after_controller_state_update(InitializingState(), SchedulingState(ScalingDecision()))
+    reporter = WaitReporter(tmp_path)
+    reporter.after_controller_state_update(InitializingState(), SchedulingState(ScalingDecision()))
     assert not (tmp_path / FAILURES).exists()
-    for _ in range(3):  # every time that Ray Train tries
-        teller.after_controller_state_update(SchedulingState(ScalingDecision()), ReschedulingState(error))
+    for _ in range(3):  # as often as Ray Train retries
+        reporter.after_controller_state_update(SchedulingState(ScalingDecision()), ReschedulingState(error))
     (line,) = (tmp_path / FAILURES).read_text().splitlines()
-    assert "the cluster has no room for 2; waiting for it" in line
+    assert "the cluster has no room for 2; waiting for room" in line
 
 
-def test_a_failure_that_cannot_be_written_is_not_one_more(tmp_path: Path) -> None:
+def test_a_failure_that_cannot_be_written_raises_nothing(tmp_path: Path) -> None:
     FailureReporter(tmp_path / "gone").after_exception(None, {0: DEAD})
     assert not (tmp_path / "gone").exists()

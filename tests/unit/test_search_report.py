@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.report import result_row
+from pipeline.evaluation.comparison import result_row
 from pipeline.evaluation.statistics import Estimate, oracle_choice
 from pipeline.evaluation.style import DARK
 from pipeline.search.figures import draw_search_figures

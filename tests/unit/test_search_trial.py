@@ -12,6 +12,7 @@ import torch
 
 from datasets.beton import TRAIN, VALIDATION, beton_path
 from datasets.loading.decoded import DecodedCrops, Ordered, Reader
+from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, build_configured
 from pipeline.search.source import backbone_path, backbone_problems, load_backbone, model_with_backbone
@@ -184,6 +185,17 @@ def test_a_backbone_comes_from_a_run_a_model_or_a_checkpoint(run: Run, tmp_path:
             assert torch.equal(value, expected), key
         keys = [TableKey.of(one, config, MANIFEST, TRAIN).digest for one in (model, run.model)]
         assert keys[0] == keys[1], "so its table is found"
+
+
+def test_the_backbone_of_a_run_is_the_one_from_before_its_joint_stage(run: Run, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / run.config.name)
+    folder.path.mkdir()
+    cluster = run.config.cluster.model_copy(update={"storage": str(tmp_path)})
+    own = run.config.model_copy(update={"cluster": cluster})
+    named = own.model_copy(update={"search": own.search.model_copy(update={"backbone": str(folder.path)})})
+    for expected in (folder.model, folder.backbone):  # one after the other is written
+        save_trained(run, expected)
+        assert [backbone_path(config) for config in (own, named)] == [expected] * 2
 
 
 def test_every_misfit_of_a_backbone_is_reported(run: Run, tmp_path: Path) -> None:
