@@ -17,6 +17,7 @@ from pipeline.evaluation.statistics import (
     envelope,
     mcnemar_p,
     oracle_choice,
+    paired_difference,
     percentile_interval,
     shares,
 )
