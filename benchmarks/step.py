@@ -66,7 +66,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def _predictor(images: Path | None, runs: int, threads: int, notes: list[str]) -> list[Row]:
-    # bench gpu uses this module on machines that have torch and torchvision only
+    # bench gpu uses this module on machines without the packages that prepare needs
     from benchmarks.photographs import write_photographs
     from datasets.prepare.prepare import prepare
     from datasets.sources.glyphs import GlyphSettings
