@@ -72,7 +72,7 @@ def _recovery(data: Path, storage: Path, name: str) -> float:
         ended.set()
         thread.join()
     events = read_events(storage / name)
-    begun = [event["time"] for event in events if event.get("message", "").startswith(("going on", "beginning"))]
+    begun = [event["time"] for event in events if event.get("message", "").startswith(("resuming", "starting"))]
     return min(moment for moment in begun if moment > killed[0]) - killed[0]
 
 

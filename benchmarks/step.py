@@ -66,7 +66,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def _predictor(images: Path | None, runs: int, threads: int, notes: list[str]) -> list[Row]:
-    # bench gpu uses this module on machines that have torch and torchvision only
+    # bench gpu uses this module on machines without the packages that prepare needs
     from benchmarks.photographs import write_photographs
     from datasets.prepare.prepare import prepare
     from datasets.sources.glyphs import GlyphSettings
@@ -175,7 +175,10 @@ def _backbone_loss(model: DRNet, images: Mapping[int, Tensor], batch: StepBatch)
 def _joint_loss(
     model: DRNet, images: Mapping[int, Tensor], batch: StepBatch, stage: JointStage, costs_R: Tensor
 ) -> Tensor:
-    """The loss with every image at every resolution; unchosen ones use the running statistics of batch norm."""
+    """The loss with every image at every resolution.
+
+    Batch norm uses its running statistics; with `norm_statistics: routed` those of the images that chose a resolution.
+    """
     model.predictor.train()
     perturbed_NR = model.predictor(images[model.predictor_size]).log_softmax(dim=1) + batch.gumbel_NR
     soft_NR = (perturbed_NR / stage.tau).softmax(dim=1)
@@ -186,7 +189,7 @@ def _joint_loss(
         mine, others = (chosen_N == index).nonzero()[:, 0], (chosen_N != index).nonzero()[:, 0]
         parts = []
         for rows, training in ((others, False), (mine, True)):
-            model.backbone.train(training)
+            model.backbone.train(training and stage.norm_statistics == "routed")
             if len(rows):
                 parts.append(model.backbone(images[side][rows], index).float())
         logits.append(torch.cat(parts)[torch.cat([others, mine]).argsort()])

@@ -157,17 +157,17 @@ def describe_search(config: Config) -> str:
         ConfigError: as `search_run`.
     """
     checked = check_search(config)
+    trial = config, checked.space.base, len(checked.manifest.classes), config.search.cpus_per_trial
     with ray_cluster() if os.environ.get("RAY_ADDRESS") else nullcontext():
         if ray.is_initialized():
             check_trials_fit(config)
             needed, resources = trial_resources(config.search), dict(ray.cluster_resources())
             measure = ray.remote(measure_speed).options(num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0))
-            speed = ray.get(measure.remote(config, checked.space.base, len(checked.manifest.classes), 1))
+            speed = ray.get(measure.remote(*trial))
         else:
             needed = {"CPU": float(config.search.cpus_per_trial)}
             resources = {"CPU": float(os.cpu_count() or 1)}
-            threads = config.search.cpus_per_trial
-            speed = measure_speed(config, checked.space.base, len(checked.manifest.classes), threads)
+            speed = measure_speed(*trial)
         at_once = trials_at_once(config.search, resources, needed)
     return "\n".join(_lines(config, checked, speed, search_work(config, checked.manifest), at_once))
 
@@ -175,11 +175,10 @@ def describe_search(config: Config) -> str:
 def _lines(config: Config, checked: Checked, speed: Speed, work: SearchWork, at_once: int) -> Iterator[str]:
     search, space = config.search, checked.space
     yield f"backbone: {checked.backbone.origin}, {config.model.backbone} at {list(config.model.resolutions)} px"
-    yield (
-        f"preset {search.preset}, objective {search.objective}; the paper's four, and:"
-        if space.parameters
-        else (f"preset {search.preset}: the paper's four")
-    )
+    if space.parameters:
+        yield f"preset {search.preset}, objective {search.objective}; the paper's four, and:"
+    else:
+        yield f"preset {search.preset}: the paper's four"
     for key, parameter in space.parameters.items():
         yield f"  {key}: {parameter}"
     if any(key in ARCHITECTURE_KEYS for key in space.parameters):

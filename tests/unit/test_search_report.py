@@ -61,8 +61,12 @@ def report_of(found: list[Record], **changed: Any) -> dict[str, Any]:
     )
 
 
-def test_every_trial_is_in_the_report_with_its_reason() -> None:
-    report = report_of(records())
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return report_of(records())
+
+
+def test_every_trial_is_in_the_report_with_its_reason(report: dict[str, Any]) -> None:
     assert len(report["trials"]) == 26
     bad = {row["outcome"]: row["reason"] for row in report["trials"] if row["outcome"] != "finished"}
     assert bad == {"diverged": "training diverged | at <once>", "collapsed": "all to 48 px"}
@@ -79,8 +83,8 @@ def test_every_trial_is_in_the_report_with_its_reason() -> None:
             )
 
 
-def test_means_and_totals_equal_those_of_the_records() -> None:
-    report, found = report_of(records()), records()
+def test_means_and_totals_equal_those_of_the_records(report: dict[str, Any]) -> None:
+    found = records()
     assert [row["label"] for row in report["compared"] if row["paper"] is None] == ["A"]
     row = next(row for row in report["compared"] if row["label"] == "A")
     mine = [record for record in found if record.candidate == drawn(7)]
@@ -128,16 +132,15 @@ def test_files_are_written_and_figures_can_be_opened(tmp_path: Path) -> None:
     }
 
 
-def test_a_choice_that_a_static_resolution_dominates_is_reported_first() -> None:
-    *_, static, _ = report_of(records())["rows"]
-    worse = {**HEADLINE, "top1": static["top1"] - 0.01, "mean_gflops": static["mean_gflops"]}
-    for headline, static_wins in ((worse, True), (worse | {"top1": 1.0}, False)):
-        tuned = Finetuned(drawn(7), CONFIG, TUNED | {"headline": headline})
-        report = report_of(records(), chosen=tuned, finetuned=[tuned])
-        text = verdict(report)
+def test_a_choice_that_a_static_resolution_dominates_is_reported_first(report: dict[str, Any]) -> None:
+    *_, static, _ = report["rows"]
+    worse = {"top1": static["top1"] - 0.01, "mean_gflops": static["mean_gflops"]}
+    for changed, static_wins in ((worse, True), (worse | {"top1": 1.0}, False)):
+        changed_report = report | {"chosen": report["chosen"] | changed}
+        text = verdict(changed_report)
         assert text.startswith("Static wins: ") is static_wins
         assert "A (" in text
-        assert "- The finetuned model against its own static resolutions: fine\n" in render_search(report, ())
+        assert "- The finetuned model against its own static resolutions: fine\n" in render_search(changed_report, ())
 
 
 def test_a_collapse_is_reported_without_advice_on_single_runs() -> None:
@@ -166,6 +169,5 @@ def test_importance_finds_the_decisive_parameter() -> None:
     assert parameter_importance(records()[:5], SPACE_OF) == [], "too few trials"
 
 
-def test_text_in_a_table_is_escaped_once() -> None:
-    report = report_of(records(), context={"dataset": "a | b"})
-    assert "| data set | a \\| b |" in render_search(report, ())
+def test_text_in_a_table_is_escaped_once(report: dict[str, Any]) -> None:
+    assert "| data set | a \\| b |" in render_search(report | {"dataset": "a | b"}, ())

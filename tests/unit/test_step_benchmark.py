@@ -17,6 +17,7 @@ from benchmarks.overhead import predictor, steady_epochs, steady_seconds
 from benchmarks.step import BATCH, WORK, naive_step, our_step
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
+from pipeline.config.schema import JointStage
 from pipeline.training.checkpoint import TrainingState
 from tests.conftest import ROOT
 from tests.small import batch_of, small_model
@@ -30,7 +31,11 @@ def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", bench_step.STAGES.values(), ids=bench_step.STAGES)
+ROUTED = bench_step.STAGES["joint"].model_copy(update={"norm_statistics": "routed"})
+STAGES = {**bench_step.STAGES, "joint, routed statistics": ROUTED}
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_both_sides_end_with_the_same_weights(stage) -> None:
     ours, naive = small_model().to(memory_format=torch.channels_last), small_model()
     before, steps = naive.state_dict(), (our_step(ours, stage), naive_step(naive, stage))
@@ -46,7 +51,7 @@ def test_both_sides_end_with_the_same_weights(stage) -> None:
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-5, msg=name)
     moved = {name.split(".")[0] for name, value in state.items() if not torch.equal(value, before[name])}
-    assert moved == {"backbone", "predictor"} if stage is bench_step.STAGES["joint"] else {"backbone"}
+    assert moved == {"backbone", "predictor"} if isinstance(stage, JointStage) else {"backbone"}
 
 
 @pytest.mark.parametrize("shares", [work["shares"] for work in WORK.values() if "shares" in work])
