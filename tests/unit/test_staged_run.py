@@ -65,7 +65,7 @@ def test_a_worker_downloads_the_drivers_data_and_refuses_other_data(remote: Path
     lines: list[str] = []
     for _ in range(2):  # the node's second worker finds the data
         assert data_of_node(config.data, manifest.digest, lines.append) == manifest
-    assert lines[0].startswith(f"staging {config.data.folder}: ")
+    assert lines[0].startswith(f"downloading to {config.data.folder}: ")
 
     with pytest.raises(ValueError, match=rf"holds other data \(digest {manifest.digest}\) than the driver's"):
         data_of_node(config.data, "0" * 32, print)
