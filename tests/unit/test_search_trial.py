@@ -208,7 +208,7 @@ def test_a_backbone_that_does_not_fit_is_told_in_every_respect(run: Run, tmp_pat
 
 
 def test_without_a_trained_backbone_it_says_what_to_do(run: Run, tmp_path: Path) -> None:
-    cluster = run.config.cluster.model_copy(update={"storage": str(tmp_path)})
+    cluster = run.config.cluster.model_copy(update={"storage": tmp_path})
     config = run.config.model_copy(update={"cluster": cluster})
     with pytest.raises(ValueError, match=r"no trained model at .*model\.pt; train it first"):
         backbone_path(config)
