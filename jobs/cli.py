@@ -9,9 +9,28 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.config.explain import describe_fields
 from pipeline.config.job_package import job_package, package_problems
-from pipeline.config.load import ConfigError, describe_fields, load_config
+from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import Config
+
+
+_PAGE_START = """\
+# Configuration
+
+A run is one YAML file; `jobs/configs` has complete ones. Change any field on the command line with `key.path=value`:
+`stages.joint.epochs=20`, `model.resolutions=[224,192,160]`.
+
+- Text and paths on the command line are taken literally: `"data.source=/photos/set #2"`. `null` clears an optional
+  field. All other values are YAML.
+- `~` at the start of a path is your home folder. A path is never an address such as `s3://...`. Only `data.uri`,
+  `tracking.uri` and `jobs.prepare --upload` take addresses.
+- Numbers are decimal (`010` is 10, `1e3` is 1000), and dates are text.
+- Unknown keys, and keys that a file gives twice, are refused.
+- FLOPs are multiply-adds; a GFLOP is 1e9 of them.
+
+`make docs` writes this page.
+"""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -28,7 +47,12 @@ def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of one in jobs/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a field of the configuration")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="change a field; text and paths are literal, null clears an optional one, and other values are YAML",
+    )
     return parser
 
 
@@ -59,15 +83,7 @@ def field_reference() -> str:
 
 def reference_page() -> str:
     """Return docs/configuration.md, with a table of fields for each section."""
-    lines = [
-        "# Configuration",
-        "",
-        "A run is one YAML file; `jobs/configs` holds complete ones. Any field can be changed on the command line with",
-        "`key.path=value`, where the value is YAML: `stages.joint.epochs=20`, `model.resolutions=[224,192,160]`.",
-        "Unknown keys are refused. FLOPs are multiply-adds; a GFLOP is 1e9 of them.",
-        "",
-        "`make docs` writes this page.",
-    ]
+    lines = _PAGE_START.splitlines()
     section = None
     for key, kind, default, meaning in describe_fields():
         parent, _, name = key.rpartition(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from datasets.remote import HIDDEN, redacted
 from pipeline.config.schema import REGISTERED, Config
@@ -19,12 +20,17 @@ NOT_IN_PACKAGE = (
     "is not in the package of this Ray job, which leaves out what .gitignore and .rayignore name. Remove it from them, "
     "or give an absolute path that exists on every node"
 )
-_SQLITE = "sqlite:///"
 
 
 def job_package(folder: Path) -> Path | None:
     """Return the unpacked package that contains `folder`, or None."""
     return next((place for place in (folder, *folder.parents) if place.parent.name == UNPACKED_IN), None)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a SQLite address as it is written, absolute or relative; None for another address."""
+    prefix = "sqlite:///"
+    return Path(unquote(uri.removeprefix(prefix).partition("?")[0])) if uri.startswith(prefix) else None
 
 
 def package_problems(config: Config, package: Path, *, preparing: bool = False) -> Iterator[str]:
@@ -35,7 +41,7 @@ def package_problems(config: Config, package: Path, *, preparing: bool = False) 
     """
     kept = [("data.folder", config.data.folder)]
     if not preparing:
-        kept.append(("cluster.storage", Path(config.cluster.storage)))
+        kept.append(("cluster.storage", config.cluster.storage))
     for key, path in kept:
         if _is_in(path, package):
             yield (
@@ -43,7 +49,8 @@ def package_problems(config: Config, package: Path, *, preparing: bool = False) 
                 f"the job ends. Give an absolute path outside it, such as {key}=/shared/{path.name}"
             )
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    if not preparing and uri and uri.startswith(_SQLITE) and _is_in(Path(uri.removeprefix(_SQLITE)), package):
+    store = sqlite_path(uri or "")
+    if not preparing and store and _is_in(store, package):
         yield (
             f"the MLflow store {uri} is in the package of this Ray job, which is deleted when the job ends. Set "
             "tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:////ABSOLUTE/PATH"

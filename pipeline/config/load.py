@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.job_package import NOT_IN_PACKAGE, job_package
+from datasets.remote import redacted
+from pipeline.config.explain import explain, explain_yaml, shown
+from pipeline.config.job_package import NOT_IN_PACKAGE, job_package, sqlite_path
 from pipeline.config.schema import Config, ModelConfig, PredictorStage, RoutedStage, Section
+from pipeline.config.yaml_tree import field_name, field_of, is_optional, is_text, read_yaml, section_of
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]
+CONFIG_FOLDER = PROJECT_FOLDER / "jobs" / "configs"
 
 # Fields that may change when a run resumes: they say where it runs and when it stops, not what it computes.
 FREE_TO_CHANGE = (
@@ -47,7 +49,9 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration and apply `key.path=value` overrides (values are YAML).
+    """Read a configuration and apply `key.path=value` overrides.
+
+    The value of a text or path field is taken as it is; `null` clears an optional one. Other values are YAML.
 
     Args:
         path: a YAML file, or the name of one in jobs/configs without its ending.
@@ -58,12 +62,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = find_config(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"not YAML: {error}"], str(file)) from None
+        tree, problems = read_yaml(file.read_text(encoding="utf-8"), Config)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        problem = f"the file is not UTF-8 text (byte 0x{byte:02x} at position {error.start}). Save it as UTF-8"
+        raise ConfigError([problem], str(file)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([explain_yaml(error)], str(file)) from None
     if not isinstance(tree, dict):
-        raise ConfigError([f"the file holds {type(tree).__name__}, not a mapping of keys to values"], str(file))
-    problems = [problem for override in overrides for problem in _apply(tree, override)]
+        found = "is empty" if tree is None else f"contains {shown(tree)}"
+        raise ConfigError([f"the file {found}. Give keys and values, such as name: my-run"], str(file))
+    for override in overrides:
+        problems += _apply(tree, override)
     return parse_config(tree, source=str(file), problems=problems)
 
 
@@ -73,7 +83,7 @@ def parse_config(tree: dict[str, Any], source: str = "the configuration", proble
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        found.extend(_explain(item) for item in error.errors())
+        found += explain(error)
         raise ConfigError(found, source) from None
     found.extend(_contradictions(config))
     if found:
@@ -83,25 +93,18 @@ def parse_config(tree: dict[str, Any], source: str = "the configuration", proble
 
 def find_config(path: str | Path) -> Path:
     """Return the YAML file that a `--config` value names: a path, or a name in jobs/configs."""
-    for candidate in (Path(path), CONFIG_FOLDER / f"{path}.yaml"):
+    path = Path(path).expanduser()
+    for candidate in (path, CONFIG_FOLDER / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
     names = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
     problems = [f"no such file. Give a path, or one of {', '.join(names)}"]
-    if job_package(Path(path).absolute()):
+    if path.is_dir():
+        inside = path / "config.yaml"
+        problems = [f"this is a folder. Give {inside if inside.is_file() else 'a YAML file'}"]
+    if job_package(path.absolute()):
         problems.append(f"a file {NOT_IN_PACKAGE}")
     raise ConfigError(problems, f"--config {path}")
-
-
-def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, meaning) of every field, for --help and the reference."""
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            yield from describe_fields(inner, f"{prefix}{name}.")
-            continue
-        default = "(required)" if field.is_required() else _plain(field.get_default())
-        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
 
 
 def with_absolute_paths(section: AnySection) -> AnySection:
@@ -160,6 +163,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "data.glyphs.min_height must be smaller than data.glyphs.max_height"
     if config.data.dataset in ("imagefolder", "imagenet100") and config.data.source is None and not config.data.uri:
         yield f"data.source is missing. {config.data.dataset} needs the folder of its images, or data.uri"
+    yield from _place_problems(config)
     shares = config.model.predictor.initial_shares
     if shares is not None and len(shares) != len(resolutions):
         yield (
@@ -185,6 +189,28 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"stages.{name}.num_crops is {stage.num_crops}. Give at most its epochs, {stage.epochs}"
 
 
+def _place_problems(config: Config) -> Iterator[str]:
+    """Yield folders of this project that are inside the folder of the original images."""
+    if config.data.dataset not in ("imagefolder", "imagenet100"):
+        return
+    store = sqlite_path(config.tracking.uri or "")
+    places = {
+        "data.folder": config.data.folder,
+        "cluster.storage": config.cluster.storage,
+        "search.tables": config.search.tables,
+        "search.node_folder": config.search.node_folder,
+        "the folder of tracking.uri": store and (PROJECT_FOLDER / store).parent,
+    }
+    for key in ("source", "validation_source"):
+        source = getattr(config.data, key)
+        for name, place in places.items():
+            if source and place and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(source)):
+                yield (
+                    f"{name}, {place}, is inside data.{key} {source}, so its files could be taken for original images. "
+                    "Give a folder outside it"
+                )
+
+
 def _target_problems(stage: RoutedStage, cost: str) -> Iterator[str]:
     """Yield targets that are in another unit than the run's cost."""
     unit, other = ("gflops", "milliseconds") if cost == "flops" else ("milliseconds", "gflops")
@@ -196,71 +222,27 @@ def _target_problems(stage: RoutedStage, cost: str) -> Iterator[str]:
 def _apply(tree: dict[str, Any], override: str) -> Iterator[str]:
     """Set one `key.path=value` in `tree`, and yield its problems."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        yield f"override {override!r} does not have the form key.path=value"
+    prefix = f"override {redacted(override)!r}"
+    if not equals or not all(key.split(".")) or key != "".join(key.split()):
+        yield f"{prefix} does not have the form key.path=value (without spaces around the =)"
         return
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        yield f"override {override!r}: the value is not YAML"
-        return
-    *parents, last = key.strip().split(".")
-    node = tree
+    annotation, value = field_of(Config, key), text
+    if is_text(annotation):
+        value = None if text == "null" and is_optional(annotation) else text
+    elif annotation is not None:  # an unknown key is reported later, whatever its value
+        try:
+            value, problems = read_yaml(text, annotation)
+        except yaml.YAMLError as error:
+            yield f"{prefix}: {explain_yaml(error)}"
+            return
+        yield from (f"{prefix}: {problem}" for problem in problems)
+    node, section = tree, Config
+    *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(node.get(parent), dict):
             node[parent] = {}
-        node = node[parent]
-    node[last] = value
-
-
-def _explain(item: Any) -> str:
-    """Say one pydantic error for users: what was given and what is allowed."""
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        valid = [name for name, *_ in describe_fields()]
-        sections = sorted({name.rsplit(".", depth)[0] for name in valid for depth in range(1, 1 + name.count("."))})
-        near = difflib.get_close_matches(key, valid + sections, n=3, cutoff=0.5)
-        section = key[: key.rfind(".") + 1]
-        siblings = sorted({name[len(section) :].split(".")[0] for name in valid if name.startswith(section)})
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Allowed keys: {', '.join(siblings)}"
-        return f"{key} is not a known key. {hint}"
-    if item["type"] == "missing":
-        return f"{key} is missing"
-    if item["type"] == "no_target":
-        return f"{key}.alpha_gflops is missing (alpha_milliseconds if cost is milliseconds)"
-    return f"{key} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    """Return the Section class in `annotation`, also when it is optional."""
-    choices = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
-    for choice in (annotation, *choices):
-        if isinstance(choice, type) and issubclass(choice, Section):
-            return choice
-    return None
-
-
-def _type_name(annotation: Any) -> str:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _type_name(args[0])
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join("null" if arg is type(None) else _type_name(arg) for arg in args)
-    if origin is Literal:
-        return " | ".join(_plain(arg) for arg in args)
-    if origin is tuple:
-        return f"list of {_type_name(args[0])}"
-    return getattr(annotation, "__name__", str(annotation)).replace("Path", "path")
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_plain, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        node, section = node[parent], section and section_of(field_of(section, parent))
+    node[field_name(section, last) if section else last] = value
 
 
 def flattened(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

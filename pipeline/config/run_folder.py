@@ -16,7 +16,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
-        return cls(Path(config.cluster.storage).absolute() / config.name)
+        return cls(config.cluster.storage.absolute() / config.name)
 
     @property
     def config(self) -> Path:

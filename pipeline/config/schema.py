@@ -6,10 +6,21 @@ docstrings, so each states meaning and unit.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from datasets.remote import redacted
@@ -17,9 +28,67 @@ from datasets.remote import redacted
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-
 REGISTERED = "models:/"
 """Prefix of a registered model's address."""
+
+
+def local_path(value: Any) -> Any:
+    """Expand `~` in a path, and refuse an address or an empty path."""
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    if not text.strip() or "\0" in text:
+        raise ValueError("give a path; the working folder is '.'")
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
+        hint = f"write {text.removeprefix('file://')!r}" if scheme[1] == "file" else "mount it or copy it to a disk"
+        raise ValueError(
+            f"this field takes a local path, so {hint}. Only data.uri (prepared data), tracking.uri (MLflow) and "
+            "jobs.prepare --upload take an address"
+        )
+    if text.startswith("~"):
+        expanded = os.path.expanduser(text)  # noqa: PTH111  keeps text that is not a path as it is
+        if expanded.startswith("~"):
+            raise ValueError("its home folder is unknown; write the whole path, or './~...' for a file of that name")
+        return expanded
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(local_path)]
+PathOrName = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _matching(pattern: str, allowed: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(allowed)
+        return text
+
+    return AfterValidator(check)
+
+
+RunName = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}",
+        "use at most 200 letters, digits, dots, underscores and hyphens, and start with a letter or digit",
+    ),
+]
+ModelName = Annotated[
+    str,
+    _matching(
+        r"(?=.{1,200}\Z)\w(?:[\w .-]*[\w-])?",
+        "use at most 200 letters, digits, underscores and hyphens, and dots and spaces between them; MLflow refuses / "
+        "and :, and other characters break models:/NAME@ALIAS",
+    ),
+]
+ModelAlias = Annotated[
+    str,
+    _matching(
+        r"(?![vV][0-9]+\Z)(?!(?i:latest)\Z)[A-Za-z0-9_-]{1,200}",
+        "use at most 200 letters, digits, underscores and hyphens; MLflow reserves latest and v1, v2 and so on",
+    ),
+]
 
 
 class Section(BaseModel):
@@ -46,13 +115,13 @@ class GlyphsConfig(Section):
 class DataConfig(Section):
     dataset: Literal["imagenet100", "imagefolder", "elpv", "glyphs"]
     """Name of the data set in datasets/sources/catalog.py."""
-    folder: Path
+    folder: LocalPath
     """Folder of the prepared data: train.beton, validation.beton and manifest.json."""
-    uri: Annotated[str | None, Field(repr=False)] = None
+    uri: Annotated[Text | None, Field(repr=False)] = None
     """Address of prepared data (s3://, gs://, hdfs:// or file://). Each node downloads it to data.folder once."""
-    source: Path | None = None
+    source: LocalPath | None = None
     """Folder of the original images: class folders (imagefolder), or the ILSVRC2012 tree or its tars (imagenet100)."""
-    validation_source: Path | None = None
+    validation_source: LocalPath | None = None
     """Class folders for validation (imagefolder). null uses SOURCE/val or SOURCE/validation, or else a seeded split."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of each class held out for validation when the data set has no validation images."""
@@ -119,11 +188,11 @@ class PredictorConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: str = "resnet50"
+    backbone: Text = "resnet50"
     """small_resnet, or a torchvision classification model with BatchNorm2d."""
     backbone_width: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the channel counts of small_resnet. Other backbones have a fixed width."""
-    weights: str | None = None
+    weights: PathOrName | None = None
     """Initial weights of the backbone: a state-dict file or the name of a torchvision weights enum. null is random."""
     resolutions: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1)] = (224, 168, 112)
     """Candidate resolutions in pixels, largest first."""
@@ -134,7 +203,7 @@ class ModelConfig(Section):
 class Stage(Section):
     epochs: Positive
     """Number of passes over the training images."""
-    init_from: Path | None = None
+    init_from: LocalPath | None = None
     """File model.pt of another run to start this stage from. null starts from the previous stage."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimizer of the stage."""
@@ -277,7 +346,7 @@ class ClusterConfig(Section):
     """Give each worker one GPU. auto is true when the cluster has enough GPUs."""
     cpus_per_worker: Positive | None = None
     """CPUs for each worker. null divides the cluster's CPUs evenly."""
-    storage: str = "runs"
+    storage: LocalPath = Path("runs")
     """Folder that holds the folder of each run, with its checkpoints and report. All nodes must share it."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """How many lost workers are replaced before the run fails. -1 is no limit."""
@@ -289,10 +358,10 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
-    uri: Annotated[str | None, Field(repr=False)] = None
+    uri: Annotated[Text | None, Field(repr=False)] = None
     """Address of the MLflow server or store. null is mlflow.db in the project folder, or in cluster.storage for a Ray
     job. The variable MLFLOW_TRACKING_URI overrides it."""
-    experiment: str = "drnet"
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "drnet"
     """Name of the MLflow experiment."""
     system_metrics: bool = True
     """Record the CPU, memory and GPU use of every node."""
@@ -304,9 +373,9 @@ class TrackingConfig(Section):
 
 
 class RegistryConfig(Section):
-    name: str = "drnet"
+    name: ModelName = "drnet"
     """Name of the registered model."""
-    alias: str = "champion"
+    alias: ModelAlias = "champion"
     """Alias that jobs.register sets."""
 
 
@@ -339,9 +408,9 @@ class SpaceConfig(Section):
 class SearchConfig(Section):
     """Settings of jobs.tune, which trains predictors by stages.predictor and the best of them by stages.joint."""
 
-    backbone: str | None = None
+    backbone: PathOrName | None = None
     """Trained backbone: a run's folder, a model.pt, a checkpoint or models:/NAME@ALIAS. null is this run's model."""
-    tables: Path | None = None
+    tables: LocalPath | None = None
     """Folder of logit tables that were computed earlier for the backbone. null computes them in the search's folder."""
     preset: Literal["paper", "size", "full"] = "size"
     """paper: only the paper's four predictors. size: also other sizes. full: also other alpha, eta, tau and lr."""
@@ -375,7 +444,7 @@ class SearchConfig(Section):
     """How often to retry a trial whose process died."""
     cache_gb: Annotated[float, Field(ge=0)] = 8.0
     """Largest size in GB of predictor inputs that a node decodes once and keeps. Above it, every trial decodes them."""
-    node_folder: Path | None = None
+    node_folder: LocalPath | None = None
     """Folder on each node's own disk for copies of logit tables and for decoded inputs. null is the search's folder."""
 
 
@@ -398,7 +467,7 @@ class PolicyConfig(Section):
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: RunName
     """Name of the run, of its folder in cluster.storage and of its MLflow run."""
     seed: int = 0
     """Seed of the weights, order, augmentation and Gumbel noise."""

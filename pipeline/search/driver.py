@@ -278,7 +278,7 @@ def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
             "name": f"{config.name}-{record.key[:8]}",
             "model": record.candidate.model(config.model),
             "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
-            "cluster": config.cluster.model_copy(update={"storage": str(folder.finetuned)}),
+            "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
             # The search's own store: it may be a file in the storage of the search.
             "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
         }

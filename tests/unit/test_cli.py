@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from jobs.cli import field_reference, job_parser, parsed_config, reference_page, run_job
-from pipeline.config.load import ConfigError, describe_fields
+from pipeline.config.explain import describe_fields
+from pipeline.config.load import ConfigError
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.config.explain import describe_fields
 from pipeline.config.load import (
     CONFIG_FOLDER,
     ConfigError,
-    describe_fields,
     differences,
     find_config,
     flattened,
@@ -162,9 +162,9 @@ def test_every_problem_is_reported_at_once(file):
     for part in (
         "override 'seed' does not have the form key.path=value",
         "training.batchsize is not a known key. Did you mean training.batch_size",
-        "stages.backbone.epochs is 2.5: input should be a valid integer",
-        "stages.backbone.lr is -1: input should be greater than 0",
-        "training.precision is 'float16': input should be 'float32' or 'bfloat16'",
+        "stages.backbone.epochs is 2.5. Give an integer",
+        "stages.backbone.lr is -1. Give more than 0",
+        "training.precision is 'float16'. Give float32 or bfloat16",
         "stages.joint.alpha_gflops is missing",
     ):
         assert part in text
@@ -198,7 +198,7 @@ def test_an_unknown_key_lists_valid_ones(file, override, named):
     [
         ({"model.resolutions": [64, 96]}, "largest first"),
         ({"model.resolutions": [96, 96, 64]}, "largest first"),
-        ({"model.resolutions": []}, "at least 1 item"),
+        ({"model.resolutions": []}, "Give at least 1 value"),
         ({"stages": {}}, "stages is empty"),
         ({"model.resolutions": [64], "stages.joint": {"epochs": 1, "alpha_gflops": 1}}, "nothing to predict"),
         ({"training.batch_size": 255, "cluster.num_workers": 2}, "does not divide evenly"),
@@ -215,11 +215,11 @@ def test_an_unknown_key_lists_valid_ones(file, override, named):
         ),
         ({"stages.backbone.lr": float("inf")}, "stages.backbone.lr is inf"),
         ({"stages.backbone.lr": float("nan")}, "stages.backbone.lr is nan"),
-        ({"cluster.use_gpu": "maybe"}, "cluster.use_gpu is 'maybe'"),
+        ({"cluster.use_gpu": "maybe"}, "cluster.use_gpu is 'maybe'. Give true, false or auto"),
         ({"name": "a/../b"}, "name is 'a/../b'"),
-        ({"name": None}, "name is None"),
-        ({"model.predictor.architecture": 5}, "1, 2, 3 or 4"),
-        ({"training": 5}, "training is 5"),
+        ({"name": None}, "name is null. Give text"),
+        ({"model.predictor.architecture": 5}, "architecture is 5. Give 1, 2, 3 or 4"),
+        ({"training": 5}, "training is 5. Give its keys: batch_size, accumulate,"),
         ({"model.predictor.initial_shares": [1, 1]}, "Give one for each of model.resolutions [224, 168, 112]"),
         ({"model.predictor.initial_shares": [1, 0, 1]}, "model.predictor.initial_shares.1 is 0"),
         ({"model.resolutions": [64], "stages.backbone.distillation": "mean"}, "distillation needs several"),
@@ -249,10 +249,10 @@ def test_a_crop_wider_than_high_is_allowed():
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "the file holds NoneType"),
-        (b"- a\n- b\n", "the file holds list"),
+        (b"", "the file is empty"),
+        (b"- a\n- b\n", "the file contains [a, b]. Give keys and values"),
         (b"name: [1", "not YAML"),
-        (b"\xff\xfe\x00", "not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8 text (byte 0xff at position 0)"),
         (b"name: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -269,9 +269,9 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, named):
     [
         ("seed", "does not have the form"),
         ("=3", "does not have the form"),
-        ("seed=[1", "the value is not YAML"),
-        ("model=", "model is None"),
-        ("training.batch_size.more=3", "training.batch_size is {'more': 3}"),
+        ("seed=[1", "not YAML (line 1, column 3)"),
+        ("model=", "model is null. Give its keys: backbone,"),
+        ("training.batch_size.more=3", "training.batch_size is a section with the keys more. Give an integer"),
     ],
 )
 def test_a_malformed_override_is_refused(file, override, named):

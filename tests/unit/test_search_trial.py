@@ -190,7 +190,7 @@ def test_a_backbone_comes_from_a_run_a_model_or_a_checkpoint(run: Run, tmp_path:
 def test_the_backbone_of_a_run_is_the_one_from_before_its_joint_stage(run: Run, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / run.config.name)
     folder.path.mkdir()
-    cluster = run.config.cluster.model_copy(update={"storage": str(tmp_path)})
+    cluster = run.config.cluster.model_copy(update={"storage": tmp_path})
     own = run.config.model_copy(update={"cluster": cluster})
     named = own.model_copy(update={"search": own.search.model_copy(update={"backbone": str(folder.path)})})
     for expected in (folder.model, folder.backbone):  # one after the other is written
@@ -215,7 +215,7 @@ def test_every_misfit_of_a_backbone_is_reported(run: Run, tmp_path: Path) -> Non
 
 
 def test_without_a_trained_backbone_the_error_says_what_to_do(run: Run, tmp_path: Path) -> None:
-    cluster = run.config.cluster.model_copy(update={"storage": str(tmp_path)})
+    cluster = run.config.cluster.model_copy(update={"storage": tmp_path})
     config = run.config.model_copy(update={"cluster": cluster})
     with pytest.raises(ValueError, match=r"no trained model at .*model\.pt; train it first"):
         backbone_path(config)
