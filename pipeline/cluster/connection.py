@@ -20,7 +20,8 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
 from datasets.parallel import CHUNKS_AHEAD
 
-ADDRESS, TOKEN, TOKEN_PATH, TEMPORARY = "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR"
+ADDRESS, TEMPORARY = "RAY_ADDRESS", "RAY_TMPDIR"
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 """Ray's environment variables"""
 TOKEN_FILE = Path(".ray") / "auth_token"
 """where Ray looks for a token, relative to the home folder"""
@@ -51,7 +52,10 @@ def ray_cluster() -> Iterator[None]:
     address = os.environ.get(ADDRESS)
     if address and address != "local":
         require_head(address)
-        ray.init(**quiet)
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise ConnectionError(f"{ADDRESS} is {address}, but Ray cannot connect: {error}") from error
     else:
         _prepare_local_cluster()
         ray.init(address="local", include_dashboard=False, **quiet)
@@ -69,7 +73,7 @@ def require_head(address: str) -> None:
     Raises:
         ConnectionError: it does not answer, something else does, or it refuses this process's token.
     """
-    if address == "auto":  # Ray looks for a head on this machine, and says at once when there is none
+    if address == "auto":  # Ray looks for a head on this machine, and fails at once without one
         return
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal():
@@ -90,13 +94,14 @@ def require_head(address: str) -> None:
         raise ConnectionError(f"{ADDRESS} is {address}, but no connection is possible ({error}). {advice}") from None
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            sent = [("authorization", f"Bearer {found}")] if (found := _token()) else []
+            token = _token() if os.environ.get(MODE, "").lower() == "token" else None  # as Ray does
+            sent = [("authorization", f"Bearer {token}")] if token else []
             channel.unary_unary(HEAD_METHOD)(b"", timeout=SECONDS_TO_ANSWER, metadata=sent)
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise ConnectionError(
-                    f"{ADDRESS} is {address}, whose head refuses {'this' if found else 'a missing'} token. Set "
-                    f"RAY_AUTH_MODE=token, and put the head's token into ~/{TOKEN_FILE} or {TOKEN}."
+                    f"{ADDRESS} is {address}, whose head {'refuses this token' if token else 'needs a token'}. Set "
+                    f"{MODE}=token, and put the head's token into ~/{TOKEN_FILE} or {TOKEN}."
                 ) from None
             raise ConnectionError(f"{ADDRESS} is {address}, but something else listens there. {advice}") from None
 

@@ -78,6 +78,10 @@ def test_only_the_head_with_this_token_is_accepted(ray_cluster: str, monkeypatch
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     with pytest.raises(ConnectionError, match=f"RAY_ADDRESS is {ray_cluster}, whose head refuses this token"):
         require_head(ray_cluster)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ConnectionError, match="whose head needs a token"):
+        require_head(ray_cluster)
+    monkeypatch.undo()
     (node,) = ray.nodes()
     with pytest.raises(ConnectionError, match="something else listens there"):
         require_head(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")

@@ -78,8 +78,11 @@ def silent_server() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+TOKEN = "a" * 64
+
+
 class Service(grpc.GenericRpcHandler):
-    """A gRPC service with one method."""
+    """A gRPC service with one method, which needs TOKEN."""
 
     def __init__(self, method: str):
         self.method = method
@@ -87,7 +90,12 @@ class Service(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         if handler_call_details.method != self.method:
             return None
-        return grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+        return grpc.unary_unary_rpc_method_handler(self.answer)
+
+    def answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        if ("authorization", f"Bearer {TOKEN}") not in list(context.invocation_metadata()):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "missing or incorrect")
+        return request
 
 
 @pytest.fixture
@@ -111,9 +119,16 @@ def test_a_port_where_something_else_listens_is_refused(
 
 
 @pytest.mark.parametrize("grpc_server", [HEAD_METHOD], indirect=True)
-def test_a_head_that_answers_is_accepted(grpc_server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_is_accepted_with_its_token(grpc_server: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not used within a cluster
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     require_head(f"127.0.0.1:{grpc_server}")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
+    with pytest.raises(ConnectionError, match=f"127.0.0.1:{grpc_server}, whose head refuses this token. Set RAY_AUTH"):
+        require_head(f"127.0.0.1:{grpc_server}")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ConnectionError, match="whose head needs a token"):
+        require_head(f"127.0.0.1:{grpc_server}")
 
 
 def without_home(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
