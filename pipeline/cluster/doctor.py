@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -23,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from datasets.beton import TRAIN, VALIDATION, Manifest, load_manifest, verify_betons
 from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
-from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.connection import ADDRESS, TOKEN, ray_cluster, token_file
 from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
@@ -32,8 +33,6 @@ from pipeline.training.describe import describe
 
 SECONDS_TO_ANSWER = 120.0
 LIBRARIES = ("ray", "torch", "torchvision", "ffcv", "numba", "numpy", "mlflow", "pyarrow", "pydantic", "xxhash")
-TOKEN_FILE = Path(".ray") / "auth_token"
-"""where Ray looks for a token, relative to the home folder"""
 
 
 @dataclass(frozen=True)
@@ -164,9 +163,9 @@ def marked(storage: Path) -> Iterator[Path]:
 
 def token_problems() -> Iterator[str]:
     """Yield a problem if other users can read the file with Ray's token."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
+    path = token_file()
+    if os.environ.get(TOKEN) or path is None:
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / TOKEN_FILE)
     if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         mode = stat.S_IMODE(path.stat().st_mode)
         yield f"other users can read the token in {path} (mode {mode:o}) and run code on the cluster: chmod 600 {path}"
@@ -184,6 +183,7 @@ def _storage_problems(mark: Path, node_id: str) -> Iterator[str]:
     try:
         if (mark / "driver").read_text() == mark.name:
             (mark / node_id).write_text(mark.name)
+            yield from lock_problems(mark / node_id)
             return
         found = "another file is there"
     except OSError as error:
@@ -192,6 +192,18 @@ def _storage_problems(mark: Path, node_id: str) -> Iterator[str]:
         f"cluster.storage {mark.parent} is not the folder that the driver writes to ({found}); mount one file system "
         "there on every node, writable for the user that Ray runs as"
     )
+
+
+def lock_problems(file: Path) -> Iterator[str]:
+    """Yield a problem if a file in a folder of the storage cannot be locked."""
+    try:
+        with file.open("w") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        yield (
+            f"cluster.storage {file.parent.parent} is on a file system without file locks ({error.strerror}), which "
+            "keep a second driver out of a run; mount it with locks (NFS: without `nolock`), or choose another folder"
+        )
 
 
 def _data_digest(request: Request, problems: list[str]) -> str | None:
@@ -275,7 +287,7 @@ def _look(config: Config, data_digest: str | None, found: Diagnosis, *, thorough
                 config.data.folder.absolute(),
                 config.data.uri,
                 tracking_uri=uri if uri.startswith("http") else None,
-                tokens=thorough or bool(os.environ.get("RAY_ADDRESS")),
+                tokens=thorough or bool(os.environ.get(ADDRESS)),
                 thorough=thorough,
             )
             found.nodes, silent = probe_nodes(request)
@@ -406,7 +418,7 @@ def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 
 def cluster_notes() -> Iterator[str]:
     """Yield notes about the security of the cluster."""
-    if os.environ.get("RAY_ADDRESS") and os.environ.get("RAY_AUTH_MODE") != "token":
+    if os.environ.get(ADDRESS) and os.environ.get("RAY_AUTH_MODE") != "token":
         yield (
             "RAY_AUTH_MODE is not token: anyone who reaches the cluster's ports can run code on it; start it with "
             "RAY_AUTH_MODE=token (docs/cluster.md)"

@@ -22,6 +22,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
 from pipeline.cluster.checkpoints import DamagedCheckpointError
+from pipeline.cluster.crashes import crash_traced, explain_death, trace_file
 from pipeline.cluster.preflight import worker_resources
 from pipeline.cluster.progress import FAILURES, append_event
 from pipeline.cluster.stopping import StoppedError, restored
@@ -43,7 +44,7 @@ class FailureReporter(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         with suppress(OSError):  # the disk may be the cause, and an error here would fail the controller
-            append_event(self.run_folder, {"message": explain_workers(worker_exceptions)}, FAILURES)
+            append_event(self.run_folder, {"message": explain_workers(worker_exceptions, self.run_folder)}, FAILURES)
 
 
 class WaitReporter(ControllerCallback):
@@ -63,7 +64,7 @@ class WaitReporter(ControllerCallback):
                 append_event(self.run_folder, {"message": f"the workers have not started yet: {said}"}, FAILURES)
 
 
-def explain_workers(failures: Mapping[int, Exception]) -> str:
+def explain_workers(failures: Mapping[int, Exception], event_folder: Path) -> str:
     """Say in one line which worker failed, and how. Workers that lost their connection to it come last."""
 
     def secondary(rank: int) -> tuple[bool, int]:
@@ -71,13 +72,13 @@ def explain_workers(failures: Mapping[int, Exception]) -> str:
 
     rank = min(failures, key=secondary)
     others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-    return f"worker {rank}{others}: {_explained(failures[rank])}"
+    return f"worker {rank}{others}: {_explained(failures[rank], trace_file(event_folder, rank))}"
 
 
-def explain_end(error: TrainingFailedError | RayActorError, run: str, saved: str) -> str:
+def explain_end(error: TrainingFailedError | RayActorError, run: str, event_folder: Path, saved: str) -> str:
     """Say why Ray Train gave up, and what to do; the same command resumes from `saved`."""
     if isinstance(error, WorkerGroupError):
-        said = explain_workers(error.worker_failures)
+        said = explain_workers(error.worker_failures, event_folder)
     elif isinstance(error, ControllerError):
         said = f"Ray Train's controller: {_one_line(error.controller_failure)}"
     else:
@@ -88,19 +89,20 @@ def explain_end(error: TrainingFailedError | RayActorError, run: str, saved: str
     )
 
 
-def _explained(error: BaseException) -> str:
+def _explained(error: BaseException, trace: Path | None = None) -> str:
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return "no answer for cluster.hang_seconds, so it is considered lost"
     if isinstance(error, WorkerGroupStartupTimeoutError):
         return f"the cluster has no room for {error.num_workers}; waiting for room (`ray status` shows what is free)"
     if isinstance(error, WorkerHealthCheckFailedError):
-        return _explained(error.health_check_failure)
+        return _explained(error.health_check_failure, trace)
     if isinstance(error, RayActorError):
         said = str(error)
         if "node" in said and "died" in said and "its node" in said:
             return "its node died"
-        killed = "its process died" if isinstance(error, ActorDiedError) else "its process cannot be reached"
-        return f"{killed} (killed, out of memory, or a crash: see Ray's logs)"
+        if isinstance(error, ActorDiedError):
+            return explain_death(trace)
+        return "its process cannot be reached (its node or network is down, or it is overloaded)"
     if any(sign in str(error) for sign in _OF_OTHERS):
         return f"lost its connection to another worker ({_one_line(error)})"
     return f"{type(error).__name__}: {_one_line(error)}"
@@ -148,7 +150,7 @@ def run_group(
     cluster = config.cluster
     elastic = cluster.min_workers not in (None, cluster.num_workers)
     trainer = TorchTrainer(
-        partial(_returning_final_errors, work),
+        partial(_run_worker, work, event_folder),
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,
@@ -168,7 +170,7 @@ def run_group(
     except SystemExit:  # by SIGINT, which Ray Train handles, or by a handler of SIGTERM
         raise KeyboardInterrupt(f"interrupted; the same command resumes from {saved}") from None
     except (TrainingFailedError, RayActorError) as error:
-        raise ChildProcessError(explain_end(error, config.name, saved)) from error
+        raise ChildProcessError(explain_end(error, config.name, event_folder, saved)) from error
     match result.return_value:
         case StoppedError() as stopped:
             raise KeyboardInterrupt(str(stopped))
@@ -177,10 +179,11 @@ def run_group(
     return result
 
 
-def _returning_final_errors(work: Callable[[Settings], None], settings: Settings) -> Exception | None:
+def _run_worker(work: Callable[[Settings], None], event_folder: Path, settings: Settings) -> Exception | None:
     """Return final errors instead of raising them: Ray Train would count them as failures and retry."""
     try:
-        work(settings)
+        with crash_traced(event_folder, ray.train.get_context().get_world_rank()):
+            work(settings)
     except FINAL_ERRORS as error:
         return error
     return None

@@ -14,6 +14,7 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import build_drnet
+from pipeline.tracking.store import sqlite_file, tracking_uri
 from pipeline.training.checkpoint import load_model
 from pipeline.training.run import alpha_problems
 
@@ -43,6 +44,7 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
     except ValueError as error:
         problems.append(f"model: {error}")
     problems.extend(_start_problems(config, manifest))
+    problems.extend(_store_problems(config))
     if capacity and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
         gpus = config.cluster.num_workers  # unknown until Ray starts on this machine, which then checks them
         problems.extend(capacity_problems(config, [Capacity(os.cpu_count() or 1, gpus)]))
@@ -69,6 +71,20 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
             yield f"stages.{name}.init_from {stage.init_from} has model.{key} {theirs[key]}, this run {ours[key]}"
         if manifest and list(found.classes) != list(manifest.classes):
             yield f"stages.{name}.init_from {stage.init_from} has other classes than the data in {config.data.folder}"
+
+
+def _store_problems(config: Config) -> Iterator[str]:
+    """Yield a problem if MLflow's SQLite file cannot be written, which MLflow would retry for minutes."""
+    file = sqlite_file(tracking_uri(config))
+    if file is None:
+        return
+    folder = next(path for path in file.parents if path.exists())
+    denied = [path for path in (file, folder) if path.exists() and not os.access(path, os.W_OK)]
+    if denied:
+        yield (
+            f"MLflow's store {file} cannot be written: this user may not write to {denied[0]}. Set tracking.uri or "
+            "MLFLOW_TRACKING_URI to sqlite:////WRITABLE/FOLDER/mlflow.db or http://HOST:PORT"
+        )
 
 
 def worker_resources(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,15 +33,25 @@ def append_event(run_folder: Path, event: Mapping[str, Any], file_name: str = FI
         file.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
+def show_line(text: str) -> None:
+    """Print a line; what the terminal cannot show, such as a file name that is not UTF-8, appears as an escape."""
+    print(printable(text, sys.stdout.encoding or "utf-8"), flush=True)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Escape with backslashes what an encoding cannot represent."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def event_writer(folder: Path | None) -> Callable[[str], None]:
     """Return a function that appends lines to a run folder's progress; for None it prints them on this worker."""
     if folder is None:
-        return print
+        return show_line
     return lambda line: append_event(folder, {"message": line})
 
 
 @contextmanager
-def followed(run_folder: Path, show: Callable[[str], None] = print) -> Iterator[None]:
+def followed(run_folder: Path, show: Callable[[str], None] = show_line) -> Iterator[None]:
     """Print the run's new events while the body runs."""
     paths = [run_folder / FILE_NAME, run_folder / FAILURES]
     positions = {path: path.stat().st_size if path.exists() else 0 for path in paths}
@@ -192,12 +203,19 @@ class Labels(logging.Filter):
         return True
 
 
+class PrintableFormatter(logging.Formatter):
+    """Formats log lines so that every stream can print them (see `printable`)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), sys.stderr.encoding or "utf-8")
+
+
 @contextmanager
 def labeled_logs(run: str, rank: int) -> Iterator[Labels]:
     """Send this project's log lines, labeled, to standard error, which Ray keeps in a file for each worker."""
     labels, handler = Labels(run, rank), logging.StreamHandler()
     handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s run=%(run)s stage=%(stage)s rank=%(rank)s %(name)s: %(message)s")
+        PrintableFormatter("%(asctime)s %(levelname)s run=%(run)s stage=%(stage)s rank=%(rank)s %(name)s: %(message)s")
     )
     handler.addFilter(labels)
     loggers = [logging.getLogger(name) for name in LOGGERS]

@@ -36,8 +36,11 @@ def test_workers_killed_in_every_stage_do_not_change_the_result(undisturbed: Con
     acts = {
         "worker killed (SIGKILL) in the backbone stage": (in_stage(run, "backbone"), signal_worker(0)),
         "worker killed while the logit table is computed": (reported(run, "logit table"), signal_worker(1)),
-        "worker killed in the predictor stage": (in_stage(run, "predictor"), signal_worker(1)),
-        "worker killed in the joint stage": (in_stage(run, "joint"), signal_worker(0)),
+        "worker crashes (SIGSEGV) in the predictor stage": (
+            in_stage(run, "predictor"),
+            signal_worker(1, signal.SIGSEGV),
+        ),
+        "worker crashes (SIGBUS) in the joint stage": (in_stage(run, "joint"), signal_worker(0, signal.SIGBUS)),
     }
     # It is "ignore" in a process that a shell started in the background.
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -48,7 +51,8 @@ def test_workers_killed_in_every_stage_do_not_change_the_result(undisturbed: Con
     losses, seen = saboteur.losses(), failures(run)
     assert len(losses) == len(acts)
     assert len(seen) == len(acts), "each was reported once"
-    assert all("worker" in line for line in seen)
+    for name, line in zip(("SIGKILL", "SIGKILL", "SIGSEGV", "SIGBUS"), seen, strict=True):
+        assert f"of {name}" in line or f"by {name}" in line
     for fault, (seconds, steps, name), line in zip(acts, losses, seen, strict=True):
         record(Row(fault, f"`{line}`, then `resuming from {name}`", "same result", seconds, steps))
 

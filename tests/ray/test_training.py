@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from datasets.beton import load_manifest, verify_betons
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
+from pipeline.cluster.connection import require_head
 from pipeline.cluster.driver import evaluate_run, train_run
 from pipeline.config.load import ConfigError, parse_config
 from pipeline.config.run_folder import RunFolder
@@ -86,6 +88,20 @@ def test_a_run_leaves_a_model_a_report_and_all_predictions(undisturbed: Config) 
     assert backbone_path(undisturbed) == folder.backbone
     epochs = [json.loads(line) for line in (folder.path / "progress.jsonl").read_text().splitlines()]
     assert [event["stage"] for event in epochs if "values" in event] == ["backbone"] * 6 + ["predictor", "joint"]
+
+
+def test_only_the_head_with_this_token_is_accepted(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_head(ray_cluster)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(ConnectionError, match=f"RAY_ADDRESS is {ray_cluster}, whose head refuses this token"):
+        require_head(ray_cluster)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ConnectionError, match="whose head needs a token"):
+        require_head(ray_cluster)
+    monkeypatch.undo()
+    (node,) = ray.nodes()
+    with pytest.raises(ConnectionError, match="something else listens there"):
+        require_head(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
 
 
 def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(undisturbed: Config, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +200,15 @@ def test_a_node_answers_about_its_folders(tmp_path: Path, data: Path, manifest: 
 def test_a_node_with_another_storage_says_so(tmp_path: Path, data: Path) -> None:
     [problem] = asked(tmp_path, data, mark=tmp_path / "elsewhere" / ".doctor-1").problems
     assert problem.startswith(f"cluster.storage {tmp_path / 'elsewhere'} is not the folder that the driver writes to")
+
+
+def test_a_storage_without_file_locks_is_reported(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:  # as some NFS and FUSE mounts do
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    [problem] = asked(tmp_path, data).problems
+    assert problem.startswith(f"cluster.storage {tmp_path / 'runs'} is on a file system without file locks (No locks")
 
 
 def test_a_node_without_data_reports_it_unless_the_data_has_an_address(tmp_path: Path) -> None:
