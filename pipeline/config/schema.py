@@ -197,16 +197,25 @@ class RoutedStage(Stage):
 
     @model_validator(mode="after")
     def _has_a_target(self) -> Self:
-        if self.alpha_gflops is None and self.alpha_milliseconds is None:
+        if self.needs_target and self.target is None:
             raise PydanticCustomError("no_target", "")
         return self
 
     @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return True
+
+    @property
+    def target(self) -> float | None:
+        """The target in the run's unit of cost, where there is one."""
+        return self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
+
+    @property
     def alpha(self) -> float:
-        """The target in the run's unit of cost."""
-        alpha = self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
-        assert alpha is not None
-        return alpha
+        """The target of a stage that has one."""
+        assert self.target is not None
+        return self.target
 
     @property
     def alpha_start(self) -> float | None:
@@ -217,10 +226,18 @@ class RoutedStage(Stage):
 class PredictorStage(RoutedStage):
     """The predictor alone; the backbone is frozen."""
 
+    objective: Literal["gumbel", "correctness"] = "gumbel"
+    """gumbel: choices with Gumbel noise, as the paper trains; correctness: how probably each resolution is right, from
+    which a budget chooses afterwards: alpha is optional, eta and tau are not used, and no stages.joint may follow"""
     logits: Literal["table", "live"] = "table"
     """table: the frozen backbone's logits are computed once and kept as float16; live: it runs in every step"""
     num_crops: Positive | None = Field(None, validation_alias=AliasChoices("num_crops", "views"))
     """random crops of each image, which the epochs take in turn, so that a table costs less; null is one every epoch"""
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return self.objective == "gumbel"
 
 
 class JointStage(RoutedStage):
