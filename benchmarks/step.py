@@ -25,7 +25,10 @@ from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.optim import build_optimizer, trained_parameters
 
 BATCH = 32
-STAGES = {"backbone": BackboneStage(epochs=1), "joint": JointStage(epochs=1, alpha_gflops=1.0, norm_statistics="routed")}
+STAGES = {
+    "backbone": BackboneStage(epochs=1),
+    "joint": JointStage(epochs=1, alpha_gflops=1.0, norm_statistics="routed"),
+}
 WORK: Mapping[str, Mapping[str, Any]] = {
     "backbone stage": {"stage": "backbone"},
     "joint stage, a third each": {"stage": "joint", "shares": [1, 1, 1]},

@@ -14,7 +14,6 @@ from pipeline.config.job_package import job_package, package_problems
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import Config
 
-
 _PAGE_START = """\
 # Configuration
 

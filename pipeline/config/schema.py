@@ -266,16 +266,25 @@ class RoutedStage(Stage):
 
     @model_validator(mode="after")
     def _has_a_target(self) -> Self:
-        if self.alpha_gflops is None and self.alpha_milliseconds is None:
+        if self.needs_target and self.target is None:
             raise PydanticCustomError("no_target", "")
         return self
 
     @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return True
+
+    @property
+    def target(self) -> float | None:
+        """The target in the run's unit of cost, where there is one."""
+        return self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
+
+    @property
     def alpha(self) -> float:
-        """The target in the run's unit of cost."""
-        alpha = self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
-        assert alpha is not None
-        return alpha
+        """The target of a stage that has one."""
+        assert self.target is not None
+        return self.target
 
     @property
     def alpha_start(self) -> float | None:
@@ -286,10 +295,18 @@ class RoutedStage(Stage):
 class PredictorStage(RoutedStage):
     """Trains the predictor alone; the backbone is frozen."""
 
+    objective: Literal["gumbel", "correctness"] = "gumbel"
+    """gumbel: choices with Gumbel noise, as the paper trains; correctness: how probably each resolution is right, from
+    which a budget chooses afterwards: alpha is optional, eta and tau are not used, and no stages.joint may follow"""
     logits: Literal["table", "live"] = "table"
     """table: compute the frozen backbone's logits once and keep them as float16. live: run it in every step."""
     num_crops: Positive | None = Field(None, validation_alias=AliasChoices("num_crops", "views"))
     """Number of random crops of each image, used by the epochs in turn; fewer make a smaller table. null is epochs."""
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return self.objective == "gumbel"
 
 
 class JointStage(RoutedStage):
@@ -450,20 +467,20 @@ class SearchConfig(Section):
 
 class PolicyConfig(Section):
     max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] | None = 1.0
-    """how many points of accuracy the chosen policy may lose against the best static resolution, by a one-sided 95 %
-    bound; the cheapest policy that keeps to it is chosen; null sets no limit"""
+    """Largest loss of accuracy against the best static resolution, in points, by a one-sided 95 % bound. The cheapest
+    policy within it is chosen. null sets no limit."""
     budget_gflops: Annotated[float, Field(gt=0)] | None = None
-    """highest mean cost of an image, GFLOPs, where cost is flops; null sets no limit"""
+    """Highest mean cost of an image in GFLOPs, for cost=flops. null sets no limit."""
     budget_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """highest mean cost of an image, milliseconds, where cost is milliseconds; null sets no limit"""
+    """Highest mean cost of an image in milliseconds, for cost=milliseconds. null sets no limit."""
     select_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """share of the validation images that policies are fitted and chosen on; results are stated on the others"""
+    """Share of the validation images that policies are fitted and chosen on. The report is about the others."""
     cross_fit_below: Annotated[int, Field(ge=0)] = 1000
-    """with fewer validation images than this, policies are fitted on folds and stated on the fold left out"""
+    """With fewer validation images than this, each fold's policies are fitted on the other folds."""
     folds: Annotated[int, Field(ge=2)] = 5
-    """number of these folds"""
+    """Number of folds."""
     select_by: Literal["accuracy", "balanced_accuracy"] = "accuracy"
-    """what policies are chosen by; balanced_accuracy is the mean over the classes"""
+    """What policies are chosen by. balanced_accuracy is the mean over the classes."""
 
 
 class Config(Section):

@@ -59,21 +59,38 @@ def budget_curve(
 
 
 def fit_bias(predictor_logits_NR: np.ndarray, costs: Costs, target: float) -> float:
-    """The budget_bias with the highest mean cost that is not above `target`, or with the lowest there is. Exact.
+    """The budget_bias with the highest mean cost that is not above `target`, or with the lowest there is.
+
+    Exact, also where the bias is added in float32: biases whose neighbours that cannot tell apart are left out.
 
     Args:
         target: of the backbone alone, in `costs.unit`.
     """
-    start_N, bias_E, _, before_E, after_E = _switches(
-        predictor_logits_NR.astype(np.float64), np.asarray(costs.backbone_gflops)
-    )
+    gflops_R = np.asarray(costs.backbone_gflops)
+    start_N, bias_E, _, before_E, after_E = _switches(predictor_logits_NR.astype(np.float64), gflops_R)
     order_E, R = np.argsort(bias_E, kind="stable"), len(costs.resolutions)
     counts_SR = _counts(start_N, before_E[order_E], after_E[order_E], R)
     reachable_T, bias_T = _states(bias_E[order_E])
     cost_T = counts_SR[reachable_T] @ np.asarray(costs.backbone) / len(start_N)
-    within_T = cost_T <= target * (1 + 1e-9)
-    state = np.where(within_T, cost_T, -np.inf).argmax() if within_T.any() else cost_T.argmin()
-    return float(bias_T[state] * np.ptp(costs.backbone_gflops))
+    usable_T = _survives_float32(predictor_logits_NR, bias_E, bias_T, gflops_R)
+    within_T = usable_T & (cost_T <= target * (1 + 1e-9))
+    if within_T.any():
+        state = np.where(within_T, cost_T, -np.inf).argmax()
+    else:
+        state = np.where(usable_T, cost_T, np.inf).argmin()
+    return float(bias_T[state] * np.ptp(gflops_R))
+
+
+def _survives_float32(
+    logits_NR: np.ndarray, bias_E: np.ndarray, bias_T: np.ndarray, gflops_R: np.ndarray
+) -> np.ndarray:
+    """(T,): whether a state between two switches is wide enough for its bias to be rounded to float32."""
+    steps = np.diff(np.unique(gflops_R))
+    if len(steps) == 0:
+        return np.ones(len(bias_T), bool)
+    width_T = np.concatenate([[np.inf], np.diff(np.unique(bias_E)), [np.inf]])[: len(bias_T)]
+    largest_T = np.abs(logits_NR).max() + np.abs(bias_T) * np.ptp(gflops_R)
+    return (width_T * steps.min() > 4 * np.finfo(np.float32).eps * largest_T) | (bias_T == 0)
 
 
 def _counts(start_N: np.ndarray, before_E: np.ndarray, after_E: np.ndarray, R: int) -> np.ndarray:

@@ -88,6 +88,8 @@ def _stage_problems(config: Config) -> Iterator[str]:
         yield "stages.predictor is missing; it says how the candidates are trained; add it"
     elif (stage := trial_stage(config)).warmup_epochs >= stage.epochs:
         yield f"search.epochs {stage.epochs} must be more than stages.predictor.warmup_epochs {stage.warmup_epochs:g}"
+    elif stage.target is None:
+        yield "stages.predictor.alpha_gflops is missing; the candidates are compared at it; set it"
     if config.stages.joint is None and config.search.finetuned:
         yield "stages.joint is missing; it says how the best are finetuned; add it, or set search.finetuned=0"
     if len(config.model.resolutions) == 1:

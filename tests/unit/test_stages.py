@@ -259,8 +259,7 @@ def test_a_step_in_bfloat16_is_that_in_float32_to_its_rounding(stage: BackboneSt
 
 def test_the_backbone_sees_a_slice_at_a_time_and_the_predictor_the_batch() -> None:
     model, seen = small_model(), {"backbone": [], "predictor": []}
-    for name in seen:
-        module = model.get_submodule(name)
+    for name, module in (("backbone", model.backbone), ("predictor", model.predictor.stem)):
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(len(inputs[0])))
     build_objective(model, BackboneStage(epochs=1), COSTS_R)(dataclasses.replace(batch_of(16), num_slices=5))
     assert seen == {"backbone": [3] * 12 + [4] * 3, "predictor": []}
