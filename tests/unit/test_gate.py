@@ -76,8 +76,8 @@ def test_the_difference_is_paired():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (replace(CHAMPION, data_digest="d2"), r"other data \(digest d1 and d2\)"),
-        (replace(CHAMPION, indices_N=np.arange(5000) + 1), "other images of the same data"),
+        (replace(CHAMPION, data_digest="d2"), r"different data \(digests d1 and d2\)"),
+        (replace(CHAMPION, indices_N=np.arange(5000) + 1), "different images of the same data"),
         (answers(4999, range(500)), r"5,000 and 4,999"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_named(tmp_path):
     CHAMPION.save(tmp_path / "answers.npz")
     content = (tmp_path / "answers.npz").read_bytes()
     (tmp_path / "answers.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"answers\.npz does not hold a model's answers"):
+    with pytest.raises(ValueError, match=r"answers\.npz is not a file of model answers"):
         Answers.load(tmp_path / "answers.npz")
 
 
@@ -117,5 +117,5 @@ def test_the_table_shows_both():
     lines = comparison_table(compare_answers(answers(5000, range(530), 0.9), CHAMPION), "new", "old").splitlines()
     assert lines[0].split() == ["old", "new", "difference"]
     assert lines[1].split()[1:6] == ["90.00", "%", "89.40", "%", "-0.60"]
-    assert lines[2].split() == ["right", "alone", "30", "0", "McNemar", "p", "<", "0.001"]
+    assert lines[2].split() == ["only", "it", "correct", "30", "0", "McNemar", "p", "<", "0.001"]
     assert lines[3].split() == ["GFLOPs", "1.00", "0.900", "-10.0", "%"]

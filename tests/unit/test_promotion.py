@@ -204,7 +204,7 @@ def test_the_job_registers_refuses_promotes_and_rolls_back(registry, tmp_path, m
     registry.evaluate(*VERSIONS["2"])
     code, said = job()
     assert code == 0
-    assert "drnet version 2 (was registered already)" in said
+    assert "drnet version 2 (already registered)" in said
     assert "models:/drnet@job stays version 1; --promote compares the two" in said
     code, said = job("--promote")
     assert code == 1
