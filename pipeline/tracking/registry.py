@@ -66,7 +66,7 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
 
     Raises:
         ValueError: the run has not finished, its predictor was never trained, or report and predictions do not match.
-        TrackingError: the server cannot be reached or refuses, or MLflow does not allow the name or the alias.
+        TrackingError: the server cannot be reached or refuses.
     """
     predictions_file = RunFolder(folder).predictions
     files = (model_file, report_file, predictions_file)
@@ -161,11 +161,6 @@ def _refuse_unfit(config: Config, missing: Sequence[Path]) -> None:
         raise ValueError(
             f"the run {config.name} trained no predictor, so its model cannot choose a resolution; "
             "add stages.predictor or stages.joint to a run that starts from it (init_from)"
-        )
-    alias = config.registry.alias
-    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"latest|[vV]\d+", alias):
-        raise TrackingError(
-            f"registry.alias {alias!r} is not allowed; use letters, digits, _ and -, but not `latest`, v1, v2 and so on"
         )
 
 

@@ -14,6 +14,8 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from jobs import register
+from jobs.cli import run_job
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet
 from pipeline.search.source import load_backbone, registered_backbone
@@ -148,10 +150,15 @@ def test_a_run_without_a_trained_predictor_is_refused(finished, tmp_path):
         register_model(config, finished.folder, *finished.files)
 
 
-@pytest.mark.parametrize("alias", ["latest", "v1", "V22", "a b", "", "a/b"])
-def test_an_alias_that_mlflow_refuses_is_refused_first(finished, alias):
-    with pytest.raises(TrackingError, match=r"registry\.alias .* is not allowed"):
-        register_model(with_registry(finished.config, alias=alias), finished.folder, *finished.files)
+@pytest.mark.parametrize(
+    "override", ["registry.alias=latest", "registry.alias=v1", "registry.name=a/b", "registry.name=a:b"]
+)
+def test_a_name_or_alias_that_mlflow_refuses_is_a_configuration_error(override, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["register", "--config", "glyphs", override])
+    with pytest.raises(SystemExit) as ended:
+        run_job(register.main)
+    assert ended.value.code == 2
+    assert override.split("=")[0] in capsys.readouterr().err
 
 
 def test_nothing_is_registered_while_the_server_is_down(finished, monkeypatch):
