@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,7 +35,6 @@ DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", *DATABASES, "http", "https", "databricks")
 CONNECT_SECONDS = 10
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-_SQLITE_HEADER = b"SQLite format 3\0"
 _FORMS = "give http://HOST:PORT, sqlite:///FILE or postgresql://... in tracking.uri or MLFLOW_TRACKING_URI"
 
 
@@ -43,7 +43,7 @@ class TrackingError(ValueError):
 
 
 def tracking_uri(config: Config | None = None) -> str:
-    """Returns the address of the MLflow server or store, which can work as far as one can tell without connecting.
+    """Returns the address of the MLflow server or store, after checks that need no connection.
 
     It is MLFLOW_TRACKING_URI, else tracking.uri, else mlflow.db in the project's folder. For a Ray job, whose project
     folder is deleted when it ends, the default lies in cluster.storage. The path of a relative SQLite file starts at
@@ -97,19 +97,21 @@ def _file_problem(file: Path) -> str | None:
         return f"the path {redacted(ascii(str(file)))} is not UTF-8; choose another folder"
     if file.name in ("", ":memory:") or file == PROJECT_FOLDER:
         return "it names no file, so nothing would be kept; give sqlite:///FILE"
+    if file.is_dir():
+        return f"{file} is a folder; give a file in it, such as {sqlite_address(file / 'mlflow.db')}"
+    if not file.exists():
+        parent = next(folder for folder in file.parents if folder.exists())
+        allowed = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+        return None if allowed else f"{parent} is not a folder that this user may write; choose another file"
+    if not os.access(file, os.R_OK | os.W_OK):
+        return f"this user may not read and write {file}; change its permissions, or choose another file"
     try:
-        if file.is_dir():
-            return f"{file} is a folder; give a file in it, such as {sqlite_address(file / 'mlflow.db')}"
-        if file.exists():
-            with file.open("r+b") as stream:
-                if (start := stream.read(len(_SQLITE_HEADER))) and start != _SQLITE_HEADER:
-                    return f"{file} is not a SQLite database; give another file, which is created"
-        else:
-            parent = next(folder for folder in file.parents if folder.exists())
-            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                return f"{parent} is not a folder that this user may write; choose another file"
-    except OSError as error:
-        return f"{error}; make the file readable and writable for this user, or choose another one"
+        # Not opened as a file: closing it would release the locks of other SQLite connections in this process.
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=0)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return f"{file} cannot be used as a SQLite database ({error}); give another file, which is created"
     return None
 
 
@@ -216,6 +218,8 @@ def server_problem(uri: str) -> str | None:
 
 def explanation(error: Exception, uri: str) -> str:
     """Returns one line: what MLflow reported and what to do about it."""
+    if isinstance(error, TrackingError):
+        return f"{error}."
     said = message_of(error, uri)
     said = re.sub(r'^API request to .*\(Caused by \w+\(["\']?(.*?)["\']?\)\)$', r"\1", said)
     if "Invalid Host header" in said or "status code 403" in said:

@@ -115,7 +115,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path, monkeypatch):
     latin = tmp_path / os.fsdecode(b"b\xff")
     latin.mkdir()
     for path, message in (
-        (tmp_path / "text.db", "is not a SQLite database"),
+        (tmp_path / "text.db", "cannot be used as a SQLite database .*not a database"),
         (tmp_path, "is a folder; give a file in it"),
         (tmp_path / "text.db" / "below.db", "not a folder that this user may write"),
         (latin / "mlflow.db", "is not UTF-8"),
@@ -132,9 +132,10 @@ def test_a_damaged_store_ends_the_start_at_once(tmp_path, tmp_path_factory, monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", fresh_store(tmp_path, tmp_path_factory))
     file = tmp_path / "mlflow.db"
     file.write_bytes(file.read_bytes()[:100] + b"\xff" * 5000)
-    with pytest.raises(TrackingError, match=r"MLflow at sqlite.*(malformed|not a database)"):
-        open_run(make_config(tmp_path), tmp_path / "run", make_manifest())
-    assert "MLflow at sqlite" in str(server_problem(sqlite_address(file)))
+    for read in (tracking_uri, lambda: connect(sqlite_address(file))):
+        with pytest.raises(TrackingError, match=r"malformed|not a database"):
+            read()
+    assert "database" in str(server_problem(sqlite_address(file)))
 
 
 def test_a_database_that_does_not_answer_is_reported_at_once(tmp_path, monkeypatch, caplog):
@@ -148,9 +149,11 @@ def test_a_database_that_does_not_answer_is_reported_at_once(tmp_path, monkeypat
     assert "secret" not in problem + caplog.text
 
 
-def test_a_locked_store_is_not_taken_for_damaged(tmp_path, tmp_path_factory):
+def test_a_locked_store_is_not_taken_for_damaged(tmp_path, tmp_path_factory, monkeypatch):
     uri = f"{fresh_store(tmp_path, tmp_path_factory)}?timeout=0.1"
     with sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None) as holder:
         holder.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert tracking_uri() == uri
         assert "locked" in str(server_problem(uri))
     assert server_problem(uri) is None
