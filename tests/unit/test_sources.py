@@ -182,11 +182,11 @@ def make(root, *files):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["notes.txt"], "holds no class folders"),
-        (["a/notes.txt", "b/notes.txt"], "hold no images"),
+        (["notes.txt"], "has no class folders"),
+        (["a/notes.txt", "b/notes.txt"], "have no images"),
         (["a/1.jpg", "a/2.jpg"], "only one class"),
         (["a/1.jpg", "a/2.jpg", "b/notes.txt"], "no train images: b"),
-        (["a/x/1.jpg", "b/y/2.jpg", "b/3.jpg"], "class folders in .* hold folders: a/x, b/y"),
+        (["a/x/1.jpg", "b/y/2.jpg", "b/3.jpg"], "class folders in .* have folders: a/x, b/y"),
         (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "b/1.jpg is alone in its class"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], "does not have: c"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"], "no validation images: b"),
