@@ -68,12 +68,13 @@ def list_folder(folder: Path) -> list[Entry]:
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
     """Return the status of an entry, or None if it has been removed since the folder was listed."""
-    for follow in (True, False):
+    try:
+        return entry.stat()
+    except OSError:
         try:
-            return entry.stat(follow_symlinks=follow)
-        except OSError:
-            continue
-    return None
+            return entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return None
 
 
 def class_folders(folder: Path, skipped: Counter[str] | None = None) -> list[str]:
@@ -157,7 +158,7 @@ def scan_image_folder(
     skipped: Counter[str] = Counter()
     classes = class_folders(train, skipped)
     if not classes:
-        raise SourceError(f"{train} has no class folders; put the images of each class into a folder of its own")
+        raise SourceError(f"{train} has no class folders; put the images of each class into a separate folder")
     validation_classes = class_folders(validation, skipped) if validation else []
     require_one_form([(train, classes), *([(validation, validation_classes)] if validation else [])])
     if unknown := sorted(set(validation_classes) - set(classes)):

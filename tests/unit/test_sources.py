@@ -307,13 +307,17 @@ for folder in sys.argv[1:]:
 def test_folders_and_files_without_permission_are_errors(tmp_path):
     write_class_folders(tmp_path / "folder", {"a": 2, "b": 2})
     write_class_folders(tmp_path / "file", {"a": 2, "b": 2})
+    write_class_folders(tmp_path / "listed", {"a": 2, "b": 2})
     (tmp_path / "folder" / "b").chmod(0)
+    (tmp_path / "listed" / "b").chmod(0o444)
     for image in (tmp_path / "file" / "b").iterdir():
         image.chmod(0)
-    command = [*PERMISSIONS_HOLD, sys.executable, "-c", READ_ALL, tmp_path / "folder", tmp_path / "file"]
+    folders = [tmp_path / name for name in ("folder", "listed", "file")]
+    command = [*PERMISSIONS_HOLD, sys.executable, "-c", READ_ALL, *folders]
     child = subprocess.run(command, capture_output=True, text=True, check=True)
     assert child.stdout.splitlines() == [
         f"SourceError the folder {tmp_path}/folder/b cannot be listed: Permission denied",
+        f"SourceError the folder {tmp_path}/listed/b cannot be listed: Permission denied",
         "OSError Permission denied",
     ]
 
