@@ -1,4 +1,4 @@
-# `make help` lists the targets. Every target that needs the environment makes it first (scripts/setup.sh).
+# `make help` lists the targets. Targets that need the environment create it first (scripts/setup.sh).
 
 DATA    ?= glyphs
 MODEL   ?= models:/drnet-$(DATA)@champion
@@ -11,10 +11,10 @@ RUFF   := .venv/bin/ruff
 TY     := .venv/bin/ty
 CODE   := datasets pipeline jobs benchmarks tests
 
-# Neither Ray nor MLflow reports its use over the network.
+# Ray and MLflow do not report their use over the network.
 export RAY_USAGE_STATS_ENABLED = 0
 export MLFLOW_DISABLE_TELEMETRY = true
-# Ray starts many processes; without bytecode each of them compiles torch, Ray and MLflow anew, 6 s of CPU.
+# Ray starts many processes. Without bytecode, each of them compiles torch, Ray and MLflow again, 6 s of CPU.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv from requirements.lock, with the system packages that FFCV is built against
+setup: ## create .venv from requirements.lock, and install the system packages that FFCV needs
 	@scripts/setup.sh
 
 demo: setup ## prepare, train, evaluate, register and predict on this machine; DATA=glyphs (default) or elpv
@@ -34,24 +34,24 @@ demo: setup ## prepare, train, evaluate, register and predict on this machine; D
 	@echo
 	@echo "The report: runs/$(DATA)/report/report.html (also report.md, report.json and the figures beside it)"
 
-search: setup ## search the predictor's size for the demo's backbone (after `make demo`), choose and register; DATA as there
+search: setup ## search the predictor's size for the backbone of `make demo`, choose and register; DATA as for demo
 	$(PYTHON) -m jobs.tune --config $(DATA) --max-accuracy-drop 1 --register
 
 test: lint ## lint, then every test; TESTS="tests/unit -k config" runs some of them
 	$(PYTHON) -m pytest $(TESTS)
 
-chaos: setup ## every row of the fault matrix, about half an hour, as root; writes docs/faults.md
+chaos: setup ## run every row of the fault matrix as root, about half an hour; writes docs/faults.md
 	rm -f faults.jsonl
 	DRNET_FAULTS=$(CURDIR)/faults.jsonl $(PYTHON) -m pytest -m "" tests/chaos tests/ray/test_training.py tests/ray/test_submit.py
 	$(PYTHON) -m tests.chaos.matrix faults.jsonl > docs/faults.md
 	rm faults.jsonl
 
-lint: setup ## ruff (lint and format) and ty (types)
+lint: setup ## check with ruff (lint and format) and ty (types)
 	$(RUFF) check $(CODE)
 	$(RUFF) format --check $(CODE)
 	$(TY) check
 
-format: setup ## sort imports, repair what ruff can repair, format
+format: setup ## sort imports, fix what ruff can fix, format
 	$(RUFF) check --fix $(CODE)
 	$(RUFF) format $(CODE)
 
@@ -60,12 +60,12 @@ lock: ## write requirements.lock from pyproject.toml; UPGRADE=--upgrade takes th
 		--generate-hashes --no-emit-index-url --annotation-style line --custom-compile-command "make lock" \
 		$(UPGRADE) --output-file requirements.lock
 
-audit: setup ## report known vulnerabilities of what requirements.lock pins; needs the OSV database, and never fails
+audit: setup ## report known vulnerabilities of the pinned packages; needs the OSV database, and never fails
 	scripts/audit.sh
 
 docs: setup ## write docs/configuration.md from the configuration's fields
 	$(PYTHON) -m jobs.cli > docs/configuration.md
 
-clean: ## remove .venv, .tools and caches; data, runs and the MLflow store stay
+clean: ## remove .venv, .tools and caches; keeps data, runs and the MLflow store
 	rm -rf .venv/.setup-finished .venv .tools .ruff_cache .pytest_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

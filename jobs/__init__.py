@@ -1,19 +1,22 @@
-"""Entry points: `python -m jobs.NAME --config CONFIG [key.path=value ...]`, or the same behind `ray job submit`."""
+"""Entry points: `python -m jobs.NAME --config CONFIG [key.path=value ...]`, also through `ray job submit`.
+
+Start at train.py. cli.py has what all jobs share.
+"""
 
 import importlib.util
 from pathlib import Path
 
 
 def _require_own_datasets() -> None:
-    """Stop when Hugging Face's `datasets`, or any other package of that name, would be imported in place of ours."""
+    """Stop when `import datasets` would find another package of that name, such as Hugging Face's."""
     ours = Path(__file__).resolve().parent.parent / "datasets"
     spec = importlib.util.find_spec("datasets")
     found = Path(spec.origin).resolve().parent if spec and spec.origin else None
     if found != ours:
         raise SystemExit(
             f"error: `import datasets` finds {found}, not this project's folder {ours}.\n"
-            f"Run from the project's root (cd {ours.parent} && python -m jobs.NAME ...), with nothing before it on "
-            "PYTHONPATH that holds a package named `datasets` (Hugging Face's has the same name)."
+            f"Run from the project's root (cd {ours.parent} && python -m jobs.NAME ...), and remove packages that are "
+            "also named `datasets`, such as Hugging Face's, from PYTHONPATH."
         )
 
 

@@ -1,6 +1,6 @@
-"""Measure this project beside what others reach on this machine: both sides by turns in one run.
+"""Compare this project's speed with other software on this machine, in alternating runs.
 
-Every ratio is above 1 where this project is better; its spread is that of the pairs.
+A ratio above 1 means that this project is better. Its spread is that of the pairs of runs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ BENCHES = {
     "gpu": "on a GPU, in bfloat16: training steps against plain PyTorch, and routed against static inference",
     "inference": "routed inference, against static networks, against masking, and over HTTP against itself",
     "loader": "batches of training crops, against FFCV as shipped, torchvision and decoding alone",
-    "nodes": "two nodes of one worker against one node of two, on this machine",
-    "order": "windows of pages against random order, for a beton larger than memory",
-    "prepare": "images to betons, against FFCV's DatasetWriter",
-    "step": "a training step of each stage, against a plain PyTorch step that does the same",
+    "nodes": "two nodes with one worker each, against one node with two workers, on this machine",
+    "order": "windows of pages, against random order, for a beton larger than memory",
+    "prepare": "preparing betons from images, against FFCV's DatasetWriter",
+    "step": "a training step of each stage, against an equal step in plain PyTorch",
     "overhead": "epochs under Ray Train, against the same loop under torchrun",
-    "recovery": "a killed worker until training goes on, against Ray's own restart",
+    "recovery": "time to resume after a killed worker, against Ray's own restart",
     "search": "a trial on logit tables, against the same predictor trained live; two at once, against one",
 }
 
@@ -34,10 +34,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="measure on these JPEGs, not on generated ones")
-    parser.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
-    parser.add_argument("--runs", type=int, default=MIN_RUNS, help=f"pairs (default and at least {MIN_RUNS})")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="measure on these JPEGs instead of generated ones"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of each side (default 2)")
+    parser.add_argument(
+        "--runs", type=int, default=MIN_RUNS, help=f"number of pairs of runs (default and minimum {MIN_RUNS})"
+    )
+    parser.add_argument("--json", action="store_true", help="print only one JSON object")
     args = parser.parse_args()
     if args.runs < MIN_RUNS or args.threads < 1:
         raise ValueError(f"--runs {args.runs} --threads {args.threads}: give at least {MIN_RUNS} runs and 1 thread")

@@ -1,4 +1,4 @@
-"""What every job shares: `--config`, dotted overrides, `--help` with every field, errors without a traceback."""
+"""Provides what all jobs share: `--config`, overrides, `--help` with every field, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -9,9 +9,27 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.config.explain import describe_fields
 from pipeline.config.job_package import job_package, package_problems
-from pipeline.config.load import ConfigError, describe_fields, load_config
+from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import Config
+
+_PAGE_START = """\
+# Configuration
+
+A run is one YAML file; `jobs/configs` has complete ones. Change any field on the command line with `key.path=value`:
+`stages.joint.epochs=20`, `model.resolutions=[224,192,160]`.
+
+- Text and paths on the command line are taken literally: `"data.source=/photos/set #2"`. `null` clears an optional
+  field. All other values are YAML.
+- `~` at the start of a path is your home folder. A path is never an address such as `s3://...`. Only `data.uri`,
+  `tracking.uri` and `jobs.prepare --upload` take addresses.
+- Numbers are decimal (`010` is 10, `1e3` is 1000), and dates are text.
+- Unknown keys, and keys that a file gives twice, are refused.
+- FLOPs are multiply-adds; a GFLOP is 1e9 of them.
+
+`make docs` writes this page.
+"""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -20,7 +38,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
-    """A parser with `--config` and overrides; `summary` is the job module's docstring."""
+    """Build a parser with `--config` and overrides; `summary` is the job module's docstring."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}",
         description=textwrap.dedent(summary or "").strip(),
@@ -28,17 +46,22 @@ def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of one in jobs/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a field of the configuration")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="change a field; text and paths are literal, null clears an optional one, and other values are YAML",
+    )
     return parser
 
 
 def parsed_config(args: argparse.Namespace) -> Config:
-    """The configuration that the arguments of a `job_parser` name."""
+    """Read the configuration that the arguments of a `job_parser` name."""
     return load_config(args.config, args.overrides)
 
 
 def job_config(args: argparse.Namespace, *, preparing: bool = False) -> Config:
-    """`parsed_config` for a job that reads and writes files: as a Ray job, none that are lost or were not sent."""
+    """Read the configuration for a job that uses files; in a Ray job, refuse paths that are lost or were not sent."""
     config, package = parsed_config(args), job_package(Path.cwd())
     problems = list(package_problems(config, package, preparing=preparing)) if package else []
     if problems:
@@ -47,7 +70,7 @@ def job_config(args: argparse.Namespace, *, preparing: bool = False) -> Config:
 
 
 def field_reference() -> str:
-    """Every field of the configuration with type, default, meaning and unit."""
+    """List every field of the configuration with type, default, meaning and unit."""
     lines = ["configuration fields (key, type, default, meaning):"]
     for key, kind, default, meaning in describe_fields():
         lines.append(
@@ -58,32 +81,24 @@ def field_reference() -> str:
 
 
 def reference_page() -> str:
-    """docs/configuration.md: every field in a table for each section."""
-    lines = [
-        "# Configuration",
-        "",
-        "A run is one YAML file; `jobs/configs` holds complete ones. Any field can be changed on the command line with",
-        "`key.path=value`, where the value is YAML: `stages.joint.epochs=20`, `model.resolutions=[224,192,160]`.",
-        "Unknown keys are refused. FLOPs are multiply-adds; a GFLOP is 1e9 of them.",
-        "",
-        "This page is written by `make docs`.",
-    ]
+    """Return docs/configuration.md, with a table of fields for each section."""
+    lines = _PAGE_START.splitlines()
     section = None
     for key, kind, default, meaning in describe_fields():
         parent, _, name = key.rpartition(".")
         if parent != section:
             section = parent
             lines += ["", f"## {parent or 'The run'}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
-        cells = (f"`{name}`", kind, default, meaning)
+        cells = (f"`{name}`", kind, default, " ".join(meaning.split()))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main; what a user can mend ends it with one message and exit code 2, not a traceback."""
+    """Run a job's main. An error that a user can fix ends it with one message and exit code 2, without a traceback."""
     try:
         main()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # for example `| head`
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for the interpreter's own flush at exit
         sys.exit(141)
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
-"""Print what a configuration costs before anything is spent: FLOPs, parameters, images, steps, memory of a step.
+"""Print what a configuration costs: FLOPs, parameters, images, steps, memory of a step. Trains and writes nothing.
 
-FLOPs are multiply-adds, counted by torch; 1 GFLOP is 1e9 of them. Nothing is trained, prepared or written.
+FLOPs are multiply-adds, counted by torch; 1 GFLOP is 1e9 of them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def main() -> None:
 
 
 def as_json(description: Description) -> str:
-    """The description as one JSON object; bytes and GFLOPs as plain numbers, null where unknown."""
+    """Return the description as one JSON object; unknown values are null."""
     return json.dumps(asdict(description), indent=2)
 
 
 def as_text(description: Description) -> str:
-    """The description as tables for people."""
+    """Return the description as tables."""
     data = description.data
     images = [["", "classes", "training", "validation", "MB"]]
     megabytes = None if data.size_bytes is None else round(data.size_bytes / _MEGABYTE)
@@ -60,9 +60,9 @@ def as_text(description: Description) -> str:
         f"run {description.run}",
         f"data {data.dataset} in {data.folder}: {data.note}\n{_table(images)}",
         f"{_table(networks)}\nparameters with all private batch norms: {_number(description.parameters)}",
-        f"cost of an image, predictor included: {_gflops(low)} (all at the smallest resolution) to "
+        f"cost of an image, predictor included: {_gflops(low)} GFLOPs (all images at the smallest resolution) to "
         f"{_gflops(high)} GFLOPs (all at the largest)",
-        f"{_table(stages)}\nmemory is for each worker, with {description.images_per_worker} images a step",
+        f"{_table(stages)}\nmemory is per worker, with {description.images_per_worker} images in a step",
         *kept,
     ]
     return "\n\n".join(parts)
@@ -71,7 +71,7 @@ def as_text(description: Description) -> str:
 def _stage_row(stage: StageSummary) -> list[str]:
     memory = stage.memory
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.images]
-    names = ["weights", "gradients", "optimiser", "activations", "images"]
+    names = ["weights", "gradients", "optimizer", "activations", "images"]
     listed = " + ".join(f"{name} {part / _MEGABYTE:,.0f}" for name, part in zip(names, parts, strict=True))
     target = ["", ""]
     if stage.alpha_gflops is not None and stage.reachable_gflops is not None:
@@ -83,7 +83,7 @@ def _stage_row(stage: StageSummary) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; all but the first and a long last one aligned to the right."""
+    """Align all columns to the right, except the first and a last one of more than 40 characters."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -1,8 +1,7 @@
-"""Look whether a cluster is fit for a run: versions, room, storage, data, GPUs, tracking server, secrets.
+"""Check whether a cluster is ready for a run: versions, free space, storage, data, GPUs, tracking server, secrets.
 
-It looks at every node of the cluster of RAY_ADDRESS (as in a Ray job) or, without it, at this machine, and changes
-nothing. Problems are listed together, each with what to change; the exit code is then 2. `train` and `evaluate` begin
-with the quick part of it.
+Checks every node of the cluster at RAY_ADDRESS (set in a Ray job), or this machine without it, and changes nothing.
+Lists all problems with what to change, and then exits with code 2. `train` and `evaluate` start with its quick part.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ def main() -> None:
     print(summary(found))
     if found.problems:
         raise ConfigError(found.problems, "the cluster")
-    print("No problems: the cluster is fit for this run.")
+    print("No problems: the cluster is ready for this run.")
 
 
 def summary(found: Diagnosis) -> str:
-    """The nodes and the notes, a line each."""
+    """Return one line for each node and each note."""
     lines = []
     for node in found.nodes:
         answer, place = node.answer, ", driver" if node.is_driver else ""

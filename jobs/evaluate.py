@@ -1,4 +1,4 @@
-"""Evaluate a finished run's model on the validation images and write its report anew."""
+"""Evaluate a finished run's model on the validation images and write its report again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jobs.cli import job_config, job_parser, run_job
 def main() -> None:
     parser = job_parser("evaluate", __doc__)
     parser.add_argument(
-        "--cost", choices=("flops", "milliseconds"), help="what the report counts in, in place of the run's own cost"
+        "--cost", choices=("flops", "milliseconds"), help="unit of cost in the report, instead of the run's own"
     )
     args = parser.parse_intermixed_args()
     config = job_config(args)

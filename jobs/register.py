@@ -1,8 +1,7 @@
-"""Put a finished run's model into the MLflow registry, and say which version is champion.
+"""Put a finished run's model into the MLflow registry and move the alias `champion`.
 
-A version gets the alias `champion` by itself only where nothing has it yet. From then on it moves by --promote, where
-the new version is not worse than the champion on the same validation images at no more GFLOPs, and by --rollback.
-Exit code 1: the promotion was refused.
+The first version gets the alias. Later, --promote moves it to a version that is not worse than the champion on the same
+validation images and costs no more GFLOPs; --rollback moves it back. Exit code 1: the promotion was refused.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def main() -> None:
         if (value := getattr(args, name)) is not None
     }
     if bounds and not args.promote:
-        raise ValueError("--max-accuracy-drop and --max-gflops-increase are bounds of --promote; give it too")
+        raise ValueError("--max-accuracy-drop and --max-gflops-increase need --promote. Add it")
     if args.rollback:
         roll_back(config)
     else:
@@ -37,23 +36,21 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = job_parser("register", __doc__)
-    parser.add_argument("--alias", help="alias that is meant, in place of registry.alias")
+    parser.add_argument("--alias", help="alias to use instead of registry.alias")
     moves = parser.add_mutually_exclusive_group()
-    moves.add_argument(
-        "--promote", action="store_true", help="move the alias to this run's version, if it is not worse"
-    )
-    moves.add_argument("--rollback", action="store_true", help="give the alias back to the version that had it before")
+    moves.add_argument("--promote", action="store_true", help="move the alias to this run's version unless it is worse")
+    moves.add_argument("--rollback", action="store_true", help="move the alias back to its previous version")
     parser.add_argument(
-        "--max-accuracy-drop", type=float, metavar="POINTS", help="promote unless more than this may be lost of top-1"
+        "--max-accuracy-drop", type=float, metavar="POINTS", help="largest possible loss of top-1 at which to promote"
     )
     parser.add_argument(
-        "--max-gflops-increase", type=float, metavar="PERCENT", help="promote unless it costs more than this above"
+        "--max-gflops-increase", type=float, metavar="PERCENT", help="largest increase of the cost at which to promote"
     )
     return parser
 
 
 def register(config: Config, bounds: dict[str, float] | None) -> None:
-    """Register the run's model and, with bounds, ask the gate to promote it."""
+    """Register the run's model and, with bounds, promote it if the gate allows it."""
     from pipeline.config.run_folder import RunFolder
     from pipeline.evaluation.gate import Bounds
     from pipeline.tracking.promotion import promote
@@ -62,7 +59,7 @@ def register(config: Config, bounds: dict[str, float] | None) -> None:
     allowed = None if bounds is None else Bounds(**bounds)
     folder = RunFolder.of(config)
     model = register_model(config, folder.path, folder.model, folder.report_json)
-    print(f"{model.name} version {model.version}{'' if model.is_new else ' (was registered already)'}: {model.uri}")
+    print(f"{model.name} version {model.version}{'' if model.is_new else ' (already registered)'}: {model.uri}")
     print(f"top-1 {100 * float(model.tags['accuracy']):.2f} %, {float(model.tags['gflops']):.4g} GFLOPs an image")
     champion = f"models:/{model.name}@{model.alias}"
     if model.champion == model.version:
@@ -75,7 +72,7 @@ def register(config: Config, bounds: dict[str, float] | None) -> None:
 
 
 def show(decision: Decision, champion: str) -> list[str]:
-    """Print what the gate saw and decided; returns its objections."""
+    """Print the comparison and the decision, and return the objections."""
     from pipeline.evaluation.gate import comparison_table
 
     if decision.comparison is not None:
@@ -84,12 +81,12 @@ def show(decision: Decision, champion: str) -> list[str]:
     if decision.objections:
         print(f"not promoted: {champion} stays version {decision.champion}")
     else:
-        print(f"promoted: {champion} is version {decision.challenger} now; --rollback undoes it")
+        print(f"promoted: {champion} is now version {decision.challenger}; --rollback undoes it")
     return decision.objections
 
 
 def roll_back(config: Config) -> None:
-    """Put the previous champion back."""
+    """Move the alias back to the previous champion."""
     from pipeline.tracking.promotion import roll_back as roll_back_alias
 
     back, gone = roll_back_alias(config)

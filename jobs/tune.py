@@ -1,7 +1,7 @@
-"""Search the predictor's size for a trained backbone, finetune the best and choose by a budget.
+"""Search the predictor's size for a trained backbone, finetune the best candidates and choose one by a budget.
 
-The backbone is the trained model of the same configuration, or what search.backbone names. Interrupted, the same
-command goes on with the trials that are not finished; finished, it chooses anew and trains nothing.
+The backbone comes from the run of the same configuration, or from search.backbone. If the search is interrupted, the
+same command resumes it; if it is finished, the command only chooses again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from jobs.cli import job_config, job_parser, run_job
 
 def main() -> None:
     parser = job_parser("tune", __doc__)
-    parser.add_argument("--budget-gflops", type=float, help="choose within this cost, in place of search.budget_gflops")
-    parser.add_argument("--max-accuracy-drop", type=float, help="points, in place of search.max_accuracy_drop")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be tried and how long it takes")
-    parser.add_argument("--register", action="store_true", help="put the chosen model into the registry")
+    parser.add_argument("--budget-gflops", type=float, help="instead of search.budget_gflops")
+    parser.add_argument("--max-accuracy-drop", type=float, help="points, instead of search.max_accuracy_drop")
+    parser.add_argument("--dry-run", action="store_true", help="print what it would try and the estimated time")
+    parser.add_argument("--register", action="store_true", help="register the chosen model")
     args = parser.parse_intermixed_args()
     given = {"budget_gflops": args.budget_gflops, "max_accuracy_drop": args.max_accuracy_drop}
     args.overrides += [f"search.{key}={value}" for key, value in given.items() if value is not None]
@@ -25,7 +25,7 @@ def main() -> None:
         print(describe_search(config))
         return
     if args.register and config.search.budget_gflops is None and config.search.max_accuracy_drop is None:
-        raise ValueError("--register needs a choice: give --budget-gflops or --max-accuracy-drop")
+        raise ValueError("--register needs a rule to choose by. Give --budget-gflops or --max-accuracy-drop")
     from pipeline.search.driver import register_chosen, search_run
     from pipeline.search.report import verdict
 
@@ -39,7 +39,7 @@ def main() -> None:
 
             file = RunFolder.of(result.chosen.config).config
             print(
-                f"models:/{model.name}@{model.alias} stays version {model.champion}; to compare the two and move it: "
+                f"models:/{model.name}@{model.alias} stays version {model.champion}. To compare the two and move it: "
                 f"python -m jobs.register --config {file} --alias {model.alias} --promote"
             )
 

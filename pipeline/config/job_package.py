@@ -1,6 +1,7 @@
-"""What is amiss with a configuration in a Ray job's package: the folder that `ray job submit --working-dir` sends.
+"""Finds the paths of a configuration that cannot work in a Ray job's package (`ray job submit --working-dir`).
 
-Every node unpacks its own copy and deletes it when the job ends. What .gitignore and .rayignore name is not in it.
+Every node unpacks its own copy of the package and deletes it when the job ends. The package leaves out what .gitignore
+and .rayignore name.
 """
 
 from __future__ import annotations
@@ -8,50 +9,57 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from datasets.remote import HIDDEN, redacted
 from pipeline.config.schema import REGISTERED, Config
 
 UNPACKED_IN = "working_dir_files"
-"""Ray's name of the folder that packages are unpacked in"""
+"""Ray's name for the folder that it unpacks packages in."""
 NOT_IN_PACKAGE = (
-    "is not in the package of this Ray job. What .gitignore and .rayignore name is not sent: take it out of them, or "
-    "give an absolute path that every node has"
+    "is not in the package of this Ray job, which leaves out what .gitignore and .rayignore name. Remove it from them, "
+    "or give an absolute path that exists on every node"
 )
-_SQLITE = "sqlite:///"
 
 
 def job_package(folder: Path) -> Path | None:
-    """The unpacked package that a folder lies in, or None."""
+    """Return the unpacked package that contains `folder`, or None."""
     return next((place for place in (folder, *folder.parents) if place.parent.name == UNPACKED_IN), None)
 
 
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a SQLite address as it is written, absolute or relative; None for another address."""
+    prefix = "sqlite:///"
+    return Path(unquote(uri.removeprefix(prefix).partition("?")[0])) if uri.startswith(prefix) else None
+
+
 def package_problems(config: Config, package: Path, *, preparing: bool = False) -> Iterator[str]:
-    """Every path of a configuration that would be lost with the package or is not in it, and passwords that would show.
+    """Yield every path that would be lost with the package or is missing in it, and every password that would show.
 
     Args:
-        preparing: what a preparation uses is looked at; otherwise what training and all after it use.
+        preparing: check what jobs.prepare uses; otherwise what training and the later jobs use.
     """
     kept = [("data.folder", config.data.folder)]
     if not preparing:
-        kept.append(("cluster.storage", Path(config.cluster.storage)))
+        kept.append(("cluster.storage", config.cluster.storage))
     for key, path in kept:
         if _is_in(path, package):
             yield (
-                f"{key} is {path}, in the package of this Ray job: every node has its own copy of that, and it is "
-                f"deleted with the job; give an absolute path outside it, such as {key}=/shared/{path.name}"
+                f"{key} is {path}, in the package of this Ray job. Every node has its own copy, which is deleted when "
+                f"the job ends. Give an absolute path outside it, such as {key}=/shared/{path.name}"
             )
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    if not preparing and uri and uri.startswith(_SQLITE) and _is_in(Path(uri.removeprefix(_SQLITE)), package):
+    store = sqlite_path(uri or "")
+    if not preparing and store and _is_in(store, package):
         yield (
-            f"the MLflow store {uri} lies in the package of this Ray job, and is deleted with it; set tracking.uri or "
-            "MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:////ABSOLUTE/PATH"
+            f"the MLflow store {uri} is in the package of this Ray job, which is deleted when the job ends. Set "
+            "tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:////ABSOLUTE/PATH"
         )
     for key, address in (("data.uri", config.data.uri), ("tracking.uri", config.tracking.uri)):
         if address and f":{HIDDEN}@" in redacted(address):
             yield (
-                f"{key} {redacted(address)} holds a password, which whoever may look at the cluster's jobs can read in "
-                "the job's command or package; leave it out, and put credentials into the environment of the nodes"
+                f"{key} {redacted(address)} contains a password. Everyone who can see the cluster's jobs can read it "
+                "in the job's command or package. Leave it out and put credentials into the environment of the nodes"
             )
     for key, path in _sources(config) if preparing else _starts(config):
         if _is_in(path, package) and not path.exists():
@@ -66,7 +74,7 @@ def _sources(config: Config) -> Iterator[tuple[str, Path]]:
 
 def _starts(config: Config) -> Iterator[tuple[str, Path]]:
     weights = Path(config.model.weights or "")
-    if weights.suffix in (".pt", ".pth", ".bin") or len(weights.parts) > 1:  # else the name of published weights
+    if weights.suffix in (".pt", ".pth", ".bin") or len(weights.parts) > 1:  # otherwise a name of published weights
         yield "model.weights", weights
     for key, named in (("backbone", config.search.backbone), ("tables", config.search.tables)):
         if named and not str(named).startswith(REGISTERED):

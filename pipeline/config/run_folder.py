@@ -1,4 +1,4 @@
-"""Where a run keeps everything."""
+"""Names the files in a run's folder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pipeline.config.schema import Config
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, an absolute path. Ray Train keeps its files in it too."""
+    """The folder of one run, as an absolute path. Ray Train keeps its files there too."""
 
     path: Path
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
-        return cls(Path(config.cluster.storage).absolute() / config.name)
+        return cls(config.cluster.storage.absolute() / config.name)
 
     @property
     def config(self) -> Path:
-        """The configuration that the run began with."""
+        """The configuration that the run started with."""
         return self.path / "config.yaml"
 
     @property
@@ -29,19 +29,39 @@ class RunFolder:
         return self.path / "model.pt"
 
     @property
+    def backbone(self) -> Path:
+        """The model as it was after the backbone stage."""
+        return self.path / "backbone.pt"
+
+    @property
+    def before_joint(self) -> Path:
+        """The model as it was before the joint stage."""
+        return self.path / "before-joint.pt"
+
+    @property
     def tables(self) -> Path:
-        """The folder of logit tables; whoever needs one that is gone computes it anew."""
+        """The folder of logit tables. A missing table is computed again."""
         return self.path / "tables"
 
     @property
     def latency(self) -> Path:
-        """Measured milliseconds, where they are the run's cost: measured once, so that a resume has the same."""
+        """The milliseconds of a run with cost=milliseconds, measured once so that a resumed run has the same."""
         return self.path / "latency.json"
 
     @property
     def predictions(self) -> Path:
-        """All logits for the validation images."""
+        """The logits of all validation images."""
         return self.path / "predictions.npz"
+
+    @property
+    def predictions_before_joint(self) -> Path:
+        """The same of the model from before the joint stage, where there is such a stage."""
+        return self.path / "predictions-before-joint.npz"
+
+    @property
+    def predictions_after_joint(self) -> Path:
+        """The same of the model from after it."""
+        return self.path / "predictions-after-joint.npz"
 
     @property
     def report(self) -> Path:
@@ -54,15 +74,15 @@ class RunFolder:
 
     @property
     def finished(self) -> Path:
-        """There once everything else is."""
+        """A file that exists once the run has finished."""
         return self.path / "finished.json"
 
     @property
     def stop(self) -> Path:
-        """Empty until the driver is asked to stop (pipeline/cluster/stopping.py)."""
+        """A file that is empty until a stop is requested (pipeline/cluster/stopping.py)."""
         return self.path / ".stop"
 
     @property
     def driver_lock(self) -> Path:
-        """Held by the driver that is at work on the run."""
+        """The lock of the driver that is working on the run."""
         return self.path / ".driver.lock"

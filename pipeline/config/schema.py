@@ -1,15 +1,26 @@
-"""The one typed configuration tree: YAML file, dotted overrides, every problem reported together.
+"""The typed configuration of a run.
 
-A configuration is read once, checked as a whole and frozen. Field docstrings are the reference that `--help` and
-docs/configuration.md print, so each says meaning and unit.
+A configuration is read once, checked as a whole and frozen. `--help` and docs/configuration.md print the field
+docstrings, so each states meaning and unit.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from datasets.remote import redacted
@@ -17,9 +28,67 @@ from datasets.remote import redacted
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-
 REGISTERED = "models:/"
-"""how the address of a registered model begins"""
+"""Prefix of a registered model's address."""
+
+
+def local_path(value: Any) -> Any:
+    """Expand `~` in a path, and refuse an address or an empty path."""
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    if not text.strip() or "\0" in text:
+        raise ValueError("give a path; the working folder is '.'")
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
+        hint = f"write {text.removeprefix('file://')!r}" if scheme[1] == "file" else "mount it or copy it to a disk"
+        raise ValueError(
+            f"this field takes a local path, so {hint}. Only data.uri (prepared data), tracking.uri (MLflow) and "
+            "jobs.prepare --upload take an address"
+        )
+    if text.startswith("~"):
+        expanded = os.path.expanduser(text)  # noqa: PTH111  keeps text that is not a path as it is
+        if expanded.startswith("~"):
+            raise ValueError("its home folder is unknown; write the whole path, or './~...' for a file of that name")
+        return expanded
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(local_path)]
+PathOrName = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _matching(pattern: str, allowed: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(allowed)
+        return text
+
+    return AfterValidator(check)
+
+
+RunName = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}",
+        "use at most 200 letters, digits, dots, underscores and hyphens, and start with a letter or digit",
+    ),
+]
+ModelName = Annotated[
+    str,
+    _matching(
+        r"(?=.{1,200}\Z)\w(?:[\w .-]*[\w-])?",
+        "use at most 200 letters, digits, underscores and hyphens, and dots and spaces between them; MLflow refuses / "
+        "and :, and other characters break models:/NAME@ALIAS",
+    ),
+]
+ModelAlias = Annotated[
+    str,
+    _matching(
+        r"(?![vV][0-9]+\Z)(?!(?i:latest)\Z)[A-Za-z0-9_-]{1,200}",
+        "use at most 200 letters, digits, underscores and hyphens; MLflow reserves latest and v1, v2 and so on",
+    ),
+]
 
 
 class Section(BaseModel):
@@ -30,281 +99,301 @@ class Section(BaseModel):
 
 class GlyphsConfig(Section):
     num_train: Positive = 6000
-    """generated training images"""
+    """Number of training images to generate."""
     num_validation: Positive = 2000
-    """generated validation images"""
+    """Number of validation images to generate."""
     image_size: Positive = 128
-    """side of a generated image, pixels"""
+    """Side of a generated image, in pixels."""
     min_height: Fraction = 0.09
-    """smallest glyph height, as a fraction of the image side"""
+    """Smallest glyph height, as a fraction of the image side."""
     max_height: Fraction = 0.7
-    """largest glyph height, as a fraction of the image side"""
+    """Largest glyph height, as a fraction of the image side."""
     seed: int = 0
-    """seed of the generated images; the same seed gives the same files"""
+    """Seed of the generated images. The same seed gives the same files."""
 
 
 class DataConfig(Section):
     dataset: Literal["imagenet100", "imagefolder", "elpv", "glyphs"]
-    """data set by its name in datasets/sources/catalog.py"""
-    folder: Path
-    """where train.beton, validation.beton and manifest.json are written and read"""
-    uri: Annotated[str | None, Field(repr=False)] = None
-    """where a prepared folder lies that every node copies to data.folder once: s3://, gs://, hdfs:// or file://"""
-    source: Path | None = None
-    """where the images are: the class folders (imagefolder), the ILSVRC2012 tree or folder of tars (imagenet100)"""
-    validation_source: Path | None = None
-    """class folders for validation (imagefolder); left out, SOURCE/{train,val,validation} or a seeded split is used"""
+    """Name of the data set in datasets/sources/catalog.py."""
+    folder: LocalPath
+    """Folder of the prepared data: train.beton, validation.beton and manifest.json."""
+    uri: Annotated[Text | None, Field(repr=False)] = None
+    """Address of prepared data (s3://, gs://, hdfs:// or file://). Each node downloads it to data.folder once."""
+    source: LocalPath | None = None
+    """Folder of the original images: class folders (imagefolder), or the ILSVRC2012 tree or its tars (imagenet100)."""
+    validation_source: LocalPath | None = None
+    """Class folders for validation (imagefolder). null uses SOURCE/val or SOURCE/validation, or else a seeded split."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """share of each class held out for validation where the data set has no validation part"""
+    """Fraction of each class held out for validation when the data set has no validation images."""
     images_per_class: Positive | None = None
-    """keep this many training images a class, chosen deterministically; null keeps all"""
+    """Number of training images to keep in each class, chosen deterministically. null keeps all."""
     max_side: Positive | None = 500
-    """images whose shorter side is longer are resized to it, pixels; null keeps every size"""
+    """Longest allowed shorter side, in pixels. Larger images are resized to it; null keeps every size."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
-    """quality of images that have to be encoded again"""
+    """JPEG quality of images that must be encoded again."""
     check_images: Literal["data", "header"] = "data"
-    """data: decode all of every image to find damage; header: of JPEGs that are kept as they are, only header and end,
-    several times faster, and damage inside is found when the image is read for training"""
+    """How to look for damage. data: decode every image completely. header: check only the header and the end of JPEGs
+    that are kept unchanged; several times faster, but damage inside a file is found only in training."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """error: list all unreadable images and write nothing; skip: leave them out and record them in the manifest"""
+    """error: list all unreadable images and write nothing. skip: leave them out and list them in the manifest."""
     num_processes: Positive | None = None
-    """processes that prepare images; null is one for each CPU; the result does not depend on it"""
+    """Number of processes that prepare images. null is one for each CPU. It does not change the result."""
     split_seed: int = 0
-    """seed of the split and of the choice of images_per_class"""
+    """Seed of the validation split and of the choice of images_per_class."""
     glyphs: GlyphsConfig = GlyphsConfig()
-    """settings of the generated data set"""
+    """Settings of the generated data set."""
 
     @field_serializer("uri", when_used="json")
     def _uri_without_secrets(self, uri: str | None) -> str | None:
-        """What is kept in files, tracked and compared."""
+        """The address without secrets, for files, tracking and comparisons."""
         return uri and redacted(uri)
 
 
 class LoaderConfig(Section):
     num_threads: Positive | None = None
-    """decoding threads of each training worker; null is the worker's CPUs"""
+    """Number of decoding threads in each worker. null is one for each of the worker's CPUs."""
     batches_ahead: Positive = 3
-    """batches prepared before they are asked for"""
+    """Number of batches to prepare ahead of training."""
     max_damaged: Annotated[int, Field(ge=0)] = 0
-    """damaged training images that an epoch shows others in place of, on each worker; one more ends the run"""
+    """How many damaged training images each worker may replace with others in an epoch. One more ends the run."""
     window_pages: Positive | None = None
-    """for betons larger than memory: shuffle within windows of this many pages, 8 MB each; null shuffles all images"""
+    """Shuffle within windows of this many pages of 8 MB, for betons larger than memory. null shuffles all images."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """range of the training crop's area, as a fraction of the image's"""
+    """Range of the training crop's area, as a fraction of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """range of the training crop's width / height"""
+    """Range of the training crop's width / height."""
     flip: bool = True
-    """mirror half of the training images"""
+    """Mirror half of the training images."""
     validation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """side of the validation's centre crop, as a fraction of the image's shorter side (224 of 256 in the paper)"""
+    """Side of the center crop in validation, as a fraction of the image's shorter side (224 of 256 in the paper)."""
 
 
 class PredictorConfig(Section):
     architecture: Literal[1, 2, 3, 4] = 3
-    """one of the paper's four predictors (supplement, Table 1), which the next three fields change"""
+    """Number of the paper's predictor (supplement, Table 1). blocks, kernel and stem_stride change parts of it."""
     blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=4)] | None = None
-    """residual blocks of each stage (64, 128, 256, 512 channels), 0 for one convolution; null is the architecture's"""
+    """Residual blocks in each stage (64, 128, 256, 512 channels); 0 is one convolution. null is the architecture's."""
     kernel: Annotated[int, Field(ge=1)] | None = None
-    """side of the stem's kernel, and of convolutions in place of blocks, odd; null is the architecture's, 7"""
+    """Kernel size of the stem, and of a convolution that replaces blocks; odd. null is the architecture's, 7."""
     stem_stride: Positive | None = None
-    """stride of the stem's convolution; null is the architecture's, 4 in the third and 2 in the others"""
+    """Stride of the stem's convolution. null is the architecture's: 4 in the third, 2 in the others."""
     input_size: Annotated[int, Field(ge=16)] = 128
-    """side of the predictor's input, pixels"""
+    """Side of the predictor's input, in pixels."""
     width: Annotated[float, Field(gt=0)] = 1.0
-    """multiplies every channel count of the predictor"""
+    """Factor on every channel count of the predictor."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """dropout before the predictor's classifier"""
+    """Dropout before the predictor's classifier."""
     initial_shares: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """how often an untrained predictor draws each resolution, in relation to each other; null is about equally often"""
+    """Relative frequency at which an untrained predictor draws each resolution. null is about equal."""
 
 
 class ModelConfig(Section):
-    backbone: str = "resnet50"
-    """small_resnet, or any torchvision classification model with BatchNorm2d"""
+    backbone: Text = "resnet50"
+    """small_resnet, or a torchvision classification model with BatchNorm2d."""
     backbone_width: Annotated[float, Field(gt=0)] = 1.0
-    """multiplies the channel counts of small_resnet; other backbones have one width"""
-    weights: str | None = None
-    """what the backbone starts from: a state-dict file or the name of a torchvision weights enum; null is random"""
+    """Factor on the channel counts of small_resnet. Other backbones have a fixed width."""
+    weights: PathOrName | None = None
+    """Initial weights of the backbone: a state-dict file or the name of a torchvision weights enum. null is random."""
     resolutions: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1)] = (224, 168, 112)
-    """candidate resolutions, pixels, largest first"""
+    """Candidate resolutions in pixels, largest first."""
     predictor: PredictorConfig = PredictorConfig()
-    """the resolution predictor"""
+    """Settings of the resolution predictor."""
 
 
 class Stage(Section):
     epochs: Positive
-    """passes over the training images"""
-    init_from: Path | None = None
-    """start this stage from the model.pt of another run instead of from the stage before"""
+    """Number of passes over the training images."""
+    init_from: LocalPath | None = None
+    """File model.pt of another run to start this stage from. null starts from the previous stage."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """optimiser"""
+    """Optimizer of the stage."""
     lr: Annotated[float, Field(gt=0)] = 0.1
-    """peak learning rate"""
+    """Peak learning rate."""
     momentum: Fraction = 0.9
-    """momentum (sgd only)"""
+    """Momentum (sgd only)."""
     nesterov: bool = False
-    """Nesterov momentum (sgd only)"""
+    """Use Nesterov momentum (sgd only)."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """weight decay"""
+    """Weight decay."""
     decay_norm_and_bias: bool = True
-    """apply the weight decay to batch norm and bias too, as the paper does"""
+    """Apply weight decay to batch norm and bias too, as the paper does."""
     schedule: Literal["step", "cosine", "one_cycle"] = "step"
-    """step: multiply by gamma every step_epochs; cosine: to zero at the end; one_cycle: up, then down to nearly zero"""
+    """step: multiply by gamma every step_epochs. cosine: fall to zero. one_cycle: rise, then fall nearly to zero."""
     step_epochs: Positive = 20
-    """epochs between two steps (step only)"""
+    """Epochs between two steps (step only)."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """factor of a step (step only)"""
+    """Factor of each step (step only)."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
-    """epochs of linear warm-up from 0; with one_cycle of its rise from lr / 25, some 30 % of epochs"""
+    """Epochs of linear warm-up from 0. For one_cycle, epochs of its rise from lr / 25, usually 30 % of epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """label smoothing of the cross entropy"""
+    """Label smoothing of the cross entropy."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """largest norm of a step's gradient; null does not clip"""
+    """Largest norm of a step's gradient. null does not clip."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """evaluate, and end the stage with, the weights' moving average that keeps this share each step; null is off"""
+    """Decay per step of a moving average of the weights, which is evaluated and ends the stage. null is off."""
 
 
 class BackboneStage(Stage):
-    """All resolutions of the backbone, their losses summed."""
+    """Trains the backbone at all resolutions and sums their losses."""
 
     distillation: Literal["none", "mean", "learned"] = "none"
-    """each resolution also learns from the ensemble of all: the mean of their logits, or a mean with learned weights"""
+    """Train each resolution also on the ensemble of all: the mean of their logits, or a mean with learned weights."""
     distillation_weight: Annotated[float, Field(ge=0)] = 1.0
-    """weight of the distillation loss of each resolution, beside its cross entropy"""
+    """Weight of each resolution's distillation loss, relative to its cross entropy."""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
-    """mixup: blend pairs of images with shares from Beta(alpha, alpha); 0 is off, with cutmix each step takes one"""
+    """mixup: blend pairs of images by a share from Beta(alpha, alpha). 0 is off. With cutmix, each step picks one."""
     cutmix_alpha: Annotated[float, Field(ge=0)] = 0.0
-    """cutmix: paste a box of another image, its area from Beta(alpha, alpha); 0 is off"""
+    """cutmix: paste a box from another image, its area from Beta(alpha, alpha). 0 is off."""
 
 
 class RoutedStage(Stage):
     alpha_gflops: Annotated[float, Field(gt=0)] | None = None
-    """target of the backbone's mean cost over the chosen resolutions, GFLOPs (multiply-adds / 1e9); for cost: flops"""
+    """Target of the backbone's mean cost at the chosen resolutions, in GFLOPs (multiply-adds / 1e9). For cost=flops."""
     alpha_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """the same target in milliseconds an image; for cost: milliseconds"""
+    """The same target in milliseconds per image. For cost=milliseconds."""
     eta: Annotated[float, Field(ge=0)] = 0.2
-    """weight of the cost regulariser"""
+    """Weight of the cost regularizer."""
     tau: Annotated[float, Field(gt=0)] = 1.0
-    """temperature of the straight-through Gumbel-softmax"""
+    """Temperature of the straight-through Gumbel-softmax."""
     alpha_start_gflops: Annotated[float, Field(gt=0)] | None = None
-    """where alpha starts; it moves linearly to alpha_gflops in anneal_epochs; null is alpha_gflops throughout"""
+    """First value of alpha, which moves linearly to alpha_gflops in anneal_epochs. null is alpha_gflops throughout."""
     alpha_start_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """the same in milliseconds, for alpha_milliseconds"""
+    """The same in milliseconds, for alpha_milliseconds."""
     tau_start: Annotated[float, Field(gt=0)] | None = None
-    """where tau starts; it moves linearly to tau in anneal_epochs; null is tau throughout"""
+    """First value of tau, which moves linearly to tau in anneal_epochs. null is tau throughout."""
     anneal_epochs: Annotated[float, Field(gt=0)] | None = None
-    """epochs in which alpha and tau arrive; null is the whole stage"""
+    """Epochs until alpha and tau reach their final values. null is the whole stage."""
 
     @model_validator(mode="after")
     def _has_a_target(self) -> Self:
-        if self.alpha_gflops is None and self.alpha_milliseconds is None:
+        if self.needs_target and self.target is None:
             raise PydanticCustomError("no_target", "")
         return self
 
     @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return True
+
+    @property
+    def target(self) -> float | None:
+        """The target in the run's unit of cost, where there is one."""
+        return self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
+
+    @property
     def alpha(self) -> float:
-        """The target in the run's unit of cost."""
-        alpha = self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
-        assert alpha is not None
-        return alpha
+        """The target of a stage that has one."""
+        assert self.target is not None
+        return self.target
 
     @property
     def alpha_start(self) -> float | None:
-        """Where alpha starts, in the run's unit of cost."""
+        """The first value of alpha, in the run's unit of cost."""
         return self.alpha_start_milliseconds if self.alpha_gflops is None else self.alpha_start_gflops
 
 
 class PredictorStage(RoutedStage):
-    """The predictor alone; the backbone is frozen."""
+    """Trains the predictor alone; the backbone is frozen."""
 
+    objective: Literal["gumbel", "correctness"] = "gumbel"
+    """gumbel: choices with Gumbel noise, as the paper trains; correctness: how probably each resolution is right, from
+    which a budget chooses afterwards: alpha is optional, eta and tau are not used, and no stages.joint may follow"""
     logits: Literal["table", "live"] = "table"
-    """table: the frozen backbone's logits are computed once and kept as float16; live: it runs in every step"""
+    """table: compute the frozen backbone's logits once and keep them as float16. live: run it in every step."""
     num_crops: Positive | None = Field(None, validation_alias=AliasChoices("num_crops", "views"))
-    """random crops of each image, which the epochs take in turn, so that a table costs less; null is one every epoch"""
+    """Number of random crops of each image, used by the epochs in turn; fewer make a smaller table. null is epochs."""
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return self.objective == "gumbel"
 
 
 class JointStage(RoutedStage):
-    """Predictor and backbone together."""
+    """Trains predictor and backbone together."""
 
     predictor_lr_scale: Annotated[float, Field(gt=0)] = 0.1
-    """the predictor's learning rate, as a multiple of lr"""
+    """Learning rate of the predictor, as a multiple of lr."""
+    norm_statistics: Literal["frozen", "all", "routed"] = "frozen"
+    """Batch norm statistics of the backbone. frozen keeps them. all updates them from every image at every resolution,
+    for one more forward pass. routed updates them from the images that chose the resolution, as in the paper."""
 
 
 class StagesConfig(Section):
     backbone: BackboneStage | None = None
-    """first stage; null leaves it out"""
+    """First stage. null leaves it out."""
     predictor: PredictorStage | None = None
-    """second stage; null leaves it out"""
+    """Second stage. null leaves it out."""
     joint: JointStage | None = None
-    """third stage; null leaves it out"""
+    """Third stage. null leaves it out."""
 
     def present(self) -> list[tuple[str, BackboneStage | PredictorStage | JointStage]]:
-        """The stages that are configured, in the order in which they run."""
+        """Return the configured stages in the order in which they run."""
         named = [("backbone", self.backbone), ("predictor", self.predictor), ("joint", self.joint)]
         return [(name, stage) for name, stage in named if stage is not None]
 
 
 class TrainingConfig(Section):
     batch_size: Positive = 256
-    """images of one optimiser step, over all workers"""
+    """Number of images in one optimizer step, over all workers."""
     accumulate: Positive = 1
-    """slices in which a worker runs its part of a batch, to hold the activations of one; batch norm sees a slice"""
+    """Number of slices that a worker runs its part of a batch in, to save memory. Batch norm sees one slice."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the forward passes under autocast"""
+    """Precision of the forward passes. bfloat16 uses autocast."""
     channels_last: bool = True
-    """memory format of activations and convolution weights"""
+    """Store activations and convolution weights in the channels_last memory format."""
     compile: bool = False
-    """torch.compile the backbone"""
+    """Compile the backbone with torch.compile."""
     sync_batch_norm: bool = False
-    """batch norm statistics over the images of all workers, for batches that are small on each"""
+    """Compute batch-norm statistics over the images of all workers, for small batches on each."""
     checkpoint_epochs: Positive = 1
-    """epochs between two checkpoints; the last epoch of a stage always has one"""
+    """Epochs between two checkpoints. The last epoch of a stage always has one."""
     checkpoint_steps: Positive | None = None
-    """steps between two checkpoints within an epoch, besides those at ends of epochs; null has none"""
+    """Steps between two checkpoints within an epoch, in addition to those between epochs. null has none."""
     evaluate_epochs: Positive = 1
-    """epochs between two evaluations; the last epoch of a stage is always evaluated"""
+    """Epochs between two evaluations. The last epoch of a stage is always evaluated."""
     max_loss: Annotated[float, Field(gt=0)] | None = 1000.0
-    """a step whose mean loss is larger ends the run as diverged; null allows every finite loss"""
+    """Largest mean loss of a step; a larger one ends the run as diverged. null allows every finite loss."""
 
 
 class ClusterConfig(Section):
     num_workers: Positive = 1
-    """Ray Train workers"""
+    """Number of Ray Train workers."""
     use_gpu: Literal[True, False, "auto"] = "auto"
-    """one GPU for each worker; auto is true where the cluster has GPUs"""
+    """Give each worker one GPU. auto is true when the cluster has enough GPUs."""
     cpus_per_worker: Positive | None = None
-    """CPUs of each worker; null shares the cluster's CPUs out evenly"""
-    storage: str = "runs"
-    """folder, the same on every node, under which each run has its own folder with checkpoints and report"""
+    """CPUs for each worker. null divides the cluster's CPUs evenly."""
+    storage: LocalPath = Path("runs")
+    """Folder that holds the folder of each run, with its checkpoints and report. All nodes must share it."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """how often a lost worker is replaced before the run fails; -1 is always"""
+    """How many lost workers are replaced before the run fails. -1 is no limit."""
     min_workers: Positive | None = None
-    """go on with as few workers as this when nodes are lost, and with num_workers when there are nodes again; null is
-    num_workers"""
+    """Smallest number of workers to continue with when nodes are lost; num_workers again when nodes return. null is
+    num_workers."""
     hang_seconds: Positive = 120
-    """a worker that does not answer for so long is taken for lost and replaced, seconds"""
+    """Seconds without an answer after which a worker counts as lost and is replaced."""
 
 
 class TrackingConfig(Section):
-    uri: Annotated[str | None, Field(repr=False)] = None
-    """MLflow server or store; null is mlflow.db in the project folder, or in cluster.storage for a job of
-    Ray's job server (MLFLOW_TRACKING_URI wins)"""
-    experiment: str = "drnet"
-    """MLflow experiment"""
+    uri: Annotated[Text | None, Field(repr=False)] = None
+    """Address of the MLflow server or store. null is mlflow.db in the project folder, or in cluster.storage for a Ray
+    job. The variable MLFLOW_TRACKING_URI overrides it."""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "drnet"
+    """Name of the MLflow experiment."""
     system_metrics: bool = True
-    """record CPU, memory and GPU use of every node"""
+    """Record the CPU, memory and GPU use of every node."""
 
     @field_serializer("uri", when_used="json")
     def _uri_without_secrets(self, uri: str | None) -> str | None:
-        """What is kept in files, tracked and compared."""
+        """The address without secrets, for files, tracking and comparisons."""
         return uri and redacted(uri)
 
 
 class RegistryConfig(Section):
-    name: str = "drnet"
-    """name of the registered model"""
-    alias: str = "champion"
-    """alias that jobs.register sets"""
+    name: ModelName = "drnet"
+    """Name of the registered model."""
+    alias: ModelAlias = "champion"
+    """Alias that jobs.register sets."""
 
 
 Span = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
@@ -312,85 +401,104 @@ Span = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 class SpaceConfig(Section):
     blocks: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ((0,), (1,), (1, 1), (2, 2), (1, 1, 1), (1, 1, 1, 1))
-    """choices of model.predictor.blocks"""
+    """Choices of model.predictor.blocks."""
     kernel: tuple[Positive, ...] = (3, 5, 7)
-    """choices of model.predictor.kernel"""
+    """Choices of model.predictor.kernel."""
     stem_stride: tuple[Positive, ...] = (2, 4)
-    """choices of model.predictor.stem_stride"""
+    """Choices of model.predictor.stem_stride."""
     input_size: tuple[Annotated[int, Field(ge=16)], ...] = (64, 96, 128, 160)
-    """choices of model.predictor.input_size, pixels, none above the largest of model.resolutions"""
+    """Choices of model.predictor.input_size, in pixels; none above the largest of model.resolutions."""
     width: Span = (0.25, 1.0)
-    """lowest and highest model.predictor.width, tried in steps of 1/16"""
+    """Lowest and highest model.predictor.width, in steps of 1/16."""
     max_gflops: Annotated[float, Field(gt=0)] | None = None
-    """predictors that cost more are not tried; null is what the cheapest resolution saves against the dearest"""
+    """Largest cost of a predictor to try, in GFLOPs. null is the saving of the smallest resolution over the largest."""
     alpha_gflops: Span | None = None
-    """lowest and highest alpha_gflops; null is 15 to 85 % of the way from the cheapest to the dearest resolution"""
+    """Lowest and highest alpha_gflops. null is 15 to 85 % of the way from the smallest to the largest cost."""
     eta: Span | None = None
-    """lowest and highest eta; null is a third of stages.predictor.eta to three times it"""
+    """Lowest and highest eta. null is a third of stages.predictor.eta to three times it."""
     tau: Span | None = None
-    """lowest and highest tau; null is a third of stages.predictor.tau to three times it"""
+    """Lowest and highest tau. null is a third of stages.predictor.tau to three times it."""
     lr: Span | None = None
-    """lowest and highest lr; null is a third of stages.predictor.lr to three times it"""
+    """Lowest and highest lr. null is a third of stages.predictor.lr to three times it."""
 
 
 class SearchConfig(Section):
-    """What jobs.tune does: predictors are trained as stages.predictor says, the best as stages.joint does."""
+    """Settings of jobs.tune, which trains predictors by stages.predictor and the best of them by stages.joint."""
 
-    backbone: str | None = None
-    """the trained backbone: a run's folder, a model.pt, a checkpoint or models:/NAME@ALIAS; null is this run's model"""
-    tables: Path | None = None
-    """folder with the backbone's logit tables, computed before; null computes them in the search's folder"""
+    backbone: PathOrName | None = None
+    """Trained backbone: a run's folder, a model.pt, a checkpoint or models:/NAME@ALIAS. null is this run's model."""
+    tables: LocalPath | None = None
+    """Folder of logit tables that were computed earlier for the backbone. null computes them in the search's folder."""
     preset: Literal["paper", "size", "full"] = "size"
-    """paper: the four of the paper alone; size: the predictor's family too; full: and alpha, eta, tau and lr as well"""
+    """paper: only the paper's four predictors. size: also other sizes. full: also other alpha, eta, tau and lr."""
     space: SpaceConfig = SpaceConfig()
-    """what is tried"""
+    """Ranges and choices of the search."""
     num_trials: Positive = 40
-    """candidates that are tried besides the paper's four"""
+    """Number of candidates to try in addition to the paper's four."""
     epochs: Positive | None = None
-    """epochs of a trial, and at most as many num_crops; null is stages.predictor.epochs"""
+    """Epochs of a trial, and the most num_crops it uses. null is stages.predictor.epochs."""
     objective: Literal["front", "budget"] = "front"
-    """front: accuracy and total GFLOPs (Optuna's multi-objective TPE); budget: accuracy at budget_gflops (with ASHA)"""
+    """front: accuracy and total GFLOPs (Optuna's multi-objective TPE). budget: accuracy at budget_gflops (ASHA)."""
     budget_gflops: Annotated[float, Field(gt=0)] | None = None
-    """choose the most accurate whose mean cost, predictor included, is at most this, GFLOPs"""
+    """Largest mean cost of the chosen model, predictor included, in GFLOPs; the most accurate within it is chosen."""
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
-    """choose the cheapest that is at most so many points less accurate than the best static resolution"""
+    """Choose the cheapest model that loses at most this many points of accuracy to the best static resolution."""
     finalists: Positive = 4
-    """candidates of the front that are trained with every seed, as the paper's four are"""
+    """Number of candidates of the front to train with every seed, like the paper's four."""
     seeds: Positive = 3
-    """seeds of each of them"""
+    """Number of seeds for each finalist."""
     finetuned: Annotated[int, Field(ge=0)] = 2
-    """finalists that are trained on with their backbone by stages.joint, and evaluated in full"""
+    """Number of finalists to finetune together with their backbone by stages.joint and to evaluate fully."""
     grace_epochs: Positive = 1
-    """epochs before ASHA may stop a trial (objective=budget only)"""
+    """Epochs before ASHA may stop a trial (objective=budget only)."""
     cpus_per_trial: Positive = 1
-    """CPUs of each trial"""
+    """CPUs for each trial."""
     gpus_per_trial: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
-    """share of a GPU of each trial; auto is a quarter where the cluster has GPUs"""
+    """Fraction of a GPU for each trial. auto is a quarter when the cluster has GPUs."""
     max_concurrent: Positive | None = None
-    """trials at once; null is as many as the cluster holds"""
+    """Number of trials at once. null is as many as the cluster holds."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """how often a trial whose process died is tried again"""
+    """How often to retry a trial whose process died."""
     cache_gb: Annotated[float, Field(ge=0)] = 8.0
-    """predictor inputs are decoded once a node where they take no more, GB; otherwise by every trial"""
-    node_folder: Path | None = None
-    """folder on each node's own disk for copies of the logit tables and for decoded inputs; null is the search's"""
+    """Largest size in GB of predictor inputs that a node decodes once and keeps. Above it, every trial decodes them."""
+    node_folder: LocalPath | None = None
+    """Folder on each node's own disk for copies of logit tables and for decoded inputs. null is the search's folder."""
+
+
+class PolicyConfig(Section):
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] | None = 1.0
+    """Largest loss of accuracy against the best static resolution, in points, by a one-sided 95 % bound. The cheapest
+    policy within it is chosen. null sets no limit."""
+    budget_gflops: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean cost of an image in GFLOPs, for cost=flops. null sets no limit."""
+    budget_milliseconds: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean cost of an image in milliseconds, for cost=milliseconds. null sets no limit."""
+    select_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the validation images that policies are fitted and chosen on. The report is about the others."""
+    cross_fit_below: Annotated[int, Field(ge=0)] = 1000
+    """With fewer validation images than this, each fold's policies are fitted on the other folds."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Number of folds."""
+    select_by: Literal["accuracy", "balanced_accuracy"] = "accuracy"
+    """What policies are chosen by. balanced_accuracy is the mean over the classes."""
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """name of the run: its folder under cluster.storage and its MLflow run"""
+    name: RunName
+    """Name of the run, of its folder in cluster.storage and of its MLflow run."""
     seed: int = 0
-    """seed of weights, order, augmentation and Gumbel noise"""
+    """Seed of the weights, order, augmentation and Gumbel noise."""
     cost: Literal["flops", "milliseconds"] = "flops"
-    """what an image's cost is, for the stages' target and in the report: multiply-adds, or milliseconds measured once,
-    before training, on the device that trains"""
+    """Unit of an image's cost, for the stages' target and the report: multiply-adds, or milliseconds that are measured
+    once on the training device before training."""
     cost_batch_size: Positive = 64
-    """images at once when milliseconds are measured"""
+    """Batch size at which milliseconds are measured."""
     data: DataConfig
     loader: LoaderConfig = LoaderConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     stages: StagesConfig
+    policy: PolicyConfig = PolicyConfig()
     search: SearchConfig = SearchConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()

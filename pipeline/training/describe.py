@@ -1,4 +1,4 @@
-"""What a configuration will cost, before anything is spent: FLOPs, parameters, data, steps, memory."""
+"""Estimates what a configuration costs: FLOPs, parameters, data, steps, memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ASSUMED_CLASSES = 1000
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Images and classes: of the prepared data, or what its source is expected to give. None is unknown."""
+    """Images and classes of the prepared data, or the expected ones of its source. None is unknown."""
 
     dataset: str
     folder: str
@@ -42,7 +42,7 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class NetworkSummary:
-    """One network at one input size; GFLOPs are 1e9 multiply-adds an image."""
+    """One network at one input size. GFLOPs are 1e9 multiply-adds per image."""
 
     name: str
     side: int
@@ -52,7 +52,7 @@ class NetworkSummary:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a worker holds at the peak of a training step. Not included: the libraries' own and work space."""
+    """Bytes that a worker holds at the peak of a training step, without the libraries' own memory and work space."""
 
     weights: int
     gradients: int
@@ -67,11 +67,11 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage; steps are None while the data is unknown.
+    """One stage. Steps are None while the data is unknown.
 
-    A stage that routes has a target of the backbone's mean cost: `alpha_gflops`, which can lie within
-    `reachable_gflops`, the costs of the cheapest and the dearest resolution, or `alpha_milliseconds`, whose range is
-    known once it is measured. All are None in the other stages.
+    A routed stage has a target of the backbone's mean cost. `alpha_gflops` must lie within `reachable_gflops`, the
+    costs of the cheapest and the most expensive resolution. The range of `alpha_milliseconds` is measured when training
+    starts. All three are None in other stages.
     """
 
     name: str
@@ -83,15 +83,15 @@ class StageSummary:
     reachable_gflops: tuple[float, float] | None
     memory: StepMemory
     table_bytes: int | None
-    """of the logit tables that the stage keeps on disk; None where there are none"""
+    """Size of the logit tables that the stage keeps on disk, or None."""
 
 
 @dataclass(frozen=True)
 class Description:
     """Everything that `jobs.describe` prints.
 
-    `lowest_gflops` and `highest_gflops` are the cost of an image, predictor included, where every image takes the
-    cheapest or the dearest resolution. `parameters` counts all private batch norms.
+    `lowest_gflops` and `highest_gflops` are the cost of an image, predictor included, if every image takes the cheapest
+    or the most expensive resolution. `parameters` counts all private batch norms.
     """
 
     run: str
@@ -106,7 +106,7 @@ class Description:
 
 
 def describe(config: Config) -> Description:
-    """Work out the description of a run. Builds the model with random weights and reads no images.
+    """Describe a run. Builds the model with random weights and reads no images.
 
     Raises:
         ValueError: the model cannot be built, or the prepared data is damaged.
@@ -130,11 +130,11 @@ def describe(config: Config) -> Description:
 
 
 def summarize_data(data: DataConfig) -> DataSummary:
-    """What the prepared folder holds; where it is not prepared, what the source would give.
+    """Summarize the prepared folder or, if it is not prepared, what its source would give.
 
     Raises:
         BetonError: the folder is half-prepared or its manifest is damaged.
-        ValueError, OSError: nothing can be read at data.uri.
+        ValueError, OSError: data.uri cannot be read.
     """
     if data.uri or (data.folder / MANIFEST).exists():
         manifest = remote_manifest(data.uri) if data.uri else load_manifest(data.folder)
@@ -150,12 +150,12 @@ def summarize_data(data: DataConfig) -> DataSummary:
         counts = _known_counts(data)
         note = f"{note}; {str(error).splitlines()[0].partition(';')[0]}"
         if counts[0] is None:
-            note = f"{note}; {_ASSUMED_CLASSES:,} classes are assumed below"
+            note = f"{note}; the figures below assume {_ASSUMED_CLASSES:,} classes"
     return DataSummary(data.dataset, str(data.folder), False, note, *counts, None)
 
 
 def _counts_of_glyphs(data: DataConfig) -> tuple[int, int, int]:
-    """Classes, training and validation images that will be generated; the classes take turns."""
+    """Count the classes, training and validation images to generate; images cycle through the classes."""
     num_classes, num_train = len(LETTERS), data.glyphs.num_train
     if data.images_per_class is not None:
         per_class = [len(range(label, num_train, num_classes)) for label in range(num_classes)]
@@ -164,7 +164,7 @@ def _counts_of_glyphs(data: DataConfig) -> tuple[int, int, int]:
 
 
 def _counts_of_source(data: DataConfig) -> tuple[int, int, int]:
-    """Classes, training and validation images that a preparation would start from, bad images included."""
+    """Count the classes, training and validation images of the source, bad images included."""
     options = SourceOptions(
         folder=data.folder,
         source=data.source,
@@ -178,7 +178,7 @@ def _counts_of_source(data: DataConfig) -> tuple[int, int, int]:
 
 
 def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]:
-    """What is known of a data set whose source is not here."""
+    """Return the counts that are known without the source."""
     if data.dataset != "imagenet100":
         return None, None, None
     num_classes = len(imagenet100_ids())
@@ -187,7 +187,7 @@ def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]
 
 
 def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSummary]:
-    """The backbone at each resolution, with the parameters that are used there, then the predictor."""
+    """Yield the backbone at each resolution with the parameters used there, then the predictor."""
     norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionBatchNorm2d)]
     private = sum(_count(layer.norms[0]) for layer in norms)
     used = _count(model.backbone) - private * (len(model.resolutions) - 1)
@@ -219,7 +219,7 @@ def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:
 
 
 def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
-    """All num_crops of the training images, and the validation images."""
+    """Return the size of the stage's table: all crops of the training images, and the validation images."""
     if not _trains_on_table(stage) or not (data.num_train and data.num_validation and data.num_classes):
         return None
     num_images = (stage.num_crops or stage.epochs) * data.num_train + data.num_validation
@@ -227,7 +227,7 @@ def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
 
 
 def _step_memory(config: Config, model: DRNet, stage: Stage) -> StepMemory:
-    """The peak is the backward pass of a batch that is at the largest resolution altogether."""
+    """Estimate the peak: the backward pass of a batch with every image at the largest resolution."""
     batch, precision = config.training.batch_size // config.cluster.num_workers, config.training.precision
     trained: list[nn.Module] = []
     activations = 0

@@ -1,4 +1,4 @@
-"""jobs/cli.py: how every job reads its command line, and how it ends."""
+"""jobs/cli.py: how every job reads its command line and how it ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from jobs.cli import field_reference, job_parser, parsed_config, reference_page, run_job
-from pipeline.config.load import ConfigError, describe_fields
+from pipeline.config.explain import describe_fields
+from pipeline.config.load import ConfigError
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_job_that_succeeds_ends_silently(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_a_user_can_mend_is_one_message_and_exit_code_2(capsys):
+def test_a_users_error_is_one_message_and_exit_code_2(capsys):
     def main() -> None:
         raise ConfigError(["seed is missing", "name is missing"], "c.yaml")
 
@@ -92,7 +93,7 @@ def test_a_missing_file_is_a_users_error(tmp_path, capsys):
     assert "absent" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "shown"), [((), "interrupted\n"), (("go on with X",), "go on with X\n")])
+@pytest.mark.parametrize(("words", "shown"), [((), "interrupted\n"), (("resume with X",), "resume with X\n")])
 def test_ctrl_c_ends_with_the_shells_code(capsys, words: tuple[str, ...], shown: str):
     def main() -> None:
         raise KeyboardInterrupt(*words)
@@ -109,7 +110,7 @@ def test_a_bug_keeps_its_traceback():
         run_job(main)
 
 
-def test_a_job_can_add_arguments_of_its_own(file):
+def test_a_job_can_add_arguments(file):
     parser = job_parser("prepare", "Prepare.")
     parser.add_argument("--force", action="store_true")
 
@@ -120,6 +121,6 @@ def test_a_job_can_add_arguments_of_its_own(file):
     assert parsed_config(args).seed == 1
 
 
-def test_the_configuration_page_is_the_configurations():
+def test_the_configuration_page_is_up_to_date():
     page = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
-    assert page.read_text() == reference_page(), "write it anew with `make docs`"
+    assert page.read_text() == reference_page(), "run `make docs`"

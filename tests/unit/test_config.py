@@ -1,4 +1,4 @@
-"""pipeline/config/schema.py: what a file and its overrides become, and what is said about those that are wrong."""
+"""pipeline/config: how a file and overrides become a configuration, and the messages about wrong ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.config.explain import describe_fields
 from pipeline.config.load import (
     CONFIG_FOLDER,
     ConfigError,
-    describe_fields,
     differences,
     find_config,
     flattened,
@@ -78,6 +78,8 @@ def test_the_papers_recipe_is_shipped():
     assert stages.joint is not None
     assert (stages.joint.epochs, stages.joint.step_epochs, stages.joint.eta) == (100, 30, 0.2)
     assert stages.joint.predictor_lr_scale == 0.1
+    assert load_config("imagenet100").model.predictor.architecture == 1
+    assert load_config("imagenet100-strong").model.predictor.architecture == 3
 
 
 def test_stages_run_in_order_whatever_the_order_of_the_file():
@@ -88,7 +90,7 @@ def test_stages_run_in_order_whatever_the_order_of_the_file():
     assert [name for name, _ in config.stages.present()] == ["predictor", "joint"]
 
 
-def test_a_config_does_not_change():
+def test_a_config_is_frozen():
     config = parse_config(SMALLEST)
 
     with pytest.raises(ValidationError, match="frozen"):
@@ -158,11 +160,11 @@ def test_every_problem_is_reported_at_once(file):
     assert len(problems) == 6
     text = "\n".join(problems)
     for part in (
-        "override 'seed' is not of the form key.path=value",
-        "training.batchsize is not a known key; did you mean training.batch_size",
-        "stages.backbone.epochs is 2.5: input should be a valid integer",
-        "stages.backbone.lr is -1: input should be greater than 0",
-        "training.precision is 'float16': input should be 'float32' or 'bfloat16'",
+        "override 'seed' does not have the form key.path=value",
+        "training.batchsize is not a known key. Did you mean training.batch_size",
+        "stages.backbone.epochs is 2.5. Give an integer",
+        "stages.backbone.lr is -1. Give more than 0",
+        "training.precision is 'float16'. Give float32 or bfloat16",
         "stages.joint.alpha_gflops is missing",
     ):
         assert part in text
@@ -178,13 +180,13 @@ def test_the_error_names_the_file_and_counts(file):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("model.resolution=[64]", "did you mean model.resolutions"),
-        ("clip_grad_norm=1", "did you mean stages."),
-        ("stages.backbone.alpha_gflops=1", "did you mean stages.joint.alpha_gflops"),
-        ("zzz=1", "allowed there: cluster, cost, cost_batch_size, data, loader, model, name,"),
+        ("model.resolution=[64]", "Did you mean model.resolutions"),
+        ("clip_grad_norm=1", "Did you mean stages."),
+        ("stages.backbone.alpha_gflops=1", "Did you mean stages.joint.alpha_gflops"),
+        ("zzz=1", "Allowed keys: cluster, cost, cost_batch_size, data, loader, model, name,"),
     ],
 )
-def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
+def test_an_unknown_key_lists_valid_ones(file, override, named):
     (problem,) = problems_of(file, override)
 
     assert f"{override.partition('=')[0]} is not a known key" in problem
@@ -196,10 +198,10 @@ def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
     [
         ({"model.resolutions": [64, 96]}, "largest first"),
         ({"model.resolutions": [96, 96, 64]}, "largest first"),
-        ({"model.resolutions": []}, "at least 1 item"),
-        ({"stages": {}}, "stages names no stage"),
+        ({"model.resolutions": []}, "Give at least 1 value"),
+        ({"stages": {}}, "stages is empty"),
         ({"model.resolutions": [64], "stages.joint": {"epochs": 1, "alpha_gflops": 1}}, "nothing to predict"),
-        ({"training.batch_size": 255, "cluster.num_workers": 2}, "cannot be shared out evenly"),
+        ({"training.batch_size": 255, "cluster.num_workers": 2}, "does not divide evenly"),
         ({"cluster.num_workers": 2, "cluster.min_workers": 3}, "cluster.min_workers 3 is more than"),
         ({"loader.crop_scale": [0.5, 1.5]}, "loader.crop_scale is [0.5, 1.5]"),
         ({"loader.crop_scale": [0.0, 1.0]}, "loader.crop_scale is [0.0, 1.0]"),
@@ -209,20 +211,20 @@ def test_an_unknown_key_is_answered_with_valid_ones(file, override, named):
         ({"stages.backbone.warmup_epochs": 2}, "stages.backbone.warmup_epochs 2 must be less than epochs 2"),
         (
             {"stages.predictor": {"epochs": 2, "alpha_gflops": 1, "num_crops": 3}},
-            "stages.predictor.num_crops is 3; give at most its epochs, 2",
+            "stages.predictor.num_crops is 3. Give at most its epochs, 2",
         ),
         ({"stages.backbone.lr": float("inf")}, "stages.backbone.lr is inf"),
         ({"stages.backbone.lr": float("nan")}, "stages.backbone.lr is nan"),
-        ({"cluster.use_gpu": "maybe"}, "cluster.use_gpu is 'maybe'"),
+        ({"cluster.use_gpu": "maybe"}, "cluster.use_gpu is 'maybe'. Give true, false or auto"),
         ({"name": "a/../b"}, "name is 'a/../b'"),
-        ({"name": None}, "name is None"),
-        ({"model.predictor.architecture": 5}, "1, 2, 3 or 4"),
-        ({"training": 5}, "training is 5"),
-        ({"model.predictor.initial_shares": [1, 1]}, "give one for each of model.resolutions [224, 168, 112]"),
+        ({"name": None}, "name is null. Give text"),
+        ({"model.predictor.architecture": 5}, "architecture is 5. Give 1, 2, 3 or 4"),
+        ({"training": 5}, "training is 5. Give its keys: batch_size, accumulate,"),
+        ({"model.predictor.initial_shares": [1, 1]}, "Give one for each of model.resolutions [224, 168, 112]"),
         ({"model.predictor.initial_shares": [1, 0, 1]}, "model.predictor.initial_shares.1 is 0"),
         ({"model.resolutions": [64], "stages.backbone.distillation": "mean"}, "distillation needs several"),
-        ({"stages.backbone.nesterov": True, "stages.backbone.momentum": 0}, "backbone.nesterov needs a momentum"),
-        ({"stages.backbone.schedule": "one_cycle"}, "rises for warmup_epochs; give more than 0, such as 0.6"),
+        ({"stages.backbone.nesterov": True, "stages.backbone.momentum": 0}, "backbone.nesterov needs momentum"),
+        ({"stages.backbone.schedule": "one_cycle"}, "needs warmup_epochs for its rise. Give more than 0, such as 0.6"),
     ],
 )
 def test_a_contradiction_is_refused(dotted, named):
@@ -233,24 +235,24 @@ def test_a_contradiction_is_refused(dotted, named):
     assert named in problem
 
 
-def test_only_what_is_a_file_among_weights_is_made_absolute(tmp_path, monkeypatch):
+def test_weights_become_absolute_only_if_they_are_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.pth").touch()
     for weights, expected in (("mine.pth", f"{tmp_path}/mine.pth"), ("IMAGENET1K_V1", "IMAGENET1K_V1")):
         assert with_absolute_paths(parse_config(changed({"model.weights": weights}))).model.weights == expected
 
 
-def test_a_crop_wider_than_it_is_high_is_allowed():
+def test_a_crop_wider_than_high_is_allowed():
     assert parse_config(changed({"loader.crop_ratio": [1.0, 2.0]})).loader.crop_ratio == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "the file holds NoneType"),
-        (b"- a\n- b\n", "the file holds list"),
+        (b"", "the file is empty"),
+        (b"- a\n- b\n", "the file contains [a, b]. Give keys and values"),
         (b"name: [1", "not YAML"),
-        (b"\xff\xfe\x00", "not YAML"),
+        (b"\xff\xfe\x00", "not UTF-8 text (byte 0xff at position 0)"),
         (b"name: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -265,14 +267,14 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, named):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("seed", "is not of the form"),
-        ("=3", "is not of the form"),
-        ("seed=[1", "the value is not YAML"),
-        ("model=", "model is None"),
-        ("training.batch_size.more=3", "training.batch_size is {'more': 3}"),
+        ("seed", "does not have the form"),
+        ("=3", "does not have the form"),
+        ("seed=[1", "not YAML (line 1, column 3)"),
+        ("model=", "model is null. Give its keys: backbone,"),
+        ("training.batch_size.more=3", "training.batch_size is a section with the keys more. Give an integer"),
     ],
 )
-def test_an_override_that_is_none_is_refused(file, override, named):
+def test_a_malformed_override_is_refused(file, override, named):
     (problem,) = problems_of(file, override)
 
     assert named in problem
@@ -281,7 +283,7 @@ def test_an_override_that_is_none_is_refused(file, override, named):
 def test_a_config_is_found_by_path_and_by_name(file, tmp_path):
     assert find_config(file) == file
     assert find_config("imagenet100") == CONFIG_FOLDER / "imagenet100.yaml"
-    with pytest.raises(ConfigError, match=r"no such file; give a path, or one of .*imagenet100"):
+    with pytest.raises(ConfigError, match=r"no such file\. Give a path, or one of .*imagenet100"):
         find_config(tmp_path / "absent.yaml")
 
 
@@ -302,7 +304,7 @@ def test_every_field_is_described_with_type_default_and_meaning():
 
     assert fields.keys() == dict(flattened(config.model_dump(mode="json"))).keys()
     assert all(meaning for _, _, meaning in fields.values())
-    assert fields["training.batch_size"] == ["int", "256", "images of one optimiser step, over all workers"]
+    assert fields["training.batch_size"] == ["int", "256", "Number of images in one optimizer step, over all workers."]
     assert fields["cluster.use_gpu"][:2] == ["true | false | auto", "auto"]
     assert fields["data.max_side"][:2] == ["int | null", "500"]
     assert fields["loader.crop_scale"][:2] == ["list of float", "[0.08, 1]"]

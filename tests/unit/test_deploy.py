@@ -1,4 +1,4 @@
-"""ray_cluster.yaml, the `local` variant of docs/cluster.md, and what is in deploy/."""
+"""ray_cluster.yaml, the `local` variant in docs/cluster.md, and the files in deploy/."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prepared(text: str) -> dict[str, Any]:
 
 
 @BOTH
-def test_the_launcher_takes_the_cluster_and_refuses_a_mistyped_key(text: str) -> None:
+def test_the_launcher_accepts_the_cluster_and_refuses_a_mistyped_key(text: str) -> None:
     launcher.validate_config(prepared(text))
     with pytest.raises(ValidationError, match="idle_timeout"):
         launcher.validate_config(prepared(text) | {"idle_timeout": 5})
@@ -69,7 +69,7 @@ def test_the_head_on_aws_runs_no_training_and_workers_are_on_spot() -> None:
     for worker in types.values():
         assert 0 < worker["min_workers"] <= worker["max_workers"] <= config["max_workers"]
         assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
-    # Without a group of its own the launcher opens SSH to everybody.
+    # Without this group, the launcher opens SSH to everyone.
     assert all(kind["node_config"]["SecurityGroupIds"] for kind in [head, *types.values()])
 
 
@@ -85,8 +85,8 @@ def test_a_jobs_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in tracked if "__pycache__" not in path.parts} <= set(names)
 
 
-# The fields that deploy/rayjob.yaml uses, of KubeRay's reference of ray.io/v1 (1.6.2). Not the CRD's own schema, which
-# no package carries; what is not here is refused, so that a new field is looked up first.
+# The fields that deploy/rayjob.yaml uses, from KubeRay's reference of ray.io/v1 (1.6.2), because no package ships the
+# CRD's schema. Other fields are refused, so that a new field is looked up first.
 POD = {
     "type": "object",
     "required": ["spec"],

@@ -1,4 +1,4 @@
-"""pipeline/config/job_package.py: what is lost with a Ray job's package, and what is missing in it."""
+"""pipeline/config/job_package.py: which paths are lost with a Ray job's package or missing in it."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def config_of(**changed: Any):
     return parse_config(tree | changed)
 
 
-def test_a_folder_in_a_package_is_known(package: Path, tmp_path: Path) -> None:
+def test_a_folder_in_a_package_is_recognized(package: Path, tmp_path: Path) -> None:
     assert job_package(package) == package
     assert job_package(package / "jobs" / "configs") == package
     assert job_package(package.parent) is None
     assert job_package(tmp_path) is None
 
 
-def test_what_lasts_is_no_problem(package: Path) -> None:
+def test_paths_outside_the_package_are_no_problem(package: Path) -> None:
     assert list(package_problems(config_of(), package)) == []
     assert list(package_problems(config_of(), package, preparing=True)) == []
 
 
-def test_what_would_be_deleted_with_the_job_is_refused(package: Path) -> None:
+def test_a_path_that_is_deleted_with_the_job_is_refused(package: Path) -> None:
     data = {"dataset": "glyphs", "folder": "data/glyphs"}
     config = config_of(data=data, cluster={}, tracking={"uri": "sqlite:///mlflow.db"})
 
@@ -53,7 +53,7 @@ def test_what_would_be_deleted_with_the_job_is_refused(package: Path) -> None:
     assert folder.startswith("data.folder is data/glyphs, in the package of this Ray job")
     assert "data.folder=/shared/glyphs" in folder
     assert "cluster.storage=/shared/runs" in storage
-    assert "sqlite:///mlflow.db lies in the package" in tracking
+    assert "sqlite:///mlflow.db is in the package" in tracking
     assert [problem.split()[0] for problem in package_problems(config, package, preparing=True)] == ["data.folder"]
 
 
@@ -62,7 +62,7 @@ def test_an_absolute_path_into_the_package_is_refused_too(package: Path) -> None
     assert problem.startswith("cluster.storage")
 
 
-def test_a_password_in_a_jobs_command_is_refused_without_telling_it(package: Path) -> None:
+def test_a_password_in_a_jobs_command_is_refused_without_showing_it(package: Path) -> None:
     data = {"dataset": "glyphs", "folder": "/local", "uri": "s3://key:s3cr@et@bucket/folder"}
     config = config_of(data=data, tracking={"uri": "http://me:s3cr@et@host:5000"})
 
@@ -87,7 +87,7 @@ def test_a_file_that_was_not_sent_is_named_with_the_reason(package: Path) -> Non
     assert list(package_problems(config_of(stages=stages, model={"weights": "IMAGENET1K_V1"}), package)) == []
 
 
-def test_what_a_search_starts_from_must_be_sent_or_elsewhere(package: Path) -> None:
+def test_a_searchs_inputs_must_be_in_the_package_or_outside_it(package: Path) -> None:
     backbone, tables = package_problems(config_of(search={"backbone": "runs/a/model.pt", "tables": "tables"}), package)
     assert backbone.startswith("search.backbone runs/a/model.pt is not in the package")
     assert tables.startswith("search.tables tables is not in the package")
@@ -102,7 +102,7 @@ def test_only_a_preparation_needs_the_source(package: Path) -> None:
     assert list(package_problems(config, package)) == []
 
 
-def test_a_job_refuses_and_a_configuration_that_was_not_sent_is_explained(package: Path) -> None:
+def test_a_job_explains_a_configuration_that_was_not_sent(package: Path) -> None:
     parser = job_parser("train", "Train.")
     with pytest.raises(ConfigError, match=r"the Ray job has 2 problems"):
         job_config(parser.parse_args(["--config", "glyphs"]))
@@ -110,7 +110,7 @@ def test_a_job_refuses_and_a_configuration_that_was_not_sent_is_explained(packag
         job_config(parser.parse_args(["--config", "data/mine.yaml"]))
 
 
-def test_outside_of_a_package_relative_paths_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_work_outside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert job_config(job_parser("train", "Train.").parse_args(["--config", "glyphs"])).name == "glyphs"
     with pytest.raises(ConfigError) as raised:

@@ -1,4 +1,4 @@
-"""The lock file, and what scripts/setup.sh says where it cannot go on."""
+"""requirements.lock, and the messages of scripts/setup.sh when it cannot continue."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SETUP = ROOT / "scripts" / "setup.sh"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = (ROOT / "requirements.lock").read_text()
-# What the set-up calls, less what it installs: with these alone on PATH, a machine is as bare as it can be.
+# The commands that setup.sh calls and does not install. With only these on PATH, everything else is missing.
 BARE = ("awk", "bash", "cat", "cut", "dirname", "env", "flock", "grep", "head", "mkdir", "sha256sum", "sort", "tail")
 
 
 def locked() -> dict[str, tuple[Requirement, str]]:
-    """Each package of the lock: its requirement, and the lines that belong to it."""
+    """Return each package of the lock: its requirement and the lines that belong to it."""
     entries = re.findall(r"^([^\s#].*?)\s*\\\n((?:[ \t].*\n?)*)", LOCK, flags=re.MULTILINE)
     return {canonicalize_name(Requirement(line).name): (Requirement(line), rest) for line, rest in entries}
 
@@ -77,7 +77,7 @@ def test_the_lock_is_for_every_python_that_the_set_up_takes():
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A copy of what the set-up reads, and a folder `bin` that is to be the whole PATH."""
+    """A copy of the files that setup.sh reads, and a folder `bin` that becomes the whole PATH."""
     project, binaries = tmp_path / "project", tmp_path / "bin"
     (project / "scripts").mkdir(parents=True)
     binaries.mkdir()
@@ -117,7 +117,7 @@ def test_only_what_is_missing_is_named(machine):
         script(machine, name, "exit 0")
     script(machine, "uv", "echo uv 999.0.0")
     script(machine, "pkg-config", 'test "$2" = libturbojpeg')
-    # The stand-in for python3 has no headers to name, and is in range: exit code 0 to every question.
+    # This python3 answers every question with exit code 0: it is in range and names no headers.
     done = set_up(machine)
 
     assert done.stderr.splitlines()[0] == "setup: missing system packages: libopencv-dev python3-dev"

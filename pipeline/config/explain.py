@@ -1,0 +1,166 @@
+"""Lists the configuration's fields, and says for users what is wrong with a value."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+from yaml.reader import ReaderError
+
+from datasets.remote import redacted
+from pipeline.config.schema import Config, Section
+from pipeline.config.yaml_tree import choices, field_name, field_of, is_optional, item_of, section_of
+
+
+def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, meaning) of every field, for --help and the reference."""
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            yield from describe_fields(inner, f"{prefix}{name}.")
+            continue
+        default = "(required)" if field.is_required() else _plain(field.get_default())
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+
+
+def explain_yaml(error: yaml.YAMLError) -> str:
+    """Say for users what is wrong with YAML text, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark, problem = error.problem_mark, error.problem or error.context or ""
+        hints = {
+            "'\\t'": ". Indent with spaces, not tabs",
+            "mapping values are not allowed": ". Put text that contains ': ' in quotes",
+            "could not determine a constructor": ". Tags (!) are not allowed",
+        }
+        hint = next((hint for part, hint in hints.items() if part in problem), "")
+        return f"not YAML (line {mark.line + 1}, column {mark.column + 1}): {problem}{hint}"
+    if isinstance(error, ReaderError):
+        return f"not YAML: it contains the control character {error.character:#x} at position {error.position}"
+    return f"not YAML: {error}"
+
+
+def explain(error: ValidationError) -> list[str]:
+    """Say for users what was given and what is allowed, once for each key."""
+    problems: dict[str, list[str]] = {}
+    for item in error.errors():
+        key, annotation = _key_of(item["loc"])
+        problems.setdefault(key, []).append(_explain_item(key, annotation, item))
+    return [
+        " or ".join([found[0], *(each.partition(". Give ")[2] for each in found[1:])]) for found in problems.values()
+    ]
+
+
+def _key_of(location: Sequence[int | str]) -> tuple[str, Any]:
+    """Return the dotted key of a pydantic location and its type, without the names of a union's members."""
+    annotation: Any = Config
+    parts: list[str] = []
+    for part in location:
+        section, item = section_of(annotation), item_of(annotation)
+        if isinstance(part, str) and section is None and parts:
+            break
+        parts.append(str(part))
+        field = section.model_fields.get(field_name(section, str(part))) if section else None
+        annotation = item if isinstance(part, int) else field and field.annotation
+    return ".".join(parts), annotation
+
+
+def _explain_item(key: str, annotation: Any, item: Mapping[str, Any]) -> str:
+    """Say one pydantic error."""
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _explain_unknown(key)
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "no_target":
+        return f"{key}.alpha_gflops is missing (alpha_milliseconds if cost is milliseconds)"
+    given = f"{key} is {shown(item['input'])}"
+    if kind == "value_error":
+        return f"{given}: {context['error']}"
+    section = section_of(annotation)
+    if section:
+        return f"{given}. Give its keys: {', '.join(section.model_fields)}"
+    wanted = {
+        "too_short": f"at least {_count(context.get('min_length'))}",
+        "too_long": f"at most {_count(context.get('max_length'))}",
+        "string_too_short": "some text",
+        "string_too_long": "at most {max_length} characters",
+        "greater_than": "more than {gt:g}",
+        "greater_than_equal": "at least {ge:g}",
+        "less_than": "less than {lt:g}",
+        "less_than_equal": "at most {le:g}",
+        "finite_number": "a finite number",
+    }.get(kind)
+    return f"{given}. Give {wanted.format(**context) if wanted else _allowed(annotation, kind == 'literal_error')}"
+
+
+def _explain_unknown(key: str) -> str:
+    """Say which keys an unknown one may stand for."""
+    valid = [name for name, *_ in describe_fields()]
+    section, _, last = key.rpartition(".")
+    parent = section_of(field_of(Config, section) if section else Config)
+    if parent and field_name(parent, last) != last:
+        return f"{key} is the old name of {field_name(parent, last)}, which is given too. Remove one of them"
+    sections = sorted({name.rsplit(".", depth)[0] for name in valid for depth in range(1, 1 + name.count("."))})
+    near = difflib.get_close_matches(key, valid + sections, n=3, cutoff=0.5)
+    siblings = ", ".join(sorted(parent.model_fields)) if parent else ""
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Allowed keys: {siblings}"
+    return f"{key} is not a known key. {hint}"
+
+
+def _allowed(annotation: Any, literals: bool) -> str:
+    """Name the values of a type: its literals, or what else it allows."""
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    found = []
+    for each in choices(annotation):
+        if typing.get_origin(each) is Literal:
+            found += [_plain(value) for value in typing.get_args(each)] if literals else []
+        elif literals:
+            continue
+        elif typing.get_origin(each) is tuple:
+            count = len(typing.get_args(each)) if Ellipsis not in typing.get_args(each) else 0
+            found.append(f"a list of {_count(count)}" if count else "a list, such as [a, b]")
+        elif each is not type(None):
+            found.append(names.get(each, str(each)))
+    found += ["null"] if is_optional(annotation) else []
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+
+
+def _count(number: int | None) -> str:
+    return f"{number} value{'' if number == 1 else 's'}"
+
+
+def shown(value: Any) -> str:
+    """Return a given value as a user would write it, without secrets, cut off when it is long."""
+    if isinstance(value, dict):
+        value = list(value)
+        return f"a section with the keys {', '.join(map(str, value))}" if value else "an empty section"
+    text = redacted(repr(value) if isinstance(value, str | float) else _plain(value))
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if len(choices(annotation)) > 1:
+        return " | ".join("null" if each is type(None) else _type_name(each) for each in choices(annotation))
+    if choices(annotation) != (annotation,):
+        return _type_name(choices(annotation)[0])
+    if origin is Literal:
+        return " | ".join(_plain(arg) for arg in args)
+    if origin is tuple:
+        return f"list of {_type_name(args[0])}"
+    return getattr(annotation, "__name__", str(annotation)).replace("Path", "path")
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_plain, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
