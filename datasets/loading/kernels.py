@@ -9,6 +9,7 @@ It has three parts: checksums of the stored JPEGs, the box of a crop, and decodi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import math
@@ -37,7 +38,8 @@ def _ensure_cache() -> None:
 def _temporary_cache() -> str:
     """Return a folder that only this user can write, since numba runs the code in it: the same in every process."""
     folder = Path(tempfile.gettempdir(), f"numba-cache-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     status = folder.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
         return str(folder)
