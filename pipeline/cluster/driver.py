@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ import torch
 import yaml
 
 from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg, read_layout
-from datasets.files import write_whole
+from datasets.files import lock_file, write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import DamagedCheckpointError, repair_snapshot
@@ -232,12 +231,10 @@ def environment() -> dict[str, str]:
 def only_driver(lock: Path) -> Iterator[None]:
     """Keep a second driver out of the folder of `lock`; the lock ends with the process, even if it is killed."""
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock_file(file.fileno(), lock):
             raise ValueError(
                 f"another driver is at work on {lock.parent}; wait for it, stop it, or give this run another name"
-            ) from None
+            )
         yield
 
 

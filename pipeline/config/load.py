@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from datasets.files import is_within
 from datasets.remote import redacted
 from pipeline.config.explain import explain, explain_yaml, shown
 from pipeline.config.job_package import NOT_IN_PACKAGE, job_package
@@ -211,7 +211,7 @@ def _place_problems(config: Config) -> Iterator[str]:
     for key in ("source", "validation_source"):
         source = getattr(config.data, key)
         for name, place in places.items():
-            if source and place and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(source)):
+            if source and place and is_within(Path(place), Path(source)):
                 yield (
                     f"{name}, {place}, is inside data.{key} {source}, so its files could be taken for original images. "
                     "Give a folder outside it"

@@ -45,7 +45,7 @@ def test_folders_are_searched_and_files_taken_as_given(pictures):
 
 def test_all_missing_paths_are_named_together(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"(?s)empty holds no \.jpg.*absent\.jpg does not exist"):
+    with pytest.raises(ValueError, match=r"(?s)empty has no \.jpg.*absent\.jpg does not exist"):
         predict.find_images([tmp_path / "empty", tmp_path / "absent.jpg"])
 
 
