@@ -74,7 +74,7 @@ def _config(model: Mapping[str, Any], batch_size: int, data: str, dataset: str) 
     return parse_config(
         {
             "name": "bench",
-            "data": {"dataset": dataset, "folder": data, "source": data},
+            "data": {"dataset": dataset, "folder": data, "source": "images"},
             "model": dict(model),
             "training": {"batch_size": batch_size},
             "stages": {STAGE: stage},

@@ -36,7 +36,7 @@ def config_of(data: Path, **predictor: Any) -> Config:
     return parse_config(
         {
             "name": "run",
-            "data": {"dataset": "imagefolder", "folder": str(data), "source": str(data)},
+            "data": {"dataset": "imagefolder", "folder": str(data), "source": "images"},
             "model": {
                 "backbone": "small_resnet",
                 "backbone_width": 0.5,

@@ -24,6 +24,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def inputs(self) -> Path:
+        """The digests of the data and files that the run started from (pipeline/config/inputs.py)."""
+        return self.path / "inputs.json"
+
+    @property
     def model(self) -> Path:
         """The trained model."""
         return self.path / "model.pt"

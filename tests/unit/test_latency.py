@@ -99,10 +99,14 @@ def test_a_target_out_of_reach_is_refused_with_what_was_measured(tmp_path):
 @pytest.mark.parametrize(
     ("cost", "stage", "message"),
     [
-        ("milliseconds", {"alpha_gflops": 1.0}, "alpha_gflops is given, but cost is milliseconds; give alpha_millisec"),
-        ("flops", {"alpha_milliseconds": 1.0}, "alpha_milliseconds is given, but cost is flops; give alpha_gflops"),
+        (
+            "milliseconds",
+            {"alpha_gflops": 1.0},
+            "alpha_gflops is given, but cost is milliseconds. Give alpha_millisec",
+        ),
+        ("flops", {"alpha_milliseconds": 1.0}, "alpha_milliseconds is given, but cost is flops. Give alpha_gflops"),
         ("flops", {"alpha_gflops": 1.0, "alpha_start_milliseconds": 2}, "alpha_start_milliseconds is given, but cost"),
-        ("milliseconds", {}, r"alpha_gflops is missing \(alpha_milliseconds where cost is milliseconds\)"),
+        ("milliseconds", {}, r"alpha_gflops is missing \(alpha_milliseconds if cost is milliseconds\)"),
     ],
 )
 def test_a_target_in_another_unit_is_refused(tmp_path, cost, stage, message):

@@ -201,7 +201,7 @@ def test_the_job_registers_refuses_promotes_and_rolls_back(registry, tmp_path, m
     registry.evaluate(*VERSIONS["2"])
     code, said = job()
     assert code == 0
-    assert "drnet version 2 (was registered already)" in said
+    assert "drnet version 2 (already registered)" in said
     assert "models:/drnet@job stays version 1; --promote compares the two" in said
     code, said = job("--promote")
     assert code == 1
@@ -210,7 +210,7 @@ def test_the_job_registers_refuses_promotes_and_rolls_back(registry, tmp_path, m
     registry.evaluate(*VERSIONS["3"])
     code, said = job("--promote")
     assert code == 0
-    assert "promoted: models:/drnet@job is version 3 now; --rollback undoes it" in said
+    assert "promoted: models:/drnet@job is now version 3; --rollback undoes it" in said
     code, said = job("--promote")
     assert (code, "models:/drnet@job is this version" in said) == (0, True)
     code, said = job("--rollback")

@@ -92,7 +92,7 @@ def test_what_is_kept_of_a_configuration_holds_no_secret(tmp_path: Path) -> None
 
 def test_data_with_an_address_needs_no_source() -> None:
     tree = {"name": "run", "data": {"dataset": "imagefolder", "folder": "f"}, "stages": {"backbone": {"epochs": 1}}}
-    with pytest.raises(ConfigError, match=r"data\.source is missing; .* or a data\.uri"):
+    with pytest.raises(ConfigError, match=r"data\.source is missing\. .* or data\.uri"):
         parse_config(tree)
     tree["data"]["uri"] = "s3://bucket/folder"
     assert parse_config(tree).data.source is None
