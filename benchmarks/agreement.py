@@ -1,9 +1,9 @@
-"""The registered model beside the trained one, over a finished run's whole validation set.
+"""Compares the registered model with the trained one, over a finished run's whole validation set.
 
     python -m benchmarks.agreement --run runs/glyphs --data data/glyphs
 
-Once on the very crops that training evaluates on, where all answers must be equal, and once from the JPEG bytes, where
-the decoder may leave out what is not needed.
+Once on the same crops that training evaluates on, where all answers must be equal, and once from the JPEG bytes, where
+the decoder may skip pixels that are not needed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pipeline.training.checkpoint import LoadedModel, load_model
 
 BATCH = 64
 Found = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""class and index of the resolution of each image"""
+"""The class and the index of the resolution of each image."""
 
 
 def compare(run: Path, data: Path) -> list[str]:
-    """Lines that say how far the registered model's answers are those in the run's predictions.npz."""
+    """Lines that say how many of the registered model's answers equal those in the run's predictions.npz."""
     loaded, predictions = load_model(RunFolder(run).model), Predictions.load(RunFolder(run).predictions)
     beton = beton_path(data, VALIDATION)
     chosen_N = predictions.chosen_N

@@ -1,9 +1,9 @@
-"""Mutate image files at random, and see that the decoder answers each with a crop or a reason.
+"""Mutate image files at random and check that the decoder returns a crop or a reason for each.
 
     python -m benchmarks.decoding_fuzz --count 100000
 
-A crash ends the process, so the printed line is the proof: how many were decoded, how many refused, and how much the
-process grew after its first tenth.
+A crash ends the process, so the printed line shows that there was none: how many files were decoded and refused, and
+how much the process grew after the first tenth.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ FRACTION = 0.875
 
 @dataclass
 class Found:
-    """What became of the mutants."""
+    """The outcome for all mutants."""
 
     decoded: int = 0
     refused: int = 0
     grown_mb: float = 0.0
-    """resident memory, after the first tenth to the end"""
+    """Growth of resident memory after the first tenth."""
 
 
 def fuzz(count: int, seed: int = 0) -> Found:
     """Feed `count` mutants to the decoder.
 
     Raises:
-        Exception: anything but BadImageError that the decoder raised.
+        Exception: the decoder raised something other than BadImageError.
     """
     found, start_mb = Found(), 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata: there is one for every second mutant
+        warnings.simplefilter("ignore")  # about metadata: every second mutant causes one
         for number, mutant in enumerate(mutants(count, seed)):
             try:
                 picture = Picture(mutant, FRACTION)
@@ -61,12 +61,12 @@ def fuzz(count: int, seed: int = 0) -> Found:
 
 
 def mutants(count: int, seed: int) -> Iterator[bytes]:
-    """Image files, of which bytes were changed, cut out, doubled, or taken from another; always the same ones."""
+    """Yield image files with bytes changed, removed, doubled or taken from another; the same ones for a seed."""
     rng, files = random.Random(seed), list(originals())
     for _ in range(count):
         file = bytearray(rng.choice(files))
         for _ in range(rng.choice((1, 1, 2, 4, 16))):
-            # Half of the changes fall into the headers, which are few bytes of a file.
+            # Half of the changes hit the headers, which are a small part of a file.
             at = rng.randrange(min(len(file), 700) if rng.random() < 0.5 else len(file))
             length = rng.choice((1, 2, 4, 64, 1024))
             match rng.randrange(6):
@@ -108,7 +108,7 @@ def originals() -> Iterator[bytes]:
 
 
 def resident_mb() -> float:
-    """Of this process, from Linux."""
+    """Returns the resident memory of this process in MB, from Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 

@@ -1,8 +1,8 @@
-"""Accuracy with and without ensemble distillation in the backbone stage, over several seeds, without Ray and MLflow.
+"""Measures accuracy with and without ensemble distillation in the backbone stage, over several seeds.
 
 `python -m benchmarks.distillation glyphs elpv [--seeds 3] [--device cuda] [--at-once 1] [key.path=value ...]`
 
-Every run trains and evaluates as `jobs.train` does with the same configuration in one process.
+Every run trains and evaluates in one process, as `jobs.train` does with the same configuration, without Ray and MLflow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.harness import ROOT
 from benchmarks.overhead import opened_run
 from pipeline.config.load import load_config
 from pipeline.evaluation.predictions import collect_predictions
-from pipeline.evaluation.report import build_report
+from pipeline.evaluation.report import Evaluation, build_report
 from pipeline.evaluation.seeds import seeds_markdown, summarize_seeds
 from pipeline.training.loop import train
 
@@ -30,23 +31,23 @@ KINDS = ("none", "mean", "learned")
 
 
 def train_and_report(config: str, folder: Path, device: str, changed: list[str]) -> dict[str, Any]:
-    """What `build_report` finds for one run."""
+    """Train one run; return its report."""
     with opened_run(load_config(config, changed), folder, torch.device(device)) as run:
         train(run)
         predictions = collect_predictions(run.model, run.validation.epoch(0))
         about = {"dataset": run.manifest.dataset}
-        return build_report(
-            predictions, run.costs, classes=run.manifest.classes, attributes={}, name=run.config.name, context=about
-        )
+        evaluation = Evaluation(predictions, run.costs, predictions.indices_N.astype(np.uint64))
+        name, classes = run.config.name, run.manifest.classes
+        return build_report(evaluation, classes=classes, attributes={}, name=name, context=about)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation", description=__doc__)
-    parser.add_argument("configs", nargs="+", help="configurations, and fields to change for all of them")
+    parser.add_argument("configs", nargs="+", help="configurations, and fields to change in all of them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time")
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # of a process that this program starts
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # for the processes that this program starts
     args = parser.parse_intermixed_args()
     configs = [word for word in args.configs if "=" not in word]
     changed = [word for word in args.configs if "=" in word]

@@ -1,6 +1,6 @@
-"""bench gpu: steps of training and routed inference on a GPU, in bfloat16, and their share of what the GPU can do.
+"""bench gpu: training steps and routed inference on a GPU in bfloat16, and their share of the GPU's limit.
 
-Needs torch and torchvision and none of Ray, MLflow and FFCV: images are in memory.
+Needs torch and torchvision, but not Ray, MLflow or FFCV: the images are in memory.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ NETWORK = "resnet50"
 BATCH = 256
 BACKBONE = "backbone stage"
 CALLS = {1: 30, 64: 20, 256: 10}
-"""batch size of inference -> calls a run"""
+"""Calls per run, by batch size of inference."""
 MATRIX, PRODUCTS = 8192, 20
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them.
+    """Measure all rows of the table; return them with notes.
 
     Raises:
-        ValueError: there is no GPU, or there are images.
+        ValueError: there is no GPU, or `images` is given.
     """
     import torch
 
     if not torch.cuda.is_available() or images is not None:
         raise ValueError(
-            f"--images {images}, GPU {torch.cuda.is_available()}: bench gpu needs a GPU that PyTorch sees, and makes "
-            "its own images; leave --images out, and see `python -m jobs.doctor` for the GPU"
+            f"bench gpu got --images {images} and GPU {torch.cuda.is_available()}: it needs a GPU that PyTorch sees "
+            "and generates its own images; omit --images, and run `python -m jobs.doctor` to check the GPU"
         )
     torch.set_num_threads(threads)
     peak = peak_tflops()
@@ -42,14 +42,14 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
         f"the GPU's limit, a bfloat16 product of two {MATRIX} x {MATRIX} matrices: {peak:.0f} TFLOP/s",
     ]
     rows = []
-    for found, said in (*_inference(runs), *_training(runs, peak)):
+    for found, lines in (*_inference(runs), *_training(runs, peak)):
         rows += found
-        notes += said
+        notes += lines
     return rows, notes
 
 
 def peak_tflops() -> float:
-    """Of a matrix product on random numbers, as zeros are faster."""
+    """The TFLOP/s of a matrix product of random numbers; zeros would be faster."""
     import torch
 
     left, right = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))

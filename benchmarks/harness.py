@@ -1,4 +1,4 @@
-"""How everything here is measured: two sides by turns in one run, medians, and the ratio of every pair."""
+"""How benches measure: two sides take turns in one run; a row has the medians and the ratio of every pair."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-# A side's process imports this module, and so does each process that it starts: heavy imports are in the functions.
+# Every process of a side imports this module, so heavy imports are inside the functions.
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow", "ray", "mlflow")
 MIN_RUNS = 5
+RESOLUTIONS, PREDICTOR_SIZE, NUM_CLASSES = (224, 168, 112), 128, 100
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""The network that most benches measure."""
+EVENTS = "progress.jsonl"
+"""The progress file of a run's folder."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: medians of both sides, and the median and range of the ratios, above 1 where ours is better."""
+    """One comparison: the medians of both sides, and the median and range of the ratios; above 1, ours is better."""
 
     name: str
     unit: str
@@ -41,12 +46,12 @@ Measure = Callable[[], float]
 
 
 def compare(name: str, unit: str, ours: Measure, peer: Measure, runs: int, *, more_is_better: bool = True) -> Row:
-    """Measure both sides `runs` times, by turns, so that what else the machine does meets both."""
+    """Measure both sides `runs` times in turns, so that other load on the machine affects both."""
     return paired(name, unit, [(ours(), peer()) for _ in range(runs)], more_is_better=more_is_better)
 
 
 def paired(name: str, unit: str, pairs: Sequence[tuple[float, float]], *, more_is_better: bool = True) -> Row:
-    """The row of values (ours, peer) that were measured by turns."""
+    """The row of pairs (ours, peer) that were measured in turns."""
     ratios = [(one / other if more_is_better else other / one) for one, other in pairs]
     return Row(
         name,
@@ -61,17 +66,15 @@ def paired(name: str, unit: str, pairs: Sequence[tuple[float, float]], *, more_i
 
 
 class Side:
-    """One side in a process of its own, as some sides change the process that they run in.
+    """One side in its own process, because some sides change the process that they run in.
 
     Args:
-        function: "module:name" of a generator function: it prepares, and then yields one measured value whenever it
-            is asked.
-        arguments: of the function, as JSON can hold them.
-        variables: of the environment, besides those that say how many threads.
+        function: "module:name" of a generator function that prepares and then yields one measured value per request.
+        arguments: arguments of the function that JSON can hold.
+        variables: environment variables, in addition to those that set the number of threads.
 
     Attributes:
-        once: the first value, which belongs to what happens once, such as compiling, and is no part of what is
-            compared.
+        once: the first value; it includes one-time work such as compiling and is not part of the comparison.
     """
 
     once: float
@@ -83,10 +86,10 @@ class Side:
         num_threads: int,
         variables: Mapping[str, str] = MappingProxyType({}),
     ):
-        # What a user sets to confine a process to its CPUs, for all that read one of these.
+        # The variables that a user sets to limit a process to its CPUs.
         threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {**os.environ, **threads, **variables}
-        # Set in many containers. Without bytecode each start compiles torch and numba anew, 2 s of either side.
+        # Many containers set this; without bytecode every start compiles torch and numba again, 2 s for each side.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [sys.executable, "-m", "benchmarks.harness", function, json.dumps(arguments)]
         self._process = subprocess.Popen(
@@ -106,10 +109,10 @@ class Side:
         self._process.wait()
 
     def measure(self) -> float:
-        """Ask for one value.
+        """Request one value.
 
         Raises:
-            ChildProcessError: the process ended instead; what it said is on standard error.
+            ChildProcessError: the process ended instead; its output is on standard error.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -126,16 +129,21 @@ class Side:
 
 
 def serve(function: str, arguments: Mapping[str, Any]) -> None:
-    """A side's process: a line of standard input asks for a value, which is printed."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not be taken for an answer
+    """Run a side's process: print one value for every line of standard input."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # so that a library's output is not read as an answer
     module, _, name = function.partition(":")
     values: Iterator[float] = getattr(importlib.import_module(module), name)(**arguments)
     for _ in sys.stdin:
         print(next(values), file=answers, flush=True)
 
 
+def read_events(run_folder: Path) -> list[dict[str, Any]]:
+    """Read the events in a run's progress file."""
+    return [json.loads(line) for line in (run_folder / EVENTS).read_text().splitlines()]
+
+
 def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code: processor, versions, commit."""
+    """Everything a figure depends on besides the arguments: processor, versions, commit."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -155,7 +163,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """As Linux knows it; elsewhere the kind of machine."""
+    """The processor's name on Linux, elsewhere the type of machine."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -163,7 +171,7 @@ def processor_name() -> str:
 
 
 def show(bench: str, rows: Sequence[Row], notes: Sequence[str], *, as_json: bool) -> None:
-    """Print a table for people, or one JSON object alone."""
+    """Print a table, or one JSON object and nothing else."""
     from rich.console import Console
     from rich.table import Table
 

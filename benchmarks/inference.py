@@ -1,4 +1,4 @@
-"""bench inference: what routing saves in seconds, in one process, from JPEG bytes and over HTTP."""
+"""bench inference: the time that routing saves in one process, from JPEG bytes and over HTTP."""
 
 from __future__ import annotations
 
@@ -17,27 +17,68 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import Row, compare, paired
+from benchmarks.harness import MEAN, NUM_CLASSES, PREDICTOR_SIZE, RESOLUTIONS, STD, Row, compare, paired
 from benchmarks.photographs import write_photographs
 from pipeline.config.schema import ModelConfig
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import build_drnet
+from pipeline.serving.export import export_model
 from pipeline.serving.runtime import Classifier, RoutedNetwork
 from pipeline.serving.runtime.images import Picture
 from pipeline.training.checkpoint import LoadedModel
 
-NUM_CLASSES, FRACTION = 100, 0.875
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESOLUTIONS, PREDICTOR_SIZE, ARCHITECTURE = (224, 168, 112), 128, 3
+NETWORKS = ("resnet50", "resnet18")
+SERVED = "resnet18"
+NUM_IMAGES, PASSES = 128, 4
 CALLS = {1: 12, 8: 3, 64: 1}
-"""batch size -> calls a run"""
+"""Calls per run, by batch size."""
+ARCHITECTURE, FRACTION = 3, 0.875
+"""The predictor, and the share of the shorter side that a validation crop takes."""
 Crops = dict[int, Tensor]
 Samples = dict[str, list[list[float]]]
-"""seconds by what was timed, run, and call"""
+"""Seconds by timed part, run, and call."""
+
+
+def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """Measure all rows of the table; return them with notes."""
+    torch.set_num_threads(threads)
+    rows: list[Row] = []
+    notes = [f"{threads} threads; 100 classes, a third of the images at each of 224, 168 and 112 px, predictor 3"]
+    with TemporaryDirectory(prefix="bench-inference-") as scratch:
+        photographs = write_photographs(Path(scratch) / "images", images, NUM_IMAGES)
+        files = [path.read_bytes() for path in sorted(photographs.rglob("*.jpg"))]
+        for name in NETWORKS:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            export_model(build_model(name), folder)
+            found, lines = program_rows(name, FixedMix(folder), runs)
+            rows += found
+            notes += lines
+        name = "decoding and crops, one thread, against whole decodes and all crops"
+        as_needed, everything = partial(decode_as_needed, files), partial(decode_everything, files)
+        rows.append(compare(name, "images/s", as_needed, everything, runs))
+        found, lines = _served(Path(scratch), files, runs, threads)
+    return [*rows, *found], [*notes, *lines]
+
+
+def _served(scratch: Path, files: list[bytes], runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """Measure the model over HTTP against the same classifier in this process, from JPEG bytes."""
+    from benchmarks.served import NUM_CLIENTS, REQUESTS, Server
+    from pipeline.serving.package import save_pyfunc
+
+    folder = scratch / "registered"
+    save_pyfunc(build_model(SERVED), folder)
+    name = f"{SERVED} over HTTP, {NUM_CLIENTS} clients of one image a request, against no HTTP"
+    classifier = classifier_rate(folder / "artifacts" / "drnet", files * PASSES)
+    with classifier as alone, Server(folder, files, threads) as server:
+        server.measure()
+        server.latencies.clear()
+        row = compare(name, "images/s", server.measure, alone, runs)
+    return [row], [f"over HTTP: {runs} x {REQUESTS:,} requests, {server.num_errors} errors; {server.summary()}"]
 
 
 def build_model(backbone: str) -> LoadedModel:
-    """An untrained network: what it computes costs the same."""
+    """An untrained network, which costs the same as a trained one."""
     predictor = {"architecture": ARCHITECTURE, "input_size": PREDICTOR_SIZE}
     config = ModelConfig.model_validate({"backbone": backbone, "resolutions": RESOLUTIONS, "predictor": predictor})
     torch.manual_seed(0)
@@ -46,7 +87,7 @@ def build_model(backbone: str) -> LoadedModel:
 
 
 class FixedMix(RoutedNetwork):
-    """Runs its predictor like any other, and then sends image i of a batch to resolution (first + i) modulo R."""
+    """Runs its predictor as usual, but sends image i of a batch to resolution (first + i) modulo R."""
 
     first = 0
 
@@ -58,7 +99,7 @@ class FixedMix(RoutedNetwork):
         self.classify(crops)
 
     def all_with_masks(self, crops: Crops) -> Tensor:
-        """Every image at every resolution, and a mask over the answers: what published implementations do."""
+        """Run every image at every resolution and mask the answers, as published implementations do."""
         choice_N = self.choose(self.predictor_logits(crops[self.predictor_size]))
         mask_NR = torch.nn.functional.one_hot(choice_N, len(self.resolutions)).float()
         logits_NRK = torch.stack([self.logits(j, crops[side]) for j, side in enumerate(self.resolutions)], dim=1)
@@ -68,7 +109,7 @@ class FixedMix(RoutedNetwork):
 def program_rows(
     name: str, network: FixedMix, runs: int, batches: Mapping[int, int] = CALLS
 ) -> tuple[list[Row], list[str]]:
-    """The rows that need one process and no decoding, and the latencies as notes."""
+    """Measure the rows that need one process and no decoding; return them with the latencies as notes."""
     rows, notes = [], []
     for batch, calls in batches.items():
         parts = _parts(name, network, batch)
@@ -135,7 +176,7 @@ def _bars(prefix: str, network: FixedMix, batch: int, samples: Samples) -> list[
 
 
 def _latencies(title: str, batch: int, samples: Samples) -> str:
-    """p50/p95/p99 of everything timed; of few calls the last two are their slowest."""
+    """p50/p95/p99 of every timed part; with few calls the last two are the slowest calls."""
     cells = []
     for what, runs in samples.items():
         each = np.concatenate([np.asarray(run) for run in runs]) * 1e3 / batch
@@ -152,7 +193,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def decode_as_needed(files: Sequence[bytes]) -> float:
-    """Images/s: the predictor's crop, then one chosen crop by turns, each from the smallest decode that suffices."""
+    """Images/s of the predictor's crop and one chosen crop in turn, each from the smallest sufficient decode."""
     started = time.perf_counter()
     for number, file in enumerate(files):
         picture = Picture(file, FRACTION)
@@ -162,7 +203,7 @@ def decode_as_needed(files: Sequence[bytes]) -> float:
 
 
 def decode_everything(files: Sequence[bytes]) -> float:
-    """Images/s: every pixel decoded, and a crop at each side."""
+    """Images/s with every pixel decoded and a crop at each side."""
     started = time.perf_counter()
     for file in files:
         with Image.open(io.BytesIO(file)) as image:
@@ -188,54 +229,3 @@ def classifier_rate(folder: Path, files: Sequence[bytes]) -> Iterator[Callable[[
     measure()
     yield measure
     classifier.close()
-
-
-NETWORKS = ("resnet50", "resnet18")
-SERVED = "resnet18"
-NUM_IMAGES, PASSES = 128, 4
-
-
-def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them."""
-    import torch
-
-    from pipeline.serving.export import export_model
-
-    torch.set_num_threads(threads)
-    rows: list[Row] = []
-    notes = [f"{threads} threads; 100 classes, a third of the images at each of 224, 168 and 112 px, predictor 3"]
-    with TemporaryDirectory(prefix="bench-inference-") as scratch:
-        photographs = write_photographs(Path(scratch) / "images", images, NUM_IMAGES)
-        files = [path.read_bytes() for path in sorted(photographs.rglob("*.jpg"))]
-        for name in NETWORKS:
-            folder = Path(scratch) / name
-            folder.mkdir()
-            export_model(build_model(name), folder)
-            found, said = program_rows(name, FixedMix(folder), runs)
-            rows += found
-            notes += said
-        rows.append(_decoding(files, runs))
-        found, said = _served(Path(scratch), files, runs, threads)
-    return [*rows, *found], [*notes, *said]
-
-
-def _decoding(files: list[bytes], runs: int) -> Row:
-
-    name = "decoding and crops, one thread, against whole decodes and all crops"
-    return compare(name, "images/s", lambda: decode_as_needed(files), lambda: decode_everything(files), runs)
-
-
-def _served(scratch: Path, files: list[bytes], runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Over HTTP against the same classifier in this process, from JPEG bytes."""
-    from benchmarks.served import NUM_CLIENTS, REQUESTS, Server
-    from pipeline.serving.package import save_pyfunc
-
-    folder = scratch / "registered"
-    save_pyfunc(build_model(SERVED), folder)
-    name = f"{SERVED} over HTTP, {NUM_CLIENTS} clients of one image a request, against no HTTP"
-    classifier = classifier_rate(folder / "artifacts" / "drnet", files * PASSES)
-    with classifier as alone, Server(folder, files, threads) as server:
-        server.measure()
-        server.latencies.clear()
-        row = compare(name, "images/s", server.measure, alone, runs)
-    return [row], [f"over HTTP: {runs} x {REQUESTS:,} requests, {server.num_errors} errors; {server.summary()}"]

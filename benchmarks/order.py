@@ -1,4 +1,4 @@
-"""bench order: random against quasi-random order for a beton larger than memory, with a cold page cache."""
+"""bench order: random order against windows of pages, for a beton larger than memory, with a cold page cache."""
 
 from __future__ import annotations
 
@@ -18,11 +18,48 @@ from datasets.loading.loader import MultiResolutionLoader, RandomResizedCrop
 from datasets.loading.order import PageWindows, SampleOrder, sample_indices
 from datasets.prepare.prepare import prepare
 
+NUM_IMAGES = 6144
+TIMES_MEMORY = 4
+"""The size of the beton, in sizes of the memory."""
+RANKS = (1, 2)
 BATCH, SIDE = 64, 224
 
 
+def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """Measure all rows of the table; return them with notes."""
+    with TemporaryDirectory(prefix="bench-order-") as scratch, ExitStack() as stack:
+        data = Path(scratch) / "data"
+        prepare(
+            "imagefolder",
+            data,
+            source=write_photographs(Path(scratch) / "images", images, NUM_IMAGES),
+            validation_fraction=0.01,
+        )
+        beton = beton_path(data, TRAIN)
+        memory = beton.stat().st_size // TIMES_MEMORY
+        window = max(1, memory // PAGE_SIZE // 2)  # memory holds two: the one in use and the next
+
+        def side(name: str, world_size: int, window_pages: int | None) -> Side:
+            arguments = {"beton": str(beton), "memory": memory, "world_size": world_size, "window_pages": window_pages}
+            return stack.enter_context(Side(f"{__name__}:{name}", arguments | {"threads": threads}, threads))
+
+        rows = []
+        for world_size in RANKS:
+            of = f"rank 0 of {world_size}"
+            for side_name, what in (("decoded", "decoded to 224"), ("read", "read only")):
+                ours, peer = side(side_name, world_size, window), side(side_name, world_size, None)
+                name = f"{what}, {of}, windows against random order"
+                rows.append(compare(name, "images/s", ours.measure, peer.measure, runs))
+    pages = memory * TIMES_MEMORY // PAGE_SIZE
+    return rows, [
+        f"{threads} threads, a beton of {pages} pages, memory for {memory // PAGE_SIZE}, windows of {window}",
+        f"two images of a batch are in the same page with probability 1/{window} in windows, 1/{pages} in random order",
+        "memory is limited by dropping the page cache each time that many bytes were read",
+    ]
+
+
 def decoded(beton: str, memory: int, world_size: int, window_pages: int | None, threads: int) -> Iterator[float]:
-    """Read, decoded and resized, as in training."""
+    """Images/s that are read, decoded and resized, as in training."""
     path = Path(beton)
     loader = MultiResolutionLoader(
         path,
@@ -35,7 +72,7 @@ def decoded(beton: str, memory: int, world_size: int, window_pages: int | None, 
         window_pages=window_pages,
     )
     sizes_N = read_layout(path).allocations["size"]
-    mapped: Any = loader._decoder.mapped.base  # there is no other way to drop its pages
+    mapped: Any = loader._decoder.mapped.base  # the only way to drop its pages
 
     def forget() -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
@@ -53,7 +90,7 @@ def decoded(beton: str, memory: int, world_size: int, window_pages: int | None, 
 
 
 def read(beton: str, memory: int, world_size: int, window_pages: int | None, threads: int) -> Iterator[float]:
-    """Read alone, by one thread: what the order is worth where decoding is not what takes the time."""
+    """Images/s that are only read, by one thread: the gain of the order where decoding is not the limit."""
     path = Path(beton)
     allocations = read_layout(path).allocations
     pages_N = allocations["ptr"].astype("int64") // PAGE_SIZE
@@ -76,7 +113,7 @@ def read(beton: str, memory: int, world_size: int, window_pages: int | None, thr
 
 
 class Limit:
-    """Forgets everything at the start, and whenever `memory` bytes were used since."""
+    """Calls `forget` at the start, and each time that `memory` bytes were used since."""
 
     def __init__(self, memory: int, forget: Callable[[], None]):
         self._memory, self._forget, self._used = memory, forget, 0
@@ -90,44 +127,6 @@ class Limit:
 
 
 def drop_cache(path: Path) -> None:
-    """Have the system forget what it holds of a file in memory."""
+    """Make the system drop a file from its page cache."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-NUM_IMAGES = 6144
-TIMES_MEMORY = 4  # how many times the memory the beton is
-RANKS = (1, 2)
-
-
-def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them."""
-    with TemporaryDirectory(prefix="bench-order-") as scratch, ExitStack() as stack:
-        data = Path(scratch) / "data"
-        prepare(
-            "imagefolder",
-            data,
-            source=write_photographs(Path(scratch) / "images", images, NUM_IMAGES),
-            validation_fraction=0.01,
-        )
-        beton = beton_path(data, TRAIN)
-        memory = beton.stat().st_size // TIMES_MEMORY
-        window = max(1, memory // PAGE_SIZE // 2)  # the one in use and the one that is fetched
-
-        def side(name: str, world_size: int, window_pages: int | None) -> Side:
-            arguments = {"beton": str(beton), "memory": memory, "world_size": world_size, "window_pages": window_pages}
-            return stack.enter_context(Side(f"{__name__}:{name}", arguments | {"threads": threads}, threads))
-
-        rows = []
-        for world_size in RANKS:
-            of = f"rank 0 of {world_size}"
-            for side_name, what in (("decoded", "decoded to 224"), ("read", "read only")):
-                ours, peer = side(side_name, world_size, window), side(side_name, world_size, None)
-                name = f"{what}, {of}, windows against random order"
-                rows.append(compare(name, "images/s", ours.measure, peer.measure, runs))
-    pages = memory * TIMES_MEMORY // PAGE_SIZE
-    return rows, [
-        f"{threads} threads, a beton of {pages} pages, memory for {memory // PAGE_SIZE}, windows of {window}",
-        f"two images of a batch lie in the same page with probability 1/{window} in windows, 1/{pages} in random order",
-        "memory is limited by dropping the page cache whenever so much was read since it was dropped last",
-    ]

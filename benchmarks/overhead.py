@@ -1,4 +1,4 @@
-"""bench overhead: seconds of an epoch under Ray Train beside the same loop under torchrun, and the wait for data."""
+"""bench overhead: seconds of an epoch under Ray Train and under torchrun, with the same loop."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import Row, Side, compare
+from benchmarks.harness import EVENTS, Row, Side, compare, read_events
 from datasets.beton import load_manifest
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
+from pipeline.models.drnet import DRNet
 from pipeline.training import distributed
 from pipeline.training.assembly import build_model, equip_for_training, open_loaders
 from pipeline.training.checkpoint import TrainingState
@@ -32,49 +33,102 @@ from pipeline.training.loop import prepare_stage, train, train_epoch
 from pipeline.training.monitoring import DivergenceMonitor
 from pipeline.training.run import TABLE, Progress, Run
 
-CPU = torch.device("cpu")
+MAX_RANKS = 2
+EPOCHS = {"backbone": 4, "predictor": 4, "joint": 4}
+NUM_TRAIN, NUM_VALIDATION = 1500, 300
+"""Numbers of images; the training images are per rank."""
 SECONDS = 3.0
-"""of a value at least, in whole epochs"""
-EVENTS = "progress.jsonl"
-"""in a run's folder: what pipeline.cluster.progress writes, and so does FileReporter"""
+"""The least duration of one measurement, in whole epochs."""
+CPU = torch.device("cpu")
 
 
-class FileReporter:
-    """The loop's Reporter, on rank 0: epochs as lines of a file, and the last state."""
+def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """Measure all rows of the table; return them with notes. All ranks share `threads`; one thread means one rank.
 
-    def __init__(self, folder: Path):
-        self.folder = folder if distributed.rank() == 0 else None
+    Raises:
+        ValueError: `images` is given.
+    """
+    if images is not None:
+        raise ValueError(
+            f"--images {images} is not possible: bench overhead trains on generated letters; omit --images"
+        )
+    ranks = min(threads, MAX_RANKS)
+    each, num_train = threads // ranks, ranks * NUM_TRAIN
+    with TemporaryDirectory(prefix="bench-overhead-") as scratch:
+        glyphs = GlyphSettings(num_train=num_train, num_validation=NUM_VALIDATION)
+        prepare("glyphs", Path(scratch) / "data", glyphs=glyphs)
+        changed = [
+            f"data.folder={scratch}/data",
+            f"loader.num_threads={each}",
+            *(f"stages.{stage}.epochs={epochs}" for stage, epochs in EPOCHS.items()),
+            f"cluster={{num_workers: {ranks}, cpus_per_worker: {each}, use_gpu: false, storage: {scratch}}}",
+            f"tracking.uri=sqlite:///{scratch}/mlflow.db",
+        ]
+        arguments = {"config": "glyphs", "changed": changed, "scratch": scratch}
+        # OMP_NUM_THREADS is set for both: Ray and torchrun have different defaults.
+        ray_train = Side(f"{__name__}:ray_train", arguments, each)
+        torchrun = Side(f"{__name__}:torchrun", arguments | {"world_size": ranks}, each)
+        with ray_train, torchrun:
+            what = "epochs of the demo's three stages, Ray Train against torchrun"
+            rows = [compare(what, "s", ray_train.measure, torchrun.measure, runs, more_is_better=False)]
+        notes = [
+            f"{ranks} ranks, each with {each} compute and {each} decoding threads, gloo; {num_train} images; steps and "
+            "waiting of all epochs except each stage's first, without evaluation and checkpoints",
+            *_by_stage(Path(scratch)),
+        ]
+    return rows, notes
 
-    def step(self, progress: Progress, loss: Tensor) -> None:
-        pass
 
-    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
-        if self.folder:
-            with (self.folder / EVENTS).open("a") as file:
-                file.write(json.dumps({**vars(progress), "values": dict(values)}) + "\n")
+def _by_stage(scratch: Path) -> Iterator[str]:
+    """Lines with the medians over the epochs of all measured runs."""
+    for stage in EPOCHS:
+        parts = []
+        for side in ("ray", "torchrun"):
+            folders = [folder for folder in scratch.glob(f"{side}-*") if folder.name != f"{side}-0"]
+            found = [values for folder in folders for name, values in steady_epochs(folder) if name == stage]
+            seconds, waiting = (
+                statistics.median(values[key] for values in found)
+                for key in ("train_epoch_seconds", "train_data_wait_share")
+            )
+            parts.append(f"{side} {seconds:.2f} s, of which {100 * waiting:.1f} % waiting for data")
+        yield f"{stage}, an epoch: {'; '.join(parts)}"
 
-    def message(self, text: str) -> None:
-        pass
 
-    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        if self.folder:
-            state.save(self.folder / "state.pt")
+def ray_train(config: str, changed: list[str], scratch: str) -> Iterator[float]:
+    """Seconds of the steady epochs of whole runs, as `jobs.train` starts them, each with a new Ray."""
+    from pipeline.cluster.driver import train_run
+
+    for number in count():
+        name = f"ray-{number}"
+        with Path(scratch, "ray.log").open("a") as log, contextlib.redirect_stdout(log):
+            train_run(load_config(config, [*changed, f"name={name}"]))
+        yield steady_seconds(Path(scratch) / name)
 
 
-@contextmanager
-def opened_run(config: Config, folder: Path, device: torch.device = CPU) -> Iterator[Run]:
-    """What this rank trains with."""
-    manifest = load_manifest(config.data.folder)
-    threads = config.loader.num_threads or torch.get_num_threads()
-    with open_loaders(config, distributed.rank(), distributed.world_size(), threads) as (training, validation):
-        model = build_model(config, manifest, device)
-        costs, reporter = measure_costs(model), FileReporter(folder)
-        equip_for_training(model, config)
-        yield Run(config, model, costs, training, validation, device, reporter, manifest, folder / "tables")
+def torchrun(config: str, changed: list[str], scratch: str, world_size: int) -> Iterator[float]:
+    """Seconds of the same epochs in processes that torchrun starts."""
+    for number in count():
+        folder = Path(scratch) / f"torchrun-{number}"
+        folder.mkdir()
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        program = ["-m", __name__, config, str(folder), *changed]
+        subprocess.run([sys.executable, "-m", *launcher, *program], check=True)
+        yield steady_seconds(folder)
+
+
+def steady_seconds(folder: Path) -> float:
+    """The total seconds of a run's epochs, without each stage's first one, which compiles and warms up."""
+    return sum(values["train_epoch_seconds"] for _, values in steady_epochs(folder))
+
+
+def steady_epochs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The stage and values of each epoch of a run, without each stage's first one."""
+    events = read_events(folder)
+    return [(event["stage"], event["values"]) for event in events if "values" in event and event["epoch"] > 0]
 
 
 def predictor(config: str, data: str, logits: Literal["table", "live"], threads: int) -> Iterator[float]:
-    """Epochs of the predictor stage, decoding included: images/s. The first value is that of computing the table."""
+    """Images/s of epochs of the predictor stage, with decoding. The first value is that of computing the table."""
     changed = [
         f"data.folder={data}",
         f"loader.num_threads={threads}",
@@ -102,37 +156,41 @@ def predictor(config: str, data: str, logits: Literal["table", "live"], threads:
             yield images / seconds
 
 
-def ray_train(config: str, changed: list[str], scratch: str) -> Iterator[float]:
-    """Whole runs as `jobs.train` does them, each on a Ray of its own: seconds of the steady epochs."""
-    from pipeline.cluster.driver import train_run
-
-    for number in count():
-        name = f"ray-{number}"
-        with Path(scratch, "ray.log").open("a") as log, contextlib.redirect_stdout(log):
-            train_run(load_config(config, [*changed, f"name={name}"]))
-        yield steady_seconds(Path(scratch) / name)
-
-
-def torchrun(config: str, changed: list[str], scratch: str, world_size: int) -> Iterator[float]:
-    """The same runs by processes that torchrun starts."""
-    for number in count():
-        folder = Path(scratch) / f"torchrun-{number}"
-        folder.mkdir()
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        program = ["-m", __name__, config, str(folder), *changed]
-        subprocess.run([sys.executable, "-m", *launcher, *program], check=True)
-        yield steady_seconds(folder)
+@contextmanager
+def opened_run(config: Config, folder: Path, device: torch.device = CPU) -> Iterator[Run]:
+    """Open what this rank trains with, without Ray and MLflow."""
+    manifest = load_manifest(config.data.folder)
+    threads = config.loader.num_threads or torch.get_num_threads()
+    with open_loaders(config, distributed.rank(), distributed.world_size(), threads) as (training, validation):
+        model = build_model(config, manifest, device)
+        costs, reporter = measure_costs(model), FileReporter(folder)
+        equip_for_training(model, config)
+        yield Run(config, model, costs, training, validation, device, reporter, manifest, folder / "tables")
 
 
-def steady_seconds(folder: Path) -> float:
-    """What a run's epochs took together, without each stage's first one, which compiles and warms up."""
-    return sum(values["train_epoch_seconds"] for _, values in steady_epochs(folder))
+class FileReporter:
+    """The loop's Reporter; on rank 0 it writes epochs to the progress file, and the last state."""
 
+    def __init__(self, folder: Path):
+        self.folder = folder if distributed.rank() == 0 else None
 
-def steady_epochs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Stage and values of a run's epochs, without each stage's first one."""
-    events = [json.loads(line) for line in (folder / EVENTS).read_text().splitlines()]
-    return [(event["stage"], event["values"]) for event in events if "values" in event and event["epoch"] > 0]
+    def step(self, progress: Progress, loss: Tensor) -> None:
+        pass
+
+    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
+        if self.folder:
+            with (self.folder / EVENTS).open("a") as file:
+                file.write(json.dumps({**vars(progress), "values": dict(values)}) + "\n")
+
+    def message(self, text: str) -> None:
+        pass
+
+    def keep(self, name: str, model: DRNet) -> None:
+        pass
+
+    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
+        if self.folder:
+            state.save(self.folder / "state.pt")
 
 
 def main(config: str, folder: str, *changed: str) -> None:
@@ -144,60 +202,3 @@ def main(config: str, folder: str, *changed: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-
-
-MAX_RANKS = 2
-EPOCHS = {"backbone": 4, "predictor": 4, "joint": 4}
-NUM_TRAIN, NUM_VALIDATION = 1500, 300
-"""images: training ones for each rank"""
-
-
-def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them. `threads` are those of all ranks; with one of them there is one rank.
-
-    Raises:
-        ValueError: there are images.
-    """
-    if images is not None:
-        raise ValueError(f"--images {images}: bench overhead trains on generated letters; leave --images out")
-    ranks = min(threads, MAX_RANKS)
-    each, num_train = threads // ranks, ranks * NUM_TRAIN
-    with TemporaryDirectory(prefix="bench-overhead-") as scratch:
-        glyphs = GlyphSettings(num_train=num_train, num_validation=NUM_VALIDATION)
-        prepare("glyphs", Path(scratch) / "data", glyphs=glyphs)
-        changed = [
-            f"data.folder={scratch}/data",
-            f"loader.num_threads={each}",
-            *(f"stages.{stage}.epochs={epochs}" for stage, epochs in EPOCHS.items()),
-            f"cluster={{num_workers: {ranks}, cpus_per_worker: {each}, use_gpu: false, storage: {scratch}}}",
-            f"tracking.uri=sqlite:///{scratch}/mlflow.db",
-        ]
-        arguments = {"config": "glyphs", "changed": changed, "scratch": scratch}
-        # OMP_NUM_THREADS is set for both: Ray and torchrun would each choose a default of their own.
-        ray_train = Side(f"{__name__}:ray_train", arguments, each)
-        torchrun = Side(f"{__name__}:torchrun", arguments | {"world_size": ranks}, each)
-        with ray_train, torchrun:
-            what = "epochs of the demo's three stages, Ray Train against torchrun"
-            rows = [compare(what, "s", ray_train.measure, torchrun.measure, runs, more_is_better=False)]
-        notes = [
-            f"ranks: {ranks}, {each} compute and {each} decoding thread each, gloo; {num_train} images; steps and "
-            "waiting of all epochs but a stage's first, without evaluation and checkpoints",
-            *_by_stage(Path(scratch)),
-        ]
-    return rows, notes
-
-
-def _by_stage(scratch: Path) -> Iterator[str]:
-    """Medians over the epochs of all measured runs."""
-
-    for stage in EPOCHS:
-        parts = []
-        for side in ("ray", "torchrun"):
-            folders = [folder for folder in scratch.glob(f"{side}-*") if folder.name != f"{side}-0"]
-            found = [values for folder in folders for name, values in steady_epochs(folder) if name == stage]
-            seconds, waiting = (
-                statistics.median(values[key] for values in found)
-                for key in ("train_epoch_seconds", "train_data_wait_share")
-            )
-            parts.append(f"{side} {seconds:.2f} s, of which {100 * waiting:.1f} % waiting for data")
-        yield f"{stage}, an epoch: {'; '.join(parts)}"

@@ -1,4 +1,4 @@
-"""The images that loaders are measured on: the user's own, or generated ones with a photograph's statistics."""
+"""The images that benches read: the user's own, or generated ones with the statistics of photographs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from PIL import Image
 WIDTH, HEIGHT, QUALITY = 500, 400, 90
 NUM_GENERATED = 64
 CLASSES = ("first", "second")
-FRACTION_VALIDATION = 0.05
 SUFFIXES = (".jpg", ".jpeg")
 
 # A photograph's amplitude falls with frequency, f ** -FALL (Field, J. Opt. Soc. Am. A 4, 1987), down to the camera's
-# noise; the deviations are grey levels of luma and chroma.
+# noise; the deviations are gray levels of luma and chroma.
 FALL = 1.2
 DEVIATION, CHROMA_DEVIATION, NOISE = 50.0, 14.0, 3.0
 
@@ -26,8 +25,8 @@ def write_photographs(folder: Path, source: Path | None, count: int) -> Path:
     """Write `count` JPEGs of 400 to 500 pixels at quality 90 into class folders.
 
     Args:
-        source: JPEGs to take, from any depth; larger ones are shrunk to a shorter side of 400. None generates them.
-            Fewer than `count` are repeated.
+        source: folder of JPEGs, at any depth; larger ones are shrunk to a shorter side of 400. Fewer than `count` are
+            repeated. None generates the images.
 
     Raises:
         ValueError: `source` holds no JPEG.
@@ -47,7 +46,7 @@ def write_photographs(folder: Path, source: Path | None, count: int) -> Path:
 
 
 def generated(seed: int) -> Image.Image:
-    """One image of 500x400: luma and chroma with the spectrum of a photograph."""
+    """Generate one image of 500x400 whose luma and chroma have the spectrum of a photograph."""
     rng = np.random.default_rng(seed)
     luma = 128 + DEVIATION * _field(rng) + rng.normal(0, NOISE, (HEIGHT, WIDTH))
     planes = [luma, *(128 + CHROMA_DEVIATION * _field(rng) for _ in range(2))]

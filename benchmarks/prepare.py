@@ -1,4 +1,4 @@
-"""bench prepare: images/s from JPEGs to betons, where they are kept as they are and where all are resized."""
+"""bench prepare: images/s from JPEGs to betons, with the files kept as they are and with all images resized."""
 
 from __future__ import annotations
 
@@ -17,69 +17,14 @@ from benchmarks.harness import Row, Side, compare
 from benchmarks.photographs import write_photographs
 from datasets import turbojpeg
 
+NUM_IMAGES = 4096
+RESIZED = 256
 QUALITY = 90
-
 Check = Literal["data", "header"]
 
 
-def ours(images: str, scratch: str, max_side: int | None, threads: int, check: Check = "data") -> Iterator[float]:
-    """This project's; the shorter side of what is stored has at most `max_side` pixels."""
-    from datasets.prepare.prepare import prepare
-
-    while True:
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            done = prepare(
-                "imagefolder",
-                Path(folder),
-                source=Path(images),
-                max_side=max_side,
-                jpeg_quality=QUALITY,
-                check_images=check,
-                num_processes=threads,
-            )
-        yield done.num_images / done.seconds
-
-
-def ffcv(images: str, scratch: str, max_side: int | None, threads: int) -> Iterator[float]:
-    """FFCV's DatasetWriter, which decodes and encodes every image; the longer side has at most `max_side` pixels."""
-    os.environ["TQDM_DISABLE"] = "1"  # its progress bar, which nobody could read between ours
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    while True:
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            start = time.perf_counter()
-            data = ClassFolders(Path(images))
-            image = RGBImageField(write_mode="jpg", max_resolution=max_side, jpeg_quality=QUALITY)
-            writer = DatasetWriter(f"{folder}/ffcv.beton", {"image": image, "label": IntField()}, num_workers=threads)
-            writer.from_indexed_dataset(data)
-            seconds = time.perf_counter() - start
-        yield len(data) / seconds
-
-
-class ClassFolders:
-    """The indexable data set that DatasetWriter takes: (RGB image, label) of FOLDER/CLASS/FILE."""
-
-    def __init__(self, folder: Path):
-        classes = sorted(path for path in folder.iterdir() if path.is_dir())
-        self.files = [(path, label) for label, one in enumerate(classes) for path in sorted(one.iterdir())]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int):
-        from PIL import Image
-
-        path, label = self.files[index]
-        return Image.open(path).convert("RGB"), label
-
-
-NUM_IMAGES = 4096
-RESIZED = 256
-
-
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them."""
+    """Measure all rows of the table; return them with notes."""
     with TemporaryDirectory(prefix="bench-prepare-") as scratch, ExitStack() as stack:
         folder = write_photographs(Path(scratch) / "images", images, NUM_IMAGES)
 
@@ -98,11 +43,63 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
         ]
     return rows, [
         f"{threads} processes, {NUM_IMAGES} images, {'--images ' + str(images) if images else 'generated'}",
-        "FFCV decodes and encodes what is kept here",
+        "FFCV decodes and encodes the files that this project keeps",
     ]
 
 
 def elongation(folder: Path) -> float:
-    """Longer by shorter side, the usual one of JPEGs in class folders: FFCV limits the one, this project the other."""
+    """The median ratio of longer to shorter side: FFCV limits the longer side, this project the shorter one."""
     headers = [turbojpeg.read_header(path.read_bytes()) for path in islice(folder.glob("*/*"), 200)]
     return statistics.median(max(one.width, one.height) / min(one.width, one.height) for one in headers)
+
+
+def ours(images: str, scratch: str, max_side: int | None, threads: int, check: Check = "data") -> Iterator[float]:
+    """This project's `prepare`; the shorter side of a stored image has at most `max_side` pixels."""
+    from datasets.prepare.prepare import prepare
+
+    while True:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            done = prepare(
+                "imagefolder",
+                Path(folder),
+                source=Path(images),
+                max_side=max_side,
+                jpeg_quality=QUALITY,
+                check_images=check,
+                num_processes=threads,
+            )
+        yield done.num_images / done.seconds
+
+
+def ffcv(images: str, scratch: str, max_side: int | None, threads: int) -> Iterator[float]:
+    """FFCV's DatasetWriter, which decodes and encodes every image; the longer side has at most `max_side` pixels."""
+    os.environ["TQDM_DISABLE"] = "1"  # no progress bars
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    while True:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            start = time.perf_counter()
+            data = ClassFolders(Path(images))
+            image = RGBImageField(write_mode="jpg", max_resolution=max_side, jpeg_quality=QUALITY)
+            writer = DatasetWriter(f"{folder}/ffcv.beton", {"image": image, "label": IntField()}, num_workers=threads)
+            writer.from_indexed_dataset(data)
+            seconds = time.perf_counter() - start
+        yield len(data) / seconds
+
+
+class ClassFolders:
+    """The indexable data set that DatasetWriter reads: (RGB image, label) of FOLDER/CLASS/FILE."""
+
+    def __init__(self, folder: Path):
+        classes = sorted(path for path in folder.iterdir() if path.is_dir())
+        self.files = [(path, label) for label, one in enumerate(classes) for path in sorted(one.iterdir())]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int):
+        from PIL import Image
+
+        path, label = self.files[index]
+        return Image.open(path).convert("RGB"), label

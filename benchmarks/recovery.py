@@ -1,8 +1,7 @@
-"""bench recovery: from a killed worker to training again, against Ray Train's own restart of idle workers."""
+"""bench recovery: seconds from a killed worker until training continues, against Ray's restart of idle workers."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -13,26 +12,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.harness import Row, compare
+from benchmarks.harness import Row, compare, read_events
 from benchmarks.small_run import prepare_letters, small_config, use_token
 
 NUM_IMAGES, EPOCHS, CHECKPOINT_STEPS = 1024, 3, 4
 SETTLED_SECONDS = 2.0
-"""that a worker lives before it dies: Ray's controller does not survive the loss of one that it is still starting"""
+"""Life of a worker before it is killed: Ray's controller fails if it loses one that it is still starting."""
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them."""
+    """Measure the row of the table; return it with notes."""
     use_token()
     from pipeline.cluster.connection import ray_cluster
 
     with TemporaryDirectory(prefix="bench-recovery-") as scratch, ray_cluster():
         folder, number = Path(scratch), count()
         data = prepare_letters(folder / "data", NUM_IMAGES)
-        _bare_restart(folder, f"warm-{next(number)}")  # the first workers of a cluster read everything from disk
+        _bare_restart(folder, f"warm-{next(number)}")  # a cluster's first workers read everything from disk
         rows = [
             compare(
-                "a worker killed, until training goes on, against Ray's own restart",
+                "from a killed worker until training continues, against Ray's own restart",
                 "s",
                 lambda: _recovery(data, folder, f"ours-{next(number)}"),
                 lambda: _bare_restart(folder, f"bare-{next(number)}"),
@@ -41,23 +40,23 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
             )
         ]
     return rows, [
-        "ours: until the workers hold model, data and checkpoint, and train; then at most one checkpoint interval is "
-        "trained again",
+        "ours: until the workers have model, data and checkpoint, and train; they then repeat at most one checkpoint "
+        "interval",
         "Ray's own: two workers of a train function that imports torch",
     ]
 
 
 def _recovery(data: Path, storage: Path, name: str) -> float:
-    """Kill a worker of a small run after its first checkpoint; seconds until the run has gone on."""
+    """Kill a worker of a small run after its first checkpoint; return the seconds until training continues."""
     from pipeline.cluster.driver import train_run
 
     killed: list[float] = []
-    over = threading.Event()
+    ended = threading.Event()
 
     def kill() -> None:
         import psutil
 
-        while not over.wait(0.02):
+        while not ended.wait(0.02):
             if any((storage / name).glob("checkpoint_*/state.pt")):
                 mine = psutil.Process().children(recursive=True)
                 workers = [each for each in mine if "RayTrainWorker" in each.name()]
@@ -70,15 +69,15 @@ def _recovery(data: Path, storage: Path, name: str) -> float:
     try:
         train_run(small_config(data, storage, name, EPOCHS, checkpoint_steps=CHECKPOINT_STEPS))
     finally:
-        over.set()
+        ended.set()
         thread.join()
-    events = map(json.loads, (storage / name / "progress.jsonl").read_text().splitlines())
-    begun = [event["time"] for event in events if event.get("message", "").startswith(("going on", "beginning"))]
+    events = read_events(storage / name)
+    begun = [event["time"] for event in events if event.get("message", "").startswith(("resuming", "starting"))]
     return min(moment for moment in begun if moment > killed[0]) - killed[0]
 
 
 def _bare_restart(storage: Path, name: str) -> float:
-    """Seconds from a worker's kill of itself to the next start of all workers, in a run that does nothing else."""
+    """Seconds from a worker's death to the next start of all workers, in a run that does nothing else."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -98,7 +97,7 @@ def _bare_restart(storage: Path, name: str) -> float:
 
 
 def _die_once(config: Mapping[str, Any]) -> None:
-    """The train function: rank 0 kills itself the first time, and every rank notes when it has begun again."""
+    """The train function: rank 0 kills itself the first time, and every rank writes down when it starts again."""
     import ray.train
     import torch.distributed as dist
 
@@ -106,7 +105,7 @@ def _die_once(config: Mapping[str, Any]) -> None:
     died = folder / "died"
     if died.exists():
         (folder / f"again-{rank}").write_text(repr(time.time()))
-    dist.barrier()  # all have seen whether it is the first time
+    dist.barrier()  # every rank has checked whether it is the first time
     if rank == 0 and not (folder / "again-0").exists():
         time.sleep(SETTLED_SECONDS)
         died.write_text(repr(time.time()))

@@ -1,4 +1,4 @@
-"""bench search: a trial on logit tables against the same predictor trained live, and two trials at once against one."""
+"""bench search: a trial on logit tables against live training, and two trials at once against one."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.harness import Row, Side, compare
+from benchmarks.overhead import opened_run
 from benchmarks.photographs import write_photographs
-from datasets.beton import SPLITS, TRAIN, beton_path, load_manifest
+from datasets.beton import TRAIN, beton_path, load_manifest
 from datasets.loading.decoded import DecodedCrops, Ordered
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import parse_config
-from pipeline.config.schema import Config
-from pipeline.models.cost import measure_costs
-from pipeline.training.assembly import build_model, open_loader
-from pipeline.training.checkpoint import TrainingState
 from pipeline.training.logit_table import LogitTable, TableKey, fill_table
 from pipeline.training.loop import StageData, prepare_stage, train_epoch
 from pipeline.training.monitoring import DivergenceMonitor
@@ -33,95 +29,17 @@ from pipeline.training.objectives import Forward
 from pipeline.training.run import Progress, Run
 
 STAGE = "predictor"
-
-
-def on_table(**given: Any) -> Iterator[float]:
-    """Images a second of a trial, with its share of the table's cost; yields as often as it is asked."""
-    run, scratch = _run(**given), Path(given["scratch"])
-    key, crop_epochs, size = TableKey.of(run.model, run.config, run.manifest, TRAIN), range(1), given["batch_size"]
-    started = time.perf_counter()
-    backbone_logits = Forward(run.model, key.precision).frozen_backbone
-    fill_table(scratch, key, crop_epochs, run.train, backbone_logits, device=run.device, tell=lambda _: None)
-    table_seconds = (time.perf_counter() - started) / run.train.num_samples
-    sides = (run.model.predictor_size,)
-    decoded = DecodedCrops(scratch, beton_path(run.config.data.folder, TRAIN), {}, crop_epochs, sides)
-    decoded.fill(run.train)
-    ordered = Ordered(decoded, size, shuffle=True, seed=run.config.seed)
-    data = StageData(ordered, run.validation, 0, 1, sides, LogitTable(scratch, key, crop_epochs))
-    run = replace(run, train=ordered)
-    for speed in _speeds(run, data, given["epochs"]):
-        yield 1 / (1 / speed + table_seconds / TRIALS)
-
-
-def live(**given: Any) -> Iterator[float]:
-    """Images a second of the same predictor, with the backbone run in every step."""
-    run = _run(**given)
-    yield from _speeds(run, StageData(run.train, run.validation, 0, 1), given["epochs"])
-
-
-def _run(model: Mapping[str, Any], batch_size: int, data: str, threads: int, **_: Any) -> Run:
-    torch.set_num_threads(threads)
-    manifest = load_manifest(Path(data))
-    config, device = _config(model, batch_size, data, manifest.dataset), torch.device("cpu")
-    network = build_model(config, manifest, device)
-    train, validation = (open_loader(config, split, num_threads=threads) for split in SPLITS)
-    costs = measure_costs(network)
-    return Run(config, network, costs, train, validation, device, _Silent(), manifest, Path(data) / "tables")
-
-
-def _config(model: Mapping[str, Any], batch_size: int, data: str, dataset: str) -> Config:
-    stage = {"epochs": 1000, "optimizer": "adamw", "lr": 0.001, "alpha_gflops": 1.0}
-    return parse_config(
-        {
-            "name": "bench",
-            "data": {"dataset": dataset, "folder": data, "source": "images"},
-            "model": dict(model),
-            "training": {"batch_size": batch_size},
-            "stages": {STAGE: stage},
-        }
-    )
-
-
-def _speeds(run: Run, data: StageData, epochs: int) -> Iterator[float]:
-    stage = run.config.stages.predictor
-    assert stage is not None
-    work, epoch = prepare_stage(run, stage, 0, DivergenceMonitor(None), data=data), 0
-    while True:
-        speeds = []
-        for _ in range(epochs):
-            progress = Progress(STAGE, epoch, stage.epochs, epoch, 0, run.train.num_batches)
-            speeds.append(train_epoch(run, work, progress)["train_images_per_second"])
-            epoch += 1
-        yield statistics.harmonic_mean(speeds)
-
-
-class _Silent:
-    """The loop's Reporter for nobody."""
-
-    def step(self, progress: Progress, loss: Tensor) -> None:
-        pass
-
-    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
-
-    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        pass
-
-
 NUM_PHOTOGRAPHS, NUM_GLYPHS = 128, 1024
 TRIALS = 40
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is searched for.
+    """One model to measure.
 
     Attributes:
-        model: sections of the configuration.
-        epochs: of one measured value, on the table and live.
+        model: the model section of the configuration.
+        epochs: number of epochs of one measurement, on the table and live.
     """
 
     name: str
@@ -149,7 +67,7 @@ GLYPHS = Case(
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them."""
+    """Measure all rows of the table; return them with notes."""
     rows = []
     with TemporaryDirectory(prefix="bench-search-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
@@ -175,13 +93,71 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
         name = "glyphs: two trials at once, of one thread each, against one"
         rows.append(compare(name, "images/s", lambda: at_once([one.measure for one in pair]), pair[0].measure, runs))
     return rows, [
-        f"{threads} threads on each side of the first two rows; both train by the same loop, from the same crops",
-        "on the table: the predictor's inputs are decoded before, once for all trials, as jobs.tune has them",
-        "the table has a crop_epoch for every epoch; with fewer crop_epochs its share is smaller",
+        f"{threads} threads on each side of the first two rows; both use the same loop and the same crops",
+        "on the table: the predictor's inputs are decoded before, once for all trials, as in jobs.tune",
+        "the table has a crop for every epoch; with fewer crops its share of the time is smaller",
     ]
 
 
 def at_once(measures: list[Callable[[], float]]) -> float:
-    """The sum of what is measured at the same time."""
+    """Measure all at the same time; return the sum."""
     with ThreadPoolExecutor(len(measures)) as threads:
         return sum(threads.map(lambda measure: measure(), measures))
+
+
+def on_table(**given: Any) -> Iterator[float]:
+    """Images/s of a trial, with its share of the table's cost."""
+    with _opened(**given) as run:
+        scratch, key, crop_epochs = (
+            Path(given["scratch"]),
+            TableKey.of(run.model, run.config, run.manifest, TRAIN),
+            range(1),
+        )
+        started = time.perf_counter()
+        backbone_logits = Forward(run.model, key.precision).frozen_backbone
+        fill_table(scratch, key, crop_epochs, run.train, backbone_logits, device=run.device, tell=lambda _: None)
+        table_seconds = (time.perf_counter() - started) / run.train.num_samples
+        sides = (run.model.predictor_size,)
+        decoded = DecodedCrops(scratch, beton_path(run.config.data.folder, TRAIN), {}, crop_epochs, sides)
+        decoded.fill(run.train)
+        ordered = Ordered(decoded, given["batch_size"], shuffle=True, seed=run.config.seed)
+        data = StageData(ordered, run.validation, 0, 1, sides, LogitTable(scratch, key, crop_epochs))
+        for speed in _speeds(replace(run, train=ordered), data, given["epochs"]):
+            yield 1 / (1 / speed + table_seconds / TRIALS)
+
+
+def live(**given: Any) -> Iterator[float]:
+    """Images/s of the same predictor when every step runs the backbone."""
+    with _opened(**given) as run:
+        yield from _speeds(run, StageData(run.train, run.validation, 0, 1), given["epochs"])
+
+
+def _opened(
+    model: Mapping[str, Any], batch_size: int, data: str, threads: int, scratch: str, **_: Any
+) -> AbstractContextManager[Run]:
+    torch.set_num_threads(threads)
+    stage = {"epochs": 1000, "optimizer": "adamw", "lr": 0.001, "alpha_gflops": 1.0}
+    config = parse_config(
+        {
+            "name": "bench",
+            "data": {"dataset": load_manifest(Path(data)).dataset, "folder": data, "source": "images"},
+            "model": dict(model),
+            "training": {"batch_size": batch_size},
+            "stages": {STAGE: stage},
+        }
+    )
+    return opened_run(config, Path(scratch))
+
+
+def _speeds(run: Run, data: StageData, epochs: int) -> Iterator[float]:
+    """Images/s over `epochs` epochs at a time."""
+    stage = run.config.stages.predictor
+    assert stage is not None
+    work, epoch = prepare_stage(run, stage, 0, DivergenceMonitor(None), data=data), 0
+    while True:
+        speeds = []
+        for _ in range(epochs):
+            progress = Progress(STAGE, epoch, stage.epochs, epoch, 0, run.train.num_batches)
+            speeds.append(train_epoch(run, work, progress)["train_images_per_second"])
+            epoch += 1
+        yield statistics.harmonic_mean(speeds)

@@ -1,4 +1,4 @@
-"""MLflow's own server over a registered model, and clients that ask it for one image a request."""
+"""MLflow's server for a registered model, and clients that send one image in each request."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _HOST = "127.0.0.1"
 
 
 class Server:
-    """`mlflow models serve` on loopback, with a worker process of one thread for each CPU.
+    """Runs `mlflow models serve` on loopback, with one single-threaded worker process for each CPU.
 
-    One process of as many threads leaves CPUs idle: whatever Python does for a request holds up its network's thread,
-    for which the other threads of a layer then wait.
+    One process with several threads leaves CPUs idle: Python's work for a request delays its network's thread, and the
+    other threads of a layer then wait for it.
 
     Args:
-        model: folder of an MLflow model.
-        files: JPEGs that are sent by turns.
-        threads: of the server's processes together.
+        model: the folder of an MLflow model.
+        files: JPEGs, sent in turn.
+        threads: the number of worker processes, which have one thread each.
     """
 
     def __init__(self, model: Path, files: Sequence[bytes], threads: int):
@@ -56,7 +56,7 @@ class Server:
         }
         self._log = model.with_suffix(".log")
         with self._log.open("wb") as log:
-            # A session of its own: the command starts another process, and both are to end.
+            # A session of its own: the command starts another process, and both must end.
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def __enter__(self) -> Server:
@@ -73,7 +73,7 @@ class Server:
         self._process.wait()
 
     def measure(self) -> float:
-        """Images/s over REQUESTS requests."""
+        """Returns images/s over REQUESTS requests."""
         numbers, started = itertools.count(), time.perf_counter()
         clients = [threading.Thread(target=self._client, args=(numbers,)) for _ in range(NUM_CLIENTS)]
         for client in clients:

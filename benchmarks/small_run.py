@@ -1,4 +1,4 @@
-"""A small training run on generated letters, for benches of what surrounds training, and a token for their clusters."""
+"""A small training run on generated letters for the benches of the cluster, and a token for their clusters."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipeline.config.schema import Config
 
 
 def prepare_letters(folder: Path, num_train: int) -> Path:
-    """Prepared data in `folder`."""
+    """Prepare generated letters in `folder`."""
     glyphs = GlyphSettings(num_train=num_train, num_validation=64, image_size=128)
     prepare("glyphs", folder, glyphs=glyphs, num_processes=1, show_progress=False)
     return folder
 
 
 def small_config(data: Path, storage: Path, name: str, epochs: int, **training: Any) -> Config:
-    """Two workers of one CPU, the backbone stage alone, a step that is long beside what ranks exchange."""
+    """Two workers of one CPU and the backbone stage alone; a step takes long compared with its communication."""
     return parse_config(
         {
             "name": name,
@@ -40,6 +40,6 @@ def small_config(data: Path, storage: Path, name: str, epochs: int, **training: 
 
 
 def use_token() -> None:
-    """Let the clusters that this process starts ask for a token that nobody else knows."""
+    """Make the clusters of this process require a secret token."""
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -1,4 +1,4 @@
-"""bench step: images/s and memory of a training step of each stage, beside a plain PyTorch step that does the same."""
+"""bench step: images/s and memory of a training step of each stage, against the same step in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.harness import Row, Side, compare
-from benchmarks.photographs import write_photographs
-from datasets.prepare.prepare import prepare
-from datasets.sources.glyphs import GlyphSettings
+from benchmarks.harness import MEAN, NUM_CLASSES, PREDICTOR_SIZE, RESOLUTIONS, STD, Row, Side, compare
 from pipeline.config.schema import BackboneStage, JointStage, ModelConfig
 from pipeline.models.backbone import compile_backbone
 from pipeline.models.cost import measure_costs
@@ -27,24 +24,94 @@ from pipeline.training.loop import set_learning_rate
 from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.optim import build_optimizer, trained_parameters
 
-RESOLUTIONS, PREDICTOR_SIZE, NUM_CLASSES = (224, 168, 112), 128, 100
+BATCH = 32
+STAGES = {
+    "backbone": BackboneStage(epochs=1),
+    "joint": JointStage(epochs=1, alpha_gflops=1.0, norm_statistics="routed"),
+}
 WORK: Mapping[str, Mapping[str, Any]] = {
     "backbone stage": {"stage": "backbone"},
     "joint stage, a third each": {"stage": "joint", "shares": [1, 1, 1]},
     "joint stage, 6:3:1": {"stage": "joint", "shares": [6, 3, 1]},
 }
-"""`shares` of the images are sent to 224, 168 and 112; 6:3:1 costs 0.8 of 224, as the paper's alpha of 3.0 does"""
+"""`shares` of the images go to 224, 168 and 112; 6:3:1 costs 0.8 of 224, as the paper's alpha of 3.0 does."""
+WORK_ON_CPU = {**WORK, "backbone stage, bfloat16": {"stage": "backbone", "precision": "bfloat16"}}
+"""Also in bfloat16: CPUs with matrix units (AMX) train faster in it."""
+VALUES: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("speed", "images/s", {}),
+    ("memory", "MB", {}),
+    ("memory in use", "MB", {"MALLOC_MMAP_THRESHOLD_": str(2**20)}),
+)
+NUM_PHOTOGRAPHS, NUM_GLYPHS = 144, 2112
+"""For the predictor stage: 2 and 33 batches of training images, and a few validation images."""
 STEPS_ON_GPU = 4
-"""of a value: a GPU works behind the process that tells it what to do"""
-STAGES = {"backbone": BackboneStage(epochs=1), "joint": JointStage(epochs=1, alpha_gflops=1.0)}
-
+"""Steps of one measurement, because a GPU works asynchronously."""
 Step = Callable[[StepBatch], None]
+
+
+def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+    """Measure all rows of the table; return them with notes."""
+    notes = [
+        f"{threads} threads; backbone and joint stage: ResNet-18, 100 classes, batches of {BATCH}, SGD with momentum, "
+        "images in memory; the peers: default memory layout, all resolutions' graphs at once, one backward",
+        "memory: the peak growth of the process beyond the built model, in a step after the first; in use: the same "
+        "with an allocator that returns every block of 1 MB at once, on both sides",
+    ]
+    rows = []
+    for name, work in WORK_ON_CPU.items():
+        for value, unit, variables in VALUES:
+            arguments = {**work, "value": value.split()[0], "batch": BATCH}
+            ours, peer = (Side(f"{__name__}:{who}", arguments, threads, variables) for who in ("ours", "naive"))
+            what = f"{name}, {value}, against all resolutions at once"
+            with ours, peer:
+                rows.append(compare(what, unit, ours.measure, peer.measure, runs, more_is_better=value == "speed"))
+    return [*rows, *_predictor(images, runs, threads, notes)], notes
+
+
+def _predictor(images: Path | None, runs: int, threads: int, notes: list[str]) -> list[Row]:
+    # bench gpu uses this module on machines without the packages that prepare needs
+    from benchmarks.photographs import write_photographs
+    from datasets.prepare.prepare import prepare
+    from datasets.sources.glyphs import GlyphSettings
+
+    rows = []
+    with TemporaryDirectory(prefix="bench-step-") as scratch:
+        folder = Path(scratch)
+        photographs = write_photographs(folder / "photographs", images, NUM_PHOTOGRAPHS)
+        prepare("imagefolder", folder / "data-imagenet100", source=photographs, validation_fraction=0.1)
+        glyphs = GlyphSettings(num_train=NUM_GLYPHS, num_validation=NUM_GLYPHS // 10)
+        prepare("glyphs", folder / "data-glyphs", glyphs=glyphs)
+        for config, what in (("imagenet100", "ResNet-50, 224+168+112"), ("glyphs", "the demo's network, 96+48+32")):
+            rows.append(_table(config, what, folder, runs, threads, notes))
+    return rows
+
+
+def _table(config: str, what: str, folder: Path, runs: int, threads: int, notes: list[str]) -> Row:
+    with ExitStack() as stack:
+
+        def side(logits: str) -> Side:
+            arguments = {"config": config, "data": str(folder / f"data-{config}"), "logits": logits, "threads": threads}
+            return stack.enter_context(Side("benchmarks.overhead:predictor", arguments, threads))
+
+        table, live = side("table"), side("live")
+        row = compare(f"predictor stage, {what}, table against live", "images/s", table.measure, live.measure, runs)
+    notes.append(_cost_of(what, table.once, row))
+    return row
+
+
+def _cost_of(what: str, filled: float, row: Row) -> str:
+    """The cost of one crop of every image in the table, and the number of epochs after which it pays off."""
+    epochs = (1 / filled) / (1 / row.peer - 1 / row.ours)
+    return (
+        f"{what}: a crop of every image in the table is computed once, at {filled:.3g} images/s, which takes "
+        f"{row.peer / filled:.2f} of an epoch of live training and pays off after {epochs:.1f} epochs"
+    )
 
 
 def ours(
     stage: str, value: str, batch: int, shares: Sequence[int] = (), *, compiled: bool = False, **where: Any
 ) -> Iterator[float]:
-    """This project's step: images/s, or megabytes that it takes at most. `where`: see `_setting`."""
+    """Images/s, or the peak megabytes, of this project's step. `where`: see `_setting`."""
     model, images, precision = _setting(batch, shares, **where)
     model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
     if compiled:
@@ -53,13 +120,13 @@ def ours(
 
 
 def naive(stage: str, value: str, batch: int, shares: Sequence[int] = (), **where: Any) -> Iterator[float]:
-    """The same in plain PyTorch."""
+    """Images/s, or the peak megabytes, of the same step in plain PyTorch."""
     model, images, precision = _setting(batch, shares, **where)
     yield from _measured(naive_step(model, STAGES[stage], precision), images, value)
 
 
 def our_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "float32") -> Step:
-    """What the loop does with a batch, without what it reports."""
+    """The training loop's step, without its reports."""
     objective = build_objective(model, stage, _costs(model), precision)
     optimizer = build_optimizer(model, stage)
     parameters = list(trained_parameters(optimizer))
@@ -75,7 +142,7 @@ def our_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "
 
 
 def naive_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "float32") -> Step:
-    """The stage's loss over all resolutions in one graph, backward, and SGD as torch has it by default."""
+    """The stage's loss over all resolutions in one graph, one backward, and torch's default SGD."""
     groups = [{"params": model.backbone.parameters()}]
     if isinstance(stage, JointStage):
         groups.append({"params": model.predictor.parameters(), "lr": stage.lr * stage.predictor_lr_scale})
@@ -111,7 +178,10 @@ def _backbone_loss(model: DRNet, images: Mapping[int, Tensor], batch: StepBatch)
 def _joint_loss(
     model: DRNet, images: Mapping[int, Tensor], batch: StepBatch, stage: JointStage, costs_R: Tensor
 ) -> Tensor:
-    """Every image at every resolution with gradient; batch norm by running statistics where it was not chosen."""
+    """The loss with every image at every resolution.
+
+    Batch norm uses its running statistics; with `norm_statistics: routed` those of the images that chose a resolution.
+    """
     model.predictor.train()
     perturbed_NR = model.predictor(images[model.predictor_size]).log_softmax(dim=1) + batch.gumbel_NR
     soft_NR = (perturbed_NR / stage.tau).softmax(dim=1)
@@ -122,7 +192,7 @@ def _joint_loss(
         mine, others = (chosen_N == index).nonzero()[:, 0], (chosen_N != index).nonzero()[:, 0]
         parts = []
         for rows, training in ((others, False), (mine, True)):
-            model.backbone.train(training)
+            model.backbone.train(training and stage.norm_statistics == "routed")
             if len(rows):
                 parts.append(model.backbone(images[side][rows], index).float())
         logits.append(torch.cat(parts)[torch.cat([others, mine]).argsort()])
@@ -132,13 +202,44 @@ def _joint_loss(
 
 
 def _normalized(model: DRNet, pixels: Tensor) -> Tensor:
-    """(x / 255 - mean) / std, in torch's default layout."""
+    """Returns (x / 255 - mean) / std in torch's default layout."""
     mean, std = model.mean.view(1, 3, 1, 1), model.std.view(1, 3, 1, 1)
     return (pixels.permute(0, 3, 1, 2).contiguous().float() / 255 - mean) / std
 
 
+def _setting(
+    batch: int, shares: Sequence[int], backbone: str = "resnet18", device: str = "cpu", precision: str = "float32"
+) -> tuple[DRNet, StepBatch, str]:
+    """A new network and its images on the device, and the precision of its passes."""
+    torch.manual_seed(0)
+    config = ModelConfig(backbone=backbone, resolutions=RESOLUTIONS)
+    model = build_drnet(config, NUM_CLASSES, MEAN, STD)
+    return model.to(device), placed(_batch(batch, shares), device), precision
+
+
+def _batch(count: int, shares: Sequence[int]) -> StepBatch:
+    """Random images; noise that the predictor cannot overcome sends `shares` of them to each resolution."""
+    sides = {*RESOLUTIONS, PREDICTOR_SIZE} if shares else {*RESOLUTIONS}
+    images = {side: torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8) for side in sides}
+    bounds_R = torch.tensor(shares or [1]).cumsum(0)
+    chosen_N = torch.bucketize((torch.arange(count) + 0.5) / count * bounds_R[-1], bounds_R)
+    gumbel_NR = 1000.0 * functional.one_hot(chosen_N, len(RESOLUTIONS))
+    return StepBatch(images, torch.randint(0, NUM_CLASSES, (count,)), gumbel_NR, count)
+
+
+def placed(batch: StepBatch, device: str) -> StepBatch:
+    """Move a batch to a device."""
+    images = {side: pixels.to(device) for side, pixels in batch.images.items()}
+    return replace(batch, images=images, labels_N=batch.labels_N.to(device), gumbel_NR=batch.gumbel_NR.to(device))
+
+
+def _costs(model: DRNet) -> Tensor:
+    """The GFLOPs at each resolution, for the penalty."""
+    return torch.tensor(measure_costs(model).backbone, device=model.mean.device)
+
+
 def _measured(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
-    """Values of a step, the first of which is no steady one."""
+    """Measure a step again and again; the first value is not a steady one."""
     if batch.labels_N.is_cuda:
         yield from _measured_on_gpu(step, batch, value)
     baseline = _megabytes("VmRSS")
@@ -151,7 +252,7 @@ def _measured(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
 
 
 def _measured_on_gpu(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
-    """The same of STEPS_ON_GPU steps, and of the memory that PyTorch has allocated there."""
+    """Measure STEPS_ON_GPU steps at a time, and the memory that PyTorch allocates on the GPU."""
     while True:
         baseline = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -166,7 +267,7 @@ def _measured_on_gpu(step: Step, batch: StepBatch, value: str) -> Iterator[float
 
 
 def _megabytes(name: str) -> float:
-    """Of this process now (VmRSS), or at most since `_forget_peak` (VmHWM)."""
+    """The memory of this process now (VmRSS), or its peak since `_forget_peak` (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(name))
     return int(kilobytes) / 1024
@@ -174,100 +275,3 @@ def _megabytes(name: str) -> float:
 
 def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def _setting(
-    batch: int, shares: Sequence[int], backbone: str = "resnet18", device: str = "cpu", precision: str = "float32"
-) -> tuple[DRNet, StepBatch, str]:
-    """A new network and its images, where they are trained; and the precision of its passes."""
-    torch.manual_seed(0)
-    config = ModelConfig(backbone=backbone, resolutions=RESOLUTIONS)
-    model = build_drnet(config, NUM_CLASSES, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return model.to(device), placed(_batch(batch, shares), device), precision
-
-
-def placed(batch: StepBatch, device: str) -> StepBatch:
-    """The batch on a device."""
-    images = {side: pixels.to(device) for side, pixels in batch.images.items()}
-    return replace(batch, images=images, labels_N=batch.labels_N.to(device), gumbel_NR=batch.gumbel_NR.to(device))
-
-
-def _costs(model: DRNet) -> Tensor:
-    """GFLOPs at each resolution, for the penalty."""
-    return torch.tensor(measure_costs(model).backbone, device=model.mean.device)
-
-
-def _batch(count: int, shares: Sequence[int]) -> StepBatch:
-    """Noise; `shares` of the images choose each resolution, by noise that the predictor cannot overcome."""
-    sides = {*RESOLUTIONS, PREDICTOR_SIZE} if shares else {*RESOLUTIONS}
-    images = {side: torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8) for side in sides}
-    bounds_R = torch.tensor(shares or [1]).cumsum(0)
-    chosen_N = torch.bucketize((torch.arange(count) + 0.5) / count * bounds_R[-1], bounds_R)
-    gumbel_NR = 1000.0 * functional.one_hot(chosen_N, len(RESOLUTIONS))
-    return StepBatch(images, torch.randint(0, NUM_CLASSES, (count,)), gumbel_NR, count)
-
-
-BATCH = 32
-WORK_ON_CPU = {**WORK, "backbone stage, bfloat16": {"stage": "backbone", "precision": "bfloat16"}}
-"""in bfloat16 as well: CPUs with matrix units (AMX) train in it faster"""
-VALUES: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("speed", "images/s", {}),
-    ("memory", "MB", {}),
-    ("memory in use", "MB", {"MALLOC_MMAP_THRESHOLD_": str(2**20)}),
-)
-NUM_PHOTOGRAPHS, NUM_GLYPHS = 144, 2112
-"""for the predictor stage: two batches and 33 of training images, and a small validation part"""
-
-
-def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """All rows of the table, and notes on them."""
-    notes = [
-        f"{threads} threads; backbone and joint stage: ResNet-18, 100 classes, batches of {BATCH}, SGD with momentum, "
-        "images in memory; the peers: default memory layout, all resolutions' graphs at once, one backward",
-        "memory: what the process grows by at most, from the built model on, during a step that is not its first; "
-        "in use: the same with an allocator that returns every block of 1 MB at once and keeps none, on both sides",
-    ]
-    rows = []
-    for name, work in WORK_ON_CPU.items():
-        for value, unit, variables in VALUES:
-            arguments = {**work, "value": value.split()[0], "batch": BATCH}
-            ours, peer = (Side(f"{__name__}:{who}", arguments, threads, variables) for who in ("ours", "naive"))
-            what = f"{name}, {value}, against all resolutions at once"
-            with ours, peer:
-                rows.append(compare(what, unit, ours.measure, peer.measure, runs, more_is_better=value == "speed"))
-    return [*rows, *_predictor(images, runs, threads, notes)], notes
-
-
-def _predictor(images: Path | None, runs: int, threads: int, notes: list[str]) -> list[Row]:
-    rows = []
-    with TemporaryDirectory(prefix="bench-step-") as scratch:
-        folder = Path(scratch)
-        photographs = write_photographs(folder / "photographs", images, NUM_PHOTOGRAPHS)
-        prepare("imagefolder", folder / "data-imagenet100", source=photographs, validation_fraction=0.1)
-        glyphs = GlyphSettings(num_train=NUM_GLYPHS, num_validation=NUM_GLYPHS // 10)
-        prepare("glyphs", folder / "data-glyphs", glyphs=glyphs)
-        for config, what in (("imagenet100", "ResNet-50, 224+168+112"), ("glyphs", "the demo's network, 96+48+32")):
-            rows.append(_table(config, what, folder, runs, threads, notes))
-    return rows
-
-
-def _table(config: str, what: str, folder: Path, runs: int, threads: int, notes: list[str]) -> Row:
-    with ExitStack() as stack:
-
-        def side(logits: str) -> Side:
-            arguments = {"config": config, "data": str(folder / f"data-{config}"), "logits": logits, "threads": threads}
-            return stack.enter_context(Side("benchmarks.overhead:predictor", arguments, threads))
-
-        table, live = side("table"), side("live")
-        row = compare(f"predictor stage, {what}, table against live", "images/s", table.measure, live.measure, runs)
-    notes.append(_cost_of(what, table.once, row))
-    return row
-
-
-def _cost_of(what: str, filled: float, row: Row) -> str:
-    """What a view of the table costs, and how many epochs have to show it to have it back."""
-    epochs = (1 / filled) / (1 / row.peer - 1 / row.ours)
-    return (
-        f"{what}: a view of the table is computed once, at {filled:.3g} images/s, which takes {row.peer / filled:.2f} "
-        f"of an epoch of live training, and has paid for itself when {epochs:.1f} epochs have shown it"
-    )

@@ -1,4 +1,4 @@
-"""A prepared folder: the .beton files in FFCV's format, and the manifest that says what they hold and proves it."""
+"""A prepared folder: .beton files in FFCV's format, and a manifest with their contents and hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datasets.files import sync_file
 VERSION = 2
 PAGE_SIZE = 8 << 20
 MODE_JPEG = 0
-# Names, and FFCV's numbers of what they hold: an RGB image, and integers. The checksum is the XXH64 of the JPEG.
+# Field names with FFCV's type numbers: an RGB image and two integers. The checksum is the XXH64 of the JPEG.
 FIELDS = (("image", 2), ("label", 1), ("checksum", 1))
 _COUNTS = [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8")]
 HEADER = np.dtype([*_COUNTS, ("alloc_table_ptr", "<u8")], align=True)
@@ -32,11 +32,11 @@ METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
 class BetonError(ValueError):
-    """A beton or its manifest is missing, incomplete, damaged, or not of the same making."""
+    """A beton or its manifest is missing, incomplete or damaged, or the two do not belong together."""
 
 
 class Sample(NamedTuple):
-    """What one record holds: a JPEG with its size in pixels, and its label."""
+    """One stored image: a JPEG with its size in pixels, and its label."""
 
     jpeg: bytes
     width: int
@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything is: `metadata` METADATA (N,), `allocations` ALLOCATION (N,), both in sample order."""
+    """The tables of a beton: `metadata` METADATA (N,) and `allocations` ALLOCATION (N,), both in sample order."""
 
     metadata: NDArray
     allocations: NDArray
@@ -54,22 +54,21 @@ class Layout:
 
 
 class BetonWriter:
-    """Writes a beton as a stream; the file is the same for the same samples and capacity.
+    """Writes a beton as a stream; the same samples and capacity give the same file.
 
-    What an interrupted writer has left can be gone on with: `adopt` the samples that lie in the file already, then
-    append the others.
+    To resume what an interrupted writer left, `adopt` the samples that the file already holds, then append the others.
+
+    Args:
+        capacity: at least the number of samples; room for their metadata is reserved before the first page.
+        resume: keep the content of the existing file, so that its samples can be adopted from the first one.
     """
 
-    def __init__(self, path: Path, capacity: int, *, go_on: bool = False):
-        """Args:
-        capacity: at least the number of samples; room for their metadata is kept before the first page.
-        go_on: keep what the file, which exists, holds; it may be adopted from its first sample on.
-        """
+    def __init__(self, path: Path, capacity: int, *, resume: bool = False):
         self.path, self.count = path, 0
         self._metadata: NDArray = np.zeros(capacity, METADATA)
         self._allocations: NDArray = np.zeros(capacity, ALLOCATION)
         self._end = _data_start(capacity)
-        self._file = path.open("r+b" if go_on else "w+b")
+        self._file = path.open("r+b" if resume else "w+b")
         self._file.seek(self._end)
 
     def __enter__(self) -> Self:
@@ -82,7 +81,7 @@ class BetonWriter:
         """Write the next sample.
 
         Raises:
-            ValueError: its JPEG is larger than a page, or there are more samples than the capacity.
+            ValueError: the JPEG is larger than a page, or there are more samples than the capacity.
         """
         padding = self._next(sample.width, sample.height, sample.label, len(sample.jpeg))
         self._file.write(bytes(padding))
@@ -90,7 +89,7 @@ class BetonWriter:
         self._note_checksum(sample.jpeg)
 
     def adopt(self, width: int, height: int, label: int, size: int) -> bytes:
-        """Take the JPEG of `size` bytes, or what lies in its place, for the next sample's, and return it."""
+        """Keep the next `size` bytes of the file as the next sample's JPEG and return them, unchecked."""
         padding = self._next(width, height, label, size)
         self._file.seek(padding, os.SEEK_CUR)
         jpeg = self._file.read(size)
@@ -118,9 +117,9 @@ class BetonWriter:
         self._metadata["checksum"][self.count - 1] = checksum(jpeg)
 
     def _next(self, width: int, height: int, label: int, size: int) -> int:
-        """Note the next sample; returns how many bytes are left free before it."""
+        """Add the next sample to the tables and return the number of padding bytes before it."""
         if self.count == len(self._metadata):
-            raise ValueError(f"more than the {self.count} samples that room was kept for")
+            raise ValueError(f"the beton has room for {self.count} samples; give a larger capacity")
         ptr = _place(self._end, size)
         padding = ptr - self._end
         self._metadata[self.count] = ((MODE_JPEG, width, height, ptr), label, 0)
@@ -130,7 +129,7 @@ class BetonWriter:
 
 
 def write_beton(path: Path, samples: Iterable[Sample], capacity: int) -> int:
-    """Write samples in order with a BetonWriter and force them to disk; returns their number."""
+    """Write samples in order, sync the file to disk, and return their number."""
     with BetonWriter(path, capacity) as writer:
         for sample in samples:
             writer.append(sample)
@@ -140,10 +139,10 @@ def write_beton(path: Path, samples: Iterable[Sample], capacity: int) -> int:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read and check everything of a beton but its JPEGs.
+    """Read and check the header and tables of a beton, but not its JPEGs.
 
     Raises:
-        BetonError: the file is missing, cut short, of another layout, or its tables contradict each other.
+        BetonError: the file is missing, cut short or of another layout, or its tables contradict each other.
     """
     try:
         size = path.stat().st_size
@@ -161,17 +160,17 @@ def read_layout(path: Path) -> Layout:
 
 
 def read_jpeg(beton: Path, index: int) -> bytes:
-    """The JPEG of the sample at `index`, as it is stored.
+    """Return the stored JPEG of the sample at `index`.
 
     Raises:
-        BetonError: not a sound beton.
-        IndexError: it has no such sample.
+        BetonError: the file is not a valid beton.
+        IndexError: there is no such sample.
     """
     with beton.open("rb") as file:
         start = file.read(METADATA_START)
         header = _checked_header(beton, start, beton.stat().st_size)
         if not 0 <= index < header["num_samples"]:
-            raise IndexError(f"{beton} has samples 0 to {int(header['num_samples']) - 1}, not {index}")
+            raise IndexError(f"{beton} has no sample {index}; give 0 to {int(header['num_samples']) - 1}")
         file.seek(int(header["alloc_table_ptr"]) + index * ALLOCATION.itemsize)
         allocation = np.frombuffer(file.read(ALLOCATION.itemsize), ALLOCATION)[0]
         file.seek(int(allocation["ptr"]))
@@ -179,13 +178,13 @@ def read_jpeg(beton: Path, index: int) -> bytes:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum(jpeg: bytes) -> int:
-    """The XXH64 of a JPEG, as the signed integer that a beton holds."""
+    """Return the XXH64 of a JPEG as the signed integer that a beton stores."""
     return np.uint64(xxh64_intdigest(jpeg)).astype(np.int64).item()
 
 
@@ -198,9 +197,9 @@ def _data_start(capacity: int) -> int:
 
 
 def _place(end: int, size: int) -> int:
-    """Where `size` bytes go after `end`: there, or at the next page where they would straddle two."""
+    """Return where `size` bytes go after `end`: right there, or at the next page if they would straddle two."""
     if size > PAGE_SIZE:
-        raise ValueError(f"a JPEG of {size:,} bytes is larger than a page of {PAGE_SIZE:,}")
+        raise ValueError(f"a JPEG of {size:,} bytes is larger than a page; give at most {PAGE_SIZE:,} bytes")
     page_end = _page_ceiling(end + 1)
     return end if end + size <= page_end else page_end
 
@@ -215,33 +214,33 @@ def _field_descriptors() -> NDArray:
 
 def _checked_header(path: Path, start: bytes, size: int) -> np.void:
     if len(start) < METADATA_START:
-        raise BetonError(f"{path} is no beton: it has {len(start)} bytes, a header alone has {METADATA_START}")
+        raise BetonError(f"{path} is not a beton: it has {len(start)} bytes, but a header has {METADATA_START}")
     header = np.frombuffer(start[: HEADER.itemsize], HEADER)[0]
     names = ", ".join(name for name, _ in FIELDS)
     if (header["version"], header["num_fields"]) != (VERSION, len(FIELDS)):
         raise BetonError(
-            f"{path} is no beton of this version of the project: it says layout {header['version']} with "
-            f"{header['num_fields']} fields, where layout {VERSION} with {len(FIELDS)} fields ({names}) is read"
+            f"{path} cannot be read: it has layout {header['version']} with {header['num_fields']} fields; "
+            f"this version reads layout {VERSION} with {len(FIELDS)} fields ({names})"
         )
     if start[HEADER.itemsize :] != _field_descriptors().tobytes():
-        raise BetonError(f"{path} is no beton of this version of the project: its fields are not {names}")
+        raise BetonError(f"{path} cannot be read: its fields are not {names}")
     if header["page_size"] != PAGE_SIZE:
-        raise BetonError(f"{path} is damaged: page size {header['page_size']}, not {PAGE_SIZE}")
+        raise BetonError(f"{path} is damaged: its page size is {header['page_size']} bytes, not {PAGE_SIZE}")
     expected = int(header["alloc_table_ptr"]) + int(header["num_samples"]) * ALLOCATION.itemsize
     if size != expected:
-        raise BetonError(f"{path} is cut short or damaged: {size:,} bytes, its header says {expected:,}")
+        raise BetonError(f"{path} is cut short or damaged: it has {size:,} bytes, but its header says {expected:,}")
     return header
 
 
 def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iterator[str]:
-    """What cannot be true of a beton that `write_beton` has written."""
+    """Yield everything in the tables that `write_beton` never writes."""
     if len(metadata) != len(allocations):
         yield f"{len(metadata)} samples, but {len(allocations)} allocations"
         return
     image = metadata["image"]
     ptrs, sizes = allocations["ptr"].astype(np.int64), allocations["size"].astype(np.int64)
     ends = ptrs + sizes
-    # Every image lies right behind the one before it, or at the next page: its place follows from the sizes.
+    # Every image starts right after the one before it, or at the next page, so the sizes alone give its place.
     page_ends = -(-(ends + 1) // PAGE_SIZE) * PAGE_SIZE
     follows = ptrs[1:] == np.where(ends[:-1] + sizes[1:] <= page_ends[:-1], ends[:-1], page_ends[:-1])
     misplaced = np.concatenate([ptrs[:1] % PAGE_SIZE != 0, ~follows])
@@ -253,7 +252,7 @@ def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iter
         "metadata and allocation table disagree": image["data_ptr"] != allocations["ptr"],
         "an image is empty or larger than a page": (sizes < 1) | (sizes > PAGE_SIZE),
         "an image lies outside the data": (ptrs < METADATA_START) | (ends > table),
-        "an image does not lie where the one before it ends": misplaced,
+        "an image does not start where the one before it ends": misplaced,
     }
     for problem, wrong_N in checks.items():
         if wrong_N.any():
@@ -285,7 +284,7 @@ SAMPLED_IMAGES = 32
 
 @dataclass(frozen=True)
 class Split:
-    """One beton: `class_counts` by label; `attributes` has one value a sample, in beton order, such as glyph height."""
+    """One beton: `class_counts` by label; `attributes` has a value per sample in beton order, such as glyph height."""
 
     file: str
     count: int
@@ -297,17 +296,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds.
+    """The description of a prepared folder.
 
     Attributes:
-        classes: names, by label.
+        classes: class names by label.
         settings: everything that the betons depend on besides the images themselves.
-        mean, std: of the training images' pixels, by channel, on a scale of 0 to 1. More than a few hundred images
-            are represented by an even sample of them (prepare/convert.py), because looking at every pixel would
-            double the time of a preparation; the mean is then known to about 0.01.
-        source_digest: of the names and contents of all images that were read.
+        mean, std: of the training pixels by channel, on a scale of 0 to 1. Of more than a few hundred images an even
+            sample is measured (prepare/convert.py), because reading every pixel would double the preparation time;
+            the mean is then known to about 0.01.
+        source_digest: SHA-256 of the names and contents of all source images.
         skipped: {path, reason} of every bad image that was left out.
-        source_state: of names, sizes and modification times, to see quickly that nothing changed.
+        source_state: digest of names, sizes and modification times, for a quick check that nothing changed.
     """
 
     format: int
@@ -325,17 +324,17 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Identifies the prepared data: 32 hexadecimal digits of a SHA-256 over classes and betons."""
+        """The identity of the prepared data: 32 hexadecimal digits of a SHA-256 over classes and betons."""
         identity = [self.dataset, self.classes, *(self.splits[name].sha256 for name in sorted(self.splits))]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
     def to_json(self) -> str:
-        """Mappings one key a line, lists on one line, so that a manifest with thousands of samples stays readable."""
+        """Return the JSON with one key a line and lists on one line: readable even with thousands of samples."""
         return _to_json(asdict(self)) + "\n"
 
 
 def beton_path(folder: Path, split: str) -> Path:
-    """Where the beton of a split lies in a prepared folder."""
+    """Return the path of a split's beton in a prepared folder."""
     return Path(folder) / f"{split}.beton"
 
 
@@ -343,7 +342,7 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a prepared folder.
 
     Raises:
-        BetonError: the folder is not prepared, its preparation was cut short, or the manifest is damaged.
+        BetonError: the folder is not prepared, its preparation was interrupted, or the manifest is damaged.
     """
     path = Path(folder) / MANIFEST
     prepare = "run `python -m jobs.prepare --config CONFIG`"
@@ -352,21 +351,21 @@ def load_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         if any(beton_path(folder, split).exists() for split in SPLITS):
             raise BetonError(
-                f"{folder} holds betons but no {MANIFEST}: its preparation was cut short, or the file was removed; "
+                f"{folder} has betons but no {MANIFEST}: its preparation was interrupted, or the file was removed; "
                 f"{prepare} --force"
             ) from None
-        raise BetonError(f"{folder} holds no prepared data ({MANIFEST} is missing); {prepare}") from None
+        raise BetonError(f"{folder} has no prepared data ({MANIFEST} is missing); {prepare}") from None
     return parse_manifest(text, str(path))
 
 
 def parse_manifest(text: str, origin: str) -> Manifest:
-    """The manifest in `text`; BetonError, which names its `origin`, where it is damaged or of another format."""
+    """Parse the manifest in `text`; raise BetonError, naming its `origin`, if it is damaged or of another format."""
     prepare = "prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
     try:
         tree = json.loads(text)
         made_by = tree["format"]
         if made_by != FORMAT:
-            raise BetonError(f"{origin} has format {made_by}, this version reads {FORMAT}; {prepare}")
+            raise BetonError(f"{origin} has format {made_by}; this version reads format {FORMAT}; {prepare}")
         splits = {name: Split(**split) for name, split in tree.pop("splits").items()}
         mean, std = tuple(tree.pop("mean")), tuple(tree.pop("std"))
         manifest = Manifest(**tree, mean=mean, std=std, splits=splits)
@@ -379,15 +378,15 @@ def parse_manifest(text: str, origin: str) -> Manifest:
 
 
 def verify_betons(folder: Path, full: bool = False, splits: Sequence[str] = SPLITS) -> Manifest:
-    """Check that the betons of a prepared folder are the ones that its manifest describes.
+    """Check that the betons of a prepared folder match its manifest.
 
     Args:
-        full: compare the SHA-256 of every byte; otherwise sizes, headers, tables, counts, labels and the beginnings
-            of some images only.
-        splits: the betons to look at; a folder that is staged for a part may hold that alone.
+        full: compare the SHA-256 of every byte; otherwise sizes, headers, tables, counts, labels and a few whole
+            images.
+        splits: the betons to check; a downloaded folder may have only some of them.
 
     Raises:
-        BetonError: naming every beton that is missing, cut short, damaged or of another preparation.
+        BetonError: naming every beton that is missing, cut short, damaged or from another preparation.
     """
     manifest = load_manifest(folder)
     problems = []
@@ -412,39 +411,39 @@ def _to_json(value: Any, indent: str = "") -> str:
 
 def _verify_split(path: Path, split: Split, num_classes: int, full: bool) -> None:
     if path.exists() and path.stat().st_size != split.size_bytes:
-        raise BetonError(f"{path} has {path.stat().st_size:,} bytes, its manifest says {split.size_bytes:,}")
+        raise BetonError(f"{path} has {path.stat().st_size:,} bytes, but its manifest says {split.size_bytes:,}")
     layout = read_layout(path)
     _verify_labels(path, layout, split, num_classes)
     _verify_some_images(path, layout)
     if full and (found := file_sha256(path)) != split.sha256:
-        raise BetonError(f"{path} is damaged: SHA-256 {found}, its manifest says {split.sha256}")
+        raise BetonError(f"{path} is damaged: its SHA-256 is {found}, but its manifest says {split.sha256}")
 
 
 def _verify_labels(path: Path, layout: Layout, split: Split, num_classes: int) -> None:
     labels_N = layout.metadata["label"]
     if len(labels_N) != split.count:
-        raise BetonError(f"{path} has {len(labels_N)} samples, its manifest says {split.count}")
+        raise BetonError(f"{path} has {len(labels_N)} samples, but its manifest says {split.count}")
     if labels_N.max() >= num_classes:
-        raise BetonError(f"{path} is damaged: label {labels_N.max()} where there are {num_classes} classes")
+        raise BetonError(f"{path} is damaged: it has label {labels_N.max()}, but there are {num_classes} classes")
     if np.bincount(labels_N, minlength=num_classes).tolist() != split.class_counts:
-        raise BetonError(f"{path} is of another preparation: the counts of its classes are not those of its manifest")
+        raise BetonError(f"{path} is from another preparation: its class counts differ from its manifest's")
 
 
 def _verify_some_images(path: Path, layout: Layout) -> None:
-    """Whether evenly spread images have their checksums, and are JPEGs of the recorded size."""
+    """Check the checksums and pixel sizes of a few evenly spread images."""
     count = len(layout.metadata)
     with path.open("rb") as file:
         for index in np.unique(np.linspace(0, count - 1, min(count, SAMPLED_IMAGES)).astype(int)):
             file.seek(int(layout.allocations["ptr"][index]))
             jpeg, image = file.read(int(layout.allocations["size"][index])), layout.metadata["image"][index]
             if checksum(jpeg) != layout.metadata["checksum"][index]:
-                raise BetonError(f"{path} is damaged: sample {index} does not have its checksum")
+                raise BetonError(f"{path} is damaged: sample {index} does not match its checksum")
             try:
                 header = turbojpeg.read_header(jpeg)
             except turbojpeg.JpegError as error:
-                raise BetonError(f"{path} is damaged: sample {index} is no JPEG ({error})") from None
+                raise BetonError(f"{path} is damaged: sample {index} is not a JPEG ({error})") from None
             if (header.width, header.height) != (image["width"], image["height"]):
                 raise BetonError(
                     f"{path} is damaged: sample {index} has {header.width}x{header.height} pixels, "
-                    f"its record says {image['width']}x{image['height']}"
+                    f"but its record says {image['width']}x{image['height']}"
                 )

@@ -1,4 +1,4 @@
-"""Run a function over chunks of work in processes, results in the order of the work; and show progress."""
+"""Run a function over chunks of work in processes, with ordered results, and show progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNKS_AHEAD = 3
 
 
 class OrderedMap(Protocol):
-    """Yields `function(item)` for every item of `work`, in order, computed somewhere in parallel."""
+    """A function that yields `function(item)` for every item of `work`, in order, computed in parallel."""
 
     def __call__(
         self, function: Callable[[Work], Result], work: Iterable[Work], /
@@ -33,7 +33,7 @@ class OrderedMap(Protocol):
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -42,11 +42,11 @@ def map_ordered(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item of `work`, in order, computed by `num_processes` processes.
 
-    At most CHUNKS_AHEAD results for each process wait to be taken, so memory does not grow with the work. The
-    processes are spawned, never forked, because the caller may have threads. One process means this one.
+    At most CHUNKS_AHEAD results per process wait to be consumed, so memory does not grow with the work. Processes are
+    spawned, never forked, because the caller may have threads. With one process, the caller does the work itself.
 
     Raises:
-        ChildProcessError: a process died, for instance because memory ran out.
+        ChildProcessError: a process died, for example because memory ran out.
     """
     if num_processes == 1:
         yield from map(function, work)
@@ -64,16 +64,16 @@ def map_ordered(
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise ChildProcessError(
-            f"one of {num_processes} processes died; if memory ran out, set data.num_processes to fewer"
+            f"one of {num_processes} processes died; if memory ran out, lower data.num_processes"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_process() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what follows.
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A killed parent closes nothing that the pool's processes wait for, so they would wait for ever.
+    # A killed parent closes nothing that the pool's processes wait for, so they would wait forever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -92,7 +92,10 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more images are done. On standard error; only its end in a log file."""
+    """Show a progress bar on standard error and yield the function that advances it by a number of images.
+
+    Where standard error is a log file, only the final state is printed.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task(description, total=total)

@@ -1,4 +1,4 @@
-"""A prepared folder at a remote address: s3://, gs://, hdfs://, file:// and what else `pyarrow.fs` opens."""
+"""A prepared folder at a remote address: s3://, gs://, hdfs://, file:// or anything else that `pyarrow.fs` opens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 8 << 20
 HIDDEN = "***"
-# Parameters of an address that are no secrets; the values of all others are hidden.
+# Address parameters that are not secret; the values of all others are hidden.
 OPEN_PARAMETERS = {"allow_bucket_creation", "endpoint_override", "region", "retry_limit_seconds", "scheme", "user"}
-# Up to the last @: a password may hold anything, also what should have been written as %XX.
+# Up to the last @, because a password may contain characters that should have been written as %XX.
 _PASSWORD = re.compile(r"(?<=//)([^/?#@:]*):(.+)@", re.DOTALL)
 _PARAMETER = re.compile(r"(?<=[?&])(?:([^?&=]*)=)?([^?&]+)")
 _ADVICE = (
@@ -26,7 +26,7 @@ _ADVICE = (
 
 
 def redacted(uri: str) -> str:
-    """The address as it may be shown: without its password and without parameters that may be secret."""
+    """Return the address for display: without its password and without parameters that may be secret."""
     shown = _PASSWORD.sub(rf"\1:{HIDDEN}@", uri)
     return _PARAMETER.sub(
         lambda found: found[0] if found[1] in OPEN_PARAMETERS else f"{found[1] or ''}={HIDDEN}".lstrip("="), shown
@@ -35,9 +35,9 @@ def redacted(uri: str) -> str:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of a `pyarrow.fs` file system; `str` gives its address as it may be shown.
+    """A folder of a `pyarrow.fs` file system; `str` gives its address without secrets.
 
-    Every method raises OSError where the address cannot be reached, with what to change and without secrets.
+    Every method raises OSError if the address cannot be reached. The message says what to check and has no secrets.
     """
 
     uri: str = field(repr=False)
@@ -48,7 +48,7 @@ class RemoteFolder:
         return redacted(self.uri)
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where there is no such file."""
+        """Return the content of a small file, or None if there is no such file."""
         with self._explained(f"{name} cannot be read"):
             try:
                 with self.filesystem.open_input_file(self._path(name)) as file:
@@ -57,12 +57,12 @@ class RemoteFolder:
                 return None
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is no such file."""
-        with self._explained(f"{name} cannot be looked at"):
+        """Return the number of bytes of a file, or None if there is no such file."""
+        with self._explained(f"the size of {name} cannot be read"):
             return self.filesystem.get_file_info(self._path(name)).size
 
     def chunks(self, name: str, start: int) -> Iterator[bytes]:
-        """The bytes of a file from `start`, CHUNK_BYTES at a time."""
+        """Yield the bytes of a file from `start`, CHUNK_BYTES at a time."""
         problem = f"{name} cannot be read"
         with self._explained(problem):
             file = self.filesystem.open_input_file(self._path(name))
@@ -77,10 +77,10 @@ class RemoteFolder:
                 yield chunk
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
-        """Write a file, and the folder where the file system has folders."""
+        """Write a file, and create its folder on file systems that have folders."""
         problem = f"{name} cannot be written"
         with self._explained(problem):
-            if self.filesystem.type_name in ("local", "hdfs"):  # elsewhere a folder is a part of a name
+            if self.filesystem.type_name in ("local", "hdfs"):  # elsewhere a folder is only a part of a name
                 self.filesystem.create_dir(self.path)
             file = self.filesystem.open_output_stream(self._path(name))
         try:
@@ -103,19 +103,21 @@ class RemoteFolder:
 
 
 def open_remote(uri: str) -> RemoteFolder:
-    """The folder at an address, which pyarrow understands with its parameters: `?endpoint_override=HOST:PORT`.
+    """Open the folder at an address; pyarrow's parameters are allowed, such as `?endpoint_override=HOST:PORT`.
 
     Raises:
-        ValueError: not an address of a folder.
-        OSError: its file system cannot be used from here.
+        ValueError: this is not the address of a folder.
+        OSError: the file system cannot be used from this machine.
     """
-    from pyarrow.fs import FileSystem  # not while a configuration is being read
+    from pyarrow.fs import FileSystem  # too slow to import while a configuration is being read
 
     forms = "give s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, hdfs://HOST:PORT/FOLDER or file:///FOLDER"
     try:
         filesystem, path = FileSystem.from_uri(uri)
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{redacted(uri)!r} is no address of a folder ({message_of(error, uri)}); {forms}") from None
+        raise ValueError(
+            f"{redacted(uri)!r} is not the address of a folder ({message_of(error, uri)}); {forms}"
+        ) from None
     except OSError as error:
         raise OSError(f"{redacted(uri)} cannot be opened: {message_of(error, uri)}; {_ADVICE}") from None
     if not path.strip("/"):
@@ -124,7 +126,7 @@ def open_remote(uri: str) -> RemoteFolder:
 
 
 def message_of(error: Exception, uri: str) -> str:
-    """An error's message on one line, without the secrets of the address that it is about."""
+    """Return an error's message on one line, without the secrets of the address `uri`."""
     text = " ".join(str(error).split()).replace(uri, redacted(uri))
     hidden = [found[2] for found in _PASSWORD.finditer(uri)]
     hidden += [found[2] for found in _PARAMETER.finditer(uri) if found[1] not in OPEN_PARAMETERS]

@@ -1,7 +1,7 @@
-"""Prepared folders at remote addresses: brought to a node once, however many processes ask, and put there.
+"""Prepared folders at remote addresses: downloaded once for each node, and uploaded.
 
-A staged folder holds, besides betons and manifest, the file STAGED with the SHA-256 of the manifest that came with it.
-By that a folder that was prepared here is told from a staged one: only the latter is ever replaced.
+A downloaded folder also has the file STAGED with the SHA-256 of the downloaded manifest. It distinguishes a downloaded
+folder, which may be replaced, from one that was prepared here, which is never replaced.
 """
 
 from __future__ import annotations
@@ -35,49 +35,48 @@ Tell = Callable[[str], None]
 
 
 def remote_manifest(uri: str) -> Manifest:
-    """The manifest of the prepared folder at an address.
+    """Read the manifest of the prepared folder at an address.
 
     Raises:
-        BetonError: no prepared folder is there, or its manifest is damaged.
+        BetonError: there is no prepared folder, or its manifest is damaged.
         ValueError, OSError: as `open_remote`.
     """
     return _read_manifest(open_remote(uri))[1]
 
 
 def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, tell: Tell = print) -> Manifest:
-    """Make `folder` hold the betons of `splits` at an address, checked against the manifest there; often there is
-    nothing to do.
+    """Download the betons of `splits` from an address into `folder`, unless they are already there.
 
-    One process at a time; others wait, and find the work done. A beton takes its name when every byte of it was
-    compared, and the manifest comes last. A download that was cut short goes on where it stopped. Where the data at
-    the address has changed since it was staged, it is staged again.
+    One process downloads; others wait for it and use its files. A beton gets its name after its SHA-256 has been
+    compared, and the manifest is written last. An interrupted download resumes. Data that has changed at the address
+    is downloaded again.
 
     Args:
-        tell: told in a line what happens and, every few seconds, how far it is.
+        tell: called with a line about each step and, every few seconds, about the progress.
 
     Raises:
-        BetonError: no prepared folder is there, what was read is not what its manifest says (it changed meanwhile, or
-            is damaged), or `folder` holds other data that was prepared here.
-        OSError: no space, or as `open_remote`.
+        BetonError: there is no prepared folder, the data does not match its manifest (it changed during the download,
+            or is damaged), or `folder` has other data that was prepared here.
+        OSError: there is not enough space, or as `open_remote`.
     """
     folder, remote = Path(folder), open_remote(uri)
     _, manifest = _read_manifest(remote)
     if held := _held(folder, manifest, splits):
         return held
-    with exclusive(folder, waiting=lambda: tell(f"{folder}: another process prepares or stages it; waiting")):
-        text, manifest = _read_manifest(remote)  # as it is now, after waiting
+    with exclusive(folder, waiting=lambda: tell(f"{folder}: waiting for another process that writes to it")):
+        text, manifest = _read_manifest(remote)  # again, because it may have changed during the wait
         if held := _held(folder, manifest, splits):
             return held
         _require_replaceable(folder, manifest, remote)
-        _bring(remote, folder, text, manifest, splits, tell)
+        _download_missing(remote, folder, text, manifest, splits, tell)
         return verify_betons(folder, splits=splits)
 
 
 def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
-    """Put a prepared folder at an address for `stage`: the betons, then the manifest, so that none comes without them.
+    """Upload a prepared folder: first the betons, then the manifest, which never exists without them.
 
     Raises:
-        BetonError: the folder is not prepared or damaged, or other data is at the address.
+        BetonError: the folder is not prepared or is damaged, or other data is at the address.
         ValueError, OSError: as `open_remote`.
     """
     folder, remote = Path(folder), open_remote(uri)
@@ -87,11 +86,11 @@ def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
         _, there = _read_manifest(remote)
         if there.digest != manifest.digest:
             raise BetonError(
-                f"{remote} holds other data (digest {there.digest}) than {folder} (digest {manifest.digest}); "
-                "upload to another address, or remove what is there"
+                f"{remote} has other data (digest {there.digest}) than {folder} (digest {manifest.digest}); "
+                "upload to another address, or remove the data there"
             )
         if all(remote.size(split.file) == split.size_bytes for split in splits):
-            tell(f"{remote} holds this data already; nothing to do")
+            tell(f"{remote} already has this data; nothing to do")
             return manifest
     progress = _Progress(f"uploading {folder}", sum(split.size_bytes for split in splits), tell)
     for split in splits:
@@ -99,11 +98,11 @@ def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
         remote.write(split.file, _read_file(folder / split.file, sha256, progress))
         if sha256.hexdigest() != split.sha256:
             raise BetonError(
-                f"{folder / split.file} is damaged: SHA-256 {sha256.hexdigest()}, its manifest says {split.sha256}; "
-                "prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
+                f"{folder / split.file} is damaged: its SHA-256 is {sha256.hexdigest()}, but its manifest says "
+                f"{split.sha256}; prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
             )
     remote.write(MANIFEST, [(folder / MANIFEST).read_bytes()])
-    progress.finish(f"{remote} holds {folder} now")
+    progress.finish(f"uploaded {folder} to {remote}")
     return manifest
 
 
@@ -111,12 +110,12 @@ def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
     content = remote.read(MANIFEST)
     if content is None:
         raise BetonError(
-            f"{remote} holds no prepared data ({MANIFEST} is missing): check the address, wait where it is still "
-            "being uploaded, or put it there: `python -m jobs.prepare --config CONFIG --upload ADDRESS`"
+            f"{remote} has no prepared data ({MANIFEST} is missing): check the address, wait if it is still being "
+            "uploaded, or upload it with `python -m jobs.prepare --config CONFIG --upload ADDRESS`"
         )
     text = content.decode(errors="replace")
     manifest = parse_manifest(text, f"{MANIFEST} of {remote}")
-    # A name from elsewhere must not lead out of the folder.
+    # A downloaded file name must not lead out of the folder.
     odd = [split.file for name, split in manifest.splits.items() if split.file != beton_path(Path(), name).name]
     if odd:
         raise BetonError(f"{MANIFEST} of {remote} is damaged: it names the betons {', '.join(map(repr, odd))}")
@@ -124,7 +123,10 @@ def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
 
 
 def _held(folder: Path, manifest: Manifest, splits: Sequence[str]) -> Manifest | None:
-    """The manifest of `folder` where that holds this data, sound. Reading it needs no lock: the manifest comes last."""
+    """Return the folder's manifest if it has this data undamaged, else None.
+
+    No lock is needed, because the manifest is written last.
+    """
     try:
         held = verify_betons(folder, splits=splits)
     except BetonError:
@@ -134,7 +136,7 @@ def _held(folder: Path, manifest: Manifest, splits: Sequence[str]) -> Manifest |
 
 
 def _is_staged(folder: Path) -> bool:
-    """Whether what the folder holds was staged: its manifest came so, or is not there yet."""
+    """Whether the folder was downloaded: its manifest is the downloaded one, or not written yet."""
     manifest, record = folder / MANIFEST, folder / STAGED
     if not record.exists():
         return False
@@ -142,19 +144,19 @@ def _is_staged(folder: Path) -> bool:
 
 
 def _require_replaceable(folder: Path, manifest: Manifest, remote: RemoteFolder) -> None:
-    """Raise BetonError where the folder holds what was prepared here."""
+    """Raise BetonError if the folder has data that was prepared here."""
     files = [path for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)) if path.exists()]
     if not files or _is_staged(folder):
         return
     if load_manifest(folder).digest == manifest.digest:
-        verify_betons(folder)  # the same data, damaged: says how
+        verify_betons(folder)  # the same data but damaged: raises the details
     raise BetonError(
-        f"{folder} holds data that was prepared here, and {remote} holds other data (digest {manifest.digest}); choose "
-        f"another data.folder, set data.uri=null to use what is here, or remove {' and '.join(map(str, files))}"
+        f"{folder} has data that was prepared here, and {remote} has other data (digest {manifest.digest}); choose "
+        f"another data.folder, set data.uri=null to use the local data, or remove {' and '.join(map(str, files))}"
     )
 
 
-def _bring(
+def _download_missing(
     remote: RemoteFolder, folder: Path, text: str, manifest: Manifest, splits: Sequence[str], tell: Tell
 ) -> None:
     before = load_manifest(folder) if (folder / MANIFEST).exists() else None
@@ -163,28 +165,28 @@ def _bring(
     partials = {name: folder / f".staging-{split.sha256}.partial" for name, split in wanted.items()}
     for path in folder.glob(".staging-*.partial"):
         if path not in partials.values():
-            path.unlink()  # of data that the address no longer holds
+            path.unlink()  # from data that is no longer at the address
     if before and before.digest != manifest.digest:
-        tell(f"{remote} has changed since it was staged (digest {before.digest}, now {manifest.digest})")
-    progress = _Progress(f"staging {folder}", _bytes_to_read(remote, folder, wanted, partials), tell)
+        tell(f"{remote} has changed since it was downloaded (digest {before.digest}, now {manifest.digest})")
+    progress = _Progress(f"downloading to {folder}", _bytes_to_read(remote, folder, wanted, partials), tell)
     for name, split in wanted.items():
         _download(remote, split, partials[name], progress, tell)
 
-    # From here on nothing takes long. A process that dies here leaves no manifest, so that the next one looks at bytes.
+    # The rest is quick. A process that dies here leaves no manifest, so the next one compares all bytes.
     (folder / MANIFEST).unlink(missing_ok=True)
     write_whole(folder / STAGED, f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST} of {remote}\n")
     for name in absent:
         if name in partials:
             partials[name].replace(beton_path(folder, name))
         else:
-            beton_path(folder, name).unlink(missing_ok=True)  # it would pass for the one of the new manifest
+            beton_path(folder, name).unlink(missing_ok=True)  # it would look like the new manifest's
     sync_folder(folder)
     write_whole(folder / MANIFEST, text)
-    progress.finish(f"{folder} holds {' and '.join(splits)} of {remote} now")
+    progress.finish(f"downloaded {' and '.join(splits)} of {remote} to {folder}")
 
 
 def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split) -> bool:
-    """Whether the beton of a split is the one that is called for; without a manifest beside it, by all its bytes."""
+    """Whether the folder has the right beton for a split; without a local manifest, all its bytes are compared."""
     path = beton_path(folder, name)
     if before is None:
         return path.exists() and path.stat().st_size == split.size_bytes and file_sha256(path) == split.sha256
@@ -196,49 +198,49 @@ def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split)
 
 
 def _bytes_to_read(remote: RemoteFolder, folder: Path, wanted: dict[str, Split], partials: dict[str, Path]) -> int:
-    """What is left to download; raises where it is not there or does not fit."""
+    """Return the number of bytes left to download; raise an error if they are not there or do not fit."""
     left = 0
     for name, split in wanted.items():
         size = remote.size(split.file)
         if size != split.size_bytes:
             has = f"no {split.file}" if size is None else f"a {split.file} of {size:,} bytes"
             raise BetonError(
-                f"{remote} has {has}, its manifest says {split.size_bytes:,} bytes: wait where it is still being "
-                "uploaded, or remove what is there and upload it again"
+                f"{remote} has {has}, but its manifest says {split.size_bytes:,} bytes: wait if it is still being "
+                "uploaded, or remove it and upload it again"
             )
         left += max(0, size - (partials[name].stat().st_size if partials[name].exists() else 0))
     free = shutil.disk_usage(folder).free
     if left > free:
         raise OSError(
-            f"{folder} has {_amount(free)} free, {_amount(left)} of {remote} are still to come; make room, or choose "
-            "another data.folder"
+            f"{folder} has {_amount(free)} free, but {_amount(left)} of {remote} are left to download; free some "
+            "space, or choose another data.folder"
         )
     return left
 
 
 def _download(remote: RemoteFolder, split: Split, partial: Path, progress: _Progress, tell: Tell) -> None:
-    """Complete the partial file and compare its hash; what was left by an earlier process is given up if it differs."""
+    """Complete the partial file and compare its hash; if resumed content does not match, start over once."""
     if partial.exists() and partial.stat().st_size > split.size_bytes:
         partial.unlink()
     kept = partial.stat().st_size if partial.exists() else 0
     if kept:
-        tell(f"{split.file}: going on after {_amount(kept)} that are here already")
+        tell(f"{split.file}: resuming after {_amount(kept)}")
     found = _complete(remote, split, partial, progress)
     if found != split.sha256 and kept:
-        tell(f"{split.file}: what was here already does not fit; starting over")
+        tell(f"{split.file}: the partial download does not match; starting over")
         partial.unlink()
         progress.total += kept
         found = _complete(remote, split, partial, progress)
     if found != split.sha256:
         partial.unlink()
         raise BetonError(
-            f"{split.file} of {remote} has SHA-256 {found}, its manifest says {split.sha256}: it changed while it was "
-            "read, or is damaged; start again, and if it stays so, remove what is there and upload it again"
+            f"{split.file} of {remote} has SHA-256 {found}, but its manifest says {split.sha256}: it changed while it "
+            "was read, or is damaged; download it again, and if that fails, remove it and upload it again"
         )
 
 
 def _complete(remote: RemoteFolder, split: Split, partial: Path, progress: _Progress) -> str:
-    """Append what the partial file lacks and flush it to disk; the SHA-256 of all of it."""
+    """Append the missing bytes to the partial file, sync it to disk, and return the SHA-256 of the whole file."""
     sha256 = hashlib.sha256()
     with partial.open("a+b") as file:
         file.seek(0)
@@ -246,7 +248,7 @@ def _complete(remote: RemoteFolder, split: Split, partial: Path, progress: _Prog
             sha256.update(chunk)
         for chunk in remote.chunks(split.file, start=file.tell()):
             file.write(chunk)
-            file.flush()  # for the next process, should this one be killed
+            file.flush()  # so that another process can resume if this one is killed
             sha256.update(chunk)
             progress.advance(len(chunk))
         os.fsync(file.fileno())
@@ -262,7 +264,7 @@ def _read_file(path: Path, sha256, progress: _Progress) -> Iterator[bytes]:
 
 
 class _Progress:
-    """Tells every few seconds how far a transfer of `total` bytes is. Lines, as no terminal may be there."""
+    """Reports the progress of a transfer of `total` bytes every few seconds, as lines: there may be no terminal."""
 
     def __init__(self, what: str, total: int, tell: Tell):
         self.what, self.total, self.tell = what, total, tell

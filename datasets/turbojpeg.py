@@ -1,7 +1,7 @@
-"""libjpeg-turbo with its verdict: a corrupt JPEG is an error here, where other readers return noise.
+"""A binding of libjpeg-turbo that checks its return codes, so that a corrupt JPEG is an error instead of noise.
 
-FFCV's own binding drops the library's return code, and Pillow ignores the library's warnings. The colour planes of a
-JPEG can be had as they are coded, before their conversion to RGB, and be encoded again from there.
+FFCV's own binding drops the library's return code, and Pillow ignores the library's warnings. This binding also
+decodes a JPEG to its color planes, without converting them to RGB, and encodes planes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
-PIXELS_RGB, PIXELS_GREY, PIXELS_CMYK = 0, 6, 11
+PIXELS_RGB, PIXELS_GRAY, PIXELS_CMYK = 0, 6, 11
 ACCURATE_DCT, STOP_ON_WARNING = 4096, 8192
 SMALLEST_SCALE = 8
 
@@ -25,46 +25,46 @@ class JpegError(ValueError):
     """libjpeg-turbo could not decode a JPEG, or decoded it with a warning."""
 
 
-class ColourSpace(IntEnum):
+class ColorSpace(IntEnum):
     RGB = 0
     YCBCR = 1
-    GREY = 2
+    GRAY = 2
     CMYK = 3
     YCCK = 4
 
 
 class Subsampling(IntEnum):
-    """How many luma samples, in both directions, share one sample of colour."""
+    """The number of luma samples, across and down, that share one chroma sample."""
 
     YUV_444 = 0
     YUV_422 = 1
     YUV_420 = 2
-    GREY = 3
+    GRAY = 3
     YUV_440 = 4
     YUV_411 = 5
 
     @property
     def factors(self) -> tuple[int, int]:
-        """Luma samples for each sample of colour, across and down."""
+        """Luma samples per chroma sample, across and down."""
         return {1: (2, 1), 2: (2, 2), 4: (1, 2), 5: (4, 1)}.get(self, (1, 1))
 
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """Size in pixels, subsampling and colour space of a JPEG."""
+    """The header of a JPEG: size in pixels, subsampling and color space."""
 
     width: int
     height: int
     subsampling: Subsampling
-    colour_space: ColourSpace
+    color_space: ColorSpace
 
     @property
     def has_four_inks(self) -> bool:
-        return self.colour_space in (ColourSpace.CMYK, ColourSpace.YCCK)
+        return self.color_space in (ColorSpace.CMYK, ColorSpace.YCCK)
 
 
 class Plane(NamedTuple):
-    """One colour component: uint8 `samples`, row by row, possibly a little wider and higher than what is seen."""
+    """One color component: uint8 `samples`, row by row, possibly a little larger than the visible image."""
 
     width: int
     height: int
@@ -72,45 +72,45 @@ class Plane(NamedTuple):
 
 
 def read_header(jpeg: bytes) -> JpegHeader:
-    """Raises JpegError when `jpeg` does not start like a JPEG that this library can decode.
+    """Read a JPEG's header; raise JpegError if this library cannot decode it.
 
-    Newer versions of the library know further subsamplings, of which this module makes no use.
+    Subsamplings that only newer versions of the library know are refused too.
     """
-    width, height, subsampling, colour_space = (ctypes.c_int() for _ in range(4))
-    fields = map(ctypes.byref, (width, height, subsampling, colour_space))
+    width, height, subsampling, color_space = (ctypes.c_int() for _ in range(4))
+    fields = map(ctypes.byref, (width, height, subsampling, color_space))
     with _decoder() as decoder:
         _require(decoder, _library().tjDecompressHeader3(decoder, jpeg, len(jpeg), *fields))
         if width.value < 1 or height.value < 1:
-            raise JpegError("it holds no image")
+            raise JpegError("it has no image")
         if subsampling.value not in list(Subsampling):
-            raise JpegError(f"unusual subsampling of colours ({subsampling.value})")
-    return JpegHeader(width.value, height.value, Subsampling(subsampling.value), ColourSpace(colour_space.value))
+            raise JpegError(f"unsupported chroma subsampling ({subsampling.value})")
+    return JpegHeader(width.value, height.value, Subsampling(subsampling.value), ColorSpace(color_space.value))
 
 
 def verify(jpeg: bytes, header: JpegHeader) -> None:
-    """Find the damage that decoding every pixel would find, in less than half of its time.
+    """Find the damage that decoding every pixel would find, in less than half the time.
 
-    At 1/8 of the size and without colour nearly only the entropy decoding is left, and its warnings are all that
-    damaged data causes: what follows it, from the cosine transform on, takes any number.
+    Damaged data only causes warnings in the entropy decoding; the steps after it accept any number. Decoding at 1/8 of
+    the size and without color does little more than the entropy decoding.
 
     Raises:
         JpegError: as `decode`.
     """
-    grey = header.colour_space in (ColourSpace.YCBCR, ColourSpace.GREY)
-    _decode(jpeg, header, PIXELS_GREY if grey else _pixel_format(header), SMALLEST_SCALE)
+    gray = header.color_space in (ColorSpace.YCBCR, ColorSpace.GRAY)
+    _decode(jpeg, header, PIXELS_GRAY if gray else _pixel_format(header), SMALLEST_SCALE)
 
 
 def decode(jpeg: bytes, header: JpegHeader) -> bytearray:
     """Decode every pixel: uint8 (height, width, 3) RGB, or (height, width, 4) as stored for CMYK and YCCK.
 
     Raises:
-        JpegError: with the library's words, also where it only warns (truncated or damaged data).
+        JpegError: with the library's message, also if it only warns (truncated or damaged data).
     """
     return _decode(jpeg, header, _pixel_format(header), 1)
 
 
 def decode_planes(jpeg: bytes, header: JpegHeader, scale: int) -> list[Plane]:
-    """Decode a YCbCr or grey JPEG at 1/`scale` (1, 2, 4 or 8) of its size, rounded up, without converting colours.
+    """Decode a YCbCr or gray JPEG at 1/`scale` (1, 2, 4 or 8) of its size, rounded up, without color conversion.
 
     Raises:
         JpegError: as `decode`.
@@ -124,11 +124,11 @@ def decode_planes(jpeg: bytes, header: JpegHeader, scale: int) -> list[Plane]:
 
 
 def encode_planes(planes: Sequence[Plane], width: int, height: int, quality: int) -> bytes:
-    """A JPEG of `width` x `height` pixels from one plane (grey), or from three (4:2:0).
+    """Encode a JPEG of `width` x `height` pixels from one plane (gray) or three planes (4:2:0).
 
-    Luma has whole samples of colour: its sides are padded to even numbers where there are three planes.
+    With three planes, the sides of the luma plane are padded to even numbers.
     """
-    subsampling = Subsampling.GREY if len(planes) == 1 else Subsampling.YUV_420
+    subsampling = Subsampling.GRAY if len(planes) == 1 else Subsampling.YUV_420
     assert [plane[:2] for plane in planes] == _plane_sizes(width, height, subsampling)
     buffer, size = ctypes.c_void_p(), ctypes.c_ulong()
     arguments = (subsampling, ctypes.byref(buffer), ctypes.byref(size), quality, ACCURATE_DCT)
@@ -142,11 +142,11 @@ def encode_planes(planes: Sequence[Plane], width: int, height: int, quality: int
 
 
 def _plane_sizes(width: int, height: int, subsampling: Subsampling) -> list[tuple[int, int]]:
-    """Width and height of each plane of an image: luma is padded to whole samples of colour."""
+    """Return width and height of each plane of an image; luma is padded to whole chroma samples."""
     across, down = subsampling.factors
     columns, rows = -(-width // across), -(-height // down)
     luma = (columns * across, rows * down)
-    return [luma] if subsampling == Subsampling.GREY else [luma, (columns, rows), (columns, rows)]
+    return [luma] if subsampling == Subsampling.GRAY else [luma, (columns, rows), (columns, rows)]
 
 
 def _addresses(planes: Sequence[Plane]) -> ctypes.Array[ctypes.c_void_p]:
@@ -163,7 +163,7 @@ def _pixel_format(header: JpegHeader) -> int:
 
 def _decode(jpeg: bytes, header: JpegHeader, pixel_format: int, scale: int) -> bytearray:
     width, height = (-(-extent // scale) for extent in (header.width, header.height))
-    channels = {PIXELS_RGB: 3, PIXELS_GREY: 1, PIXELS_CMYK: 4}[pixel_format]
+    channels = {PIXELS_RGB: 3, PIXELS_GRAY: 1, PIXELS_CMYK: 4}[pixel_format]
     pixels = bytearray(width * height * channels)
     arguments = (_address(pixels), width, 0, height, pixel_format, STOP_ON_WARNING)
     with _decoder() as decoder:
@@ -172,7 +172,7 @@ def _decode(jpeg: bytes, header: JpegHeader, pixel_format: int, scale: int) -> b
 
 
 class _Kept(threading.local):
-    """The library's decoder of a thread, kept from one JPEG to the next."""
+    """The library's decoder of each thread, reused for its next JPEG."""
 
     decoder: ctypes.c_void_p | None = None
 
@@ -182,7 +182,7 @@ _kept = _Kept()
 
 @contextmanager
 def _decoder() -> Iterator[ctypes.c_void_p]:
-    """The decoder of this thread. After an error it is thrown away: it would refuse the next, sound JPEG."""
+    """Yield the decoder of this thread. After an error it is destroyed, because it would refuse the next JPEG too."""
     decoder = _kept.decoder or ctypes.c_void_p(_library().tjInitDecompress())
     _kept.decoder = None
     try:
@@ -233,7 +233,7 @@ def _loaded() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libturbojpeg.so.0")
     except OSError:
-        # Another name or place: the search runs other programs, so it is not the first thing to try.
+        # The library may have another name. This search runs other programs, so it comes second.
         name = ctypes.util.find_library("turbojpeg")
         if name is None:
             raise

@@ -1,10 +1,10 @@
 """Classify image files with a registered model: class, probability, chosen resolution and cost of each.
 
-The registry is the one of MLFLOW_TRACKING_URI, else mlflow.db in the project folder. A file that cannot be read gets a
-row with the reason; where a table is printed, the exit code is then 1.
+The registry is MLFLOW_TRACKING_URI, else mlflow.db in the project folder. A file that cannot be read gets a row with
+the reason; without --out, the exit code is then 1.
 
-With --out a folder of any number of files is predicted on Ray, into Parquet files. Interrupted, the same command goes
-on; finished, it says what is there.
+With --out, a folder of any number of files is predicted on Ray into Parquet files. After an interruption the same
+command resumes; when everything is done, it prints the summary again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def main() -> None:
         print(predict_folder(args))
         return
     if args.files_per_part is not None:
-        raise ValueError("--files-per-part is for --out; give it too")
+        raise ValueError("--files-per-part needs --out")
     paths = find_images(args.images)
-    # MLflow and torch take seconds to import: a mistyped path is answered before.
+    # MLflow and torch take seconds to import: a mistyped path is reported before.
     from pipeline.serving.predict import classify_files
     from pipeline.tracking.registry import open_model
 
@@ -51,10 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-bias",
         type=float,
         default=0.0,
-        help="above 0 spends more, below 0 less: see the report's budget curve",
+        help="above 0 spends more, below 0 less (see the report's budget curve)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write Parquet files here, on Ray, and go on in them"
+        "--out", type=Path, metavar="FOLDER", help="predict on Ray and write Parquet files here; resumes"
     )
     parser.add_argument("--files-per-part", type=int, metavar="N", help="images in each Parquet file")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a JPEG or PNG file, or a folder of them")
@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def predict_folder(args: argparse.Namespace) -> str:
-    """Predict one folder into `--out`; returns what came out."""
+    """Predict one folder into `--out`; returns the summary."""
     if args.json or len(args.images) != 1 or not args.images[0].is_dir():
-        raise ValueError("--out takes one folder of images, and no --json: the results are Parquet files")
+        raise ValueError("--out takes one folder of images and no --json: the results are Parquet files")
     from pipeline.cluster.predict_folder import predict_folder
 
     summary = predict_folder(
@@ -74,11 +74,11 @@ def predict_folder(args: argparse.Namespace) -> str:
         budget_bias=args.budget_bias,
         files_per_part=args.files_per_part,
     )
-    return f"{summary}\n{args.out}: pandas.read_parquet reads them all"
+    return f'{summary}\npandas.read_parquet("{args.out}") reads all results'
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, folders as the sorted images below them; raises ValueError naming all that is not there."""
+    """Returns files as given and the sorted images below folders; raises ValueError that names everything missing."""
     found: list[Path] = []
     problems = []
     for path in paths:
@@ -97,7 +97,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for people, in aligned columns."""
+    """Returns the rows as text in aligned columns."""
     width = max(len("file"), *(len(row["file"]) for row in rows))
     label_width = max(len("class"), *(len(row["label"] or "") for row in rows))
     lines = [f"{'file':<{width}}  {'class':<{label_width}}  probability  resolution  GFLOPs"]

@@ -1,8 +1,8 @@
-"""Write the betons and the manifest of a data set.
+"""Prepare a data set: write its betons and its manifest.
 
-Runs in parallel: in processes of this machine or, with RAY_ADDRESS set (as in a Ray job), as tasks on all machines of
-the cluster, which then all need the source. The same command goes on where an earlier one was interrupted, and does
-nothing where that was finished.
+The work runs in processes of this machine or, if RAY_ADDRESS is set (as in a Ray job), as tasks on all machines of the
+cluster, which then all need the source. Rerun the same command to resume an interrupted preparation; a finished one is
+left as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets.beton import Manifest
 
-# Every process of a preparation imports this module once more, so it imports the others where they are needed.
+# Every process of a preparation imports this module again, so it imports the others where they are needed.
 
 
 def main() -> None:
@@ -23,14 +23,14 @@ def main() -> None:
     from jobs.cli import job_config, job_parser
 
     parser = job_parser("prepare", __doc__)
-    parser.add_argument("--force", action="store_true", help="prepare again whatever the folder holds")
-    parser.add_argument("--verify", action="store_true", help="only compare every byte of the betons to the manifest")
-    parser.add_argument("--upload", metavar="ADDRESS", help="put the prepared folder there, for data.uri of other runs")
+    parser.add_argument("--force", action="store_true", help="prepare again, whatever the folder has")
+    parser.add_argument("--verify", action="store_true", help="only compare every byte of the betons with the manifest")
+    parser.add_argument("--upload", metavar="ADDRESS", help="upload the prepared folder, for data.uri of other runs")
     args = parser.parse_intermixed_args()
     data = job_config(args, preparing=True).data
     if args.verify:
         manifest = verify_betons(data.folder, full=True)
-        print(f"{data.folder}: every byte is as it was prepared (SHA-256 of {' and '.join(manifest.splits)})")
+        print(f"{data.folder}: every byte matches the manifest (SHA-256 of {' and '.join(manifest.splits)})")
         return
     arguments = data.model_dump(exclude={"glyphs", "uri"})
     arguments |= {"glyphs": GlyphSettings(**data.glyphs.model_dump()), "force": args.force, "show_progress": True}
@@ -41,7 +41,7 @@ def main() -> None:
     try:
         done = prepare(**arguments)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
+        raise KeyboardInterrupt("interrupted; rerun the same command to resume") from None
     if done.unchanged:
         print(f"{data.folder} is already prepared from these images with these settings; nothing to do")
     else:
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def summary(manifest: Manifest) -> str:
-    """The data set in a few lines: splits, classes, statistics, licence."""
+    """Describe the data set in a few lines: splits, classes, statistics, license."""
     from datasets.beton import SPLITS
 
     lines = []
@@ -71,7 +71,7 @@ def summary(manifest: Manifest) -> str:
         [f"  {'skipped':<11}{len(manifest.skipped):>9,} bad images, listed in the manifest"] if manifest.skipped else []
     )
     lines.append(f"  mean {list(manifest.mean)}, deviation {list(manifest.std)} (of 1)")
-    lines.append(f"  licence: {manifest.licence}")
+    lines.append(f"  license: {manifest.licence}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Settings and fixtures of the whole suite.
 
-The settings come first, before anything that reads them is imported: thread counts that do not depend on the machine,
-no cluster and no tracking server but those that a test starts itself, and nothing reported over the network.
+The settings come before the imports that read them: thread counts that do not depend on the machine, no cluster and no
+tracking server except those that a test starts, and no usage reports over the network.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray makes one in the home folder, and keeps it
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray creates one in the home folder
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no CUDA device."""
+    """Skip tests marked `gpu` if there is no CUDA device."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -43,9 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _project_folder_untouched() -> Iterator[None]:
-    """Fail when a test wrote a run, a data set or a tracking store into the project instead of its tmp_path.
+    """Fail if a test wrote a run, a data set or a tracking store into the project instead of its tmp_path.
 
-    In CI alone: elsewhere a job may be at work beside the tests.
+    Only in CI: elsewhere a job may run at the same time.
     """
     if "CI" not in os.environ:
         yield
@@ -58,7 +58,7 @@ def _project_folder_untouched() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_tracking_store_of_another_test() -> Iterator[None]:
-    """MLflow writes the address that a process has set last into its environment, where it wins over configurations."""
+    """Remove the address that MLflow puts into the environment, where it overrides configurations."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -66,10 +66,10 @@ def _no_tracking_store_of_another_test() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """The one Ray cluster of the session: local, 4 CPUs, no GPU, token authentication. Yields its address.
+    """Start the session's one Ray cluster: local, 4 CPUs, no GPU, token authentication. Yields its address.
 
-    Starting Ray takes half a minute on two cores, so no test starts its own. The driver is this process; a job in a
-    process of its own reaches the cluster with RAY_ADDRESS set to the address, and inherits the token.
+    Starting Ray takes half a minute on two cores, so tests share one cluster. This process is its driver; a job in
+    another process connects with RAY_ADDRESS set to the address, and inherits the token.
     """
     import ray
 
@@ -88,7 +88,7 @@ def ray_cluster() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
-    """The one S3 server of the session, and keys that it takes."""
+    """Start the session's one S3 server, and set keys that it accepts."""
     with pytest.MonkeyPatch.context() as patch, s3_server() as server:
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")

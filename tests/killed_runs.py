@@ -1,8 +1,7 @@
-"""Runs that die by SIGKILL and go on, beside one that nobody disturbs: `python -m tests.killed_runs FOLDER` shows them.
+"""Kill and resume runs, and compare them with an undisturbed one: `python -m tests.killed_runs FOLDER` prints them.
 
-Every run is a process of its own, or one for each rank, forked from this one: torch is imported once, and nothing is
-computed before a fork. A run kills itself right after a given step, or a given epoch of
-crops of a logit table, so every try is the same.
+Every rank is a process, forked from this one: torch is imported once, and nothing is computed before a fork. A run
+kills itself right after a given step, or a given epoch of crops of a logit table, so every attempt is the same.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.models.drnet import DRNet
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.loop import train
 from pipeline.training.run import TABLE, Progress
@@ -32,21 +32,21 @@ STAGES = {
     "predictor": ROUTED | {"epochs": 2, "optimizer": "adamw", "lr": 0.01, "logits": "table"},
     "joint": ROUTED | {"clip_grad_norm": 1.0},
 }
-"""with everything that a state has to hold"""
+"""uses everything that a state stores"""
 
 Pair = tuple[str, int]
-"""A stage, and how many of its steps were done; or TABLE, and how many epochs of crops in the logit tables."""
+"""a stage and its number of finished steps, or TABLE and its number of finished epochs of crops"""
 
 STEPS_OF = {"backbone": 6, TABLE: 3, "predictor": 6, "joint": 3}
 PAIRS: dict[int, list[Pair]] = {
     1: [(what, count) for what, counts in STEPS_OF.items() for count in range(1, counts + 1)],
     2: [("backbone", 3), (TABLE, 2), ("predictor", 2), ("joint", 3)],
 }
-"""by number of ranks: where runs die"""
+"""where runs die, by number of ranks"""
 
 
 class FileReporter:
-    """The loop's Reporter as files in a folder: the last state, and a line for each step and epoch."""
+    """Writes the last state, and a line for each step and epoch, to a folder; it is the loop's Reporter."""
 
     def __init__(self, folder: Path, rank: int, dies_after: Pair | None):
         self.folder, self.rank, self.dies_after = folder, rank, dies_after
@@ -65,6 +65,9 @@ class FileReporter:
             self._views += 1
             self._die_after((TABLE, self._views))
 
+    def keep(self, name: str, model: DRNet) -> None:
+        pass
+
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
         if self.rank == 0:
             state.save(self.folder / "state.pt")
@@ -78,11 +81,11 @@ class FileReporter:
             file.write(json.dumps([when, value]) + "\n")
 
 
-def sit(folder: Path, sitting: int, rank: int, world_size: int, dies_after: Pair | None) -> None:
-    """One process of one sitting: train from the last state, if there is one, to the end or to `dies_after`."""
+def attempt_run(folder: Path, attempt: int, rank: int, world_size: int, dies_after: Pair | None) -> None:
+    """Run one rank of one attempt: train from the last state, if any, to the end or to `dies_after`."""
     torch.set_num_threads(1)
     if world_size > 1:
-        rendezvous = f"file://{folder}/rendezvous-{sitting}"
+        rendezvous = f"file://{folder}/rendezvous-{attempt}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     run = run_of(config_of(stages=STAGES), FileReporter(folder, rank, dies_after), folder / "tables")
     state = folder / "state.pt"
@@ -94,7 +97,7 @@ def sit(folder: Path, sitting: int, rank: int, world_size: int, dies_after: Pair
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process; returns the process's id."""
+    """Run `work` in a forked process, and return the process's id."""
     process = os.fork()
     if process == 0:
         try:
@@ -107,22 +110,22 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def run_to_the_end(folder: Path, world_size: int, dies_after: Pair | None) -> dict[str, Any]:
-    """One run of as many sittings as it takes; how they ended, what it went on from, and what came out."""
+    """Run as many attempts as it takes; return how they ended, what the run resumed from, and its result."""
     folder.mkdir(parents=True)
-    ended, went_on_from = [], "nothing"
-    for sitting, pair in enumerate([dies_after, None] if dies_after else [None]):
+    ended, resumed_from = [], "nothing"
+    for attempt, pair in enumerate([dies_after, None] if dies_after else [None]):
         ranks = [
-            forked(lambda rank=rank, sitting=sitting, pair=pair: sit(folder, sitting, rank, world_size, pair))
+            forked(lambda rank=rank, attempt=attempt, pair=pair: attempt_run(folder, attempt, rank, world_size, pair))
             for rank in range(world_size)
         ]
         ended.append([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks])
         if pair and (folder / "state.pt").exists():
-            went_on_from = TrainingState.load(folder / "state.pt").name
+            resumed_from = TrainingState.load(folder / "state.pt").name
     events = [json.loads(line) for line in (folder / "events-0.jsonl").read_text().splitlines()]
     return {
         "ranks": world_size,
         "died_after": dies_after,
-        "went_on_from": went_on_from,
+        "resumed_from": resumed_from,
         "ended": ended,
         "sha256": [(folder / f"sha256-{rank}").read_text() for rank in range(world_size)],
         "events": sorted({json.dumps(event) for event in events}),
@@ -137,7 +140,7 @@ def main(folder: Path) -> None:
             found = run_to_the_end(folder / name, world_size, pair)
             results.append(found)
             killed = f"{pair[0]:<9} {'crop_epoch' if pair[0] == TABLE else 'step'} {pair[1]}" if pair else "undisturbed"
-            print(f"{world_size} rank(s)  {killed:<18}  {found['went_on_from']:<34}  {found['sha256'][0]}", flush=True)
+            print(f"{world_size} rank(s)  {killed:<18}  {found['resumed_from']:<34}  {found['sha256'][0]}", flush=True)
     (folder / "results.json").write_text(json.dumps(results))
 
 

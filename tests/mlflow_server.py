@@ -1,4 +1,4 @@
-"""Real MLflow servers to be killed, and a proxy in front of one that fails as networks and servers do."""
+"""Real MLflow servers for tests to kill, and a proxy that fails as networks and servers do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.tracking_fixtures import free_port, wait_until
 
 
 class Server:
-    """A real `mlflow server` on a store, to be killed and started again on the same port."""
+    """A real `mlflow server` on a store, which can be killed and started again on the same port."""
 
     def __init__(self, folder: Path, store: str):
         self.port = free_port()
@@ -55,11 +55,10 @@ class Server:
 
 
 class Proxy:
-    """Stands between clients and a server, and passes requests on, or does as `mode` says.
+    """Stands between clients and a server and handles requests as `mode` says.
 
-    pass: forward and answer. refuse: answer 500 and forward nothing. lose: forward, and answer what makes or stores
-    something with 500 all the same. hold: forward once `release` is set, which is how a slow server looks to a test
-    that must not depend on time.
+    pass: forward and answer. refuse: answer 500 and forward nothing. lose: forward, but answer 500 to requests that
+    create or store something. hold: forward once `release` is set, a slow server for tests that do not depend on time.
     """
 
     def __init__(self, server_port: int):

@@ -1,4 +1,4 @@
-"""A server that speaks S3 (moto's), in a process of its own, with a log of its requests."""
+"""An S3 server (moto) in a separate process, with a log of its requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS_TO_ANSWER = 60
 
 @dataclass
 class S3Server:
-    """`address` gives the URI of a folder in its one bucket; `requests` what was asked since the last call."""
+    """A running server: `address` gives a URI in its bucket; `requests` the requests since the last call."""
 
     port: int
     lines: queue.Queue[str] = field(repr=False)
@@ -26,7 +26,7 @@ class S3Server:
         return f"s3://{user}bucket/{folder}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
 
     def requests(self) -> list[str]:
-        """Such as "GET /bucket/folder/file HTTP/1.1", in the order in which they came."""
+        """Return the requests in order, such as "GET /bucket/folder/file HTTP/1.1"."""
         self.num_marks += 1
         mark = f"/moto-api/?mark={self.num_marks}"
         self.send("GET", mark)
@@ -37,7 +37,7 @@ class S3Server:
 
     @contextmanager
     def rejecting(self) -> Iterator[None]:
-        """Meanwhile nobody has rights: keys and signatures are checked, and no key is known."""
+        """Deny all access: keys and signatures are checked, and no key is known."""
         self.send("POST", "/moto-api/reset-auth", b"0")
         try:
             yield
@@ -52,7 +52,7 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """Start it on a free port with an empty bucket."""
+    """Start a server on a free port with an empty bucket."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""What the tests of a search share: a configuration, candidates and records without any training."""
+"""Shared by the tests of a search: a configuration, candidates, and records that need no training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGE = {"epochs": 2, "alpha_gflops": 0.0012, "eta": 1.0, "lr": 0.05}
 
 
 def config_of(folder: Path, **search: Any) -> Config:
-    """A search over small predictors for a backbone at 48 and 32 px."""
+    """A search for small predictors of a backbone at 48 and 32 px."""
     return parse_config(
         {
             "name": "run",
@@ -45,12 +45,12 @@ def config_of(folder: Path, **search: Any) -> Config:
 
 
 def candidate_of(**changed: Any) -> Candidate:
-    """The paper's third predictor, changed."""
+    """The paper's third predictor with changes."""
     return Candidate.parse({**paper_candidates(config_of(Path()))[3].described(), **changed})
 
 
 def correct_of(num_images: int = 200) -> np.ndarray:
-    """Whether each of two resolutions is right, bool (N, 2): for 0.9 and 0.7 of the images."""
+    """Whether each of two resolutions is right, bool (N, 2): for 90 % and 70 % of the images."""
     generator = np.random.default_rng(0)
     return np.stack([generator.random(num_images) < 0.9, generator.random(num_images) < 0.7], axis=1)
 

@@ -18,7 +18,7 @@ from datasets.beton import FORMAT, TRAIN, VALIDATION, Manifest, Split
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
-from pipeline.models.drnet import build_drnet
+from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.training import distributed
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.run import Progress, Run
@@ -90,6 +90,7 @@ class Recorder:
     epochs: list[tuple[Progress, dict[str, float]]] = field(default_factory=list)
     states: list[TrainingState] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
+    kept: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
 
     @property
     def losses(self) -> list[float]:
@@ -109,6 +110,9 @@ class Recorder:
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+    def keep(self, name: str, model: DRNet) -> None:
+        self.kept.append((name, {key: value.clone() for key, value in model.state_dict().items()}))
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
         self.states.append(state.copy())

@@ -1,12 +1,15 @@
-"""The house's rules, held by reading every file: who imports whom, how long files are, what is tracked."""
+"""The project's rules, checked by reading every file: imports, lengths, the walks of the docs, and words to avoid."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,19 @@ from pipeline.config.load import CONFIG_FOLDER, load_config
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("datasets", "pipeline", "benchmarks", "jobs")
 MAX_LINES = 600
+MAX_FILES = 112
+"""The largest number of Python files in `datasets` and `pipeline` together."""
 MAX_BYTES = 1024**2
+WALK_LENGTHS = {"one image": 9, "one search trial": 8, "one HTTP request": 4}
+"""The largest number of files in each walk of docs/architecture.md."""
+LOADED_BY_PATH = {"pipeline.serving.pyfunc": "pipeline.serving.runtime"}
+"""A module, and the package that it loads from a folder of the registered model instead of importing it."""
+COMMAND = re.compile(r"python -m ((?:jobs|benchmarks|tests)(?:\.[a-z_]+)+)([^`|&#\n]*)")
+OWN_CONFIG = "mine"
+"""The name that the docs use for a reader's own configuration."""
+IMPORTS_HEADER = "| library | imported by |"
+PROSE_SUFFIXES = (".py", ".md", ".yaml", ".j2", ".sh", ".toml")
+MAX_DOCSTRING_LINES = 3
 DYNAMIC_IMPORTS = ("import_module", "__import__")
 
 # The arrows datasets <- pipeline <- benchmarks <- jobs never turn.
@@ -157,6 +172,7 @@ def _chains(module: str, at_import: dict[str, set[str]]) -> Iterator[list[str]]:
                 waiting.append([*chain, name])
 
 
+@cache
 def import_graph(root: Path) -> dict[str, set[str]]:
     """For every module under `root`, the project's modules that it imports, anywhere in it."""
     files = source_files(root)
@@ -195,6 +211,59 @@ def folder_graph(root: Path) -> dict[str, set[str]]:
         folder = module.rpartition(".")[0]
         graph.setdefault(folder, set()).update(name.rpartition(".")[0] for name in names)
     return {folder: others - {folder} for folder, others in graph.items()}
+
+
+def walks(page: str) -> dict[str, list[str]]:
+    """Return the numbered files of each section `## Walk: ...` of a page, by its title up to the first comma."""
+    sections = [section.partition("\n") for section in re.split(r"^## ", page, flags=re.MULTILINE)]
+    return {
+        title.removeprefix("Walk: ").partition(",")[0]: re.findall(r"^\d+\. `([^`]+)`", text, flags=re.MULTILINE)
+        for title, _, text in sections
+        if title.startswith("Walk: ")
+    }
+
+
+def walk_problems(files: Sequence[str], graph: dict[str, set[str]]) -> list[str]:
+    """Return what is wrong with a walk: files that do not exist, and files that none before them imports."""
+    problems, reached = [], None
+    for file in files:
+        module = file.removesuffix(".py").replace("/", ".")
+        if module not in graph:
+            problems.append(f"{file} does not exist")
+        elif reached is not None and module not in reached:
+            problems.append(f"no file before {file} imports it")
+        imports = graph.get(module, set()) | graph.get(LOADED_BY_PATH.get(module, ""), set())
+        reached = (reached or set()) | imports
+    return problems
+
+
+def table_rows(page: str, header: str) -> list[list[str]]:
+    """Return the cells of the Markdown table that begins with `header`, row by row."""
+    body = page.partition(f"{header}\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in body.splitlines()[1:]]
+
+
+def words_to_avoid() -> list[str]:
+    """Return the words of the table in CONTRIBUTING.md."""
+    rows = table_rows((ROOT / "CONTRIBUTING.md").read_text(), "| word | write |")
+    return [word.strip() for words, _ in rows for word in words.split(",")]
+
+
+def word_violations(name: str, text: str, words: Sequence[str]) -> list[str]:
+    """Return `name:line: words` for each of the words in a text, also where a line or a comment breaks them."""
+    phrases = (r"\s+(?:#\s*)?".join(map(re.escape, word.split())) for word in words)
+    pattern = re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
+    return [
+        f"{name}:{text.count(chr(10), 0, found.start()) + 1}: {' '.join(found[0].split())}"
+        for found in pattern.finditer(text)
+    ]
+
+
+def tracked_files() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def plant(root: Path, path: str, text: str) -> None:
@@ -296,13 +365,102 @@ def test_files_are_short():
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
-def test_no_tracked_file_is_large():
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listing.returncode:
-        pytest.skip("not a git checkout")
-    tracked = [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+def test_datasets_and_pipeline_have_few_files():
+    files = [file for folder in ("datasets", "pipeline") for file in (ROOT / folder).rglob("*.py")]
 
-    assert [str(file.relative_to(ROOT)) for file in tracked if file.stat().st_size > MAX_BYTES] == []
+    assert 50 < len(files) <= MAX_FILES
+
+
+def test_no_tracked_file_is_large():
+    assert [str(file.relative_to(ROOT)) for file in tracked_files() if file.stat().st_size > MAX_BYTES] == []
+
+
+def subject_folders() -> list[Path]:
+    """Return every folder with an `__init__.py` in the project's packages."""
+    return sorted(file.parent for package in PACKAGES for file in (ROOT / package).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", subject_folders(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_subject_folder_says_what_it_is_for(folder):
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+
+    assert docstring, "write in at most three lines what the folder is for and where to start reading"
+    assert len(docstring.splitlines()) <= MAX_DOCSTRING_LINES
+
+
+def test_the_walks_of_the_docs_follow_the_imports():
+    found = walks((ROOT / "docs" / "architecture.md").read_text())
+
+    assert found.keys() == WALK_LENGTHS.keys()
+    for title, files in found.items():
+        assert 1 < len(files) <= WALK_LENGTHS[title], title
+        assert len(set(files)) == len(files), title
+        assert walk_problems(files, import_graph(ROOT)) == [], title
+
+
+def test_the_package_that_is_loaded_by_path_is_stored_with_the_model():
+    for module, package in LOADED_BY_PATH.items():
+        assert "spec_from_file_location" in source_files(ROOT)[module].read_text()
+        assert package in set(imported(ast.parse((ROOT / "pipeline/serving/package.py").read_text()), ""))
+
+
+def test_a_walk_that_the_imports_do_not_follow_is_found(tmp_path):
+    plant(tmp_path, "jobs/train.py", "from pipeline.training import loop")
+    plant(tmp_path, "pipeline/training/loop.py", "def late():\n    import datasets.beton")
+    plant(tmp_path, "datasets/beton.py", "")
+    plant(tmp_path, "datasets/files.py", "from datasets import beton")
+    page = (
+        "# Page\n\n## Walk: one run, from a command\n\n1. `jobs/train.py`: ...\n2. `pipeline/training/loop.py`: ...\n"
+    )
+    graph = import_graph(tmp_path)
+
+    assert walks(page) == {"one run": ["jobs/train.py", "pipeline/training/loop.py"]}
+    assert walk_problems(["jobs/train.py", "pipeline/training/loop.py", "datasets/beton.py"], graph) == []
+    assert walk_problems(["jobs/train.py", "datasets/beton.py"], graph) == [
+        "no file before datasets/beton.py imports it"
+    ]
+    assert walk_problems(["datasets/beton.py", "datasets/files.py"], graph) == [
+        "no file before datasets/files.py imports it"
+    ]
+    assert walk_problems(["jobs/train.py", "jobs/gone.py"], graph) == ["jobs/gone.py does not exist"]
+
+
+def test_contributing_names_the_rules_of_this_file():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    table = {library: set(re.findall(r"`([^`]+)`", places)) for library, places in table_rows(page, IMPORTS_HEADER)}
+    reading = page.partition("## Read the code in this order")[2].partition("\n## ")[0]
+    files = re.findall(r"^\d+\. `([^`]+)`", reading, flags=re.MULTILINE)
+
+    subjects = [folder.relative_to(ROOT) for folder in subject_folders() if folder.parent == ROOT / "pipeline"]
+
+    assert table == ONLY_IN
+    assert [str(folder) for folder in subjects if f"`{folder}`" not in page] == []
+    assert len(files) == 6
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_no_word_to_avoid_is_used():
+    violations = []
+    for file in tracked_files():
+        if file.suffix not in PROSE_SUFFIXES and file.name != "Makefile":
+            continue
+        text, name = file.read_text(), str(file.relative_to(ROOT))
+        if name == "CONTRIBUTING.md":  # its tables say which words those are
+            text = re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)
+        violations += word_violations(name, text, words_to_avoid())
+
+    assert violations == []
+
+
+def test_a_word_to_avoid_is_found():
+    words = words_to_avoid()
+    one, two = words[0], next(word for word in words if " " in word)
+    first, second = two.split()
+
+    assert len(words) > 15
+    assert word_violations("a.py", f"x = 1  # {one.title()}\n", words) == [f"a.py:1: {one.title()}"]
+    assert word_violations("a.py", f"\n# {first}\n# {second}", words) == [f"a.py:2: {first} # {second}"]
+    assert word_violations("a.py", f"a{one} {one}s {first} {first} {one}_of", words) == []
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -324,3 +482,31 @@ def test_job_helps(name, monkeypatch, capsys):
     first_line = job.__doc__.strip().splitlines()[0]
     assert printed.startswith(f"usage: python -m jobs.{name}")
     assert " ".join(first_line.split()) in " ".join(printed.split())
+
+
+def documented_commands() -> list[tuple[str, str, list[str]]]:
+    """Return page, module and arguments of every `python -m ...` in the README, CONTRIBUTING and docs."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (page.name, found[1], shlex.split(found[2])) for page in pages for found in COMMAND.finditer(page.read_text())
+    ]
+
+
+def test_documented_commands_are_accepted(monkeypatch, capsys):
+    commands = documented_commands()
+    helps = {}
+    for name in {module.partition(".")[2] for _, module, _ in commands if module.startswith("jobs.")} - {"cli"}:
+        monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"jobs.{name}").main()
+        helps[f"jobs.{name}"] = capsys.readouterr().out
+
+    assert len(commands) > 30
+    for page, module, arguments in commands:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), f"{page}: {module} does not exist"
+        if module not in helps:
+            continue
+        options = [argument for argument in arguments if argument.startswith("--")]
+        assert [option for option in options if option not in helps[module]] == [], f"{page}: {module}"
+        if "--config" in arguments and (name := arguments[arguments.index("--config") + 1]) != OWN_CONFIG:
+            assert load_config(name, [argument for argument in arguments if re.match(r"[\w.]+=", argument)])

@@ -1,4 +1,4 @@
-"""What part of its image a sample shows, and the decoder that turns sample keys into crops and labels."""
+"""The crops, and the decoder that turns sample keys into cropped images and labels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from datasets.loading.order import sample_indices
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the image, stretched to a square, as torchvision's RandomResizedCrop draws it.
+    """A random part of the image, stretched to a square, distributed as in torchvision's RandomResizedCrop.
 
     Attributes:
-        scale: range of the crop's area, as a fraction of the image's.
+        scale: range of the crop's area, as a fraction of the image's area.
         ratio: range of the crop's width / height; its logarithm is uniform.
         flip: mirror half of the crops.
     """
@@ -32,14 +32,14 @@ class RandomResizedCrop:
     flip: bool = True
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the ranges."""
+        """Yield what is wrong with the ranges."""
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             yield f"the crop's scale is {tuple(self.scale)}; give 0 < low <= high <= 1"
         if not 0 < self.ratio[0] <= self.ratio[1]:
             yield f"the crop's ratio is {tuple(self.ratio)}; give 0 < low <= high"
 
     def parameters(self) -> tuple[float, ...]:
-        """The `crop` of kernels.crop_box."""
+        """Return the argument `crop` of kernels.crop_box."""
         (low, high), (narrow, wide) = self.scale, self.ratio
         return float(low), float(high), math.log(narrow), math.log(wide), 0.5 * self.flip, 0.0
 
@@ -51,24 +51,24 @@ class CenterCrop:
     fraction: float = 0.875
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the fraction."""
+        """Yield what is wrong with the fraction."""
         if not 0 < self.fraction <= 1:
             yield f"the crop's fraction is {self.fraction}; give 0 < fraction <= 1"
 
     def parameters(self) -> tuple[float, ...]:
-        """The `crop` of kernels.crop_box."""
+        """Return the argument `crop` of kernels.crop_box."""
         return 0.0, 0.0, 0.0, 0.0, 0.0, float(self.fraction)
 
 
 class Memory:
-    """Room for one batch: a block of bytes for the crops of all wanted sides, pinned where there is a GPU.
+    """The memory of one batch: a block of bytes for the crops of all wanted sides, pinned if there is a GPU.
 
     Attributes:
-        images: side -> uint8 (N, side, side, 3), keys of the block; only the sides that are wanted.
+        images: side -> uint8 (N, side, side, 3), slices of the block; only the wanted sides.
         labels_N: int64.
         status_N: uint8, kernels.DECODED or what is wrong with a sample.
         pixels: the block, uint8.
-        starts_R: int64, where in the block the images of each side start; -1 for a side that is not wanted.
+        starts_R: int64, where the images of each side start in the block; -1 for a side that is not wanted.
     """
 
     def __init__(self, sides: Sequence[int], wanted: Collection[int], batch_size: int):
@@ -89,8 +89,7 @@ class Memory:
 class Decoder:
     """Decodes samples of a beton: one decode and one crop of each JPEG, resized to every side.
 
-    The file is mapped into memory, so the processes of a node share what the system has read of it. `run` may be called
-    from many threads at once.
+    The file is mapped into memory, so the processes of a node share the system's page cache. `run` is thread-safe.
     """
 
     def __init__(self, beton: Path, sides: Sequence[int], crop: RandomResizedCrop | CenterCrop):
@@ -105,7 +104,7 @@ class Decoder:
         self._storage = np.asarray(self.mapped)
 
     def fetch(self, pages: Iterable[int]) -> None:
-        """Ask the system to read pages of the beton into its cache, and do not wait for it."""
+        """Ask the system to read pages of the beton into its cache, without waiting."""
         with self._beton.open("rb") as file:
             for page in pages:
                 os.posix_fadvise(file.fileno(), page * PAGE_SIZE, PAGE_SIZE, os.POSIX_FADV_WILLNEED)
@@ -113,7 +112,7 @@ class Decoder:
     def run(self, keys: NDArray[np.uint64], memory: Memory, rows: slice) -> None:
         """Decode the samples `keys[rows]` into the same rows of `memory`.
 
-        What the images of a side show does not depend on which other sides are wanted.
+        The pixels of a side do not depend on which other sides are wanted.
         """
         keys_N = keys[rows]
         indices_N = sample_indices(keys_N)

@@ -1,9 +1,9 @@
-"""Views of a beton decoded once and kept on a node's disk, for many trainings that see the same small crops.
+"""Crops of a beton decoded once and kept on a node's disk, for many trainings that see the same small crops.
 
     FOLDER/DIGEST/crops-00003-32px.npy     uint8 (N, 32, 32, 3), the samples in the order of the beton
 
-The folder is named by what the pixels depend on. A file takes its name when it is whole, and is read by memory map, so
-the processes of a node share it.
+The folder's name is a digest of what the pixels depend on. A file gets its name when it is complete, and is read by
+memory map, so the processes of a node share it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLES_AT_ONCE = 256
 
 
 class Reader(Protocol):
-    """What gives crop_epochs of samples: MultiResolutionLoader, or DecodedCrops."""
+    """Anything that gives the crops of an epoch: MultiResolutionLoader or DecodedCrops."""
 
     @property
     def num_samples(self) -> int: ...
@@ -39,18 +39,18 @@ class Reader(Protocol):
 
 
 def decoded_bytes(num_samples: int, num_crops: int, sides: Collection[int]) -> int:
-    """What decoded crop_epochs take."""
+    """Return the disk space of `num_crops` decoded crops of every sample, in bytes."""
     return num_samples * num_crops * sum(3 * side * side for side in sides)
 
 
 class DecodedCrops:
-    """A Reader of crop_epochs that were decoded before.
+    """A Reader of crops that were decoded before.
 
     Args:
-        folder: where decoded crop_epochs of any data are kept.
-        beton: that they are of.
-        about: all that the pixels depend on: data, crop, seed, and how finely JPEGs are decoded.
-        crop_epochs, sides: those that can be read.
+        folder: where decoded crops of any data are kept.
+        beton: the file that the crops come from.
+        about: everything that the pixels depend on: data, crop, seed, and how finely JPEGs are decoded.
+        crop_epochs, sides: the epochs whose crops can be read, and at which sides.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DecodedCrops:
         self._mapped: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     def fill(self, reader: Reader) -> None:
-        """Decode what is missing, every crop_epoch once for all sides. One process of a node does it, others wait."""
+        """Decode the missing crops, each epoch once for all sides. One process of a node does it; others wait."""
         with exclusive(self.folder, waiting=lambda: None):
             for crop_epoch in self.crop_epochs:
                 missing = [side for side in self.sides if not self._path(crop_epoch, side).exists()]
@@ -75,7 +75,7 @@ class DecodedCrops:
     def read(
         self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Iterator[Batch]:
-        """Given samples in given batches, as MultiResolutionLoader.read has them; batches are the caller's to keep."""
+        """Yield given samples in given batches, as MultiResolutionLoader.read does; batches stay valid."""
         mapped = {side: self._map(crop_epoch, side) for side in (self.sides if sides is None else sides)}
         for indices_N in batches:
             images = {side: torch.from_numpy(pixels[indices_N]) for side, pixels in mapped.items()}
@@ -108,10 +108,10 @@ class DecodedCrops:
 
 
 class Ordered:
-    """A Reader in the order of a training loader: what the loop asks of one, with an order of its own seed.
+    """A Reader with the methods of a training loader, and an order of a separate seed.
 
-    The crops stay those of the reader, so trainings of different seeds share one set of crop_epochs. With the seed of a
-    MultiResolutionLoader of one rank, the order is its order.
+    The crops are still the reader's, so trainings with different seeds share one set of decoded crops. With the same
+    seed as a MultiResolutionLoader of one rank, the order is the same.
     """
 
     def __init__(self, reader: Reader, batch_size: int, *, shuffle: bool, seed: int):
@@ -129,7 +129,7 @@ class Ordered:
     def read(
         self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Any:
-        """As the reader's."""
+        """Read as the reader does."""
         return self._reader.read(crop_epoch, batches, sides=sides)
 
     def global_size(self, step: int) -> int:
@@ -139,6 +139,6 @@ class Ordered:
     def epoch(
         self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Any:
-        """A pass over all samples: the order of `epoch`, the crops of `crop_epoch`."""
-        batches = [sample_indices(crop_epochs) for crop_epochs in self._order.batches(epoch, start_step)]
+        """Start a pass over all samples: the order of `epoch` with the crops of `crop_epoch`."""
+        batches = [sample_indices(keys_N) for keys_N in self._order.batches(epoch, start_step)]
         return self._reader.read(epoch if crop_epoch is None else crop_epoch, batches, sides=sides)

@@ -1,10 +1,10 @@
 """The compiled part of the loader: from a JPEG and a sample key to the same crop at every side.
 
-All of it is in this one file, because numba looks only at the file of the outermost function to tell whether the
-compiled code on disk is current. Arithmetic that decides a pixel is in integers, or in IEEE operations in a fixed order
-(no fastmath), so the pixels are the same on every machine.
+It is one file, because numba only looks at the file of the outermost function to decide whether the compiled code on
+disk is up to date. All arithmetic that decides a pixel uses integers, or IEEE operations in a fixed order (no
+fastmath), so the pixels are the same on every machine.
 
-Its three parts: checksums of the stored JPEGs, the box of a crop, decoding and resizing.
+It has three parts: checksums of the stored JPEGs, the box of a crop, and decoding and resizing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from numba import carray, njit, types
 from datasets.loading.order import GOLDEN_RATIO, splitmix64
 
 njit_cached = njit(nogil=True, error_model="numpy", cache=True)
-"""For functions that Python calls: compiled once for each machine and kept on disk."""
+"""Decorates functions that Python calls: they are compiled once for each machine and kept on disk."""
 njit_inline = njit(nogil=True, error_model="numpy")
-"""For functions that only compiled ones call."""
+"""Decorates functions that only compiled functions call."""
 
 mix = njit_inline(splitmix64)
 
-# XXH64 (Yann Collet's specification, seed 0). A JPEG carries no checksum, and damage in its middle mostly decodes to
-# noise without an error. It costs a hundredth of decoding, so every sample is checked when it is read. The package
-# xxhash computes the same when a beton is written; here it runs without the interpreter's lock, many samples a call.
+# XXH64 (Yann Collet's specification, seed 0). A JPEG has no checksum, and damage in its middle usually decodes to noise
+# without an error. The check costs 1 % of decoding, so every sample is checked when it is read. The package xxhash
+# computes the same hash when a beton is written; here it runs without the interpreter lock, many samples per call.
 PRIME_1, PRIME_2 = np.uint64(11400714785074694791), np.uint64(14029467366897019727)
 PRIME_3, PRIME_4 = np.uint64(1609587929392839161), np.uint64(9650029242287828579)
 PRIME_5 = np.uint64(2870177450012600261)
@@ -39,18 +39,18 @@ WORD, HALF_WORD = 8, 4  # bytes
 
 @njit_cached
 def mark_changed(storage, offsets_N, sizes_N, checksums_N, status_N, changed):
-    """Set the status of every sample whose bytes do not have its checksum to `changed`.
+    """Set the status of every sample whose bytes do not match its checksum to `changed`.
 
     Args:
         storage: uint8, the bytes of the beton.
-        offsets_N, sizes_N: int64, where in it each JPEG is.
-        checksums_N: uint64, of each.
+        offsets_N, sizes_N: int64, the place of each JPEG in it.
+        checksums_N: uint64, the checksum of each JPEG.
         status_N: uint8.
     """
     aligned = np.empty(-(-max(1, sizes_N.max()) // WORD), np.uint64) if len(sizes_N) else np.empty(0, np.uint64)
     for n in range(len(sizes_N)):
         content, source = aligned.view(np.uint8), storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
-        for i in range(len(source)):  # numba copies slices element by element, this loop as a whole
+        for i in range(len(source)):  # numba copies a slice element by element, but this loop as a whole
             content[i] = source[i]
         if xxh64(aligned, sizes_N[n]) != checksums_N[n]:
             status_N[n] = changed
@@ -58,7 +58,7 @@ def mark_changed(storage, offsets_N, sizes_N, checksums_N, status_N, changed):
 
 @njit_cached
 def xxh64(words, size):
-    """XXH64 of the first `size` bytes of `words`, uint64."""
+    """Return the XXH64 of the first `size` bytes of `words`, uint64."""
     num_words = size // WORD
     done = num_words // LANES * LANES
     if done:
@@ -88,13 +88,13 @@ def xxh64(words, size):
 
 @njit_inline
 def mixed(lane, word):
-    """One round."""
+    """Return a lane after one round of XXH64."""
     return rotated(lane + word * PRIME_2, 31) * PRIME_1
 
 
 @njit_inline
 def rotated(value, bits):
-    """Bits moved to the left, and in again on the right."""
+    """Return `value` rotated left by `bits`."""
     return (value << np.uint64(bits)) | (value >> np.uint64(64 - bits))
 
 
@@ -104,7 +104,7 @@ FLIP_DRAW = 4 * CROP_ATTEMPTS
 
 @njit_cached
 def crop_boxes(keys_N, shapes_N2, crop):
-    """The box of each key in its image, float64 (N, 5): top, left, height and width in pixels, 1 if mirrored.
+    """Return the box of each key in its image, float64 (N, 5): top, left, height and width in pixels, 1 if mirrored.
 
     Args:
         keys_N: uint64, from order.pack_keys.
@@ -121,11 +121,11 @@ def crop_boxes(keys_N, shapes_N2, crop):
 
 @njit_cached
 def crop_box(key, height, width, crop):
-    """One key's box: top, left, height, width, and 1.0 if it is mirrored, else 0.0.
+    """Return one key's box: top, left, height, width, and 1.0 if it is mirrored, else 0.0.
 
-    `crop` is (lowest area, highest area, log of the lowest ratio, of the highest, probability of mirroring, fraction).
-    A fraction above 0 is a central square of that fraction of the shorter side; the rest is then ignored. Otherwise
-    area, ratio and place are drawn as torchvision's RandomResizedCrop draws them.
+    `crop` is (lowest area, highest area, log of the lowest ratio, log of the highest ratio, probability of mirroring,
+    fraction). A fraction above 0 means a central square of that fraction of the shorter side, and the rest is ignored.
+    Otherwise area, ratio and place are drawn as in torchvision's RandomResizedCrop.
     """
     lowest_area, highest_area, lowest_log_ratio, highest_log_ratio, mirror, fraction = crop
     if fraction > 0:
@@ -150,44 +150,44 @@ def crop_box(key, height, width, crop):
 
 @njit_inline
 def uniform(key, draw):
-    """The draw-th uniform number in [0, 1) of a key: splitmix64 (Steele et al., OOPSLA 2014) started at its hash."""
+    """Return a key's draw-th uniform number in [0, 1): SplitMix64 (Steele et al., OOPSLA 2014) seeded by its hash."""
     bits = mix(mix(key) + np.uint64(draw + 1) * GOLDEN_RATIO)
     return np.float64(bits >> np.uint64(11)) * 2.0**-53
 
 
-# What became of a sample.
+# The status of a sample.
 DECODED, NOT_A_JPEG, OTHER_SIZE, DAMAGED, CHANGED = range(5)
 
-# What the planes of a JPEG are.
-LUMA_AND_CHROMA, RED_GREEN_BLUE, GREY = 0, 1, 2
+# The kinds of planes of a JPEG.
+LUMA_AND_CHROMA, RED_GREEN_BLUE, GRAY = 0, 1, 2
 
-# libjpeg-turbo's numbers of colour spaces (TJCS), and by its numbers of subsamplings (TJSAMP) how many pixels of luma
-# there are for one of chroma, across and down.
-TJ_RGB, TJ_YCBCR, TJ_GREY = 0, 1, 2
+# libjpeg-turbo's numbers of color spaces (TJCS); and the luma pixels per chroma pixel, across and down, indexed by its
+# numbers of subsamplings (TJSAMP).
+TJ_RGB, TJ_YCBCR, TJ_GRAY = 0, 1, 2
 CHROMA_ACROSS = np.array([1, 2, 2, 1, 1, 4, 1])
 CHROMA_DOWN = np.array([1, 1, 2, 1, 2, 1, 4])
 STOP_ON_WARNING = 8192
 PADDING = 32  # pixels by which libjpeg-turbo may round up the sides of a plane
 
-START_OF_FRAME = (0xC0, 0xC1)  # of the sequential kinds
+START_OF_FRAME = (0xC0, 0xC1)  # sequential JPEGs
 OTHER_FRAME, START_OF_SCAN, RESTART_INTERVAL = 0xC2, 0xDA, 0xDD
 BLOCK_ROWS = 8
-MESSAGE_BYTES = 200  # of libjpeg-turbo, as JMSG_LENGTH_MAX
+MESSAGE_BYTES = 200  # libjpeg-turbo's JMSG_LENGTH_MAX
 REST_SKIPPED = np.frombuffer(b" extraneous bytes before marker", np.uint8)
 
 BYTE = np.uint32(0xFF)
-TAPS_AT_ONCE = 4  # fewer passes over the sums; and four bytes are a word, which moves in one instruction
+TAPS_AT_ONCE = 4  # fewer passes over the sums, and four bytes are a word, which one instruction moves
 WEIGHT_BITS = 14
-LEVEL_BITS = 5  # fraction of a grey level that is kept from the resizing to the conversion of colours
+LEVEL_BITS = 5  # bits of a gray level's fraction that are kept between resizing and color conversion
 
-# JFIF's factors of chroma, in 2 ** -14.
+# JFIF's chroma factors, in units of 2 ** -14.
 RED_OF_RED, GREEN_OF_BLUE, GREEN_OF_RED, BLUE_OF_BLUE = 22970, 5638, 11700, 29032
 
 
 def _ffcv_library() -> ctypes.CDLL:
-    """FFCV's compiled part, through which the libturbojpeg that it links is reached wherever the system keeps it.
+    """Load FFCV's compiled library, through which the libturbojpeg that it links can be called.
 
-    It is loaded as a file. `import ffcv` would compile FFCV's own loader for 3 s in every process and set the thread
+    It is loaded as a file, because `import ffcv` compiles FFCV's loader for 3 s in every process and sets the thread
     counts of torch and numba.
     """
     package = importlib.util.find_spec("ffcv")
@@ -202,7 +202,7 @@ LIBRARY = _ffcv_library()
 
 
 def _external(name: str, result: types.Type, *arguments: types.Type) -> types.ExternalFunction:
-    """A function of the libturbojpeg that FFCV links. Called by name: code that holds an address cannot be kept."""
+    """Declare a function of the libturbojpeg that FFCV links, by name: code with an address cannot be cached."""
     address = ctypes.cast(getattr(LIBRARY, name), ctypes.c_void_p).value
     llvmlite.binding.add_symbol(name, address)
     return types.ExternalFunction(name, result(*arguments))
@@ -223,19 +223,20 @@ def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, imag
     """Decode JPEGs and resize a box of each to every side.
 
     Luma and chroma are resized as they are stored, chroma mostly at half the size, and only the result is converted to
-    RGB: that is half of the pixels to blend, and no pixel is converted that is not shown.
+    RGB. So there are half as many pixels to blend, and only visible pixels are converted.
 
     Args:
         storage: uint8, the bytes of the beton.
-        offsets_N, sizes_N: int64, where in it each JPEG is.
-        shapes_N2: int64, height and width in pixels that each JPEG should have.
+        offsets_N, sizes_N: int64, the place of each JPEG in it.
+        shapes_N2: int64, the expected height and width of each JPEG in pixels.
         boxes_N5: float64, from crop_boxes.
         sides_R: int64, the sizes.
-        images: uint8, one block of memory for the images of all sides, which is written.
-        starts_R: int64, where in the block the images of each side, uint8 (N, side, side, 3), start. -1 for a side
-            that is not wanted; it still decides how finely JPEGs are decoded, so the pixels of the others do not depend
-            on it. One block, because numba would compile again for every number of arrays.
-        status_N: uint8; samples that are not DECODED before are left out, and of the others it is written.
+        images: uint8, one block of memory for the images of all sides, which is written. It is one block, because
+            numba would compile again for every number of arrays.
+        starts_R: int64, where the images of each side, uint8 (N, side, side, 3), start in the block. -1 for a side
+            that is not wanted; it still counts for how finely JPEGs are decoded, so the pixels of the others do not
+            change.
+        status_N: uint8, read and written; samples whose status is not DECODED are skipped.
     """
     largest, smallest = sides_R.max(), sides_R.min()
     decoder = tj_init()
@@ -246,12 +247,12 @@ def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, imag
         fraction = dct_fraction(crop_height, crop_width, largest)
         jpeg = with_room(jpeg, sizes_N[n])
         source = storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
-        for i in range(len(source)):  # numba copies slices element by element, this loop as a whole
+        for i in range(len(source)):  # numba copies a slice element by element, but this loop as a whole
             jpeg[i] = source[i]
         rows, pitch = height // fraction + PADDING, width // fraction + PADDING
         pixels = with_room(pixels, 3 * rows * pitch)
         planes = pixels[: 3 * rows * pitch].reshape(3, rows, pitch)
-        status_N[n], colours, across, down, rows, columns = decode_planes(
+        status_N[n], colors, across, down, rows, columns = decode_planes(
             decoder, jpeg[: sizes_N[n]], height, width, top + crop_height, crop_height / smallest, fraction, planes
         )
         if status_N[n] != DECODED:
@@ -265,48 +266,49 @@ def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, imag
             side = sides_R[r]
             levels_CYX = levels[: 3 * side**2].reshape(3, side, side)
             resize(planes[:1, :rows, :columns], top, left, crop_height, crop_width, mirrored > 0, levels_CYX[:1])
-            if colours != GREY:
+            if colors != GRAY:
                 box = top / down, left / across, crop_height / down, crop_width / across
                 resize(planes[1:, :chroma_rows, :chroma_columns], *box, mirrored > 0, levels_CYX[1:])
             size = side * side * 3
             start = starts_R[r] + n * size
-            write_rgb(levels_CYX, colours, images[start : start + size].reshape(side, side * 3))
+            write_rgb(levels_CYX, colors, images[start : start + size].reshape(side, side * 3))
     tj_destroy(decoder)
 
 
 @njit_inline
 def with_room(array, size):
-    """`array`, or a new one where it has less than `size` elements."""
+    """Return `array`, or a new one if it has fewer than `size` elements."""
     return array if array.size >= size else np.empty(size, array.dtype)
 
 
 @njit_inline
 def decode_planes(decoder, jpeg, height, width, bottom, scale, fraction, planes):
-    """Decode a JPEG at a DCT fraction of its size. A warning of the library is a failure.
+    """Decode a JPEG at a DCT fraction of its size. A warning of the library counts as a failure.
 
-    What lies below the crop is left out where that can be done: the header, in `jpeg`, is told a smaller height.
+    Rows below the crop are skipped where possible, by writing a smaller height into the header in `jpeg`.
 
     Args:
-        bottom, scale: of the crop, in pixels, and the pixels of it that become one at the smallest side.
-        planes: uint8 (3, rows, columns), written: luma, blue and red chroma, from the upper left on.
+        bottom, scale: the bottom of the crop, and the size of a pixel of the smallest side, both in image pixels.
+        planes: uint8 (3, rows, columns), written: luma, blue and red chroma, starting at the upper left.
 
     Returns:
-        The status; what the planes are; luma pixels for one of chroma, across and down; rows and columns of the first.
+        The status; the kind of planes; luma pixels per chroma pixel, across and down; rows and columns of the first
+        plane.
     """
     header = np.zeros(4, np.int32)
     word = header.itemsize
     address = header.ctypes.data
     source = jpeg.ctypes.data
     if tj_header(decoder, source, jpeg.size, address, address + word, address + 2 * word, address + 3 * word) != 0:
-        return NOT_A_JPEG, GREY, 1, 1, 0, 0
-    subsampling, colour_space = header[2], header[3]
-    if header[0] != width or header[1] != height or colour_space > TJ_GREY or subsampling >= len(CHROMA_DOWN):
-        return OTHER_SIZE, GREY, 1, 1, 0, 0
-    colours = GREY if colour_space == TJ_GREY else LUMA_AND_CHROMA if colour_space == TJ_YCBCR else RED_GREEN_BLUE
+        return NOT_A_JPEG, GRAY, 1, 1, 0, 0
+    subsampling, color_space = header[2], header[3]
+    if header[0] != width or header[1] != height or color_space > TJ_GRAY or subsampling >= len(CHROMA_DOWN):
+        return OTHER_SIZE, GRAY, 1, 1, 0, 0
+    colors = GRAY if color_space == TJ_GRAY else LUMA_AND_CHROMA if color_space == TJ_YCBCR else RED_GREEN_BLUE
 
     down = CHROMA_DOWN[subsampling]
     frame, flags, block, pixel = position_of_height(jpeg), 0, BLOCK_ROWS * down, fraction * down
-    # Half of a filter's base reaches below the crop: as far as a pixel is large, of the smallest side or of chroma.
+    # The filter reaches below the crop by the size of one pixel, of the smallest side or of chroma.
     needed = math.ceil((bottom + max(scale, pixel) + pixel) / block) * block
     left_out = frame >= 0 and needed < height
     if left_out:
@@ -318,16 +320,16 @@ def decode_planes(decoder, jpeg, height, width, bottom, scale, fraction, planes)
     targets, strides = addresses.ctypes.data, pitches.ctypes.data
     failed = tj_planes(decoder, source, jpeg.size, targets, columns, strides, rows, flags) != 0
     if failed and not (left_out and only_skipped_the_rest(decoder)):
-        return DAMAGED, colours, 1, 1, 0, 0
-    return DECODED, colours, CHROMA_ACROSS[subsampling], down, rows, columns
+        return DAMAGED, colors, 1, 1, 0, 0
+    return DECODED, colors, CHROMA_ACROSS[subsampling], down, rows, columns
 
 
 @njit_inline
 def position_of_height(jpeg):
-    """Where the header says the height, two bytes; -1 where the rows of the image do not simply follow one another.
+    """Return the position of the two bytes of the height in the header; -1 unless rows follow one another in the data.
 
-    They do in a sequential JPEG with one scan. One with restart markers is left alone too: of damage between them
-    libjpeg-turbo says what it says of rows that it was not told of.
+    They do in a sequential JPEG with one scan. JPEGs with restart markers give -1 too, because libjpeg-turbo reports
+    damage between markers in the same way as skipped rows.
     """
     frame, num_components, position = -1, 0, 2
     while position + 9 < len(jpeg):
@@ -349,9 +351,9 @@ def position_of_height(jpeg):
 
 @njit_inline
 def only_skipped_the_rest(decoder):
-    """Whether the library's first complaint was that data goes on after the last row, which comes once all are decoded.
+    """Whether the library's first warning was that there is data after the last row; all rows are decoded by then.
 
-    Damage in the rows themselves is complained of before.
+    It warns of damage in the rows themselves before that.
     """
     message = carray(tj_message(decoder), (MESSAGE_BYTES,), np.uint8)
     for start in range(MESSAGE_BYTES - len(REST_SKIPPED)):
@@ -364,7 +366,7 @@ def only_skipped_the_rest(decoder):
 
 @njit_inline
 def dct_fraction(crop_height, crop_width, largest):
-    """Decode at 1/8, 1/4 or 1/2 of the size where the crop then still has at least `largest` pixels each way."""
+    """Return 8, 4 or 2 if the crop at that fraction of its size still has `largest` pixels each way, else 1."""
     for fraction in (8, 4, 2):
         if min(crop_height, crop_width) >= fraction * largest:
             return fraction
@@ -373,10 +375,10 @@ def dct_fraction(crop_height, crop_width, largest):
 
 @njit_cached
 def resize(planes, top, left, height, width, mirrored, levels_CYX):
-    """Resize a box of planes, uint8 (C, rows, columns), to int16 (C, side, side) in 2 ** -LEVEL_BITS of a grey level.
+    """Resize a box of planes, uint8 (C, rows, columns), to int16 (C, side, side) in 2 ** -LEVEL_BITS of a gray level.
 
     The filter is Pillow's antialiased BILINEAR: a triangle as wide as the downscaling, at least two pixels. Rows are
-    blended first, because whole rows blend at the full width of the vector units.
+    blended first, because whole rows use the full width of the vector units.
     """
     _, num_rows, num_columns = planes.shape
     side = levels_CYX.shape[1]
@@ -400,10 +402,10 @@ def resize(planes, top, left, height, width, mirrored, levels_CYX):
 
 @njit_inline
 def filter_taps(origin, extent, limit, side, mirrored):
-    """The source pixels that blend into each output pixel.
+    """Return which source pixels blend into each output pixel.
 
     Returns the first of them, int64 (side,); their number, the same for all; and their weights, int16 (side, taps),
-    which sum to 1 << WEIGHT_BITS, padded with zeros to a multiple of TAPS_AT_ONCE taps.
+    which sum to 1 << WEIGHT_BITS and are padded with zeros to a multiple of TAPS_AT_ONCE taps.
     """
     num_taps = 1
     for i in range(side):
@@ -412,16 +414,16 @@ def filter_taps(origin, extent, limit, side, mirrored):
     starts = np.empty(side, np.int64)
     weights = np.zeros((side, -(-num_taps // TAPS_AT_ONCE) * TAPS_AT_ONCE), np.int16)
     for i in range(side):
-        first, last, centre, support = filter_window(origin, extent, limit, side, i)
+        first, last, center, support = filter_window(origin, extent, limit, side, i)
         start = min(first, limit - num_taps)
         to = side - 1 - i if mirrored else i
         starts[to] = start
         total = 0.0
         for k in range(first, last):
-            total += 1 - abs(k + 0.5 - centre) / support
+            total += 1 - abs(k + 0.5 - center) / support
         rest, heaviest = 1 << WEIGHT_BITS, first - start
         for k in range(first, last):
-            weight = int((1 - abs(k + 0.5 - centre) / support) / total * (1 << WEIGHT_BITS) + 0.5)
+            weight = int((1 - abs(k + 0.5 - center) / support) / total * (1 << WEIGHT_BITS) + 0.5)
             weights[to, k - start] = weight
             rest -= weight
             if weight > weights[to, heaviest]:
@@ -432,16 +434,16 @@ def filter_taps(origin, extent, limit, side, mirrored):
 
 @njit_inline
 def filter_window(origin, extent, limit, side, i):
-    """First and one past the last source pixel under the triangle of output pixel i, its centre and half its base."""
+    """Return the first and one past the last source pixel under output pixel i's triangle, its center and half base."""
     scale = extent / side
     support = max(scale, 1.0)
-    centre = origin + (i + 0.5) * scale
-    return max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), limit), centre, support
+    center = origin + (i + 0.5) * scale
+    return max(int(center - support + 0.5), 0), min(int(center + support + 0.5), limit), center, support
 
 
 @njit_inline
 def blend_rows(rows, weights, sums, blended):
-    """Weighted sum of rows, uint8 (taps, n), into blended, uint8 (n,)."""
+    """Write the weighted sum of rows, uint8 (taps, n), into blended, uint8 (n,)."""
     last, size, half = len(rows) - 1, len(blended), 1 << (WEIGHT_BITS - 1)
     for k in range(0, len(rows), TAPS_AT_ONCE):
         row_0, row_1, row_2, row_3 = rows[k], rows[min(k + 1, last)], rows[min(k + 2, last)], rows[min(k + 3, last)]
@@ -457,18 +459,18 @@ def blend_rows(rows, weights, sums, blended):
 
 @njit_inline
 def blend_columns(words, starts, weights_TS, taps, sums, levels):
-    """Weighted sum of neighbours in a row into levels, int16 (side,), in 2 ** -LEVEL_BITS of a grey level.
+    """Write weighted sums of a row's neighbors into levels, int16 (side,), in 2 ** -LEVEL_BITS of a gray level.
 
     Args:
-        words: uint32, the row's bytes TAPS_AT_ONCE by TAPS_AT_ONCE, from every byte on.
-        starts: uint64 (side,), where the neighbours of each output begin.
-        taps: uint32 (side,), and `sums`, int32, at least (side,): room to work in.
+        words: uint32, TAPS_AT_ONCE bytes of the row starting at every byte.
+        starts: uint64 (side,), the first neighbor of each output.
+        taps: uint32 (side,), and `sums`, int32, at least (side,): scratch memory.
     """
     side, half = len(levels), 1 << (WEIGHT_BITS - LEVEL_BITS - 1)
     for k in range(0, len(weights_TS), TAPS_AT_ONCE):
         weights_0, weights_1 = weights_TS[k], weights_TS[k + 1]
         weights_2, weights_3 = weights_TS[k + 2], weights_TS[k + 3]
-        for x in range(side):  # apart from the next loop, which then runs on whole vectors
+        for x in range(side):  # separate from the next loop, which can then be vectorized
             taps[x] = words[starts[x] + np.uint64(k)]
         for x in range(side):
             blend = weighted(taps[x], weights_0[x], weights_1[x], weights_2[x], weights_3[x])
@@ -479,7 +481,7 @@ def blend_columns(words, starts, weights_TS, taps, sums, levels):
 
 @njit_inline
 def weighted(word, weight_0, weight_1, weight_2, weight_3):
-    """Weighted sum of the four bytes of a word, the first being the lowest."""
+    """Return the weighted sum of the four bytes of a word, starting with the lowest."""
     early = product(weight_0, word & BYTE) + product(weight_1, word >> np.uint32(8) & BYTE)
     late = product(weight_2, word >> np.uint32(16) & BYTE) + product(weight_3, word >> np.uint32(24))
     return np.int32(early + late)
@@ -487,19 +489,19 @@ def weighted(word, weight_0, weight_1, weight_2, weight_3):
 
 @njit_inline
 def product(one, other):
-    """In 32 bits, where numba would take 64, half as many to a vector."""
+    """Return the product in 32 bits; numba would use 64, which halves what fits into a vector."""
     return np.int32(np.int32(one) * np.int32(other))
 
 
 @njit_inline
-def write_rgb(levels_CYX, colours, image):
-    """Convert levels, int16 (3, side, side), to `image`, uint8 (side, side * 3), with the colours of JFIF."""
+def write_rgb(levels_CYX, colors, image):
+    """Convert levels, int16 (3, side, side), to RGB in `image`, uint8 (side, side * 3), with JFIF's factors."""
     side = levels_CYX.shape[1]
     channels = np.empty((3, side), np.uint8)
     first, second, third = channels[0], channels[1], channels[2]
     for y in range(side):
         luma_X, blue_X, red_X, row = levels_CYX[0, y], levels_CYX[1, y], levels_CYX[2, y], image[y]
-        if colours == LUMA_AND_CHROMA:
+        if colors == LUMA_AND_CHROMA:
             for x in range(side):
                 b, r = chroma(blue_X[x]), chroma(red_X[x])
                 first[x] = clipped(np.int16(luma_X[x] + high(r, RED_OF_RED)))
@@ -508,8 +510,8 @@ def write_rgb(levels_CYX, colours, image):
         else:
             for x in range(side):
                 first[x] = clipped(luma_X[x])
-                second[x] = first[x] if colours == GREY else clipped(blue_X[x])
-                third[x] = first[x] if colours == GREY else clipped(red_X[x])
+                second[x] = first[x] if colors == GRAY else clipped(blue_X[x])
+                third[x] = first[x] if colors == GRAY else clipped(red_X[x])
         for x in range(side):
             row[3 * x] = first[x]
             row[3 * x + 1] = second[x]
@@ -518,17 +520,17 @@ def write_rgb(levels_CYX, colours, image):
 
 @njit_inline
 def chroma(level):
-    """A level as chroma: around zero, and shifted so that `high` gives levels again after a factor of JFIF."""
+    """Return a chroma level centered at zero, shifted so that `high` with a factor of JFIF gives a level."""
     return np.int16(np.int16(level - (128 << LEVEL_BITS)) << 2)
 
 
 @njit_inline
 def high(one, other):
-    """The high half of a product of two int16: one instruction for a whole vector."""
+    """Return the high half of a product of two int16, which is one vector instruction."""
     return np.int16(product(one, other) >> 16)
 
 
 @njit_inline
 def clipped(level):
-    """The nearest of the 256 grey levels."""
+    """Return the nearest of the 256 gray levels."""
     return np.uint8(min(max(np.int16(level + (1 << (LEVEL_BITS - 1))) >> LEVEL_BITS, 0), 255))

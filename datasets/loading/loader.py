@@ -1,4 +1,4 @@
-"""The loader: the same crop of each image at every resolution, reproducible to the bit, sharded and resumable."""
+"""The training loader: the same crop of each image at every resolution, reproducible to the bit and resumable."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from datasets.loading.order import (
 logger = logging.getLogger(__name__)
 
 MIN_ROWS = 4
-"""fewest samples that are worth a thread's turn"""
+"""The smallest number of samples that a thread takes at a time."""
 SHOWN = 5
-"""damaged samples that an error describes"""
+"""The largest number of damaged samples that an error describes."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Batch:
     """This rank's part of a batch; it may be empty.
 
     Attributes:
-        images: side -> uint8 (N, side, side, 3) RGB: of each image the same crop at every side. Slices of the loader's
-            memory: valid until the next batch is asked for, and for what is queued by then on the CUDA stream that is
-            current when it is asked for. Pinned where there is a GPU.
+        images: side -> uint8 (N, side, side, 3) RGB, the same crop of each image at every side. Slices of the loader's
+            memory, valid until the next batch is requested; work already queued on the CUDA stream that is current
+            then still reads the right pixels. Pinned if there is a GPU.
         labels: int64 (N,).
-        indices: int64 (N,), of the samples in the beton.
+        indices: int64 (N,), positions of the samples in the beton.
     """
 
     images: dict[int, Tensor]
@@ -57,18 +57,18 @@ class Batch:
 
 
 class DecodeError(ValueError):
-    """JPEGs in a beton are damaged, more than may be."""
+    """More JPEGs of a beton are damaged than `max_damaged` allows."""
 
 
 class Slot(NamedTuple):
-    """Memory for one batch, and what must have finished on the GPU before it is written again."""
+    """The memory of one batch, and the GPU event to wait for before it is written again."""
 
     memory: Memory
     last_use: torch.cuda.Event | None = None
 
 
 class Job(NamedTuple):
-    """A batch in the making."""
+    """A batch that threads are decoding."""
 
     slot: Slot
     keys: np.ndarray
@@ -76,11 +76,10 @@ class Job(NamedTuple):
 
 
 class Epoch(Iterator[Batch]):
-    """Batches in order. Leaving the loop, an error, `close` or garbage collection end its threads and free its memory.
+    """A pass over batches in order. The end of the pass, an error, `close` or garbage collection stop its threads.
 
-    Threads take parts of batches in order and go on to the next batch without waiting for each other. Nothing runs
-    between a thread and the consumer that could fail unseen: asking for a batch waits for its parts, and raises what
-    they raised.
+    Threads take parts of batches in order and continue with the next batch without waiting for each other. A failure
+    cannot go unnoticed: requesting a batch waits for its parts, and raises what they raised.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Epoch(Iterator[Batch]):
         self._waiting = deque(zip(batches, pages_ahead, strict=True))
         self._jobs: deque[Job] = deque()
         self._held: Job | None = None
-        num_slots = min(batches_ahead + 1, len(batches))  # one is with the consumer
+        num_slots = min(batches_ahead + 1, len(batches))  # the consumer has one of them
         capacity = max((len(keys) for keys in batches), default=0)
         self._free = deque(Slot(Memory(sides, wanted, capacity)) for _ in range(num_slots))
         threads = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
@@ -127,7 +126,7 @@ class Epoch(Iterator[Batch]):
 
     @property
     def damaged(self) -> dict[int, str]:
-        """Samples that were found damaged so far, and what is wrong with them; others were shown in their place."""
+        """The damaged samples found so far, with reasons; other samples were shown instead."""
         return dict(self._damage.found)
 
     def __enter__(self) -> Epoch:
@@ -137,7 +136,7 @@ class Epoch(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """End the threads, which takes as long as the images that they are at, and free the memory."""
+        """Stop the threads, which finish their current images, and free the memory."""
         self._end_threads()
         self._threads.shutdown(wait=True)
         self._release()
@@ -149,7 +148,7 @@ class Epoch(Iterator[Batch]):
         self._free.clear()
 
     def _release(self) -> None:
-        """Take back the memory of the batch that the consumer had."""
+        """Take back the memory of the consumer's last batch."""
         if self._held is None:
             return
         last_use = None
@@ -160,7 +159,7 @@ class Epoch(Iterator[Batch]):
         self._held = None
 
     def _submit(self) -> None:
-        """Hand as many batches to the threads as there is memory for."""
+        """Give the threads as many batches as there is memory for."""
         while self._waiting and self._free:
             slot, (keys, pages) = self._free.popleft(), self._waiting.popleft()
             if len(pages):
@@ -183,7 +182,7 @@ class Epoch(Iterator[Batch]):
 
 
 class DamageLimit:
-    """Counts the damaged samples of a pass, from any thread, and ends it when there are more than allowed."""
+    """Counts the damaged samples of a pass, from any thread, and raises an error when there are too many."""
 
     def __init__(self, beton: Path, most: int):
         self._beton, self._most = beton, most
@@ -191,20 +190,20 @@ class DamageLimit:
         self.found: dict[int, str] = {}
 
     def count(self, index: int) -> None:
-        """Note a damaged sample.
+        """Count a damaged sample.
 
         Raises:
-            DecodeError: the limit is passed.
+            DecodeError: there are more than allowed.
         """
         reason = _damage(self._beton, index)
         with self._lock:
-            if index in self.found:  # met again in the place of another
+            if index in self.found:  # tried again as the replacement of another sample
                 return
             self.found[index] = reason
             if len(self.found) <= self._most:
-                logger.warning("%s: damaged, another is shown in its place: %s", self._beton, reason)
+                logger.warning("%s: a damaged sample is replaced by another: %s", self._beton, reason)
                 return
-            allowed = f", and {self._most} may be (loader.max_damaged)" if self._most else ""
+            allowed = f", but loader.max_damaged is {self._most}" if self._most else ""
             raise DecodeError(
                 f"{self._beton}: {_plural(len(self.found), 'sample is', 'samples are')} damaged{allowed}; restore the "
                 "file, or prepare the data again with `python -m jobs.prepare --config CONFIG --force`:\n"
@@ -213,7 +212,7 @@ class DamageLimit:
 
 
 def _decode(decoder: Decoder, slot: Slot, keys: np.ndarray, rows: slice, limit: DamageLimit) -> None:
-    """Fill some rows of a slot; in `keys`, a damaged sample becomes the next one of the beton that is not."""
+    """Fill some rows of a slot; in `keys`, a damaged sample is replaced by the next undamaged one of the beton."""
     if slot.last_use is not None:
         slot.last_use.synchronize()
     decoder.run(keys, slot.memory, rows)
@@ -225,20 +224,20 @@ def _decode(decoder: Decoder, slot: Slot, keys: np.ndarray, rows: slice, limit: 
 
 
 def _damage(beton: Path, index: int) -> str:
-    """What is wrong with a sample; it is decoded once more, for the library's own words."""
+    """Describe what is wrong with a sample; it is decoded again for the library's message."""
     layout, jpeg = read_layout(beton), read_jpeg(beton, index)
     record, offset = layout.metadata["image"][index], int(layout.allocations["ptr"][index])
     try:
         header = turbojpeg.read_header(jpeg)
         turbojpeg.decode(jpeg, header)
         reason = (
-            f"it is {header.width}x{header.height} in {header.colour_space.name}, "
-            f"where its beton says {record['width']}x{record['height']} and it has to decode to RGB"
+            f"it is {header.width}x{header.height} in {header.color_space.name}, "
+            f"but its beton says {record['width']}x{record['height']}, and it must decode to RGB"
         )
     except turbojpeg.JpegError as error:
         reason = str(error)
     if checksum(jpeg) != layout.metadata["checksum"][index]:
-        reason = "its bytes do not have their checksum"
+        reason = "its bytes do not match their checksum"
     return f"sample {index}, a JPEG of {len(jpeg):,} bytes at offset {offset:,}: {reason}"
 
 
@@ -250,29 +249,29 @@ __all__ = ["Batch", "CenterCrop", "DecodeError", "MultiResolutionLoader", "Rando
 
 
 class MultiResolutionLoader:
-    """Batches of a beton, with each image decoded once and cropped once for all sides.
+    """Reads batches from a beton; each image is decoded once and cropped once for all sides.
 
-    The pixels of a sample are a function of (seed, epoch, sample index) and the crop alone, and the batches over all
-    ranks of (seed, epoch, batch_size), so neither depends on ranks, threads or where a run was resumed.
+    The pixels of a sample depend only on (seed, epoch, sample index) and the crop. The batches over all ranks depend
+    only on (seed, epoch, batch_size). So both are the same for any number of ranks and threads, and after a resume.
 
     Args:
         beton: a file that jobs.prepare wrote.
-        sides: the sizes in pixels at which images can be asked for; the largest says how finely JPEGs are decoded.
-        batch_size: of all ranks together. Batches of an epoch differ by at most one image.
-        crop: what is seen of each image.
-        shuffle: a new order every epoch; otherwise the order of the beton.
-        seed: of the order and the crops.
+        sides: the sizes in pixels of the images; the largest decides how finely JPEGs are decoded.
+        batch_size: images per batch over all ranks. The batches of an epoch differ by at most one image.
+        crop: the part of each image that is shown.
+        shuffle: use a new order every epoch; otherwise the order of the beton.
+        seed: seed of the order and the crops.
         rank, world_size: which part of each batch this loader reads. A part may be empty; every rank takes the same
             number of steps, and over all ranks an epoch has every sample exactly once.
-        num_threads: that decode. They are the loader's own: the thread counts of torch and numba stay as they are.
-        batches_ahead: batches that are prepared before they are asked for.
-        window_pages: shuffle within windows of so many pages of the beton, beton_file.PAGE_SIZE each, for one that does
-            not fit into memory (order.PageWindows); None shuffles over all of it.
-        max_damaged: samples that a pass may find damaged; the next ones of the beton are shown in their place, and are
-            what `Batch.indices` says. One more is a DecodeError.
+        num_threads: decoding threads. They are separate from the threads of torch and numba.
+        batches_ahead: batches that are prepared before they are requested.
+        window_pages: shuffle within windows of this many pages of beton.PAGE_SIZE bytes, for a beton that does not fit
+            into memory (order.PageWindows); None shuffles over the whole beton.
+        max_damaged: how many samples of a pass may be damaged. Each is replaced by the next sample of the beton, which
+            `Batch.indices` then names. One more raises DecodeError.
 
     Raises:
-        ValueError: with everything that is wrong with the arguments.
+        ValueError: naming everything that is wrong with the arguments.
         BetonError: the beton is missing, damaged or of another layout.
     """
 
@@ -307,7 +306,7 @@ class MultiResolutionLoader:
         layout = read_layout(self.beton)
         self.num_samples = len(layout.metadata)
         if not 0 < self.num_samples < MAX_SAMPLES:
-            raise ValueError(f"{self.beton} has {self.num_samples} samples; a loader takes 1 to {MAX_SAMPLES - 1}")
+            raise ValueError(f"{self.beton} has {self.num_samples} samples; a loader reads 1 to {MAX_SAMPLES - 1}")
         pages_N = layout.allocations["ptr"].astype(np.int64) // PAGE_SIZE
         windows = PageWindows(pages_N, window_pages) if window_pages else None
         self._order = SampleOrder(
@@ -319,35 +318,35 @@ class MultiResolutionLoader:
 
     @property
     def num_batches(self) -> int:
-        """Steps of an epoch, the same on every rank."""
+        """The number of steps of an epoch, the same on every rank."""
         return self._order.num_batches
 
     def global_size(self, step: int) -> int:
-        """Images of batch `step` over all ranks."""
+        """Return the number of images of batch `step` over all ranks."""
         first, last = batch_bounds(self.num_samples, self._order.batch_size, step)
         return last - first
 
     def epoch(
         self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Epoch:
-        """Begin a pass over the data, to iterate over (an iterator that is also a context manager).
+        """Start a pass over the data: an iterator of batches that is also a context manager.
 
         Args:
-            epoch: from 0; keys the order, and the crops where `crop_epoch` is None.
-            start_step: the first batch to give; those before it are not read.
+            epoch: from 0; decides the order, and the crops if `crop_epoch` is None.
+            start_step: the first batch to read; earlier ones are skipped without reading them.
             crop_epoch: show the crops of this epoch instead.
-            sides: those that are wanted, all by default. The others cost no memory and no resizing, and those that
-                are wanted show the same pixels.
+            sides: the wanted sides, all by default. The others cost no memory and no resizing, and do not change the
+                pixels of the wanted ones.
 
         Raises:
             ValueError: an argument is out of range, or a side is not one of the loader's.
-            DecodeError: from the iteration, when it comes to a damaged JPEG.
+            DecodeError: raised by the iteration, when it reaches a damaged JPEG.
         """
         crop_epoch = epoch if crop_epoch is None else crop_epoch
         if min(epoch, crop_epoch) < 0 or not 0 <= start_step <= self.num_batches:
             raise ValueError(
-                f"epoch {epoch}, crop_epoch {crop_epoch}, start_step {start_step}: "
-                f"epochs and keys are 0 or more, a step 0 to {self.num_batches}"
+                f"epoch {epoch}, crop_epoch {crop_epoch} or start_step {start_step} is out of range: "
+                f"give epochs of 0 or more, and a step of 0 to {self.num_batches}"
             )
         batches, pages = self._order.batches(epoch, start_step, crop_epoch), self._order.pages_ahead(epoch, start_step)
         return self._start(batches, pages, sides, self._max_damaged)
@@ -355,10 +354,10 @@ class MultiResolutionLoader:
     def read(
         self, crop_epoch: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Epoch:
-        """Begin a pass over given samples, in the given batches; what is given is not shared out over the ranks.
+        """Start a pass over the given batches of samples, which are not divided among the ranks.
 
-        What is read so is kept under the sample's number, so nothing is shown in place of a damaged one, whatever
-        `max_damaged` says.
+        A damaged sample always raises an error, whatever `max_damaged` says, because callers store the result under
+        the sample's index.
 
         Args:
             crop_epoch: the epoch whose crops are shown.
@@ -373,8 +372,8 @@ class MultiResolutionLoader:
         outside = [int(indices_N[n]) for indices_N in given for n in np.flatnonzero(indices_N // self.num_samples)]
         if crop_epoch < 0 or outside:
             raise ValueError(
-                f"crop_epoch {crop_epoch}, samples {outside[:5]}: a crop_epoch is 0 or more, a sample of {self.beton} "
-                f"0 to {self.num_samples - 1}"
+                f"crop_epoch {crop_epoch} or samples {outside[:5]} are out of range: give a crop_epoch of 0 or more, "
+                f"and samples of {self.beton} from 0 to {self.num_samples - 1}"
             )
         keys = [pack_keys(indices_N, self._order.seed, crop_epoch) for indices_N in given]
         return self._start(keys, [np.empty(0, np.int64)] * len(keys), sides, max_damaged=0)
@@ -388,7 +387,7 @@ class MultiResolutionLoader:
     ) -> Epoch:
         wanted = self.sides if sides is None else tuple(sides)
         if not wanted or not {*wanted} <= {*self.sides}:
-            raise ValueError(f"sides {list(wanted)} are wanted; give one or more of the loader's, {list(self.sides)}")
+            raise ValueError(f"the loader has no sides {list(wanted)}; give one or more of {list(self.sides)}")
         started = Epoch(
             self._decoder, self.beton, self.sides, wanted, batches, pages_ahead, *self._settings, max_damaged
         )
@@ -396,7 +395,7 @@ class MultiResolutionLoader:
         return started
 
     def close(self) -> None:
-        """End every pass that is still going on."""
+        """Stop every pass that is still running."""
         for epoch in list(self._epochs):
             epoch.close()
 

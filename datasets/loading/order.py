@@ -1,8 +1,7 @@
-"""Which sample when: pure functions of (seed, epoch), the same for any number of ranks, and FFCV's order made of them.
+"""The order of samples: pure functions of (seed, epoch), the same for any number of ranks.
 
-What FFCV hands to a decoder as a sample index is a *view* here: one sample as one epoch sees it, packed into 64 bits.
-The high 32 bits are a hash of (seed, epoch), the low 32 bits the sample's index. Everything random about a sample is
-drawn from its view alone.
+A sample key is one sample in one epoch, packed into 64 bits: the high 32 bits are a hash of (seed, epoch), the low 32
+bits the sample's index. Everything random about a sample is drawn from its key alone.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ INDEX_BITS = np.uint64(32)
 INDEX_MASK = np.uint64(0xFFFFFFFF)
 MAX_SAMPLES = 1 << 32
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
-"""the step between the states of SplitMix64"""
+"""The step between the states of SplitMix64."""
 
 
 def splitmix64(bits):
-    """The finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), for uint64 scalars or arrays."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) to uint64 scalars or arrays."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
@@ -30,13 +29,13 @@ def splitmix64(bits):
 def epoch_order(
     num_samples: int, seed: int, epoch: int, shuffle: bool, windows_N: NDArray[np.int64] | int = 0
 ) -> NDArray[np.int64]:
-    """Sample indices (num_samples,) in the order of an epoch: each exactly once.
+    """Return sample indices (num_samples,) in the order of an epoch, each exactly once.
 
-    The shuffle sorts the raw stream of a Philox generator, which numpy guarantees never to change, where the stream
-    of `Generator.permutation` may differ between numpy versions.
+    The shuffle sorts the raw stream of a Philox generator, which numpy guarantees never to change. The stream of
+    `Generator.permutation` may differ between numpy versions.
 
     Args:
-        windows_N: the window that each sample is in, in the order of the epoch; a shuffle stays within them.
+        windows_N: the window of each sample, numbered in the order of the epoch; samples are shuffled within windows.
     """
     if not shuffle:
         return np.arange(num_samples)
@@ -45,34 +44,36 @@ def epoch_order(
 
 
 def count_batches(num_samples: int, batch_size: int) -> int:
-    """Batches of an epoch: as few as hold every sample."""
+    """Return the number of batches of an epoch, the smallest that holds every sample."""
     return -(-num_samples // batch_size)
 
 
 def batch_bounds(num_samples: int, batch_size: int, step: int) -> tuple[int, int]:
-    """First and one past the last position of batch `step`; the sizes of batches differ by at most one."""
+    """Return the first and one past the last position of batch `step`; batch sizes differ by at most one."""
     size, larger = divmod(num_samples, count_batches(num_samples, batch_size))
     first = step * size + min(step, larger)
     return first, first + size + (step < larger)
 
 
 def pack_keys(indices_N: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Views (N,) of the samples at `indices_N`, each in 0 .. 2**32 - 1, as the epoch sees them."""
-    # The last of the generator's values for (seed, epoch) serves as their hash, far from those that the order uses.
+    """Return the keys (N,) of the samples at `indices_N`, each in 0 .. 2**32 - 1, in an epoch."""
+    # A value far along the generator's stream for (seed, epoch) is their hash; the order uses the start of the stream.
     high = _generator(seed, epoch).advance(1 << 64).random_raw() & INDEX_MASK.item()
     return indices_N.astype(np.uint64) | np.uint64(high << INDEX_BITS.item())
 
 
 def sample_indices(keys_N: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The sample indices (N,) of keys."""
+    """Return the sample indices (N,) of keys."""
     return (keys_N & INDEX_MASK).astype(np.int64)
 
 
 def rank_part(owners_N: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
-    """The positions in a batch that a rank takes, as many as any other or one less: its own, then what others leave.
+    """Return the positions in a batch that a rank takes: samples it owns first, then some that other ranks leave.
+
+    The sizes of the ranks' parts differ by at most one.
 
     Args:
-        owners_N: the rank, from 0 to world_size - 1, that should rather have each sample.
+        owners_N: the preferred rank of each sample, from 0 to world_size - 1.
     """
     sizes = np.array([len(part) for part in np.array_split(owners_N, world_size)])
     by_owner = np.argsort(owners_N, kind="stable")
@@ -86,41 +87,40 @@ def rank_part(owners_N: NDArray[np.int64], rank: int, world_size: int) -> NDArra
 
 @dataclass(frozen=True)
 class PageWindows:
-    """Quasi-random order, for a beton that does not fit into memory: what is read together lies together.
+    """A quasi-random order for a beton that does not fit into memory: samples of a page are read close together.
 
-    Pages come in a new order every epoch, and samples are shuffled within windows of pages that follow one another.
+    Pages come in a new order every epoch, and samples are shuffled within windows of consecutive pages of that order.
 
     Attributes:
         pages_N: the page of the beton that each sample is in.
-        num_pages: of a window.
+        num_pages: number of pages in a window.
     """
 
     pages_N: NDArray[np.int64]
     num_pages: int
 
     def page_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """The numbers of the pages, in the epoch's order."""
+        """Return the page numbers in the order of the epoch."""
         pages = np.unique(self.pages_N)
         return pages[np.argsort(_generator(seed, epoch).advance(1 << 65).random_raw(len(pages)), kind="stable")]
 
     def places(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Where the page of each sample comes in the epoch, (N,)."""
+        """Return the position (N,) in the epoch's page order of each sample's page."""
         order = self.page_order(seed, epoch)
         by_number = np.argsort(order)
         return by_number[np.searchsorted(order, self.pages_N, sorter=by_number)]
 
 
 def next_sample(keys_N: NDArray[np.uint64], num_samples: int) -> NDArray[np.uint64]:
-    """The keys of the samples that follow in the beton, in the same epoch."""
+    """Return the keys of the next samples in the beton, in the same epoch."""
     return (keys_N & ~INDEX_MASK) | ((keys_N & INDEX_MASK) + np.uint64(1)) % np.uint64(num_samples)
 
 
 class SampleOrder:
-    """The order of one rank, as keys.
+    """The order of one rank's samples, as keys.
 
-    The batches over all ranks together are the same for any number of ranks. Of each batch, rank r takes the r-th of
-    `world_size` parts, which may be empty. With `windows` a batch is shared out by pages, so that a rank reads little
-    from those of the others.
+    The batches over all ranks together are the same for any number of ranks. Rank r takes the r-th of `world_size`
+    parts of each batch, which may be empty. With `windows`, a batch is divided by pages, so that ranks share few pages.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class SampleOrder:
         return count_batches(self.num_samples, self.batch_size)
 
     def batches(self, epoch: int, start_step: int = 0, crop_epoch: int | None = None) -> list[NDArray[np.uint64]]:
-        """This rank's keys of every batch of the epoch from `start_step` on.
+        """Return this rank's keys of every batch from `start_step`, in the order of `epoch`.
 
-        They are as the epoch sees them, or as epoch `crop_epoch` does.
+        The keys are those of `crop_epoch` if it is given, else of `epoch`.
         """
         places_N = self.windows.places(self.seed, epoch) if self.windows else np.zeros(self.num_samples, np.int64)
         windows_N = places_N // self.windows.num_pages if self.windows else places_N
@@ -158,16 +158,16 @@ class SampleOrder:
         return parts
 
     def pages_ahead(self, epoch: int, start_step: int = 0) -> list[NDArray[np.int64]]:
-        """This rank's pages to fetch with every batch from `start_step` on: a window before their use.
+        """Return this rank's pages to fetch with every batch from `start_step`, one window before they are used.
 
-        Empty for an order without windows, which may need any page next.
+        The lists are empty for an order without windows, which may need any page next.
         """
         steps = range(start_step, self.num_batches)
         if self.windows is None:
             return [np.empty(0, np.int64) for _ in steps]
         pages, window = self.windows.page_order(self.seed, epoch), self.windows.num_pages
         ours = np.flatnonzero(self._owners(np.arange(len(pages))) == self.rank)
-        # Samples use up the pages evenly.
+        # Samples are spread evenly over the pages.
         used = [
             batch_bounds(self.num_samples, self.batch_size, step)[0] * len(pages) // self.num_samples for step in steps
         ]
@@ -175,7 +175,7 @@ class SampleOrder:
         return [pages[ours[(low <= ours) & (ours < high)]] for low, high in itertools.pairwise(fetched)]
 
     def _owners(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rank that the page at each place of the epoch belongs to: every window is shared out evenly."""
+        """Return the rank that owns the page at each place of the epoch: every window is divided evenly."""
         return places % self.windows.num_pages * self.world_size // self.windows.num_pages if self.windows else places
 
 

@@ -38,21 +38,22 @@ SECONDS_BETWEEN_WRITES = 5.0
 
 
 class FinishedChunk(NamedTuple):
-    """What became of a chunk's images, and the pixels of those that are counted."""
+    """The outcomes of a chunk's images, and the pixel sums of those that are counted."""
 
     outcomes: list[Outcome]
     pixels: PixelSums
 
 
 class Journal:
-    """The finished chunks of a preparation in their order."""
+    """The finished chunks of a preparation, in order, on disk.
+
+    A journal in `folder` that was made from the same inputs is resumed; any other is started over.
+
+    Args:
+        made_from: everything that the betons depend on, as JSON values.
+    """
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any]):
-        """Take up what `folder` holds where it was made from the same, otherwise begin anew.
-
-        Args:
-            made_from: everything that the betons depend on, for JSON.
-        """
         self._path, self._first_line = folder / JOURNAL, json.dumps(made_from, sort_keys=True)
         self.finished, length = _read(self._path, self._first_line)
         self._file: BinaryIO = self._path.open("r+b" if length else "wb")
@@ -73,7 +74,7 @@ class Journal:
         self._file.close()
 
     def add(self, chunk: FinishedChunk, writer: BetonWriter) -> None:
-        """Note a chunk that was given to `writer`."""
+        """Record a chunk that was given to `writer`."""
         self._waiting.append(chunk)
         self._betons.add(writer.path)
         if time.monotonic() >= self._written_at + SECONDS_BETWEEN_WRITES:
@@ -90,7 +91,7 @@ class Journal:
 
 
 def _read(path: Path, first_line: str) -> tuple[list[FinishedChunk], int]:
-    """The chunks of a journal that begins with `first_line`, and its length in bytes up to where it is whole."""
+    """Return the chunks of a journal that begins with `first_line`, and the length in bytes of its complete lines."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -101,7 +102,7 @@ def _read(path: Path, first_line: str) -> tuple[list[FinishedChunk], int]:
     for line in lines[1:]:
         try:
             finished.append(_parse(line))
-        except (ValueError, TypeError):  # cut short when the computer went down
+        except (ValueError, TypeError):  # cut short by a crash of the machine
             break
         length += len(line)
     return finished, length
@@ -109,14 +110,14 @@ def _read(path: Path, first_line: str) -> tuple[list[FinishedChunk], int]:
 
 def _parse(line: bytes) -> FinishedChunk:
     if not line.endswith(b"\n"):
-        raise ValueError("the line has no end")
+        raise ValueError("the line is incomplete")
     outcomes, sums = json.loads(line)
     pixels = PixelSums(sums["count"], tuple(sums["values"]), tuple(sums["squares"]))
     return FinishedChunk([Outcome(*outcome) for outcome in outcomes], pixels)
 
 
 class ImageRecord(NamedTuple):
-    """One source image: its `position` in the beton of its split, or None where it was left out."""
+    """One source image: its `position` in the beton of its split, or None if it was left out."""
 
     split: str
     position: int | None
@@ -130,30 +131,30 @@ class ImageRecord(NamedTuple):
 
 
 class BadImagesError(ValueError):
-    """Images that cannot be used, one a line."""
+    """Some images cannot be used; the message lists them, one a line."""
 
     def __init__(self, bad: Sequence[tuple[str, str]]):
         self.bad = list(bad)
         lines = "\n".join(f"  {path}: {reason}" for path, reason in self.bad)
         super().__init__(
-            f"{len(self.bad)} bad image{'s' if len(self.bad) > 1 else ''}, nothing was written:\n{lines}\n"
+            f"{len(self.bad)} bad image{'s' if len(self.bad) > 1 else ''}; nothing was written:\n{lines}\n"
             "repair or remove them, or set data.on_bad_image=skip to leave them out"
         )
 
 
 class LeftoversError(OSError):
-    """What an interrupted preparation has left is not what its journal says."""
+    """The files of an interrupted preparation do not match its journal."""
 
 
 @dataclass
 class Built:
-    """What was written.
+    """The result of `build_betons`.
 
     Attributes:
         records: all source images in the order of their betons.
-        bad: (path, reason) of unusable images; `skipped` says the same for the manifest.
-        pixels: of the counted training images.
-        num_adopted: images that an interrupted call had done.
+        bad: (path, reason) of unusable images; `skipped` is the same list for the manifest.
+        pixels: sums over the counted training images.
+        num_adopted: images that an interrupted call had already converted.
     """
 
     splits: dict[str, Split] = field(default_factory=dict)
@@ -165,7 +166,7 @@ class Built:
 
     @property
     def source_digest(self) -> str:
-        """SHA-256 over names, classes, splits and contents of all images, in an order that is theirs alone."""
+        """The SHA-256 over names, classes, splits and contents of all images, sorted."""
         lines = sorted(json.dumps([one.split, one.class_name, one.name, one.content]) for one in self.records)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -181,19 +182,19 @@ def build_betons(
     skip_bad: bool,
     advance: Callable[[int], None],
 ) -> Built:
-    """Write one beton for each split of `index` into `folder`, or go on with what an interrupted call left there.
+    """Write one beton for each split of `index` into `folder`, resuming what an interrupted call left there.
 
     Args:
-        seed: of the order in which samples are stored.
-        made_from: everything that the result depends on; what was left from anything else is discarded.
+        seed: seed of the order in which samples are stored.
+        made_from: everything that the result depends on; leftovers made from anything else are discarded.
         map_chunks: runs the conversion, in processes or on a cluster.
-        advance: told the number of images that were read since it was called last.
+        advance: called with the number of images that were read since its last call.
 
     Raises:
         BadImagesError: images are bad and `skip_bad` is false.
         SourceError: leaving out bad images would empty a class, or a file changed while it was prepared.
-        LeftoversError: remove what is in `folder` and begin anew.
-        OSError: an image can be read here, but not where it was to be converted.
+        LeftoversError: the files in `folder` cannot be resumed; the caller removes them and starts over.
+        OSError: an image can be read here, but not by the process that converts it.
     """
     work = {
         split: counted_chunks(shuffled(refs, seed), count_pixels=split == TRAIN) for split, refs in index.splits.items()
@@ -207,12 +208,12 @@ def build_betons(
         with closing(map_chunks(partial(convert_chunk, conversion), left)) as converted:
             for split, chunks in work.items():
                 path = beton_path(folder, split)
-                go_on = bool(journal.finished) and path.exists()
-                with BetonWriter(path, len(index.splits[split]), go_on=go_on) as writer:
+                resume = bool(journal.finished) and path.exists()
+                with BetonWriter(path, len(index.splits[split]), resume=resume) as writer:
                     done = _written(writer, chunks, finished, converted, journal)
                     kept[split] = _noted(built, split, index, chunks, done, advance)
                     writer.finish()
-                # A beton is read once more for its digest: beside the processes that convert the next one.
+                # A finished beton is read again for its digest, while processes convert the next one.
                 hashes[split] = background.submit(_durable_sha256, path)
         for split, refs in kept.items():
             path = beton_path(folder, split)
@@ -230,7 +231,7 @@ def _written(
     converted: Iterator[ConvertedChunk],
     journal: Journal,
 ) -> Iterator[FinishedChunk]:
-    """Write chunks one by one, those that are `finished` excepted, and yield what became of each."""
+    """Write chunks one by one, adopting those that are already `finished`, and yield the result of each."""
     for chunk in chunks:
         if (before := next(finished, None)) is not None:
             _adopt(writer, chunk, before.outcomes)
@@ -248,7 +249,7 @@ def _adopt(writer: BetonWriter, chunk: Chunk, outcomes: Sequence[Outcome]) -> No
             continue
         jpeg = writer.adopt(outcome.width, outcome.height, ref.label, outcome.size)
         if content_digest(jpeg) != outcome.stored:
-            raise LeftoversError(f"{writer.path} does not hold what its journal says of {ref.name}")
+            raise LeftoversError(f"{writer.path} does not match its journal at {ref.name}")
 
 
 def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> None:
@@ -261,15 +262,15 @@ def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> Non
 
 
 def _unchanged(ref: ImageRef, modified: int) -> bytes:
-    """The source file that was found good, read once more."""
+    """Read a source file again that was found valid."""
     data, modified_now = read_stamped(ref)
     if modified_now != modified:
-        raise SourceError(f"{ref.path} changed while it was prepared; run again when nothing writes to the source")
+        raise SourceError(f"{ref.path} changed while it was prepared; rerun when nothing writes to the source")
     return data
 
 
 def _require_no_better_here(ref: ImageRef, outcome: Outcome, node: str) -> None:
-    """A file that only some machines can read is no bad image but a bad set-up; it must not be skipped."""
+    """Raise OSError for a file that this machine can read: it is no bad image to skip, but a problem of the cluster."""
     if outcome.content:
         return
     try:
@@ -278,7 +279,7 @@ def _require_no_better_here(ref: ImageRef, outcome: Outcome, node: str) -> None:
         return
     raise OSError(
         f"{node} cannot read {ref.path} ({outcome.reason}), but {os.uname().nodename} can; put the source where every "
-        "machine of the cluster finds it under the same path"
+        "machine of the cluster can read it under the same path"
     )
 
 
@@ -290,7 +291,7 @@ def _noted(
     done: Iterator[FinishedChunk],
     advance: Callable[[int], None],
 ) -> list[ImageRef]:
-    """Run `done` to its end and keep its records; returns the images that are in the beton, in its order."""
+    """Run `done` to its end, keep its records, and return the images of the beton in order."""
     kept: list[ImageRef] = []
     for chunk, (outcomes, pixels) in zip(chunks, done, strict=True):
         built.pixels += pixels
@@ -336,5 +337,5 @@ def _require_all_classes(built: Built, index: ImageIndex) -> None:
         if empty:
             raise SourceError(
                 f"without its bad images, {split} has no images of {listed(empty)}; "
-                f"{len(built.bad)} images are bad, the first is {built.bad[0][0]}: {built.bad[0][1]}"
+                f"{len(built.bad)} images are bad; the first is {built.bad[0][0]}: {built.bad[0][1]}"
             )

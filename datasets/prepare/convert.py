@@ -1,4 +1,4 @@
-"""Any image file -> a sound JPEG that decodes to proper RGB, or the reason why it cannot be one; in chunks."""
+"""Converts any image file to a valid JPEG that decodes to RGB, or gives the reason why it cannot; in chunks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image, ImageOps, ImageStat
 
 from datasets import turbojpeg
 from datasets.sources.index import Channels, ImageRef, read_bytes, read_stamped
-from datasets.turbojpeg import ColourSpace, JpegHeader, Plane
+from datasets.turbojpeg import ColorSpace, JpegHeader, Plane
 
 ChannelSums = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class PixelSums:
-    """How many pixels there are, and the sums over them of the values (0 to 255) and their squares, by channel."""
+    """The number of pixels, and the sums of their values (0 to 255) and squared values by channel."""
 
     count: int = 0
     values: ChannelSums = (0, 0, 0)
@@ -34,7 +34,7 @@ class PixelSums:
 
 
 def pixel_sums(jpeg: bytes) -> PixelSums:
-    """The sums over all pixels of a sound JPEG, as RGB."""
+    """Return the sums over all pixels of a valid JPEG, as RGB."""
     header = turbojpeg.read_header(jpeg)
     size, pixels = (header.width, header.height), turbojpeg.decode(jpeg, header)
     statistics = ImageStat.Stat(Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1))
@@ -42,7 +42,7 @@ def pixel_sums(jpeg: bytes) -> PixelSums:
 
 
 def channel_statistics(sums: PixelSums) -> tuple[Channels, Channels]:
-    """Mean and standard deviation by channel on a scale of 0 to 1, of at least one pixel."""
+    """Return mean and standard deviation by channel on a scale of 0 to 1; there must be at least one pixel."""
     mean, std = [], []
     for values, squares in zip(sums.values, sums.squares, strict=True):
         mean.append(round(values / sums.count / 255, 6))
@@ -62,23 +62,23 @@ MAX_PIXELS = 89_478_485
 MAX_JPEG_SIDE = 65_500
 MAX_JPEG_BYTES = 8 << 20
 JPEG_START, JPEG_END, START_OF_SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
-MAX_TRAILER = 4096  # bytes that some programs leave behind the end
+MAX_TRAILER = 4096  # bytes that some programs write after the end
 ORIENTATION_TAG = 0x0112
 ORIENTATION_MARKS = (b"Exif\0\0", b"tiff:Orientation")
 RESIZE_FILTER = Image.Resampling.BILINEAR
-COLOUR_FILTER = Image.Resampling.HAMMING  # sharper, as what it makes is half as fine as the image
+COLOR_FILTER = Image.Resampling.HAMMING  # sharper, because chroma has half the resolution of the image
 
 
 Check = Literal["data", "header"]
 
 
 class BadImageError(ValueError):
-    """A file is not a sound image; the message is the reason."""
+    """A file is not a valid image; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A JPEG (RGB or grey, upright, 8 bits) with its size in pixels."""
+    """A JPEG as a beton stores it (RGB or gray, upright, 8 bits), with its size in pixels."""
 
     jpeg: bytes
     width: int
@@ -86,23 +86,23 @@ class StoredImage:
 
 
 def store_image(data: bytes, max_side: int | None, jpeg_quality: int, check: Check = "data") -> StoredImage:
-    """Turn the bytes of an image file into what a beton stores.
+    """Convert the bytes of an image file to the JPEG that a beton stores.
 
-    All of the data is decoded to find damage, also of a JPEG that is kept as it is, unless `check` is "header": then
-    its header and its end have to do. A JPEG has no checksum: of damage in its midst, that is found which
-    libjpeg-turbo notices at least with a warning.
+    All data is decoded to find damage, even of a JPEG that is kept as it is, unless `check` is "header": then only its
+    header and its end are checked. A JPEG has no checksum, so damage in its middle is only found if libjpeg-turbo
+    warns of it.
 
-    Greyscale stays one channel, which decodes to equal R, G and B. Alpha is composed over white, 16 bits are scaled
-    to 8, CMYK and palettes are converted, the EXIF orientation is applied. Colour profiles are not. Of an animation
-    the first frame counts.
+    Grayscale stays one channel, which decodes to equal R, G and B. Alpha is composed over white, 16 bits are scaled
+    to 8, CMYK and palettes are converted, and the EXIF orientation is applied. Color profiles are ignored. Of an
+    animation, the first frame is used.
 
     Args:
-        max_side: images whose shorter side is longer are resized to it (antialiased), pixels.
-        jpeg_quality: of images that have to be encoded again.
+        max_side: images whose shorter side is longer are resized to it (antialiased), in pixels.
+        jpeg_quality: the quality of images that are encoded again.
 
     Raises:
-        BadImageError: empty, not an image, truncated, damaged, too large (more than MAX_PIXELS), or of a pixel
-            format that has no defined range.
+        BadImageError: the file is empty, not an image, truncated, damaged or too large (more than MAX_PIXELS), or has
+            a pixel format without a defined range.
     """
     if not data:
         raise BadImageError("the file is empty")
@@ -116,10 +116,10 @@ def store_image(data: bytes, max_side: int | None, jpeg_quality: int, check: Che
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow image to mode RGB, or to L where it has no colour.
+    """Convert any Pillow image to mode RGB, or to L if it has no color.
 
     Raises:
-        BadImageError: floating point or 32-bit pixels, whose black and white nobody can know.
+        BadImageError: the pixels are floating point or 32-bit numbers, whose black and white are not defined.
     """
     if image.mode == "1" or (image.mode == "L" and "transparency" not in image.info):
         return image.convert("L")
@@ -128,21 +128,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImageError("the pixels are floating point numbers, whose range is not defined; save it with 8 bits")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, colours).convert("RGB")
+        colors = image.convert("RGBA")
+        white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, colors).convert("RGB")
     return image.convert("RGB")
 
 
 def _header(data: bytes) -> turbojpeg.JpegHeader | None:
-    """The JPEG's header; None for the rare forms, such as odd subsampling, that only Pillow reads."""
+    """Return the JPEG's header, or None for the rare kinds, such as odd subsampling, that only Pillow reads."""
     try:
         header = turbojpeg.read_header(data)
     except turbojpeg.JpegError as error:
         try:
             _open_with_pillow(data)
         except BadImageError:
-            raise BadImageError(f"not a JPEG that can be read: {error}") from None
+            raise BadImageError(f"the JPEG cannot be read: {error}") from None
         return None
     _check_size(header.width, header.height)
     return header
@@ -157,7 +157,7 @@ def _store_jpeg(data: bytes, header: JpegHeader, max_side: int | None, jpeg_qual
             elif data.rfind(JPEG_END, -MAX_TRAILER) < 0:
                 raise BadImageError("the JPEG is cut short: it has no end")
             return StoredImage(data, *size)
-        if header.colour_space in (ColourSpace.YCBCR, ColourSpace.GREY):
+        if header.color_space in (ColorSpace.YCBCR, ColorSpace.GRAY):
             return _resize_planes(data, header, size, jpeg_quality)
     image = _open_jpeg(data, header)
     return _encode(_resized(_upright(image, orientation), max_side), jpeg_quality)
@@ -165,33 +165,33 @@ def _store_jpeg(data: bytes, header: JpegHeader, max_side: int | None, jpeg_qual
 
 def _open_jpeg(data: bytes, header: JpegHeader) -> Image.Image:
     if header.has_four_inks:
-        # How inks are inverted and mixed is Pillow's business, once the data has proved to be sound.
+        # Pillow knows how inks are inverted and mixed, but does not find all damage.
         turbojpeg.verify(data, header)
         return _open_with_pillow(data, upright=False)
     size = (header.width, header.height)
     image = Image.frombuffer("RGB", size, turbojpeg.decode(data, header), "raw", "RGB", 0, 1)
-    return image.convert("L") if header.colour_space is ColourSpace.GREY else image
+    return image.convert("L") if header.color_space is ColorSpace.GRAY else image
 
 
 def _resize_planes(data: bytes, header: JpegHeader, size: tuple[int, int], jpeg_quality: int) -> StoredImage:
-    """Resize brightness and colours as a JPEG codes them, into 4:2:0 or grey.
+    """Resize the luma and chroma planes of a JPEG, into 4:2:0 or gray.
 
-    Neither converting to RGB and back nor bringing the colours, of which mostly a quarter is stored, to full size
-    and back gains anything. Where the image shrinks to a quarter or less, the cosine transform does a part of that.
+    Converting to RGB and back would gain nothing, nor would scaling chroma, usually stored at a quarter of the pixels,
+    to full size and back. An image that shrinks to a quarter or less is partly reduced by the cosine transform.
     """
     width, height = size
     shrink = min(header.width, header.height) / min(size)
     scale = max(scale for scale in (1, 2, 4, 8) if scale == 1 or shrink >= 2 * scale)
-    luma, *colours = turbojpeg.decode_planes(data, header, scale)
+    luma, *colors = turbojpeg.decode_planes(data, header, scale)
     across, down = header.subsampling.factors
-    # What of a plane is seen, and what of it the new plane covers, whose last sample may reach beyond the image.
+    # The visible part of a plane, and the part that the new plane covers; its last sample may reach beyond the image.
     seen = header.width / scale, header.height / scale
-    planes = [_padded(_plane_image(luma).resize(size, RESIZE_FILTER, box=(0, 0, *seen)), even=bool(colours))]
+    planes = [_padded(_plane_image(luma).resize(size, RESIZE_FILTER, box=(0, 0, *seen)), even=bool(colors))]
     columns, rows = (width + 1) // 2, (height + 1) // 2
-    for plane in colours:
+    for plane in colors:
         right = min(2 * columns * seen[0] / width / across, plane.width)
         bottom = min(2 * rows * seen[1] / height / down, plane.height)
-        planes.append(_plane_image(plane).resize((columns, rows), COLOUR_FILTER, box=(0, 0, right, bottom)))
+        planes.append(_plane_image(plane).resize((columns, rows), COLOR_FILTER, box=(0, 0, right, bottom)))
     encodable = [Plane(*plane.size, bytearray(plane.tobytes())) for plane in planes]
     return _checked(StoredImage(turbojpeg.encode_planes(encodable, width, height, jpeg_quality), width, height))
 
@@ -201,7 +201,7 @@ def _plane_image(plane: Plane) -> Image.Image:
 
 
 def _padded(image: Image.Image, even: bool) -> Image.Image:
-    """With the last column and row repeated where `even` numbers of them are needed."""
+    """Repeat the last column and row if their numbers must be `even` and are not."""
     width, height = image.size
     if not even or (width % 2 == 0 and height % 2 == 0):
         return image
@@ -223,7 +223,7 @@ def _open_with_pillow(data: bytes, upright: bool = True) -> Image.Image:
                 return _upright(to_rgb(image), orientation)
         except BadImageError:
             raise
-        except Exception as error:  # a parser fed with arbitrary bytes fails in arbitrary ways
+        except Exception as error:  # a parser of arbitrary bytes fails in arbitrary ways
             raise BadImageError(_pillow_reason(error)) from None
 
 
@@ -241,11 +241,11 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1 also where the metadata is damaged, since the pixels may well be sound."""
+    """Return the EXIF orientation, 1 to 8; also 1 if the metadata is damaged, because the pixels may be valid."""
     if data.startswith(JPEG_START):
         end = _metadata_end(data)
         if all(data.find(mark, 0, end) < 0 for mark in ORIENTATION_MARKS):
-            return 1  # most photographs of data sets; Pillow's answer would take a tenth of the time of a decoding
+            return 1  # most photographs of data sets; asking Pillow takes a tenth of the time of decoding
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -257,7 +257,7 @@ def _orientation(data: bytes) -> int:
 
 
 def _metadata_end(jpeg: bytes) -> int:
-    """Where the segments before a JPEG's image data end; the file's length where they are not to be followed."""
+    """Return where the segments before a JPEG's image data end; the file's length if they cannot be parsed."""
     position = 2
     while jpeg[position : position + 1] == b"\xff" and len(jpeg) >= position + 4:
         if jpeg[position + 1] == START_OF_SCAN:
@@ -274,12 +274,12 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    import numpy as np  # would be half of the time that a process of a preparation takes to start
+    import numpy as np  # half of the time that a preparation's process takes to start
 
     pixels_HW = np.asarray(image)
     low, high = int(pixels_HW.min()), int(pixels_HW.max())
     if low < 0 or high > 65_535:
-        raise BadImageError(f"pixel values from {low} to {high} do not fit 16 bits, so their range is not defined")
+        raise BadImageError(f"pixel values from {low} to {high} do not fit into 16 bits, so their range is not defined")
     return Image.fromarray(((pixels_HW.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
@@ -298,7 +298,7 @@ def _resized(image: Image.Image, max_side: int | None) -> Image.Image:
 def _encode(image: Image.Image, jpeg_quality: int) -> StoredImage:
     if max(image.size) > MAX_JPEG_SIDE:
         raise BadImageError(f"{image.width}x{image.height}: a JPEG has at most {MAX_JPEG_SIDE} pixels a side")
-    # Without metadata: the orientation is applied, and the rest is of no use.
+    # Drop the metadata: the orientation has been applied, and nothing reads the rest.
     clean = Image.frombytes(image.mode, image.size, image.tobytes())
     buffer = io.BytesIO()
     clean.save(buffer, "JPEG", quality=jpeg_quality)
@@ -307,7 +307,9 @@ def _encode(image: Image.Image, jpeg_quality: int) -> StoredImage:
 
 def _checked(stored: StoredImage) -> StoredImage:
     if len(stored.jpeg) > MAX_JPEG_BYTES:
-        raise BadImageError(f"{len(stored.jpeg):,} bytes as JPEG, at most {MAX_JPEG_BYTES:,} fit; set data.max_side")
+        raise BadImageError(
+            f"the JPEG has {len(stored.jpeg):,} bytes; at most {MAX_JPEG_BYTES:,} are allowed; set data.max_side"
+        )
     return stored
 
 
@@ -317,9 +319,7 @@ IMAGES_IN_STATISTICS = 256
 
 @dataclass(frozen=True)
 class Conversion:
-    """How images become JPEGs: longest allowed shorter side in pixels, quality where encoding is needed, and what is
-    checked of those that are kept (images.store_image).
-    """
+    """The settings of `store_image`: `max_side` in pixels, the quality of new JPEGs, and the check of kept ones."""
 
     max_side: int | None
     jpeg_quality: int
@@ -328,16 +328,16 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Work for one process at a time; `counted` are the positions of the images whose pixels are counted."""
+    """The work that a process takes at a time; `counted` are the positions of images whose pixels are counted."""
 
     refs: Sequence[ImageRef]
     counted: range = range(0)
 
 
 class Outcome(NamedTuple):
-    """What became of one image: a JPEG of `size` bytes, width and height in pixels, or (`size` 0) the reason why not.
+    """The result for one image: a JPEG of `size` bytes, width and height in pixels, or (`size` 0) the reason why not.
 
-    `content` is the digest of the source file, empty where it could not be read, and `stored` that of the JPEG.
+    `content` is the digest of the source file, empty if it could not be read, and `stored` that of the JPEG.
     """
 
     width: int
@@ -350,14 +350,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class ConvertedChunk:
-    """The outcomes of a chunk in its order.
+    """The outcomes of a chunk, in its order.
 
     Attributes:
-        encoded: by position, the JPEGs that differ from their source file. The others are to be read from there,
-            which takes a fraction of the time of sending them from process to process.
-        modified: by position, when the source file was modified last (ns), if it could be read.
-        pixels: of the counted images, as they are stored.
-        node: the machine at work.
+        encoded: by position, the JPEGs that differ from their source file. The writer reads the others from the
+            source, which is much faster than sending them between processes.
+        modified: by position, the modification time of the source file (ns), if it could be read.
+        pixels: sums over the counted images, as they are stored.
+        node: the machine that did the work.
     """
 
     outcomes: list[Outcome]
@@ -368,13 +368,13 @@ class ConvertedChunk:
 
 
 def chunks(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
-    """`refs` in parts of IMAGES_PER_CHUNK."""
+    """Yield `refs` in parts of IMAGES_PER_CHUNK."""
     for start in range(0, len(refs), IMAGES_PER_CHUNK):
         yield refs[start : start + IMAGES_PER_CHUNK]
 
 
 def counted_chunks(refs: Sequence[ImageRef], count_pixels: bool) -> list[Chunk]:
-    """The work of converting `refs`; IMAGES_IN_STATISTICS of them, evenly spread, are counted, or all if fewer."""
+    """Return the work of converting `refs`; IMAGES_IN_STATISTICS of them, evenly spread, are counted (or all)."""
     step = -(-len(refs) // IMAGES_IN_STATISTICS)
     return [
         Chunk(some, range(-number * IMAGES_PER_CHUNK % step, len(some), step) if count_pixels else range(0))
@@ -383,7 +383,7 @@ def counted_chunks(refs: Sequence[ImageRef], count_pixels: bool) -> list[Chunk]:
 
 
 def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
-    """Read, check and convert images; a bad one becomes an outcome with a reason, never an exception."""
+    """Read, check and convert images; a bad image gives an outcome with a reason, not an exception."""
     outcomes, encoded, modified, pixels = [], {}, {}, PixelSums()
     for position, ref in enumerate(chunk.refs):
         content = ""
@@ -404,7 +404,7 @@ def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
 
 
 def digest_chunk(refs: Sequence[ImageRef]) -> list[str]:
-    """The content digest of every image, empty where it cannot be read."""
+    """Return the content digest of every image, empty if it cannot be read."""
     digests = []
     for ref in refs:
         try:
@@ -415,5 +415,5 @@ def digest_chunk(refs: Sequence[ImageRef]) -> list[str]:
 
 
 def content_digest(data: bytes) -> str:
-    """SHA-256, cut to 32 hexadecimal digits."""
+    """Return the SHA-256, cut to 32 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()[:32]

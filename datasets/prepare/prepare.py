@@ -1,4 +1,4 @@
-"""From the images of a data set to betons and a manifest: in parallel, checked, and only when something changed."""
+"""Prepares a data set: writes its images as betons with a manifest, in parallel, and only if something changed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from datasets.sources.index import ImageIndex, Source, listed
 
 
 def publish(folder: Path, finished: Path, manifest: Manifest, records: Iterable[ImageRecord]) -> None:
-    """Move the betons in `finished` into `folder`, the manifest last: it never describes others."""
+    """Move the betons in `finished` into `folder`; the manifest is written last, so it never describes other files."""
     write_whole(finished / IMAGES_LIST, "".join(f"{record.to_json()}\n" for record in records))
     (folder / MANIFEST).unlink(missing_ok=True)
     for name in (*(split.file for split in manifest.splits.values()), IMAGES_LIST):
@@ -63,7 +63,7 @@ class ChangedInputsError(ValueError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a preparation depends on. `settings` is flat or nested one level; where the images lie is not part of it."""
+    """The inputs of a preparation. `settings` is flat or nested one level, and does not include the source's path."""
 
     dataset: str
     settings: Mapping[str, Any]
@@ -74,7 +74,9 @@ class Inputs:
 def require_unchanged(
     folder: Path, manifest: Manifest, inputs: Inputs, num_processes: int, show_progress: bool
 ) -> None:
-    """Quick where names, sizes and modification times are as they were; otherwise the images' contents decide.
+    """Check that a folder was prepared from the same inputs.
+
+    This is quick if names, sizes and modification times are the same; otherwise the contents of images are compared.
 
     Raises:
         ChangedInputsError: with every difference.
@@ -92,7 +94,7 @@ def require_unchanged(
 
 
 def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for everything in which two mappings differ."""
+    """Return `key: old -> new` for every difference of two mappings."""
     differences = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
@@ -104,7 +106,7 @@ def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
 
 
 def read_records(path: Path) -> list[ImageRecord]:
-    """The list of source images that a preparation leaves beside its betons; BetonError where it is damaged."""
+    """Read the list of source images that is stored beside the betons; raise BetonError if it is damaged."""
     try:
         with path.open() as lines:
             return [ImageRecord(*json.loads(line)) for line in lines]
@@ -115,7 +117,7 @@ def read_records(path: Path) -> list[ImageRecord]:
 def _image_differences(
     records: list[ImageRecord], index: ImageIndex, num_processes: int, show_progress: bool
 ) -> list[str]:
-    """How the images differ from those that were recorded; modification times do not count."""
+    """Describe how the images differ from the recorded ones; modification times do not count."""
     recorded = {record.name: record for record in records}
     found = {ref.name: (split, ref) for split, refs in index.splits.items() for ref in refs}
     common = sorted(recorded.keys() & found.keys())
@@ -149,12 +151,12 @@ SAMPLES, NUM_SAMPLES = "samples", 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` did.
+    """The result of `prepare`.
 
     Attributes:
         unchanged: there was nothing to do.
-        num_images: read in `seconds`.
-        num_adopted: more images that an interrupted preparation had done before.
+        num_images: images that were read in `seconds`.
+        num_adopted: further images that an interrupted preparation had already converted.
     """
 
     manifest: Manifest
@@ -185,26 +187,26 @@ def prepare(
 ) -> Prepared:
     """Write train.beton, validation.beton, images.jsonl, manifest.json and some sample images into `folder`.
 
-    Does nothing where the folder was already prepared from the same images with the same settings; that is seen
-    from names, sizes and modification times, and only where those differ from the images' contents. The files are
-    the same for any number of processes. The arguments mean what they mean in the configuration's `data` section.
+    A folder that was already prepared from the same images with the same settings is left as it is. Names, sizes and
+    modification times decide, and only if they differ, the contents of the images. The files are the same for any
+    number of processes. The arguments have the meaning that they have in the configuration's `data` section.
 
-    A preparation that is interrupted, however suddenly, leaves its work in FOLDER/.partial; the next one goes on there
-    if images, settings and versions are the same, and ends with the same files.
+    An interrupted preparation, even a killed one, leaves its work in FOLDER/.partial. The next one resumes it if
+    images, settings and versions are the same, and writes the same files as an uninterrupted one.
 
     Args:
-        num_processes: None is one for each CPU that this process may use.
-        map_chunks: runs the conversion in place of `num_processes` processes of this machine.
-        force: prepare again whatever is there.
+        num_processes: None means one for each CPU that this process may use.
+        map_chunks: runs the conversion instead of `num_processes` processes of this machine.
+        force: prepare again, whatever the folder has.
 
     Raises:
         ChangedInputsError: the folder was prepared differently and `force` is false.
-        BetonError: the folder is half-written or damaged and `force` is false.
-        BadImagesError: with every bad image, unless `on_bad_image` is "skip".
-        SourceError: the source does not hold what the data set needs.
-        OSError: no space, no permission, or another preparation of this folder is under way.
+        BetonError: the folder is incomplete or damaged and `force` is false.
+        BadImagesError: some images are bad and `on_bad_image` is "error"; all are listed.
+        SourceError: the source does not have what the data set needs.
+        OSError: there is no space or no permission, or another process is preparing this folder.
     """
-    # Absolute, because whatever runs `map_chunks` may work in another folder.
+    # Absolute, because `map_chunks` may run in another folder.
     entry, folder = find_dataset(dataset), Path(folder).absolute()
     options = SourceOptions(
         folder=folder,
@@ -224,13 +226,13 @@ def prepare(
             return Prepared(_confirmed(folder, inputs, processes, show_progress), True, 0, 0.0)
         if dataset == "glyphs":
             _draw_glyphs(options, processes, show_progress)
-        if map_chunks is None or dataset == "glyphs":  # which are drawn on this machine
+        if map_chunks is None or dataset == "glyphs":  # glyphs are drawn on this machine
             map_chunks = partial(map_ordered, num_processes=processes)
         return _build(entry, options, conversion, inputs, map_chunks, show_progress)
 
 
 def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) -> dict[str, Any]:
-    """Everything besides the images that the betons depend on; where the images lie does not matter."""
+    """Return everything besides the images that the betons depend on; the source's path does not matter."""
     used = {name: getattr(options, name) for name in entry.uses if name not in ("source", "validation_source")}
     if "glyphs" in used:
         used["glyphs"] = {**asdict(options.glyphs), "generator": GENERATOR_VERSION}
@@ -238,19 +240,19 @@ def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) ->
 
 
 def _holds_data(folder: Path) -> bool:
-    """Whether there is a finished preparation, or what remains of one; not one that was killed while it published."""
+    """Whether the folder has a finished preparation or parts of one; false if a preparation can be resumed."""
     if (folder / PARTIAL / JOURNAL).exists() and not (folder / MANIFEST).exists():
         return False
     return any(path.exists() for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)))
 
 
 def _confirmed(folder: Path, inputs: Inputs, num_processes: int, show_progress: bool) -> Manifest:
-    """The manifest of a folder that needs no preparation; raises what `prepare` documents where it does."""
+    """Return the manifest of a folder that needs no preparation; otherwise raise as `prepare` documents."""
     manifest = load_manifest(folder)
     require_unchanged(folder, manifest, inputs, num_processes, show_progress)
     verify_betons(folder)
     if manifest.source_state != inputs.images.state:
-        # The same images at another place or time: next time this is seen quickly again.
+        # The same images at another place or with other times: make the next check quick again.
         manifest = replace(manifest, source_state=inputs.images.state)
         write_whole(folder / MANIFEST, manifest.to_json())
     return manifest
@@ -302,7 +304,7 @@ def _build(
         except LeftoversError:
             shutil.rmtree(unfinished)
             built = build()
-    except ValueError:  # the images have to be changed, so nothing of this will be gone on with
+    except ValueError:  # the images have to change, so there is nothing to resume
         shutil.rmtree(unfinished)
         raise
     manifest = _manifest(entry, index, inputs, built, versions)
@@ -313,7 +315,7 @@ def _build(
 
 
 def _write_samples(folder: Path, manifest: Manifest) -> None:
-    """A few validation images as files, to try a model on."""
+    """Write a few validation images as files, to try a model on."""
     samples = folder / SAMPLES
     shutil.rmtree(samples, ignore_errors=True)
     samples.mkdir()
@@ -325,15 +327,18 @@ def _write_samples(folder: Path, manifest: Manifest) -> None:
 
 
 def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> None:
-    # An image that is resized ends well below two bytes for each pixel of a square of that side.
+    # A resized image needs far less than two bytes for each pixel of a square of that side.
     most = 2 * conversion.max_side**2 if conversion.max_side else None
     sizes = (ref.size for refs in index.splits.values() for ref in refs)
     needed = sum(min(size, most) if most else size for size in sizes)
-    # What an interrupted preparation has left is used again or overwritten. Its betons begin with a hole.
+    # Leftovers of an interrupted preparation are reused or overwritten. Blocks are counted, because betons have holes.
     left_over = sum(512 * file.stat().st_blocks for file in (folder / PARTIAL).glob("*"))
     free = shutil.disk_usage(folder).free + left_over
     if needed > free:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed")
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed; free some space, or "
+            "choose another data.folder"
+        )
 
 
 def _manifest(entry: Dataset, index: ImageIndex, inputs: Inputs, built: Built, versions: dict[str, str]) -> Manifest:

@@ -1,4 +1,4 @@
-"""The data sets by name: what they are, under which licence, and where their images come from."""
+"""The catalog of data sets: their descriptions, licenses and sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a data set may need to find, choose and split its images; `folder` is where the data is prepared."""
+    """The options for finding, choosing and splitting images; `folder` is where the data is prepared."""
 
     folder: Path
     source: Path | None = None
@@ -31,7 +31,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Published:
-    """A published top-1 accuracy (0 to 1), and how its protocol differs from ours."""
+    """A published top-1 accuracy (0 to 1), and how its protocol differs from this project's."""
 
     label: str
     top1: float
@@ -40,14 +40,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An entry of the catalogue.
+    """An entry of the catalog.
 
     Attributes:
-        classes: how many there are and where their names come from.
-        mean, std: usual statistics by channel on a scale of 0 to 1, for use before any are measured.
+        classes: the number of classes and the origin of their names.
+        mean, std: usual statistics by channel on a scale of 0 to 1, used before any are measured.
         uses: the options besides `folder` that this data set reads.
         scan: finds the images, without reading them.
-        published: what others report on the same images, shown in reports.
+        published: results of others on the same images, shown in reports.
     """
 
     name: str
@@ -62,25 +62,25 @@ class Dataset:
 
 
 def find_dataset(name: str) -> Dataset:
-    """The entry of that name; ValueError with the known ones where there is none."""
+    """Return the entry of that name; raise ValueError with the known names if there is none."""
     if name not in CATALOG:
-        raise ValueError(f"no data set is called {name!r}; known are {', '.join(sorted(CATALOG))}")
+        raise ValueError(f"there is no data set {name!r}; choose one of {', '.join(sorted(CATALOG))}")
     return CATALOG[name]
 
 
 def imagenet100_ids() -> list[str]:
-    """The 100 WordNet ids of the paper's ImageNet-100, sorted; an id's label is its position."""
+    """Return the 100 WordNet ids of the paper's ImageNet-100, sorted; an id's label is its position."""
     return IMAGENET100_IDS.read_text().split()
 
 
 def glyph_images(folder: Path) -> Path:
-    """Where the generated images of a prepared folder lie."""
+    """Return the folder of the generated images in a prepared folder."""
     return folder / "images"
 
 
 def _required_source(options: SourceOptions, dataset: str) -> Path:
     if options.source is None:
-        raise SourceError(f"data.source is missing; {dataset} needs the folder that holds its images")
+        raise SourceError(f"data.source is missing; {dataset} needs the folder with its images")
     return options.source
 
 
@@ -111,8 +111,8 @@ def _scan_glyphs(options: SourceOptions) -> Source:
 
 
 ELPV_PROTOCOL = (
-    "their own 25 % test split, cells weighted by the experts' confidence in training; ours holds out another random "
-    "25 %, stratified by label and cell type, every cell counts once, and nothing is pre-trained"
+    "their own 25 % test split, cells weighted by the experts' confidence in training; here another random 25 % are "
+    "held out, stratified by label and cell type, every cell counts once, and nothing is pre-trained"
 )
 
 CATALOG = {
@@ -152,7 +152,7 @@ CATALOG = {
         Dataset(
             name="glyphs",
             description="generated letters of widely varying height over textured backgrounds",
-            licence="generated here; glyph shapes of the DejaVu and STIX fonts (free licences, shipped by matplotlib)",
+            licence="generated here; glyph shapes of the DejaVu and STIX fonts (free licenses, shipped by matplotlib)",
             classes=f"the letters {', '.join(glyphs.LETTERS)}",
             uses=("glyphs", "images_per_class", "split_seed"),
             scan=_scan_glyphs,

@@ -1,8 +1,8 @@
 """Photovoltaic cells in electroluminescence images, from the package `elpv-dataset` (Deitsch et al. 2019).
 
 Experts answered two questions for each cell: functional or defective, and sure or not. The package's probability of a
-defect is 0 or 1/3 for functional, 2/3 or 1 for defective. The label here is the first answer, that is probability
-above 1/2; how sure they were becomes an attribute.
+defect is 0 or 1/3 for functional, 2/3 or 1 for defective. The label here is the first answer (probability above 1/2);
+the probability is also kept as an attribute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLASSES = ["functional", "defective"]
 
 
 def package_folder() -> Path:
-    """Where the installed package keeps labels.csv and images/; SourceError where it is not installed."""
+    """Return the installed package's folder with labels.csv and images/; raise SourceError if it is not installed."""
     spec = importlib.util.find_spec("elpv_dataset")
     if spec is None or spec.origin is None:
         raise SourceError("the package elpv-dataset is not installed; run `make setup`")
@@ -34,12 +34,12 @@ def package_folder() -> Path:
 
 
 def scan_elpv(folder: Path, validation_fraction: float, images_per_class: int | None, seed: int) -> Source:
-    """The cells listed in FOLDER/labels.csv (path, probability of a defect, cell type).
+    """Find the cells listed in FOLDER/labels.csv (path, probability of a defect, cell type).
 
     The split is stratified by probability and cell type (mono- or polycrystalline), as in the paper.
 
     Raises:
-        SourceError: labels.csv is missing or malformed, or names images that do not exist.
+        SourceError: labels.csv is missing or malformed, or lists images that do not exist.
     """
     labels = folder / "labels.csv"
     if not labels.is_file():
@@ -47,7 +47,7 @@ def scan_elpv(folder: Path, validation_fraction: float, images_per_class: int | 
     rows = [_parse(labels, line) for line in labels.read_text().splitlines() if line.strip()]
     paths = {name: folder / name for name, _, _ in rows}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
-        raise SourceError(f"{labels} names {len(missing)} images that do not exist: {listed(missing)}")
+        raise SourceError(f"{labels} lists {len(missing)} images that do not exist: {listed(missing)}")
     sizes = {name: path.stat() for name, path in paths.items()}
     cell_types = {name: cell_type for name, _, cell_type in rows}
 

@@ -1,8 +1,8 @@
-"""Generated images whose needed resolution is known: one letter of widely varying height over a textured background.
+"""Generated images with a known required resolution: one letter of widely varying height over a textured background.
 
-A letter of 9 % of the image side can be told from others only at full resolution, one of 60 % at a third of it, so a
-network that chooses its resolution has something to choose. Every image is a pure function of (settings, split,
-index): it does not depend on the number of processes or on the order in which images are drawn.
+A letter of 9 % of the image side can only be recognized at full resolution, one of 60 % already at a third of it. So
+there is something to gain by choosing the resolution. Every image is a pure function of (settings, split, index): it
+does not depend on the number of processes or on the order in which images are drawn.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MARKER = "generated.json"
 
 @dataclass(frozen=True)
 class GlyphSettings:
-    """What the generated images depend on; heights are fractions of `image_size`, which is in pixels."""
+    """The settings of the generated images; heights are fractions of `image_size`, which is in pixels."""
 
     num_train: int = 6000
     num_validation: int = 2000
@@ -59,7 +59,7 @@ class GlyphSettings:
 
 @dataclass(frozen=True)
 class Glyph:
-    """One letter as it is drawn: height and width in pixels, the height measured on its ink."""
+    """A letter to draw: label, font, and height and width of its ink in pixels."""
 
     label: int
     font: int
@@ -68,22 +68,22 @@ class Glyph:
 
 
 def glyph_label(index: int) -> int:
-    """Class of the image at `index`; the classes take turns."""
+    """Return the class of the image at `index`; the classes take turns."""
     return index % len(LETTERS)
 
 
 def glyph_name(split: str, index: int) -> str:
-    """Path of an image under the folder of generated images."""
+    """Return the path of an image, relative to the folder of generated images."""
     return f"{split}/{LETTERS[glyph_label(index)]}/{index:05d}.jpg"
 
 
 def glyph_height(settings: GlyphSettings, split: str, index: int) -> float:
-    """Height of the letter's ink in the image at `index`, as a fraction of the image side."""
+    """Return the height of the letter's ink in the image at `index`, as a fraction of the image side."""
     return _draw_glyph(settings, _generator(settings, split, index), index).height / settings.image_size
 
 
 def render(settings: GlyphSettings, split: str, index: int) -> NDArray[np.uint8]:
-    """The image at `index` of a split: uint8 (image_size, image_size, 3), RGB."""
+    """Draw the image at `index` of a split: uint8 (image_size, image_size, 3), RGB."""
     rng = _generator(settings, split, index)
     glyph = _draw_glyph(settings, rng, index)
     side = settings.image_size
@@ -91,45 +91,45 @@ def render(settings: GlyphSettings, split: str, index: int) -> NDArray[np.uint8]
     image_CHW = _background(side, rng)
     mask_HW = np.asarray(_master(glyph.label, glyph.font).resize((glyph.width, glyph.height), Image.Resampling.BOX))
     under_CHW = image_CHW[:, top : top + glyph.height, left : left + glyph.width]
-    under_CHW += (mask_HW / np.float32(255)) * (_ink_colour(under_CHW, rng)[:, None, None] - under_CHW)
+    under_CHW += (mask_HW / np.float32(255)) * (_ink_color(under_CHW, rng)[:, None, None] - under_CHW)
     image_CHW += rng.standard_normal((side, side), np.float32) * np.float32(rng.uniform(1, 3))
     return np.clip(np.rint(image_CHW), 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
 def scan_glyphs(folder: Path, settings: GlyphSettings, images_per_class: int | None, seed: int) -> Source:
-    """The images that `generate` writes into `folder`; each has its letter's height as attribute "height"."""
+    """Find the images that `generate` writes into `folder`; each has its letter's height as attribute "height"."""
 
     def read_index() -> ImageIndex:
         splits = {split: _refs(folder, settings, split) for split in SPLIT_NAMES}
         splits["train"] = choose(splits["train"], images_per_class, seed)
         return checked(ImageIndex(list(LETTERS), splits, ("height",)))
 
-    # The images follow from this alone, so they need not even be there to know that nothing changed.
+    # The images follow from the settings alone, so they need not exist to know that nothing changed.
     return Source(json.dumps({**asdict(settings), "generator": GENERATOR_VERSION}, sort_keys=True), read_index)
 
 
 def generate(
     folder: Path, settings: GlyphSettings, num_processes: int, advance: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Write `folder`/SPLIT/LETTER/NNNNN.jpg for every image; does nothing where these very images already are.
+    """Write `folder`/SPLIT/LETTER/NNNNN.jpg for every image, unless these images already exist.
 
     Args:
-        folder: images of other settings, or of a generation that was cut short, are replaced.
-        advance: told the number of images that were written since it was called last.
+        folder: images of other settings, or of an interrupted generation, are replaced.
+        advance: called with the number of images that were written since its last call.
 
     Raises:
-        SourceError: `folder` holds something that was not generated here.
+        SourceError: `folder` has files that were not generated here.
     """
     if is_generated(folder, settings):
         return
     if (folder / MARKER).is_file():
         shutil.rmtree(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise SourceError(f"{folder} holds files that were not generated; move them, or choose another data.folder")
+        raise SourceError(f"{folder} has files that were not generated; move them, or choose another data.folder")
     for split in SPLIT_NAMES:
         for letter in LETTERS:
             (folder / split / letter).mkdir(parents=True, exist_ok=True)
-    # Marks the folder as ours before the first image, and as complete after the last.
+    # The marker file says that the folder is generated before the first image, and that it is complete after the last.
     (folder / MARKER).write_text("{}")
     chunks = [
         (split, range(start, min(start + IMAGES_PER_CHUNK, settings.count(split))))
@@ -142,7 +142,7 @@ def generate(
 
 
 def is_generated(folder: Path, settings: GlyphSettings) -> bool:
-    """Whether `folder` holds all images of exactly these settings, drawn by this generator."""
+    """Whether `folder` has all images of exactly these settings, drawn by this generator."""
     try:
         complete = json.loads((folder / MARKER).read_text()) == _marker(settings)
     except (OSError, ValueError):
@@ -182,7 +182,7 @@ def _generator(settings: GlyphSettings, split: str, index: int) -> np.random.Gen
 
 
 def _draw_glyph(settings: GlyphSettings, rng: np.random.Generator, index: int) -> Glyph:
-    """Font and height of a letter; the height is log-uniform, so every doubling of the size is as frequent."""
+    """Draw font and height of a letter; the height is log-uniform, so every doubling of the size is equally likely."""
     label, font, side = glyph_label(index), int(rng.integers(len(FONTS))), settings.image_size
     height = round(side * math.exp(rng.uniform(math.log(settings.min_height), math.log(settings.max_height))))
     master = _master(label, font)
@@ -193,8 +193,8 @@ def _draw_glyph(settings: GlyphSettings, rng: np.random.Generator, index: int) -
 
 @cache
 def _master(label: int, font: int) -> Image.Image:
-    """A large rendering of a letter, cut to its ink: greyscale, 255 is ink."""
-    import matplotlib  # costs half a second, and a folder that is already prepared needs no fonts
+    """Render a letter large and cropped to its ink: grayscale, 255 is ink."""
+    import matplotlib  # takes half a second, and a folder that is already prepared needs no fonts
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{FONTS[font]}.ttf")
     canvas = Image.new("L", (3 * MASTER_HEIGHT, 3 * MASTER_HEIGHT))
@@ -204,7 +204,7 @@ def _master(label: int, font: int) -> Image.Image:
 
 
 def _background(side: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Gradient, gratings and smooth noise of several scales, each with its own tint: float32 (3, side, side)."""
+    """Draw a gradient, gratings and smooth noise of several scales, each with a tint: float32 (3, side, side)."""
     y_HW, x_HW = np.mgrid[0:side, 0:side].astype(np.float32) / side - np.float32(0.5)
     image_CHW = np.empty((3, side, side), np.float32)
     image_CHW[:] = (rng.uniform(70, 185) + rng.uniform(-35, 35, (3, 1, 1))).astype(np.float32)
@@ -227,8 +227,8 @@ def _add_tinted(
     image_CHW += pattern_HW * (amplitude * rng.uniform(0.7, 1.3, (3, 1, 1))).astype(np.float32)
 
 
-def _ink_colour(under_CHW: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """A colour darker or lighter than what it covers by 70 to 140 grey levels: float32 (3,)."""
+def _ink_color(under_CHW: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draw a color 70 to 140 gray levels darker or lighter than what it covers: float32 (3,)."""
     ground_C = under_CHW.mean(axis=(1, 2))
     sign = -1 if rng.random() < ground_C.mean() / 255 else 1
     return (ground_C + sign * rng.uniform(70, 140) + rng.uniform(-25, 25, 3)).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Where the images of a data set are, without reading them: an index of (file, offset, size, label).
+"""The index of a data set's images: file, offset, size and label of each, found without reading them.
 
-Plain files and members of tar files look alike, so both are read with one positioned read. Everything that is chosen
-(split, images_per_class, order) is chosen by a seeded hash of an image's name: it does not depend on the order in
-which a file system lists files, and a new image moves no other beyond the boundary that it shifts.
+Plain files and members of tar files are both read with one positioned read. Every choice (split, images_per_class,
+order) uses a seeded hash of an image's name. So it does not depend on the order in which a file system lists files,
+and a new image only moves images at the boundary between chosen and not chosen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IGNORED_SUFFIXES = TEXT_SUFFIXES | {".mat", ".npy", ".npz", ".pkl", ".db", ".ini
 
 
 class SourceError(ValueError):
-    """The source of a data set does not hold what it should."""
+    """The source of a data set does not have what the data set needs."""
 
 
 class ImageRef(NamedTuple):
@@ -39,7 +39,7 @@ class ImageRef(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """All images of a data set by split, with class names by label."""
+    """The images of a data set by split, with class names by label."""
 
     classes: list[str]
     splits: dict[str, list[ImageRef]]
@@ -48,19 +48,19 @@ class ImageIndex:
 
 @dataclass(frozen=True)
 class Source:
-    """What a data set is made from. `state` tells quickly whether anything changed; `read_index` finds the images."""
+    """A scanned source: `state` changes when any image changes; `read_index` returns the images."""
 
     state: str
     read_index: Callable[[], ImageIndex]
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """The bytes of an image file; OSError where they cannot be read or the file has become shorter."""
+    """Return the bytes of an image; raise OSError if they cannot be read or the file has become shorter."""
     return read_stamped(ref)[0]
 
 
 def read_stamped(ref: ImageRef) -> tuple[bytes, int]:
-    """As `read_bytes`, and when the file was modified last (ns): what has the same time has the same bytes."""
+    """Return the bytes of an image as `read_bytes` does, and the file's modification time (ns)."""
     descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.pread(descriptor, ref.size, ref.offset)
@@ -73,12 +73,12 @@ def read_stamped(ref: ImageRef) -> tuple[bytes, int]:
 
 
 def seeded_hash(seed: int, name: str) -> bytes:
-    """What names are ranked by: uniform, and another order for every seed."""
+    """Return the hash by which names are ranked: uniform, with a different order for every seed."""
     return hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 def choose(refs: Iterable[ImageRef], per_class: int | None, seed: int) -> list[ImageRef]:
-    """At most `per_class` images of each class, chosen by the seeded hash of their names; None keeps all."""
+    """Choose at most `per_class` images of each class by the seeded hash of their names; None keeps all."""
     if per_class is None:
         return list(refs)
     return [ref for group in _grouped(refs, lambda ref: ref.label) for ref in _ranked(group, seed)[:per_class]]
@@ -90,10 +90,10 @@ def split_off(
     seed: int,
     stratum: Callable[[ImageRef], object] = lambda ref: ref.label,
 ) -> tuple[list[ImageRef], list[ImageRef]]:
-    """Share images out into (train, validation), `fraction` of every stratum into validation, at least one to each.
+    """Split images into (train, validation): `fraction` of every stratum for validation, at least one for each.
 
     Raises:
-        SourceError: a stratum has one image only.
+        SourceError: a stratum has only one image.
     """
     train, validation = [], []
     for group in _grouped(refs, stratum):
@@ -107,14 +107,14 @@ def split_off(
 
 
 def shuffled(refs: Iterable[ImageRef], seed: int) -> list[ImageRef]:
-    """The order in which images are stored: classes mixed, so that neighbours in a beton are a fair sample."""
+    """Return images in storage order: classes are mixed, so any part of a beton is a fair sample."""
     return _ranked(refs, seed)
 
 
 def checked(index: ImageIndex) -> ImageIndex:
-    """Raises SourceError where the index is no classification task: one class, or classes without images in a split."""
+    """Return the index; raise SourceError if it has only one class, or classes without images in a split."""
     if len(index.classes) < 2:
-        raise SourceError(f"there is one class only ({', '.join(index.classes)}); at least 2 are needed")
+        raise SourceError(f"there is only one class ({', '.join(index.classes)}); at least 2 are needed")
     problems = []
     for split, refs in index.splits.items():
         present = {ref.label for ref in refs}
@@ -128,19 +128,19 @@ def checked(index: ImageIndex) -> ImageIndex:
 
 
 def state_of(entries: Iterable[tuple[str, os.stat_result]]) -> str:
-    """Digest of names, sizes and modification times."""
+    """Return the digest of names, sizes and modification times."""
     lines = sorted(f"{name}\0{status.st_size}\0{status.st_mtime_ns}" for name, status in entries)
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:
-    """Names for a message, cut after `limit`."""
+    """Join names for a message; after `limit` names only the number of the others is given."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file is clearly not an image, by its name: hidden, or of a type that accompanies images."""
+    """Whether a file is clearly not an image by its name: hidden, or of a type that accompanies images."""
     return name.startswith(".") or name.lower() == "thumbs.db" or os.path.splitext(name)[1].lower() in IGNORED_SUFFIXES  # noqa: PTH122  a tenth of Path's time
 
 

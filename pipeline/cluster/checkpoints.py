@@ -1,4 +1,4 @@
-"""A run's checkpoints before Ray Train looks at them: what it goes on from is there and can be read."""
+"""Check a run's checkpoints before Ray Train resumes from them, and repair Ray Train's list of them."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from pipeline.training.checkpoint import STATE_FILE, TrainingState
 
 
 class DamagedCheckpointError(ValueError):
-    """The checkpoint to go on from cannot be read; `mend_snapshot` finds the one before it."""
+    """The checkpoint to resume from cannot be read; `repair_snapshot` falls back to the one before it."""
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """The training state in a checkpoint's folder; raises DamagedCheckpointError."""
+    """Read the training state in a checkpoint's folder; raises DamagedCheckpointError."""
     try:
         return TrainingState.load(checkpoint / STATE_FILE)
     except ValueError as error:
         raise DamagedCheckpointError(str(error)) from error
 
 
-def mend_snapshot(run_folder: Path) -> list[str]:
-    """Make Ray Train's list of a run's checkpoints name those that can be read, in the run's order, and no others.
+def repair_snapshot(run_folder: Path) -> list[str]:
+    """Rewrite Ray Train's list of a run's checkpoints so that it names exactly the readable ones, in order.
 
-    Ray Train overwrites its list in place, and does not start with one that is cut short or names what is not there.
-    Nobody may be at work on the run. A checkpoint that was written whole, but not listed yet, is taken too.
+    Ray Train overwrites its list in place, and does not start if the list is truncated or names a missing checkpoint.
+    A complete checkpoint that is not listed yet is added. Call this only while no other process works on the run.
 
     Returns:
-        A line for each thing that was found damaged.
+        A line for each damaged file.
 
     Raises:
-        DamagedCheckpointError: there are checkpoints, and none can be read: whether to begin anew is not for us to say.
+        DamagedCheckpointError: there are checkpoints, but none can be read. Only the user can decide to start over.
     """
     snapshot, found = run_folder / SNAPSHOT, []
     listed = _listed(snapshot) if snapshot.exists() else {}
     if listed is None:
-        found.append(f"{snapshot} is damaged; it is made anew from the checkpoints that are there")
+        found.append(f"{snapshot} is damaged; rebuilding it from the checkpoints in the folder")
     known = listed or {}
     unlisted = [path.parent.name for path in sorted(run_folder.glob(f"checkpoint_*/{STATE_FILE}"))]
     positions: dict[str, tuple] = {}
@@ -57,10 +57,10 @@ def mend_snapshot(run_folder: Path) -> list[str]:
     if damaged and not positions:
         reasons = "\n".join(f"  - {reason}" for reason in damaged.values())
         raise DamagedCheckpointError(
-            f"no checkpoint of {run_folder} can be read:\n{reasons}\n"
-            f"put one back, or remove {run_folder} to train from the beginning"
+            f"No checkpoint in {run_folder} can be read:\n{reasons}\n"
+            f"Restore one from a backup, or remove {run_folder} to train from the start."
         )
-    found += [f"{reason}; the checkpoint before it is taken" for name, reason in damaged.items() if name in known]
+    found += [f"{reason}; using the checkpoint before it" for name, reason in damaged.items() if name in known]
     names = sorted(positions, key=positions.__getitem__)
     if listed is None or list(known) != names:
         _write(snapshot, {name: known.get(name, {}) for name in names})
@@ -68,10 +68,10 @@ def mend_snapshot(run_folder: Path) -> list[str]:
 
 
 def _listed(snapshot: Path) -> dict[str, dict[str, Any]] | None:
-    """Name and metrics of every checkpoint in Ray Train's list, oldest first; None where that is damaged."""
+    """Return name and metrics of every checkpoint in Ray Train's list, oldest first; None if the list is damaged."""
     try:
         state = _CheckpointManagerState.model_validate_json(snapshot.read_bytes())
-    except ValueError:  # pydantic's are
+    except ValueError:  # includes pydantic's ValidationError
         return None
     listed = {result.checkpoint_dir_name: result.metrics for result in state.checkpoint_results}
     latest = state.latest_checkpoint_result.checkpoint_dir_name if state.latest_checkpoint_result else None

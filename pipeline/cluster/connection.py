@@ -1,38 +1,147 @@
-"""Which Ray cluster a job runs on, and work in chunks as its tasks."""
+"""Connect a job to its Ray cluster, and run work on it as tasks."""
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
+import socket
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
+import grpc
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
 from datasets.parallel import CHUNKS_AHEAD
 
+ADDRESS, TEMPORARY = "RAY_ADDRESS", "RAY_TMPDIR"
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+"""Ray's environment variables"""
+TOKEN_FILE = Path(".ray") / "auth_token"
+"""where Ray looks for a token, relative to the home folder"""
+SECONDS_TO_CONNECT, SECONDS_TO_ANSWER = 3.0, 10.0
+HEAD_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""a request that only Ray's head answers; its empty message is valid"""
+_HEAD_ADDRESS = (
+    "Use HOST:6379, the address that `ray start --head` prints, or submit the command with `ray job submit`."
+)
+_USUAL_MISTAKES = {8265: "8265 is the port of the dashboard. ", 10001: "10001 is the port of Ray Client. "}
+
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """The cluster to run on: one that is initialised, the one of RAY_ADDRESS (as in a Ray job), or a new local one.
+    """Connect to the cluster that is initialized, else to the one of RAY_ADDRESS, else start a private local one.
 
-    A cluster that merely runs on this machine is not joined: it may be the private one of another run, and end with it.
+    Ray sets RAY_ADDRESS inside a Ray job. A cluster that only happens to run on this machine is not joined: it may be
+    the private cluster of another run, and would end with it.
+
+    Raises:
+        ConnectionError: no head answers at RAY_ADDRESS.
+        OSError: no folder for Ray's session can be written.
     """
     if ray.is_initialized():
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": "WARNING"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    address = os.environ.get(ADDRESS)
+    if address and address != "local":
+        require_head(address)
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise ConnectionError(f"{ADDRESS} is {address}, but Ray cannot connect: {error}") from error
     else:
+        _prepare_local_cluster()
         ray.init(address="local", include_dashboard=False, **quiet)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def require_head(address: str) -> None:
+    """Check that the head of a Ray cluster answers at the value of RAY_ADDRESS.
+
+    Without this check Ray retries for many minutes, and does not name the variable.
+
+    Raises:
+        ConnectionError: it does not answer, something else does, or it refuses this process's token.
+    """
+    if address == "auto":  # Ray looks for a head on this machine, and fails at once without one
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise ConnectionError(f"{ADDRESS} is {address}, but these jobs need HOST:PORT of the head. {_HEAD_ADDRESS}")
+    advice = f"{_USUAL_MISTAKES.get(int(port), '')}{_HEAD_ADDRESS}"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS_TO_CONNECT).close()
+    except socket.gaierror as error:
+        raise ConnectionError(
+            f"{ADDRESS} is {address}, but no host {host} is known ({error.strerror}). {advice}"
+        ) from None
+    except TimeoutError:
+        raise ConnectionError(
+            f"{ADDRESS} is {address}, but nothing answers within {SECONDS_TO_CONNECT:.0f} s: its host is down, or a "
+            f"firewall drops the connection. {advice}"
+        ) from None
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"{ADDRESS} is {address}, but no connection is possible ({error}). {advice}") from None
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            token = _token() if os.environ.get(MODE, "").lower() == "token" else None  # as Ray does
+            sent = [("authorization", f"Bearer {token}")] if token else []
+            channel.unary_unary(HEAD_METHOD)(b"", timeout=SECONDS_TO_ANSWER, metadata=sent)
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise ConnectionError(
+                    f"{ADDRESS} is {address}, whose head {'refuses this token' if token else 'needs a token'}. Set "
+                    f"{MODE}=token, and put the head's token into ~/{TOKEN_FILE} or {TOKEN}."
+                ) from None
+            raise ConnectionError(f"{ADDRESS} is {address}, but something else listens there. {advice}") from None
+
+
+def token_file() -> Path | None:
+    """Return where Ray looks for a token; None if this user has no home folder."""
+    try:
+        return Path(os.environ.get(TOKEN_PATH) or Path.home() / TOKEN_FILE)
+    except RuntimeError:
+        return None
+
+
+def _token() -> str | None:
+    if given := os.environ.get(TOKEN):
+        return given
+    try:
+        return file.read_text().strip() if (file := token_file()) else None
+    except OSError:
+        return None
+
+
+def _prepare_local_cluster() -> None:
+    """Give a private cluster its own token and a folder that this user can write to.
+
+    Otherwise Ray would write a token that others can read into the home folder, which a container's user may lack.
+    """
+    if _token() is None:
+        os.environ[TOKEN] = secrets.token_hex(32)
+    # It warns at every start that authentication is on, which is what we want.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    parent = Path(os.environ.get(TEMPORARY) or os.environ.get("TMPDIR") or "/tmp")
+    folder = parent / "ray"
+    if os.access(folder if folder.exists() else parent, os.W_OK | os.X_OK):
+        return
+    if TEMPORARY in os.environ:
+        raise OSError(f"{TEMPORARY} is {parent}, but this user cannot write to {folder}. Set it to a writable folder.")
+    try:
+        os.environ[TEMPORARY] = tempfile.mkdtemp(prefix="ray-")
+    except OSError as error:
+        raise OSError(f"Ray finds no writable folder for its session ({error}). Set {TEMPORARY} to one.") from None
 
 
 Work = TypeVar("Work")
@@ -42,12 +151,11 @@ Result = TypeVar("Result")
 def map_on_cluster(function: Callable[[Work], Result], work: Iterable[Work], /) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item of `work`, in order, each computed by a Ray task of one CPU.
 
-    It connects to the cluster when the first item is asked for. As many tasks as CHUNKS_AHEAD for each CPU that the
-    cluster has at the time are under way or wait to be taken, so memory does not grow with the work. A task whose
-    worker or machine dies is run again, a few times.
+    It connects to the cluster when the first item is requested. At most CHUNKS_AHEAD tasks for each CPU of the cluster
+    are running or waiting, so memory does not grow with the work. Ray retries a task whose worker or machine dies.
 
     Raises:
-        ChildProcessError: the workers of a task died again and again, for instance because memory ran out.
+        ChildProcessError: the workers of a task died repeatedly, for instance because memory ran out.
     """
     with ray_cluster():
         shipped, remaining = ray.put(function), iter(work)
@@ -60,7 +168,7 @@ def map_on_cluster(function: Callable[[Work], Result], work: Iterable[Work], /) 
                     return
                 yield ray.get(pending.popleft())
         except (WorkerCrashedError, ObjectLostError, OutOfMemoryError) as error:
-            raise ChildProcessError(f"a Ray task was lost, and so was every attempt to run it again: {error}") from None
+            raise ChildProcessError(f"A Ray task failed, and so did every retry: {error}") from None
         finally:
             for task in pending:
                 ray.cancel(task)

@@ -1,7 +1,8 @@
-"""Whether the nodes of a cluster are fit for a run: every problem with what to change, all of them together."""
+"""Check whether the nodes of a cluster can run a configuration; report all problems together, each with a fix."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -23,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from datasets.beton import TRAIN, VALIDATION, Manifest, load_manifest, verify_betons
 from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
-from pipeline.cluster.connection import ray_cluster
+from pipeline.cluster.connection import ADDRESS, TOKEN, ray_cluster, token_file
 from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
@@ -32,19 +33,17 @@ from pipeline.training.describe import describe
 
 SECONDS_TO_ANSWER = 120.0
 LIBRARIES = ("ray", "torch", "torchvision", "ffcv", "numba", "numpy", "mlflow", "pyarrow", "pydantic", "xxhash")
-TOKEN_FILE = Path(".ray") / "auth_token"
-"""where Ray looks for a token, below the home folder"""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at.
+    """What a node should check.
 
     Attributes:
-        mark: a folder in the storage in which the driver has left a file, to be read and joined by another.
-        tracking_uri: None where there is no server to be asked.
-        tokens: whether to look at files with Ray's token.
-        thorough: also what takes seconds: bytes of the data, GPUs, the data's address, the tracking server.
+        mark: a folder in the storage that holds a file of the driver; the node reads it and writes another.
+        tracking_uri: None if there is no server to ask.
+        tokens: whether to check the file with Ray's token.
+        thorough: also check what takes seconds: the data's bytes, GPUs, the data's address, the tracking server.
     """
 
     mark: Path
@@ -57,17 +56,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process on a node found. Problems say what to change, and not on which node."""
+    """What a process found on its node. Problems say what to change, but not on which node."""
 
     host: str
     versions: Mapping[str, str]
     cpus: int
-    """that processes there may use"""
+    """that processes on the node may use"""
     gpus: int | None
-    """that torch sees; None where nobody looked"""
+    """that torch sees; None if not checked"""
     memory_bytes: int
     data_digest: str | None
-    """of what data.folder holds, or None"""
+    """of the data in data.folder; None without usable data"""
     data_free_bytes: int
     storage_free_bytes: int
     problems: list[str]
@@ -75,7 +74,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster: what Ray says of it, and its answer."""
+    """A node of the cluster: what Ray reports about it, and its answer."""
 
     name: str
     is_driver: bool
@@ -85,10 +84,10 @@ class Node:
 
 
 def probe_nodes(request: Request) -> tuple[list[Node], list[str]]:
-    """Ask every node of the connected cluster, the driver's own without a task.
+    """Ask every node of the connected cluster. The driver's own node answers without a Ray task.
 
     Returns:
-        The nodes, and a problem for each that gives no answer.
+        The nodes, and a problem for each node that does not answer.
     """
     own, asked = ray.get_runtime_context().get_node_id(), []
     for node in (node for node in ray.nodes() if node["Alive"]):
@@ -105,8 +104,8 @@ def probe_nodes(request: Request) -> tuple[list[Node], list[str]]:
             nodes.append(Node(name, task is None, cpus, gpus, found))
         except GetTimeoutError:
             problems.append(
-                f"{name} does not answer within {SECONDS_TO_ANSWER:.0f} s; look whether its disks and network file "
-                "systems answer (df), and whether it has memory left"
+                f"{name} does not answer within {SECONDS_TO_ANSWER:.0f} s; check whether its disks and network file "
+                "systems respond (df), and whether it has memory left"
             )
         except RayError as error:
             said = str(error).strip().splitlines()[-1]
@@ -121,7 +120,7 @@ def _answer_remotely(request: Request, node_id: str, gpus: int) -> Answer:
 
 
 def answer(request: Request, node_id: str, gpus: int) -> Answer:
-    """Look at the machine that this runs on; `gpus` are those that Ray counts there."""
+    """Check the machine that this runs on; `gpus` is Ray's count of its GPUs."""
     problems = [*_storage_problems(request.mark, node_id), *(token_problems() if request.tokens else ())]
     digest = _data_digest(request, problems)
     if request.thorough and request.data_uri:
@@ -148,10 +147,10 @@ def answer(request: Request, node_id: str, gpus: int) -> Answer:
 
 @contextmanager
 def marked(storage: Path) -> Iterator[Path]:
-    """A folder in the storage with the driver's mark in it, for as long as nodes are asked.
+    """Yield a new folder in the storage with a file of the driver in it; it is removed afterwards.
 
     Raises:
-        OSError: the driver cannot write there.
+        OSError: the driver cannot write to the storage.
     """
     mark = storage / f".doctor-{secrets.token_hex(8)}"
     mark.mkdir(parents=True)
@@ -163,17 +162,17 @@ def marked(storage: Path) -> Iterator[Path]:
 
 
 def token_problems() -> Iterator[str]:
-    """A file that Ray takes the token from and that others can read."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
+    """Yield a problem if other users can read the file with Ray's token."""
+    path = token_file()
+    if os.environ.get(TOKEN) or path is None:
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / TOKEN_FILE)
     if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         mode = stat.S_IMODE(path.stat().st_mode)
-        yield f"others can read the token in {path} (mode {mode:o}), and so run anything here: chmod 600 {path}"
+        yield f"other users can read the token in {path} (mode {mode:o}) and run code on the cluster: chmod 600 {path}"
 
 
 def free_bytes(path: Path) -> int:
-    """Free space where a folder is, or would be made; 0 where that cannot be told."""
+    """Return the free space where a folder is or would be created; 0 if that is unknown."""
     try:
         return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
     except OSError:
@@ -184,6 +183,7 @@ def _storage_problems(mark: Path, node_id: str) -> Iterator[str]:
     try:
         if (mark / "driver").read_text() == mark.name:
             (mark / node_id).write_text(mark.name)
+            yield from lock_problems(mark / node_id)
             return
         found = "another file is there"
     except OSError as error:
@@ -194,8 +194,20 @@ def _storage_problems(mark: Path, node_id: str) -> Iterator[str]:
     )
 
 
+def lock_problems(file: Path) -> Iterator[str]:
+    """Yield a problem if a file in a folder of the storage cannot be locked."""
+    try:
+        with file.open("w") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        yield (
+            f"cluster.storage {file.parent.parent} is on a file system without file locks ({error.strerror}), which "
+            "keep a second driver out of a run; mount it with locks (NFS: without `nolock`), or choose another folder"
+        )
+
+
 def _data_digest(request: Request, problems: list[str]) -> str | None:
-    """Of what data.folder holds; why there is nothing usable goes into `problems`, unless it will be staged there."""
+    """Return the digest of data.folder, or add to `problems` why it is unusable, unless data.uri will fill it."""
     try:
         read = verify_betons if request.thorough else load_manifest
         manifest: Manifest = read(request.data_folder)
@@ -214,7 +226,7 @@ def _version(name: str) -> str:
 
 
 def _gpus_seen() -> int:
-    """By a process of its own: from this one, which asked Ray for no GPU, Ray hides them."""
+    """Count GPUs in a separate process: Ray hides them from this one, which requested none."""
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     script = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -222,12 +234,12 @@ def _gpus_seen() -> int:
 
 
 KEPT_CHECKPOINTS = 3
-"""two that Ray Train keeps, and one that is being written"""
+"""two that Ray Train keeps, and one being written"""
 
 
 @dataclass
 class Diagnosis:
-    """What was found; notes are worth knowing and keep no run from starting."""
+    """Everything that was found. Problems prevent a run; notes do not."""
 
     nodes: list[Node] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -235,7 +247,7 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """The thorough form, on the cluster of RAY_ADDRESS or, without it, on this machine. Trains and changes nothing."""
+    """Check everything, on the cluster of RAY_ADDRESS or else on this machine. It changes nothing."""
     found, manifest = Diagnosis(), None
     try:
         manifest, _ = check_config(config, capacity=False)
@@ -254,10 +266,10 @@ def examine(config: Config) -> Diagnosis:
 
 
 def require_healthy(config: Config, data_digest: str) -> None:
-    """The quick form, on the connected cluster.
+    """Do the quick checks on the connected cluster.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: lists every problem.
     """
     found = Diagnosis()
     _look(config, data_digest, found, thorough=False)
@@ -275,14 +287,14 @@ def _look(config: Config, data_digest: str | None, found: Diagnosis, *, thorough
                 config.data.folder.absolute(),
                 config.data.uri,
                 tracking_uri=uri if uri.startswith("http") else None,
-                tokens=thorough or bool(os.environ.get("RAY_ADDRESS")),
+                tokens=thorough or bool(os.environ.get(ADDRESS)),
                 thorough=thorough,
             )
             found.nodes, silent = probe_nodes(request)
     except OSError as error:
         found.problems.append(
-            f"cluster.storage {storage} cannot be written to by the driver ({error.strerror}); give a folder that can, "
-            "on a file system that every node sees"
+            f"the driver cannot write to cluster.storage {storage} ({error.strerror}); choose a writable folder on a "
+            "file system that every node sees"
         )
         return
     found.problems += [*silent, *node_problems(config, found.nodes, data_digest)]
@@ -290,14 +302,14 @@ def _look(config: Config, data_digest: str | None, found: Diagnosis, *, thorough
 
 
 def node_problems(config: Config, nodes: Sequence[Node], data_digest: str | None) -> Iterator[str]:
-    """What the answers of the nodes say; `data_digest` is of the data that the driver saw, None where it saw none."""
-    told: dict[str, list[Node]] = {}
+    """Yield the problems in the nodes' answers; `data_digest` is of the driver's data, None if it has none."""
+    nodes_by_problem: dict[str, list[Node]] = {}
     for node in nodes:
         for problem in node.answer.problems:
             of_data = problem.startswith("data.")
             if not of_data or (data_digest and (node.cpus or node.is_driver)):  # a head without workers needs no data
-                told.setdefault(problem, []).append(node)
-    yield from (f"{problem} (on {listed(where, nodes)})" for problem, where in told.items())
+                nodes_by_problem.setdefault(problem, []).append(node)
+    yield from (f"{problem} (on {listed(where, nodes)})" for problem, where in nodes_by_problem.items())
     yield from version_problems(nodes)
     if data_digest and not config.data.uri:
         yield from digest_problems(config, nodes, data_digest)
@@ -306,28 +318,28 @@ def node_problems(config: Config, nodes: Sequence[Node], data_digest: str | None
 
 
 def version_problems(nodes: Sequence[Node]) -> Iterator[str]:
-    """Libraries that differ between nodes."""
+    """Yield the libraries whose versions differ between nodes."""
     for name in dict.fromkeys(name for node in nodes for name in node.answer.versions):
         by_version: dict[str, list[Node]] = {}
         for node in nodes:
             by_version.setdefault(node.answer.versions[name], []).append(node)
         if len(by_version) > 1:
-            told = "; ".join(f"{version} on {listed(where, nodes)}" for version, where in by_version.items())
-            yield f"{name} is not the same on every node: {told}. Install requirements.lock on all (make setup)"
+            versions = "; ".join(f"{version} on {listed(where, nodes)}" for version, where in by_version.items())
+            yield f"{name} is not the same on every node: {versions}. Install requirements.lock on all (make setup)"
 
 
 def digest_problems(config: Config, nodes: Sequence[Node], data_digest: str) -> Iterator[str]:
-    """Nodes that hold other data than the driver."""
+    """Yield a problem if nodes hold other data than the driver."""
     others = [node for node in nodes if node.answer.data_digest not in (None, data_digest)]
     if others:
         yield (
             f"data.folder {config.data.folder} holds other data than the driver's (digest {data_digest}) on "
-            f"{listed(others, nodes)}; make it the same on every node, or give a data.uri that they copy it from"
+            f"{listed(others, nodes)}; copy the same data to every node, or set data.uri so that nodes download it"
         )
 
 
 def gpu_problems(nodes: Sequence[Node]) -> Iterator[str]:
-    """GPUs that Ray counts and torch cannot use."""
+    """Yield the nodes where torch sees fewer GPUs than Ray."""
     for node in nodes:
         if node.answer.gpus is not None and node.answer.gpus < node.gpus:
             yield (
@@ -338,10 +350,10 @@ def gpu_problems(nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
-    """A tracking store that is a file of one machine, where the first worker may run on another."""
+    """Yield a problem if the tracking store is a file on one machine of several."""
     file, storage = sqlite_file(tracking_uri(config)), Path(config.cluster.storage).resolve()
     hosts = {node.answer.host for node in nodes}
-    # Within the storage, or beside a folder above it, where a search's storage has those of its finetuned runs.
+    # Fine within the storage, or next to a parent of it: a search's finetuned runs are stored inside the search.
     if file is not None and len(hosts) > 1 and storage not in file.parents and file.parent not in storage.parents:
         yield (
             f"the tracking store {file} is a file of one machine, and this cluster has {len(hosts)}; start `mlflow "
@@ -351,7 +363,7 @@ def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def space_problems(config: Config) -> Iterator[str]:
-    """A storage that cannot hold what the run will write; counts no epochs of the run that are there already."""
+    """Yield a problem if the storage cannot hold what a new run writes."""
     stages = describe(config).stages
     states = [stage.memory.weights * (1 + _averages(config, stage.name)) + stage.memory.optimizer for stage in stages]
     needed = KEPT_CHECKPOINTS * max(states) + sum(stage.table_bytes or 0 for stage in stages)
@@ -359,12 +371,12 @@ def space_problems(config: Config) -> Iterator[str]:
     if needed > free:
         yield (
             f"cluster.storage has {_gigabytes(free)} free; {KEPT_CHECKPOINTS} checkpoints and the logit tables of this "
-            f"run need {_gigabytes(needed)}: make room, or choose another cluster.storage"
+            f"run need {_gigabytes(needed)}: free space, or choose another cluster.storage"
         )
 
 
 def staging_problems(config: Config, manifest: Manifest, nodes: Sequence[Node]) -> Iterator[str]:
-    """Nodes whose disk cannot hold the data that they would copy from data.uri."""
+    """Yield the nodes whose disk cannot hold the data that they would download from data.uri."""
     if not config.data.uri:
         return
     for node in nodes:
@@ -372,49 +384,49 @@ def staging_problems(config: Config, manifest: Manifest, nodes: Sequence[Node]) 
         needed = sum(manifest.splits[split].size_bytes for split in splits)
         if node.answer.data_digest != manifest.digest and node.answer.data_free_bytes < needed:
             yield (
-                f"data.folder {config.data.folder} on {node.name} has {_gigabytes(node.answer.data_free_bytes)} free, "
-                f"the data to be copied there needs {_gigabytes(needed)}; make room, or choose another data.folder"
+                f"data.folder {config.data.folder} on {node.name} has {_gigabytes(node.answer.data_free_bytes)} free "
+                f"and the data to download needs {_gigabytes(needed)}: free space, or choose another data.folder"
             )
 
 
 def memory_notes(config: Config, manifest: Manifest, nodes: Sequence[Node]) -> Iterator[str]:
-    """Nodes that read the training images from disk in every epoch, and at random."""
+    """Yield a note if nodes will read training images from disk, at random, in every epoch."""
     size = manifest.splits[TRAIN].size_bytes
     small = [node.name for node in nodes if node.cpus and node.answer.memory_bytes < size]
     if small and config.loader.window_pages is None:
         yield (
-            f"train.beton ({_gigabytes(size)}) is larger than the memory of {', '.join(small)}: reading will be at "
-            "random; loader.window_pages=64 reads in large pieces"
+            f"train.beton ({_gigabytes(size)}) is larger than the memory of {', '.join(small)}, so reads are random; "
+            "loader.window_pages=64 reads large pieces instead"
         )
 
 
 def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
-    """More CPUs promised, or threads asked for, than there are."""
+    """Yield notes where more CPUs or threads are configured than exist."""
     for node in nodes:
         if node.cpus > node.answer.cpus:
             yield (
-                f"Ray counts {node.cpus} CPUs on {node.name}, where processes may use {node.answer.cpus}; start Ray "
+                f"Ray counts {node.cpus} CPUs on {node.name}, but processes may use only {node.answer.cpus}; start Ray "
                 f"there with --num-cpus={node.answer.cpus}"
             )
     asked, each = config.loader.num_threads, config.cluster.cpus_per_worker
     if asked and each and asked > each:
-        yield f"loader.num_threads {asked} is more than cluster.cpus_per_worker {each}; leave it out to have as many"
+        yield f"loader.num_threads {asked} is more than cluster.cpus_per_worker {each}; remove it to use every CPU"
     fewest = min((node.answer.cpus for node in nodes if node.cpus), default=0)
     if asked and asked > fewest:
-        yield f"loader.num_threads {asked} is more than the {fewest} CPUs of a node; leave it out to have as many"
+        yield f"loader.num_threads {asked} is more than the {fewest} CPUs of a node; remove it to use every CPU"
 
 
 def cluster_notes() -> Iterator[str]:
-    """What is open about the cluster itself."""
-    if os.environ.get("RAY_ADDRESS") and os.environ.get("RAY_AUTH_MODE") != "token":
+    """Yield notes about the security of the cluster."""
+    if os.environ.get(ADDRESS) and os.environ.get("RAY_AUTH_MODE") != "token":
         yield (
-            "RAY_AUTH_MODE is not token: whoever reaches the cluster's ports runs code there; start it with "
+            "RAY_AUTH_MODE is not token: anyone who reaches the cluster's ports can run code on it; start it with "
             "RAY_AUTH_MODE=token (docs/cluster.md)"
         )
 
 
 def listed(some: Sequence[Node], everyone: Sequence[Node]) -> str:
-    """Names of nodes for people."""
+    """Format the names of nodes."""
     return "every node" if len(some) == len(everyone) > 1 else ", ".join(node.name for node in some)
 
 

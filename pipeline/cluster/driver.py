@@ -1,4 +1,4 @@
-"""The driver of a run: check everything, start Ray, train in one worker group, then report, track and finish."""
+"""Drive a run: check everything, start Ray, train in one worker group, then report, track and finish."""
 
 from __future__ import annotations
 
@@ -8,44 +8,48 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import ray
 import torch
 import yaml
 
-from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg
+from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg, read_layout
 from datasets.files import write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
-from pipeline.cluster.checkpoints import DamagedCheckpointError, mend_snapshot
+from pipeline.cluster.checkpoints import DamagedCheckpointError, repair_snapshot
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.group import run_group
 from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
 from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
-from pipeline.cluster.worker import WorkerSettings, run_worker
+from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
 from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.load import drift, parse_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
+from pipeline.evaluation.joint import better
 from pipeline.evaluation.predictions import Predictions, merge
-from pipeline.evaluation.report import write_report
+from pipeline.evaluation.report import Evaluation, write_report
 from pipeline.models.cost import Costs, Latency
+from pipeline.policies.calibrate import Budget, Split
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import replay, tracked_run
 from pipeline.training.checkpoint import load_model
+from pipeline.training.run import BEFORE_JOINT
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run."""
+    """The folder and report of a finished run."""
 
     folder: RunFolder
     report: dict[str, Any]
@@ -53,10 +57,10 @@ class RunResult:
 
 
 def train_run(config: Config) -> RunResult:
-    """Train, evaluate and report; goes on from the last checkpoint, and does nothing for a finished run.
+    """Train, evaluate and report. It resumes from the last checkpoint, and does nothing for a finished run.
 
     Raises:
-        ConfigError: with every problem that can be known before Ray starts, or that the cluster shows.
+        ConfigError: lists every problem that is found before Ray starts, or on the cluster.
         ValueError: the run exists with another configuration, another driver is at work on it, or it diverged.
     """
     folder = RunFolder.of(config)
@@ -74,20 +78,22 @@ def train_run(config: Config) -> RunResult:
         download_validation_split(config)
         with ray_cluster(), sigterm_as_sigint(), tracked_run(config, folder.path, folder.report, manifest) as tracking:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
-            _collect(_fit(config, folder.path, settings), folder)
-            report = _write_report(config, folder, manifest, _measured(config, folder, costs))
+            checkpoint = _fit(config, folder.path, settings)
+            costs = _measured(config, folder, costs)
+            kept = _collect(checkpoint, config, folder, costs)
+            report = _write_report(config, folder, manifest, costs, {"joint stage": kept} if kept else {})
             write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
 
 
 def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None = None) -> RunResult:
-    """Evaluate a run's model.pt again and write its report anew.
+    """Evaluate a run's model.pt again and rewrite its report.
 
     Args:
-        cost: of the report, in place of the run's own. Milliseconds that the run has measured are used again.
+        cost: replaces the run's own cost in the report. Milliseconds that the run has measured are reused.
 
     Raises:
-        ConfigError: as `train_run`.
+        ConfigError: as in `train_run`.
         ValueError: the run has no readable model.pt.
     """
     folder = RunFolder.of(config)
@@ -99,55 +105,75 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
     download_validation_split(config)
     with only_driver(folder.driver_lock), ray_cluster():
         settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)
-        # Ray Train goes on from what it finds under a run's name, so every evaluation has a name of its own.
+        # Ray Train resumes from what it finds under a run's name, so every evaluation gets its own name.
         with tempfile.TemporaryDirectory(dir=folder.path, prefix="evaluation-") as storage:
-            _collect(_fit(config, Path(storage), settings), folder)
+            merged(_fit(config, Path(storage), settings), PREDICTIONS).save(folder.predictions)
     return RunResult(folder, _write_report(config, folder, manifest, _measured(config, folder, costs)))
 
 
 def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
-    """With the milliseconds that a worker measured, where they are the cost."""
+    """Return the costs, with the milliseconds that a worker measured if those are the cost."""
     return costs if config.cost == "flops" else replace(costs, latency=Latency.load(folder.latency))
 
 
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
-    """Run the worker group to its end; returns the folder of the last checkpoint. Raises what `run_group` does."""
+    """Run the worker group and return the folder of the last checkpoint; raises what `run_group` raises."""
     require_healthy(config, settings.data_digest)
-    # The controller answers a worker's report at its next look; the default of 2 s would be most of a short epoch.
+    # The controller answers a worker's report at its next poll; the default of 2 s would be most of a short epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.cluster.hang_seconds)
     shipped = replace(settings, config=with_absolute_paths(config))
     with followed(settings.run_folder):
         while True:
-            for line in mend_snapshot(storage):
+            for line in repair_snapshot(storage):
                 append_event(settings.run_folder, {"message": line}, FAILURES)
             # An evaluation has no checkpoints to stop at.
             stopping = nullcontext() if settings.evaluate_model else stoppable(RunFolder(settings.run_folder))
             with suppress(DamagedCheckpointError), stopping:
-                result = run_group(run_worker, shipped, config, storage=storage, told=settings.run_folder)
+                result = run_group(run_worker, shipped, config, storage=storage, event_folder=settings.run_folder)
                 return Path(result.checkpoint.path)
 
 
-def _collect(checkpoint: Path, folder: RunFolder) -> None:
-    """Put what the workers reported last into the run's folder: the model, and all ranks' predictions as one."""
-    parts = [Predictions.load(path) for path in sorted(checkpoint.glob("predictions-*.npz"))]
-    merge(parts).save(folder.predictions)
-    if not folder.model.exists():
-        write_whole(folder.model, (checkpoint / folder.model.name).read_bytes())
+def _collect(checkpoint: Path, config: Config, folder: RunFolder, costs: Costs) -> str | None:
+    """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks.
+
+    Returns:
+        Which model the run keeps, if there is one from before the joint stage and one from after it.
+    """
+    predictions, model, kept = merged(checkpoint, PREDICTIONS), checkpoint / folder.model.name, None
+    if list(checkpoint.glob(f"{BEFORE_JOINT}-*.npz")):
+        before = merged(checkpoint, BEFORE_JOINT)
+        before.save(folder.predictions_before_joint)
+        predictions.save(folder.predictions_after_joint)
+        (select, _), *folds = split_of(config).parts(sample_checksums(config)[before.indices_N])
+        select_N = np.isin(np.arange(before.num_images), select)
+        kept = better(before, predictions, costs, None if folds else select_N)
+        append_event(folder.path, {"message": f"joint stage: {kept}"})
+        if not kept.is_after:
+            predictions, model = before, folder.before_joint
+    predictions.save(folder.predictions)
+    write_whole(folder.model, model.read_bytes())
+    return str(kept) if kept else None
+
+
+def merged(checkpoint: Path, name: str) -> Predictions:
+    """All ranks' predictions of one model as one."""
+    return merge([Predictions.load(path) for path in sorted(checkpoint.glob(f"{name}-*.npz"))])
 
 
 def download_validation_split(config: Config) -> None:
-    """Bring the images that the report shows to the driver's node: first, so that it cannot fail for want of them."""
+    """Download the images that the report shows to the driver's node, before training, so that the report has them."""
     if config.data.uri:
         download_dataset(config.data.uri, config.data.folder, splits=[VALIDATION])
 
 
-def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: Costs) -> dict[str, Any]:
+def _write_report(
+    config: Config, folder: RunFolder, manifest: Manifest, costs: Costs, about: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     validation = beton_path(config.data.folder, VALIDATION)
     return write_report(
         folder.report,
-        Predictions.load(folder.predictions),
-        costs,
+        evaluation_of(config, folder, costs),
         classes=manifest.classes,
         attributes=manifest.splits[VALIDATION].attributes,
         read_image=lambda index: read_jpeg(validation, index),
@@ -157,13 +183,47 @@ def _write_report(config: Config, folder: RunFolder, manifest: Manifest, costs: 
             "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
             "references": [asdict(published) for published in find_dataset(manifest.dataset).published],
             "data digest": manifest.digest,
+            **(about or {}),
             **environment(),
         },
     )
 
 
+def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation:
+    """What a finished run's report is made of; the validation images must be on this node."""
+    predictions, other, name = Predictions.load(folder.predictions), None, ""
+    if folder.predictions_before_joint.exists():
+        other, name = Predictions.load(folder.predictions_before_joint), "before joint"
+        if np.array_equal(other.logits_NRK, predictions.logits_NRK):
+            other, name = Predictions.load(folder.predictions_after_joint), "after joint"
+    policy = config.policy
+    highest = policy.budget_gflops if config.cost == "flops" else policy.budget_milliseconds
+    drop = policy.max_accuracy_drop
+    return Evaluation(
+        predictions,
+        costs,
+        sample_checksums(config)[predictions.indices_N],
+        other,
+        name,
+        budget=Budget(highest, None if drop is None else drop / 100),
+        split=split_of(config),
+        balanced=policy.select_by == "balanced_accuracy",
+    )
+
+
+def split_of(config: Config) -> Split:
+    """Which validation images policies are fitted on, and which are stated."""
+    policy = config.policy
+    return Split(policy.select_share, policy.cross_fit_below, policy.folds, config.seed)
+
+
+def sample_checksums(config: Config) -> np.ndarray:
+    """The checksum of every validation image, uint64, in the order of the beton."""
+    return read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
+
+
 def environment() -> dict[str, str]:
-    """Versions and hardware, as a published figure needs them."""
+    """Return the versions and hardware that a published figure needs."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
@@ -175,7 +235,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def only_driver(lock: Path) -> Iterator[None]:
-    """Hold the folder of `lock` against a second driver; the lock ends with the process, however that ends."""
+    """Keep a second driver out of the folder of `lock`; the lock ends with the process, even if it is killed."""
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,13 +247,13 @@ def only_driver(lock: Path) -> Iterator[None]:
 
 
 def _refuse_drift(folder: RunFolder, config: Config) -> None:
-    """A run goes on with the configuration it began with."""
+    """Refuse to resume a run with another configuration than it started with."""
     if not folder.config.exists():
         return
     changed = drift(parse_config(yaml.safe_load(folder.config.read_text()), str(folder.config)), config)
     if changed:
         listing = "\n".join(f"  - {line}" for line in changed)
         raise ValueError(
-            f"the run {config.name} began with another configuration:\n{listing}\n"
-            f"put it back, choose another name (name=...), or remove {folder.path}"
+            f"The run {config.name} started with another configuration:\n{listing}\n"
+            f"Restore these values, choose another name (name=...), or remove {folder.path}."
         )

@@ -22,6 +22,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
 from pipeline.cluster.checkpoints import DamagedCheckpointError
+from pipeline.cluster.crashes import crash_traced, explain_death, trace_file
 from pipeline.cluster.preflight import worker_resources
 from pipeline.cluster.progress import FAILURES, append_event
 from pipeline.cluster.stopping import StoppedError, restored
@@ -32,22 +33,22 @@ from pipeline.training.logit_table import UnfillableTableError
 from pipeline.training.monitoring import DivergedError
 
 _OF_OTHERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL")
-"""what a worker says when another one has gone"""
+"""errors in a worker whose peer has died"""
 
 
 class FailureReporter(UserCallback):
-    """Adds each failure of workers to the run's folder as it happens. It lives in Ray Train's controller."""
+    """Appends each worker failure to the run's folder as it happens; it runs in Ray Train's controller."""
 
     def __init__(self, run_folder: Path):
         self.run_folder = run_folder
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        with suppress(OSError):  # the disk may be what failed, and an error here would be the controller's own
-            append_event(self.run_folder, {"message": explain_workers(worker_exceptions)}, FAILURES)
+        with suppress(OSError):  # the disk may be the cause, and an error here would fail the controller
+            append_event(self.run_folder, {"message": explain_workers(worker_exceptions, self.run_folder)}, FAILURES)
 
 
 class WaitReporter(ControllerCallback):
-    """Adds that workers cannot be started, which Ray Train tries again without a word for as long as it takes."""
+    """Reports once that workers cannot start; Ray Train keeps retrying silently."""
 
     def __init__(self, run_folder: Path):
         self.run_folder, self._waiting = run_folder, False
@@ -56,51 +57,52 @@ class WaitReporter(ControllerCallback):
         if isinstance(current_state, RunningState):
             self._waiting = False
         elif isinstance(current_state, ReschedulingState) and not self._waiting:
-            self._waiting = True  # told once, however often it is tried
+            self._waiting = True  # report once, however often Ray Train retries
             error = current_state.training_failed_error
             said = _explained(error.controller_failure if isinstance(error, ControllerError) else error)
             with suppress(OSError):
-                append_event(self.run_folder, {"message": f"the workers are not started yet: {said}"}, FAILURES)
+                append_event(self.run_folder, {"message": f"the workers have not started yet: {said}"}, FAILURES)
 
 
-def explain_workers(failures: Mapping[int, Exception]) -> str:
-    """One line: which worker failed, and how. A worker's end breaks the others' connections: those are told last."""
+def explain_workers(failures: Mapping[int, Exception], event_folder: Path) -> str:
+    """Say in one line which worker failed, and how. Workers that lost their connection to it come last."""
 
-    def told_late(rank: int) -> tuple[bool, int]:
+    def secondary(rank: int) -> tuple[bool, int]:
         return any(sign in str(failures[rank]) for sign in _OF_OTHERS), rank
 
-    rank = min(failures, key=told_late)
-    others = f" (and {len(failures) - 1} with it)" if len(failures) > 1 else ""
-    return f"worker {rank}{others}: {_explained(failures[rank])}"
+    rank = min(failures, key=secondary)
+    others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return f"worker {rank}{others}: {_explained(failures[rank], trace_file(event_folder, rank))}"
 
 
-def explain_end(error: TrainingFailedError | RayActorError, run: str, saved: str) -> str:
-    """Why Ray Train gave up, and what to do; `saved` is what the same command goes on from."""
+def explain_end(error: TrainingFailedError | RayActorError, run: str, event_folder: Path, saved: str) -> str:
+    """Say why Ray Train gave up, and what to do; the same command resumes from `saved`."""
     if isinstance(error, WorkerGroupError):
-        said = explain_workers(error.worker_failures)
+        said = explain_workers(error.worker_failures, event_folder)
     elif isinstance(error, ControllerError):
         said = f"Ray Train's controller: {_one_line(error.controller_failure)}"
     else:
         said = f"Ray Train's controller: {_explained(error)}"
     return (
-        f"the run {run} has ended early. {said.rstrip('.')}.\n"
-        f"Mend that where it needs mending; then the same command goes on from {saved}"
+        f"The run {run} ended early. {said.rstrip('.')}.\n"
+        f"Fix the cause and rerun the same command; it resumes from {saved}."
     )
 
 
-def _explained(error: BaseException) -> str:
+def _explained(error: BaseException, trace: Path | None = None) -> str:
     if isinstance(error, WorkerHealthCheckTimeoutError):
-        return "no answer for cluster.hang_seconds; taken for lost"
+        return "no answer for cluster.hang_seconds, so it is considered lost"
     if isinstance(error, WorkerGroupStartupTimeoutError):
-        return f"the cluster has no room for {error.num_workers}; waiting for it (`ray status` shows what there is)"
+        return f"the cluster has no room for {error.num_workers}; waiting for room (`ray status` shows what is free)"
     if isinstance(error, WorkerHealthCheckFailedError):
-        return _explained(error.health_check_failure)
+        return _explained(error.health_check_failure, trace)
     if isinstance(error, RayActorError):
         said = str(error)
         if "node" in said and "died" in said and "its node" in said:
-            return "lost with its node"
-        killed = "its process died" if isinstance(error, ActorDiedError) else "its process cannot be reached"
-        return f"{killed} (killed, out of memory, or a crash: see Ray's logs)"
+            return "its node died"
+        if isinstance(error, ActorDiedError):
+            return explain_death(trace)
+        return "its process cannot be reached (its node or network is down, or it is overloaded)"
     if any(sign in str(error) for sign in _OF_OTHERS):
         return f"lost its connection to another worker ({_one_line(error)})"
     return f"{type(error).__name__}: {_one_line(error)}"
@@ -112,7 +114,7 @@ def _one_line(error: BaseException) -> str:
 
 Settings = TypeVar("Settings")
 
-# Raised by every rank at the same step; to start the workers again would end the same.
+# Every rank raises them at the same step; restarted workers would end the same way.
 FINAL_ERRORS = (
     ConfigError,
     DivergedError,
@@ -129,26 +131,26 @@ def run_group(
     config: Config,
     *,
     storage: Path,
-    told: Path,
+    event_folder: Path,
     saved: str = "the last checkpoint",
 ) -> ray.train.Result:
-    """Run `work(settings)` on all workers, which are started again as often as cluster.max_failures says.
+    """Run `work(settings)` on all workers, which restart up to cluster.max_failures times.
 
     Args:
         work: what a worker does.
-        storage: Ray Train's folder of the group; it goes on from the last checkpoint that it finds there.
-        told: the folder that `followed` reads, which is told of failures and of waiting for room.
-        saved: what the same command goes on from after an early end.
+        storage: Ray Train's folder of the group; it resumes from the last checkpoint that it finds there.
+        event_folder: the folder that `followed` reads; failures and waiting for room are reported there.
+        saved: what the same command resumes from after an early end.
 
     Raises:
         FINAL_ERRORS: one of them, from the workers; StoppedError as KeyboardInterrupt.
         KeyboardInterrupt: it was stopped, after a checkpoint or at once.
-        ChildProcessError: workers failed again and again, or Ray Train did.
+        ChildProcessError: workers or Ray Train failed too often.
     """
     cluster = config.cluster
     elastic = cluster.min_workers not in (None, cluster.num_workers)
     trainer = TorchTrainer(
-        partial(_returning_final_errors, work),
+        partial(_run_worker, work, event_folder),
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,
@@ -159,16 +161,16 @@ def run_group(
             storage_path=str(storage.parent),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureReporter(told), WaitReporter(told)],
+            callbacks=[FailureReporter(event_folder), WaitReporter(event_folder)],
         ),
     )
     try:
         with restored(signal.SIGINT):
             result = trainer.fit()
     except SystemExit:  # by SIGINT, which Ray Train handles, or by a handler of SIGTERM
-        raise KeyboardInterrupt(f"interrupted; the same command goes on from {saved}") from None
+        raise KeyboardInterrupt(f"interrupted; the same command resumes from {saved}") from None
     except (TrainingFailedError, RayActorError) as error:
-        raise ChildProcessError(explain_end(error, config.name, saved)) from error
+        raise ChildProcessError(explain_end(error, config.name, event_folder, saved)) from error
     match result.return_value:
         case StoppedError() as stopped:
             raise KeyboardInterrupt(str(stopped))
@@ -177,10 +179,11 @@ def run_group(
     return result
 
 
-def _returning_final_errors(work: Callable[[Settings], None], settings: Settings) -> Exception | None:
-    """Ray Train's train function: an error that is returned is not counted as a failure of the worker."""
+def _run_worker(work: Callable[[Settings], None], event_folder: Path, settings: Settings) -> Exception | None:
+    """Return final errors instead of raising them: Ray Train would count them as failures and retry."""
     try:
-        work(settings)
+        with crash_traced(event_folder, ray.train.get_context().get_world_rank()):
+            work(settings)
     except FINAL_ERRORS as error:
         return error
     return None

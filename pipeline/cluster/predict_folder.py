@@ -1,4 +1,4 @@
-"""Predict a large folder on the cluster: a Ray Data job, resumable, one Parquet file for each part."""
+"""Predicts a large folder on the cluster with Ray Data: resumable, one Parquet file for each part."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from pipeline.tracking.registry import FoundModel, find_model, load_registered
 
 FORMAT = 1
 FILES_PER_PART = 2048
-_SEPARATOR = b"\0"  # the one byte that no path holds
+_SEPARATOR = b"\0"  # the only byte that no path contains
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prediction is of. A resume with another plan would mix two results, so it is refused."""
+    """The inputs of a prediction. Resuming with another plan would mix two results, so it is refused."""
 
     model: str
-    """its address with the number of the version, which the alias may leave meanwhile"""
+    """The model's address with its version number, because the alias may move in the meantime."""
     model_uuid: str
-    """of its content"""
+    """The id of the model's content."""
     budget_bias: float
     files_per_part: int
     num_files: int
     files_sha256: str
-    """of the list of files, not of what is in them"""
+    """The hash of the list of files, not of their content."""
     format: int = FORMAT
 
     @property
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Part:
-    """Files that are predicted together: a range of bytes of the list of files."""
+    """Files that are predicted together: a byte range of the list of files."""
 
     number: int
     start: int
@@ -63,7 +63,7 @@ class Part:
 
 
 class OutputFolder:
-    """_plan.json, _files.list and part-NNNNNN.parquet for each part."""
+    """The folder of results: _plan.json, _files.list, and part-NNNNNN.parquet for each part."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -74,7 +74,7 @@ class OutputFolder:
 
     @property
     def list_file(self) -> Path:
-        """Paths below the folder of images, each ended by a zero byte."""
+        """The list of paths below the folder of images, each terminated by a zero byte."""
         return self.path / "_files.list"
 
     @property
@@ -85,7 +85,7 @@ class OutputFolder:
         return self.path / f"part-{number:06d}.parquet"
 
     def missing(self, parts: Iterable[Part]) -> list[Part]:
-        """The parts that are still to be computed."""
+        """Returns the parts that still have to be computed."""
         present = {path.name for path in self.path.iterdir()}
         return [part for part in parts if self.part_file(part.number).name not in present]
 
@@ -96,10 +96,10 @@ class OutputFolder:
         return [os.fsdecode(name) for name in content.split(_SEPARATOR)[:-1]]
 
     def list_files(self, folder: Path, files_per_part: int) -> tuple[list[Part], str]:
-        """List the images below `folder` and cut the list into parts; returns them and the list's SHA-256.
+        """List the images below `folder` and split the list into parts; returns them and the list's SHA-256.
 
-        The list is kept where `agree` finds that it is the one of this folder. It goes from disk to disk: the names in
-        one folder are in memory, never all.
+        `agree` keeps the list if it belongs to this folder of results. Listing is a stream to disk: memory holds the
+        names of one folder at a time.
         """
         digest, parts = hashlib.sha256(), []
         start, offset, count = 0, 0, 0
@@ -117,17 +117,17 @@ class OutputFolder:
         return parts, digest.hexdigest()
 
     def agree(self, plan: Plan) -> None:
-        """Keep the plan and the list in a new folder; in one that has them, raise ValueError naming what differs."""
+        """Keep the plan and the list in a new folder; in an existing one, raise ValueError that names what differs."""
         if not self.plan_file.exists():
             if next(self.path.glob("part-*.parquet"), None):
-                raise ValueError(f"{self.path} holds part-*.parquet but no _plan.json; give --out another folder")
+                raise ValueError(f"{self.path} holds part-*.parquet but no _plan.json; choose another folder for --out")
             self._new_list.replace(self.list_file)
             write_whole(self.plan_file, json.dumps(asdict(plan), indent=1))
             return
         try:
             before = Plan(**json.loads(self.plan_file.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.plan_file} is damaged ({error}); give --out another folder") from None
+            raise ValueError(f"{self.plan_file} is damaged ({error}); choose another folder for --out") from None
         changed = [
             f"  - {field.name}: {getattr(before, field.name)} -> {getattr(plan, field.name)}"
             for field in fields(Plan)
@@ -137,12 +137,12 @@ class OutputFolder:
             listing = "\n".join(changed)
             raise ValueError(
                 f"{self.path} holds the results of another prediction:\n{listing}\n"
-                "put that back, give --out another folder, or remove this one"
+                "restore these values, choose another folder for --out, or remove this one"
             )
         self._new_list.replace(self.list_file)
 
     def write_part(self, number: int, table: pa.Table) -> None:
-        """Write a part: whole, or not at all. Two processes may write the same one."""
+        """Write a part atomically. Two processes may write the same part."""
         path = self.part_file(number)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         pq.write_table(table, partial)
@@ -151,16 +151,16 @@ class OutputFolder:
         sync_folder(self.path)
 
     def remove_partial(self) -> None:
-        """Remove what processes left that died while they wrote."""
+        """Remove partial files of processes that died while writing."""
         for partial in self.path.glob(".*.partial"):
             partial.unlink(missing_ok=True)
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> pa.Table:
-    """Rows as an Arrow table whose types are the same in every part, whatever is null.
+    """Returns rows as an Arrow table with the same types in every part, whatever is null.
 
     Args:
-        columns: pandas' names of the types, as serving.OUTPUT_COLUMNS has them.
+        columns: pandas' names of the types, as in pyfunc.OUTPUT_COLUMNS.
     """
     types = {"Int64": pa.int64(), "Float64": pa.float64(), "string": pa.string()}
     schema = pa.schema({"file": pa.string()} | {name: types[kind] for name, kind in columns.items()})
@@ -170,7 +170,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
 
 
 def summarize(output: OutputFolder, num_parts: int) -> str:
-    """What all parts together say, in a line."""
+    """Returns a one-line summary of all parts."""
     resolutions: Counter[int] = Counter()
     num_rows, num_errors, gflops = 0, 0, 0.0
     for number in range(num_parts):
@@ -201,20 +201,20 @@ def predict_folder(
     files_per_part: int | None = None,
     show_progress: bool = True,
 ) -> str:
-    """Predict every JPEG and PNG file below `folder` into Parquet files in `out`; returns what they say, in a line.
+    """Predict every image below `folder` into Parquet files in `out`; returns a one-line summary.
 
-    Parts that are there already are left as they are. Both folders must be the same on every node, and so must the
-    registry's address. One driver at a time: a second one waits, and finds the work done.
+    Existing parts are kept. Every node must see both folders and the registry under the same address. One driver runs
+    at a time: a second one waits and then finds the work done.
 
     Raises:
-        ValueError: there is no image, or `out` is of another model, other files or other settings.
+        ValueError: there is no image, or `out` belongs to another model, other files or other settings.
         TrackingError: there is no such model.
         ChildProcessError: a part could not be computed.
         OSError: a folder cannot be read or written.
     """
     files_per_part = files_per_part or FILES_PER_PART
     model, output = find_model(model_uri, budget_bias), OutputFolder(out.absolute())
-    with exclusive(out, waiting=lambda: print(f"waiting for another process that is at work on {out}")):
+    with exclusive(out, waiting=lambda: print(f"waiting for another process that writes to {out}")):
         output.remove_partial()
         parts, digest = output.list_files(folder.absolute(), files_per_part)
         if not parts:
@@ -223,7 +223,7 @@ def predict_folder(
         output.agree(Plan(model.uri, model.uuid, budget_bias, files_per_part, num_files, digest))
         missing = output.missing(parts)
         if len(missing) < len(parts):
-            print(f"{len(parts) - len(missing):,} of {len(parts):,} parts are there already")
+            print(f"{len(parts) - len(missing):,} of {len(parts):,} parts exist already")
         if missing:
             with progress_bar("predicting", sum(part.num_files for part in missing), show_progress) as advance:
                 for num_done in _predict(missing, model, folder.absolute(), output, budget_bias):
@@ -234,7 +234,7 @@ def predict_folder(
 def _predict(
     parts: list[Part], model: FoundModel, folder: Path, output: OutputFolder, budget_bias: float
 ) -> Iterator[int]:
-    """Yield the number of files of every part as it is done, in any order. A part of a lost actor goes to another."""
+    """Yield the number of files of each finished part, in any order. Another actor takes over a lost actor's part."""
     with ray_cluster():
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
@@ -252,13 +252,14 @@ def _predict(
                 yield row["num_files"]
         except RayError as error:
             raise ChildProcessError(
-                f"a part could not be computed: {error}\nwhat is done is kept; the same command goes on"
+                f"a part could not be computed: {error}\n"
+                "Finished parts are kept. Fix the cause and rerun the same command; it resumes."
             ) from None
 
 
 @dataclass(frozen=True)
 class Actors:
-    """How many of them, and what each gets."""
+    """The number of actors, and the resources of each."""
 
     count: int
     cpus_each: int
@@ -266,11 +267,12 @@ class Actors:
 
 
 def share_out(nodes: Sequence[Mapping[str, float]]) -> Actors:
-    """An actor for each GPU with its share of the CPUs; without GPUs, one for every few CPUs, as the model decodes on
-    threads: of a size that fits the smallest node that can have any.
+    """Returns one actor per GPU with its share of the CPUs; without GPUs, one per CPUS_PER_ACTOR CPUs.
+
+    The model decodes on threads, so an actor uses several CPUs. The smallest usable node determines their number.
 
     Args:
-        nodes: `CPU` and `GPU` of each.
+        nodes: the `CPU` and `GPU` resources of each node.
     """
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 1]
     if with_gpus:
@@ -282,7 +284,7 @@ def share_out(nodes: Sequence[Mapping[str, float]]) -> Actors:
 
 
 class PartPredictor:
-    """An actor: loads the model once, and writes a part at each call."""
+    """An actor that loads the model once and writes a part at each call."""
 
     def __init__(self, model: FoundModel, folder: Path, out: Path, budget_bias: float):
         self.model, self.folder, self.output = load_registered(model), folder, OutputFolder(out)

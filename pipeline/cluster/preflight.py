@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before resources are asked for, reported together."""
+"""Find every problem of a configuration before it takes resources, and report all of them together."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import build_drnet
+from pipeline.tracking.store import sqlite_file, tracking_uri
 from pipeline.training.checkpoint import load_model
 from pipeline.training.run import alpha_problems
 
 
 def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Costs]:
-    """The data's manifest and the model's costs.
+    """Return the data's manifest and the model's costs, after checking data, model, targets and files.
 
     Args:
-        capacity: also whether this machine has room for the workers, where no other cluster is meant.
+        capacity: also check whether this machine has room for the workers, unless the run uses another cluster.
 
     Raises:
-        ConfigError: with every problem of data, model, targets, files and this machine together.
+        ConfigError: lists every problem.
     """
     problems: list[str] = []
     manifest: Manifest | None = None
     costs: Costs | None = None
     data = config.data
     try:
-        # The betons of an address are checked by the nodes that copy them.
+        # Nodes that download betons from an address check them.
         manifest = remote_manifest(data.uri) if data.uri else verify_betons(data.folder)
     except (ValueError, OSError) as error:
         problems.append(f"{'data.uri' if data.uri else 'data.folder'}: {error}")
@@ -43,8 +44,9 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
     except ValueError as error:
         problems.append(f"model: {error}")
     problems.extend(_start_problems(config, manifest))
+    problems.extend(_store_problems(config))
     if capacity and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-        gpus = config.cluster.num_workers  # those that Ray will find on this machine are looked at when it is started
+        gpus = config.cluster.num_workers  # unknown until Ray starts on this machine, which then checks them
         problems.extend(capacity_problems(config, [Capacity(os.cpu_count() or 1, gpus)]))
     if problems or manifest is None or costs is None:
         raise ConfigError(problems, f"the run {config.name}")
@@ -52,8 +54,8 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
 
 
 def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
-    """What keeps a stage from starting with another run's model."""
-    # What a network starts from does not matter to one that goes on from another.
+    """Yield what prevents a stage from starting with another run's model."""
+    # What a network was initialized from does not matter when it starts from another run's model.
     start: Any = {"weights": True, "predictor": {"initial_shares"}}
     ours = config.model.model_dump(exclude=start)
     for name, stage in config.stages.present():
@@ -68,14 +70,28 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
         for key in (key for key, value in ours.items() if theirs[key] != value):
             yield f"stages.{name}.init_from {stage.init_from} has model.{key} {theirs[key]}, this run {ours[key]}"
         if manifest and list(found.classes) != list(manifest.classes):
-            yield f"stages.{name}.init_from {stage.init_from} knows other classes than the data in {config.data.folder}"
+            yield f"stages.{name}.init_from {stage.init_from} has other classes than the data in {config.data.folder}"
+
+
+def _store_problems(config: Config) -> Iterator[str]:
+    """Yield a problem if MLflow's SQLite file cannot be written, which MLflow would retry for minutes."""
+    file = sqlite_file(tracking_uri(config))
+    if file is None:
+        return
+    folder = next(path for path in file.parents if path.exists())
+    denied = [path for path in (file, folder) if path.exists() and not os.access(path, os.W_OK)]
+    if denied:
+        yield (
+            f"MLflow's store {file} cannot be written: this user may not write to {denied[0]}. Set tracking.uri or "
+            "MLFLOW_TRACKING_URI to sqlite:////WRITABLE/FOLDER/mlflow.db or http://HOST:PORT"
+        )
 
 
 def worker_resources(config: Config) -> dict[str, Any]:
-    """The part of Ray's ScalingConfig that says what each worker gets, on the connected cluster."""
+    """Return the part of Ray's ScalingConfig that says what each worker gets on the connected cluster."""
     nodes, workers = cluster_capacity(), config.cluster.num_workers
     use_gpu = config.cluster.use_gpu
-    if config.cluster.min_workers:  # nodes may be away, and come back
+    if config.cluster.min_workers:  # nodes may be missing now and return later
         workers = max(config.cluster.min_workers, min(workers, num_fitting(nodes, 1, use_gpu=use_gpu is True)))
     if use_gpu == "auto":
         use_gpu = num_fitting(nodes, config.cluster.cpus_per_worker or 1, use_gpu=True) >= workers
@@ -84,31 +100,31 @@ def worker_resources(config: Config) -> dict[str, Any]:
 
 
 class Capacity(NamedTuple):
-    """What a node gives to workers."""
+    """The CPUs and GPUs that a node offers to workers."""
 
     cpus: int
     gpus: int
 
 
 def cluster_capacity() -> list[Capacity]:
-    """Of each node of the connected cluster."""
+    """Return the capacity of each node of the connected cluster."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Capacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
 
 
 def num_fitting(nodes: Iterable[Capacity], cpus: int, *, use_gpu: bool) -> int:
-    """How many workers of so many CPUs, and a GPU each where `use_gpu`, find room; none is spread over two nodes."""
+    """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit; a worker needs a single node."""
     return sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
 
 
 def cpus_for_each(nodes: Sequence[Capacity], workers: int, *, use_gpu: bool) -> int:
-    """The most CPUs that every one of `workers` can have, at least one."""
+    """Return the largest number of CPUs, at least one, that each of `workers` can have."""
     largest = max((node.cpus for node in nodes), default=1)
     return next((cpus for cpus in range(largest, 1, -1) if num_fitting(nodes, cpus, use_gpu=use_gpu) >= workers), 1)
 
 
 def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
-    """Why the workers would wait for ever for room."""
+    """Return why the workers would wait forever for room."""
     field = "min_workers" if config.cluster.min_workers else "num_workers"
     workers, cpus = getattr(config.cluster, field), config.cluster.cpus_per_worker or 1
     use_gpu = config.cluster.use_gpu is True

@@ -1,9 +1,10 @@
-"""What a person follows of a run: progress and failures in the run folder, gauges for Prometheus, labelled logs."""
+"""Show a run to people: progress and failures in the run folder, gauges for Prometheus, labeled logs."""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,25 +23,35 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def append_event(run_folder: Path, event: Mapping[str, Any], file_name: str = FILE_NAME) -> None:
-    """Add one event and when it was; a line is written at once, so a reader sees whole lines or nothing.
+    """Append one event with its time. A line is written at once, so a reader sees whole lines only.
 
     Args:
         file_name: FILE_NAME for rank 0, FAILURES for the driver's node: over a network file system, two machines that
-            append to one file can write over each other.
+            append to one file can overwrite each other.
     """
     with (run_folder / file_name).open("a") as file:
         file.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
+def show_line(text: str) -> None:
+    """Print a line; what the terminal cannot show, such as a file name that is not UTF-8, appears as an escape."""
+    print(printable(text, sys.stdout.encoding or "utf-8"), flush=True)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Escape with backslashes what an encoding cannot represent."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def event_writer(folder: Path | None) -> Callable[[str], None]:
-    """Writes lines as progress messages of a run folder; None prints them on this worker's own output."""
+    """Return a function that appends lines to a run folder's progress; for None it prints them on this worker."""
     if folder is None:
-        return print
+        return show_line
     return lambda line: append_event(folder, {"message": line})
 
 
 @contextmanager
-def followed(run_folder: Path, show: Callable[[str], None] = print) -> Iterator[None]:
+def followed(run_folder: Path, show: Callable[[str], None] = show_line) -> Iterator[None]:
     """Print the run's new events while the body runs."""
     paths = [run_folder / FILE_NAME, run_folder / FAILURES]
     positions = {path: path.stat().st_size if path.exists() else 0 for path in paths}
@@ -72,7 +83,7 @@ def followed(run_folder: Path, show: Callable[[str], None] = print) -> Iterator[
 
 
 def describe(event: Mapping[str, Any]) -> str:
-    """One event as one line for the terminal."""
+    """Format one event as one line for the terminal."""
     if "message" in event:
         return str(event["message"])
     if "goodput" in event:
@@ -94,7 +105,7 @@ def describe(event: Mapping[str, Any]) -> str:
 
 
 def goodput_table(seconds: Mapping[str, float]) -> str:
-    """Seconds and percent of each phase of the workers' sitting, one line each."""
+    """Format seconds and percent of each phase of this attempt, one line each."""
     total = sum(seconds.values())
     rows = [(phase.replace("_", " "), value) for phase, value in seconds.items()]
     lines = [f"{name:<12}{value:>9.1f} s {100 * value / max(total, 1e-9):>6.1f} %" for name, value in rows]
@@ -102,7 +113,7 @@ def goodput_table(seconds: Mapping[str, float]) -> str:
 
 
 class StepClock:
-    """Turns steps into events every few seconds, with speed and time left measured over the stage's own steps."""
+    """Turns steps into events every few seconds, with speed and time left measured over this stage's steps."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
@@ -111,7 +122,7 @@ class StepClock:
         self._first = 0
 
     def due(self, stage: str, done_steps: int) -> bool:
-        """Whether to show this step; the first steps of a stage, with their compilation, are not timed."""
+        """Return whether to show this step; the first step of a stage, with its compilation, is not timed."""
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._started, self._shown, self._first = stage, now, now, done_steps
@@ -122,7 +133,7 @@ class StepClock:
         return True
 
     def speed(self, done_steps: int, all_steps: int) -> dict[str, float]:
-        """Images/s and seconds left in the stage."""
+        """Return images/s and seconds left in the stage."""
         per_second = (done_steps - self._first) / max(time.monotonic() - self._started, 1e-9)
         return {
             "images_per_second": per_second * self.batch_size,
@@ -142,18 +153,18 @@ def _clock(seconds: float) -> str:
 LOGGERS = ("datasets", "pipeline")
 TAGS = ("run", "stage", "rank")
 GAUGES = {
-    "drnet_images_per_second": ("training images a second, over all workers", ()),
+    "drnet_images_per_second": ("training images per second, over all workers", ()),
     "drnet_loss": ("mean loss of a step, over all workers", ()),
-    "drnet_epochs_done": ("epochs of the stage that are done", ()),
-    "drnet_data_wait_share": ("share of the last steps' time that this worker waited for images", ()),
+    "drnet_epochs_done": ("finished epochs of the stage", ()),
+    "drnet_data_wait_share": ("share of the time of recent steps in which this worker waited for images", ()),
     "drnet_share": ("share of the validation images for which the predictor chose a resolution", ("resolution",)),
     "drnet_accuracy": ("top-1 of the validation images at a resolution, or routed", ("resolution",)),
 }
-"""name: meaning, and tags besides TAGS; Ray exports them with `ray_` before the name"""
+"""name: meaning, and tags besides TAGS; Ray exports them with the prefix `ray_`"""
 
 
 class Gauges:
-    """A worker's gauges, at the metrics port of its node's Ray."""
+    """The gauges of one worker, which Ray serves at the metrics port of the worker's node."""
 
     def __init__(self, run: str, rank: int, goodput: Goodput):
         self._gauges = {name: Gauge(name, meaning, (*TAGS, *more)) for name, (meaning, more) in GAUGES.items()}
@@ -164,7 +175,7 @@ class Gauges:
         self._gauges[name].set(value, {**self._tags, "stage": stage, **more})
 
     def waiting(self, stage: str) -> None:
-        """The share of waiting in the time since this was called last."""
+        """Set the share of time spent waiting for data since the last call."""
         now = self._goodput.seconds
         spent = {phase: now[phase] - self._before[phase] for phase in (DATA_WAIT, STEP)}
         self._before = now
@@ -172,7 +183,7 @@ class Gauges:
             self.set("drnet_data_wait_share", spent[DATA_WAIT] / total, stage)
 
     def epoch(self, stage: str, epochs_done: float, values: Mapping[str, float]) -> None:
-        """What an epoch has measured."""
+        """Set the gauges that are measured once an epoch."""
         self.set("drnet_epochs_done", epochs_done, stage)
         for key, value in values.items():
             for name, prefix in (("drnet_share", "share_"), ("drnet_accuracy", "accuracy_")):
@@ -181,7 +192,7 @@ class Gauges:
 
 
 class Labels(logging.Filter):
-    """Puts run, stage and rank of a worker on its log records; the stage is told as it changes."""
+    """Adds run, stage and rank of a worker to its log records; the reporter updates the stage."""
 
     def __init__(self, run: str, rank: int):
         super().__init__()
@@ -192,12 +203,19 @@ class Labels(logging.Filter):
         return True
 
 
+class PrintableFormatter(logging.Formatter):
+    """Formats log lines so that every stream can print them (see `printable`)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), sys.stderr.encoding or "utf-8")
+
+
 @contextmanager
-def labelled_logs(run: str, rank: int) -> Iterator[Labels]:
-    """This project's log lines to standard error, which Ray keeps in a file for each worker, labelled."""
+def labeled_logs(run: str, rank: int) -> Iterator[Labels]:
+    """Send this project's log lines, labeled, to standard error, which Ray keeps in a file for each worker."""
     labels, handler = Labels(run, rank), logging.StreamHandler()
     handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s run=%(run)s stage=%(stage)s rank=%(rank)s %(name)s: %(message)s")
+        PrintableFormatter("%(asctime)s %(levelname)s run=%(run)s stage=%(stage)s rank=%(rank)s %(name)s: %(message)s")
     )
     handler.addFilter(labels)
     loggers = [logging.getLogger(name) for name in LOGGERS]
@@ -205,7 +223,7 @@ def labelled_logs(run: str, rank: int) -> Iterator[Labels]:
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-        logger.propagate = False  # or it would be there twice
+        logger.propagate = False  # or each line would appear twice
     try:
         yield labels
     finally:

@@ -1,8 +1,8 @@
-"""Ending a run from outside: SIGTERM, which `ray job stop` and `kill` send, lets it go on to its next checkpoint.
+"""Stop a run on SIGTERM, which `ray job stop` and `kill` send, right after its next checkpoint.
 
-The driver writes into a file of the run's folder, rank 0 reads it after each checkpoint, and all ranks end together. So
-nothing of the work is lost, and the run that goes on from there ends with the same bits. A checkpoint of its own at the
-moment of the signal would not give the same: checkpoints bring the ranks' statistics together.
+The driver writes to a file in the run's folder, rank 0 reads it after each checkpoint, and all ranks end together. No
+work is lost, and the resumed run ends with the same bits. An extra checkpoint at the moment of the signal would change
+the result, because a checkpoint merges the ranks' batch norm statistics.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pipeline.config.run_folder import RunFolder
 
 JOB_VARIABLE, WAIT_VARIABLE, RAYS_WAIT_SECONDS = "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 SECONDS_TO_END = 10.0
-"""of a job's patience, kept for ending in order: stopping the workers, and telling MLflow"""
+"""reserved at the end of a job's time for an orderly end: stopping the workers, updating MLflow"""
 
 
 class StoppedError(Exception):
-    """A run has ended after a checkpoint because it was asked to."""
+    """A run stopped after a checkpoint because the user requested it."""
 
 
 def patience() -> float | None:
-    """Seconds that a run may go on after SIGTERM; None where nobody is known to kill it."""
+    """Return how many seconds a run may continue after SIGTERM; None if nothing is known to kill it."""
     if JOB_VARIABLE not in os.environ:
         return None
     return max(0.0, float(os.environ.get(WAIT_VARIABLE, RAYS_WAIT_SECONDS)) - SECONDS_TO_END)
@@ -35,9 +35,9 @@ def patience() -> float | None:
 
 @contextmanager
 def restored(*numbers: signal.Signals) -> Iterator[bool]:
-    """Put signals' handlers back, which only the main thread can: whether this is it.
+    """Restore the handlers of these signals afterwards. Yields whether this is the main thread, which alone can.
 
-    Ray Train leaves its own for SIGINT, which asks a controller that is gone, and ends the process with exit code 0.
+    Ray Train leaves its own handler for SIGINT, which calls a controller that has ended and exits with code 0.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -51,7 +51,7 @@ def restored(*numbers: signal.Signals) -> Iterator[bool]:
 
 @contextmanager
 def sigterm_as_sigint() -> Iterator[None]:
-    """Let SIGTERM end a run in order while no workers train, as Ctrl-C does."""
+    """Let SIGTERM end a run the way Ctrl-C does while no workers train."""
     with restored(signal.SIGTERM) as in_main_thread:
         if in_main_thread:
             signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -60,9 +60,9 @@ def sigterm_as_sigint() -> Iterator[None]:
 
 @contextmanager
 def stoppable(folder: RunFolder) -> Iterator[None]:
-    """In the driver: inside, SIGTERM asks the workers to stop after their next checkpoint.
+    """Let SIGTERM to this driver stop the workers after their next checkpoint.
 
-    A second SIGTERM ends the driver at once, as SystemExit, and so does a job's patience when it is at its end.
+    A second SIGTERM raises SystemExit at once, and so does the end of a job's time (`patience`).
     """
     asked, seconds = folder.stop, patience()
     asked.write_text("")
@@ -74,13 +74,13 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
         if asked.read_text() or seconds == 0:
             end(number, frame)
         asked.write_text("stop")
-        # Not print: what the signal interrupted may be a print.
+        # Not print: the signal may have interrupted one.
         os.write(2, b"stopping at the next checkpoint; another SIGTERM ends the run at once\n")
         if seconds is not None:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
     with restored(signal.SIGTERM, signal.SIGALRM) as in_main_thread:
-        if not in_main_thread:  # where no handler can be set
+        if not in_main_thread:  # which cannot set a handler
             yield
             return
         signal.signal(signal.SIGTERM, ask)
@@ -92,10 +92,10 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
 
 
 def is_stop_asked(folder: RunFolder) -> bool:
-    """Whether the run's driver was asked to stop.
+    """Return whether a stop of the run was requested.
 
-    The file is always there and is opened to be read: that is how a network file system shows what another machine
-    wrote. Whether a file exists it may remember for a minute.
+    The file always exists and is opened for reading: a network file system then shows what another machine wrote. It
+    may cache for a minute whether a file exists.
     """
     try:
         return bool(folder.stop.read_text())

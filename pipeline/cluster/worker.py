@@ -1,4 +1,4 @@
-"""What one Ray Train worker does: build model and loaders, go on from the last checkpoint, train, predict, report."""
+"""The work of one Ray Train worker: build model and loaders, resume, train, predict, report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from datasets.beton import Manifest, load_manifest
 from datasets.loading.loader import MultiResolutionLoader
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import read_state
-from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labelled_logs
+from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labeled_logs
 from pipeline.cluster.stopping import StoppedError, is_stop_asked
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, DataConfig
@@ -33,32 +33,34 @@ from pipeline.training import distributed
 from pipeline.training.assembly import build_model, equip_for_training, open_loaders
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model, save_model
 from pipeline.training.loop import train
-from pipeline.training.run import EVALUATE, Goodput, Progress, Run, costs_of_run, refuse_unreachable
+from pipeline.training.run import BEFORE_JOINT, EVALUATE, Goodput, Progress, Run, costs_of_run, refuse_unreachable
+
+PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the driver hands to every worker."""
+    """The driver's instructions to every worker."""
 
     config: Config
     run_folder: Path
     data_digest: str
-    """of the data that the driver saw: no worker takes other data"""
+    """digest of the driver's data; a worker refuses other data"""
     tracking: RunHandle | None
     evaluate_model: Path | None = None
-    """evaluate this model.pt and train nothing"""
+    """if set, evaluate this model.pt and train nothing"""
 
 
 def run_worker(settings: WorkerSettings) -> None:
-    """What a worker of a run does from its start to its end; see `run_group` for the errors that end the run."""
+    """Do all work of one worker of a run; see `run_group` for the errors that end the run."""
     goodput = Goodput()
     config, context, folder = settings.config, ray.train.get_context(), RunFolder(settings.run_folder)
     device = ray.train.torch.get_device()
-    # As rank 0: only one machine appends to a file that others may see over a network.
+    # On rank 0's node only: two machines must not append to one file over a network.
     tell = event_writer(settings.run_folder if context.get_node_rank() == 0 else None)
     manifest = data_of_node(config.data, settings.data_digest, tell)
     with ExitStack() as stack:
-        labels = stack.enter_context(labelled_logs(config.name, context.get_world_rank()))
+        labels = stack.enter_context(labeled_logs(config.name, context.get_world_rank()))
         reporter = WorkerReporter(settings, context.get_world_rank(), manifest, goodput, labels)
         stack.callback(reporter.close)
         if settings.tracking and config.tracking.system_metrics and context.get_local_rank() == 0:
@@ -73,12 +75,13 @@ def run_worker(settings: WorkerSettings) -> None:
         )
         if settings.evaluate_model:
             model = load_model(settings.evaluate_model).model.to(device)
+            models = {PREDICTIONS: model}
             if config.cost == "milliseconds":
                 trained = place_model(copy.deepcopy(model), device, channels_last=config.training.channels_last)
                 costs_of_run(trained, config, folder.latency, resumed=False)
         else:
             model, state = build_model(config, manifest, device), _last_state()
-            # Before anything is put around the network: rank 0 measures alone.
+            # Before the network is wrapped: rank 0 measures alone.
             costs = costs_of_run(model, config, folder.latency, resumed=state is not None)
             refuse_unreachable(config, costs)
             equip_for_training(model, config)
@@ -94,39 +97,43 @@ def run_worker(settings: WorkerSettings) -> None:
                 folder.tables,
                 goodput,
             )
-            going_on = f"going on from {state.name}" if state else "beginning"
+            start = f"resuming from {state.name}" if state else "starting"
             num_workers = context.get_world_size()
-            reporter.message(f"{going_on} with {num_workers} worker{'s' if num_workers > 1 else ''}")
+            reporter.message(f"{start} with {num_workers} worker{'s' if num_workers > 1 else ''}")
             train(run, state)
+            models = {PREDICTIONS: model}
+            if config.stages.joint and folder.before_joint.exists():
+                before = load_model(folder.before_joint).model
+                models[BEFORE_JOINT] = place_model(before, device, channels_last=config.training.channels_last)
         with goodput.inside(EVALUATE):
-            reporter.predictions(model, validation_loader)
+            reporter.predictions(models, validation_loader)
         if not settings.evaluate_model:
             reporter.goodput(goodput)
 
 
 def data_of_node(data: DataConfig, digest: str, tell: Callable[[str], None]) -> Manifest:
-    """The manifest of this node's data.folder; downloads the data first where it has an address.
+    """Return the manifest of this node's data.folder, after downloading the data if it has an address.
 
     Args:
-        digest: of the data that the driver saw.
+        digest: of the driver's data.
         tell: called with lines about the download.
 
     Raises:
-        ValueError: the data cannot be downloaded, or is not the data that the driver saw.
-        OSError: the address cannot be read, or there is no space.
+        ValueError: the data cannot be downloaded, or differs from the driver's.
+        OSError: the address cannot be read, or the disk is full.
     """
     manifest = download_dataset(data.uri, data.folder, tell=tell) if data.uri else load_manifest(data.folder)
     if manifest.digest != digest:
         raise ValueError(
-            f"{data.folder} on {platform.node()} holds other data (digest {manifest.digest}) than the driver saw "
-            f"(digest {digest}). Make the folder the same on every node; if the data at data.uri has just changed, "
-            "start again."
+            f"{data.folder} on {platform.node()} holds other data (digest {manifest.digest}) than the driver's "
+            f"(digest {digest}). Copy the same data to every node; if the data at data.uri has just changed, rerun "
+            "the command."
         )
     return manifest
 
 
 class WorkerReporter:
-    """The loop's Reporter: progress file, MLflow, gauges, Ray Train checkpoints."""
+    """Reports to the progress file, MLflow, gauges and Ray Train; it is the training loop's Reporter."""
 
     def __init__(self, settings: WorkerSettings, rank: int, manifest: Manifest, goodput: Goodput, labels: Labels):
         self.settings, self.rank, self.manifest, self.labels = settings, rank, manifest, labels
@@ -160,7 +167,7 @@ class WorkerReporter:
             self._show({"message": text})
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        """Report the state, and end there where the run's driver was asked to stop.
+        """Report the state, then stop if a stop was requested.
 
         Raises:
             StoppedError: on every rank.
@@ -168,14 +175,19 @@ class WorkerReporter:
         self._report(state, values)
         asked = self.rank == 0 and is_stop_asked(RunFolder(self.settings.run_folder))
         if distributed.sum_over_ranks(torch.tensor(float(asked), device=ray.train.torch.get_device())) > 0:
-            raise StoppedError(f"stopped after {state.name}; the same command goes on from there")
+            raise StoppedError(f"stopped after {state.name}; the same command resumes from there")
+
+    def keep(self, name: str, model: DRNet) -> None:
+        if self.rank == 0:
+            file = self.settings.run_folder / f"{name}.pt"
+            save_model(file, model, self.settings.config, classes=self.manifest.classes)
 
     def _report(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        """Copy the state now, and let Ray Train's upload thread write it while training goes on.
+        """Copy the state now, and let Ray Train's upload thread write it while training continues.
 
-        The file goes straight to where it stays, rather than to a folder that Ray would copy. An error in the thread
-        fails the worker. At most one copy waits to be written: the next checkpoint waits for it. Ray's controller takes
-        a report in at its next look, so checkpoints that follow closer than its looks (see `_fit`) hold training up.
+        The thread writes the file to its final place, so Ray does not copy it. An error in the thread fails the worker.
+        At most one copy waits to be written: the next checkpoint waits for it. Ray's controller accepts a report at its
+        next poll, so checkpoints that are closer together than its polls (see `_fit`) delay training.
         """
         if self.rank != 0:  # every rank reports, so that Ray counts the same on all of them
             ray.train.report(dict(values), checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
@@ -195,27 +207,33 @@ class WorkerReporter:
 
         ray.train.report(
             dict(values),
-            # Ray hands this on to `write`, and deletes it afterwards: so it is an empty folder of its own.
+            # Ray passes this to `write` and deletes it afterwards, so it is an empty folder.
             checkpoint=Checkpoint.from_directory(tempfile.mkdtemp()),
             checkpoint_dir_name=state.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=write,
         )
 
-    def predictions(self, model: DRNet, validation_loader: MultiResolutionLoader) -> None:
-        """The last report: the model, and each rank's predictions for its part of the validation images."""
+    def predictions(self, models: Mapping[str, DRNet], validation_loader: MultiResolutionLoader) -> None:
+        """Report the model, and each rank's predictions for its part of the validation images.
+
+        Args:
+            models: the run's under PREDICTIONS. The predictions of each go to NAME-RANK.npz.
+        """
+        model = models[PREDICTIONS]
         self.message(f"evaluating {validation_loader.num_samples} validation images")
         with tempfile.TemporaryDirectory() as folder:
-            collect_predictions(model, validation_loader.epoch(0)).save(Path(folder) / f"predictions-{self.rank}.npz")
+            for name, each in models.items():
+                collect_predictions(each, validation_loader.epoch(0)).save(Path(folder) / f"{name}-{self.rank}.npz")
             if self.rank == 0:
                 config = self.settings.config
                 save_model(RunFolder(Path(folder)).model, model, config, classes=self.manifest.classes)
-                # A driver that dies after this report comes back to a checkpoint that has nothing left to train.
+                # If the driver dies after this report, the resumed run finds nothing left to train.
                 TrainingState.finished(model, config, self.manifest.digest).save(Path(folder) / STATE_FILE)
             ray.train.report({}, checkpoint=Checkpoint.from_directory(folder))
 
     def goodput(self, goodput: Goodput) -> None:
-        """Where the time of this sitting went."""
+        """Report how this attempt spent its time."""
         if self.rank == 0:
             self._show({"goodput": dict(goodput.seconds)})
         if self.logger:
@@ -231,12 +249,12 @@ class WorkerReporter:
 
 
 def _last_state() -> TrainingState | None:
-    """The state in the run's latest checkpoint, if it has one; raises DamagedCheckpointError."""
+    """Return the state in the run's latest checkpoint, None without one; raises DamagedCheckpointError."""
     checkpoint = ray.train.get_checkpoint()
     return None if checkpoint is None else read_state(Path(checkpoint.path))
 
 
 def _worker_cpus() -> int:
-    """CPUs that Ray assigned to this worker, at least one."""
+    """Return the CPUs that Ray assigned to this worker, at least one."""
     assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     return max(1, min(int(assigned), os.cpu_count() or 1))

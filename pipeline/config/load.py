@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "tracking.",
     "registry.",
     "search.",
+    "policy.",
     "data.num_processes",
     "loader.num_threads",
     "loader.batches_ahead",
@@ -185,6 +186,12 @@ def _contradictions(config: Config) -> Iterator[str]:
     backbone = config.stages.backbone
     if backbone and backbone.distillation != "none" and len(resolutions) == 1:
         yield "stages.backbone.distillation needs several model.resolutions. Set it to none"
+    predictor = config.stages.predictor
+    if predictor and predictor.objective == "correctness" and config.stages.joint:
+        yield (
+            "stages.predictor.objective is correctness, but stages.joint trains the predictor's choices with Gumbel "
+            "noise. Set stages.joint=null, or objective=gumbel"
+        )
     for name, stage in config.stages.present():
         if stage.schedule == "one_cycle" and not stage.warmup_epochs:
             yield (

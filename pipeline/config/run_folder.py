@@ -34,6 +34,16 @@ class RunFolder:
         return self.path / "model.pt"
 
     @property
+    def backbone(self) -> Path:
+        """The model as it was after the backbone stage."""
+        return self.path / "backbone.pt"
+
+    @property
+    def before_joint(self) -> Path:
+        """The model as it was before the joint stage."""
+        return self.path / "before-joint.pt"
+
+    @property
     def tables(self) -> Path:
         """The folder of logit tables. A missing table is computed again."""
         return self.path / "tables"
@@ -47,6 +57,16 @@ class RunFolder:
     def predictions(self) -> Path:
         """The logits of all validation images."""
         return self.path / "predictions.npz"
+
+    @property
+    def predictions_before_joint(self) -> Path:
+        """The logits of the model before the joint stage, if there is one."""
+        return self.path / "predictions-before-joint.npz"
+
+    @property
+    def predictions_after_joint(self) -> Path:
+        """The logits of the model after the joint stage."""
+        return self.path / "predictions-after-joint.npz"
 
     @property
     def report(self) -> Path:

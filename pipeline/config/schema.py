@@ -266,16 +266,25 @@ class RoutedStage(Stage):
 
     @model_validator(mode="after")
     def _has_a_target(self) -> Self:
-        if self.alpha_gflops is None and self.alpha_milliseconds is None:
+        if self.needs_target and self.target is None:
             raise PydanticCustomError("no_target", "")
         return self
 
     @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return True
+
+    @property
+    def target(self) -> float | None:
+        """The target in the run's unit of cost, or None."""
+        return self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
+
+    @property
     def alpha(self) -> float:
-        """The target in the run's unit of cost."""
-        alpha = self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
-        assert alpha is not None
-        return alpha
+        """The target of a stage that has one."""
+        assert self.target is not None
+        return self.target
 
     @property
     def alpha_start(self) -> float | None:
@@ -286,10 +295,18 @@ class RoutedStage(Stage):
 class PredictorStage(RoutedStage):
     """Trains the predictor alone; the backbone is frozen."""
 
+    objective: Literal["gumbel", "correctness"] = "gumbel"
+    """gumbel: learn choices with Gumbel noise, as in the paper. correctness: learn how likely each resolution is right,
+    so that a budget chooses later; alpha is optional, eta and tau are not used, and stages.joint must be null."""
     logits: Literal["table", "live"] = "table"
     """table: compute the frozen backbone's logits once and keep them as float16. live: run it in every step."""
     num_crops: Positive | None = Field(None, validation_alias=AliasChoices("num_crops", "views"))
     """Number of random crops of each image, used by the epochs in turn; fewer make a smaller table. null is epochs."""
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the stage cannot train without a target."""
+        return self.objective == "gumbel"
 
 
 class JointStage(RoutedStage):
@@ -297,6 +314,9 @@ class JointStage(RoutedStage):
 
     predictor_lr_scale: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of the predictor, as a multiple of lr."""
+    norm_statistics: Literal["frozen", "all", "routed"] = "frozen"
+    """Batch norm statistics of the backbone. frozen keeps them. all updates them from every image at every resolution,
+    for one more forward pass. routed updates them from the images that chose the resolution, as in the paper."""
 
 
 class StagesConfig(Section):
@@ -445,6 +465,24 @@ class SearchConfig(Section):
     """Folder on each node's own disk for copies of logit tables and for decoded inputs. null is the search's folder."""
 
 
+class PolicyConfig(Section):
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] | None = 1.0
+    """Largest loss of accuracy against the best static resolution, in points, by a one-sided 95 % bound. The cheapest
+    policy within it is chosen. null sets no limit."""
+    budget_gflops: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean cost of an image in GFLOPs, for cost=flops. null sets no limit."""
+    budget_milliseconds: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean cost of an image in milliseconds, for cost=milliseconds. null sets no limit."""
+    select_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the validation images that policies are fitted and chosen on. The report is about the others."""
+    cross_fit_below: Annotated[int, Field(ge=0)] = 1000
+    """With fewer validation images than this, each fold's policies are fitted on the other folds."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Number of folds."""
+    select_by: Literal["accuracy", "balanced_accuracy"] = "accuracy"
+    """What policies are chosen by. balanced_accuracy is the mean over the classes."""
+
+
 class Config(Section):
     name: RunName
     """Name of the run, of its folder in cluster.storage and of its MLflow run."""
@@ -460,6 +498,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     stages: StagesConfig
+    policy: PolicyConfig = PolicyConfig()
     search: SearchConfig = SearchConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -1,8 +1,8 @@
-"""Accuracy against cost without retraining: a bias on the predictor's logits, swept exactly.
+"""Trade accuracy against cost without retraining, by a bias on the predictor's logits.
 
 `budget_bias` is one number for all images: budget_bias * c_j is added to the logit of candidate j, where c_j
-is its cost on a scale from 0 (the cheapest) to 1 (the dearest). Above 0 spends more, below 0 less, 0 is the network as
-it was trained. It is the same number here, in the report and in the registered model's `params`.
+is its cost on a scale from 0 (the cheapest) to 1 (the most expensive). A positive bias spends more, a negative one
+less, and 0 is the network as it was trained. The report and the registered model's `params` use the same number.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pipeline.models.cost import Costs
 
 
 def biased_choice(predictor_logits_NR: np.ndarray, costs: Costs, budget_bias: float) -> np.ndarray:
-    """(N,): argmax_j(logits_j + budget_bias * c_j), c = `costs.relative`; the first of equals."""
+    """Return the choices (N,): argmax_j(logits_j + budget_bias * c_j), c = `costs.relative`; the first wins ties."""
     return (predictor_logits_NR.astype(np.float64) + budget_bias * np.asarray(costs.relative)).argmax(axis=1)
 
 
 def budget_curve(
     predictor_logits_NR: np.ndarray, correct_NR: np.ndarray, costs: Costs, max_points: int = 101
 ) -> list[dict[str, Any]]:
-    """Every trade that a bias can reach, cheapest first, thinned to about `max_points` evenly spaced in cost.
+    """Return every trade-off that a bias can reach, cheapest first, thinned to about `max_points` evenly over cost.
 
-    Exact: as b grows, an image's choice climbs the upper envelope of its R lines logit_j + b * C_j. All images'
-    crossings, sorted, give the whole curve by cumulative sums; no grid of biases is tried.
+    The curve is exact: as b grows, an image's choice climbs the upper envelope of its R lines logit_j + b * C_j.
+    Cumulative sums over the sorted crossings of all images give the whole curve; no grid of biases is tried.
 
     Returns:
         Points of `budget_bias`, `top1` with Wilson's interval `top1_low` to `top1_high`, `difference_points` against
         the routed network with its paired interval `low_points` to `high_points`, `mean_gflops` and `mean_cost`
-        (predictor included) and `shares` (per resolution). The point of bias 0 is the routed network itself and always
-        among them. Intervals are of each point for itself.
+        (predictor included) and `shares` (per resolution). The point of bias 0 is the routed network itself and is
+        always included. Each interval holds for its point alone, not for the curve as a whole.
     """
     N, R = correct_NR.shape
     gflops_R = np.asarray(costs.backbone_gflops)
@@ -41,9 +41,7 @@ def budget_curve(
     bias_E, image_E, before_E, after_E = (array[order_E] for array in (bias_E, image_E, before_E, after_E))
     gain_E = correct_NR[image_E, after_E].astype(np.int64) - correct_NR[image_E, before_E]
     right_S = np.concatenate([[0], np.cumsum(gain_E)]) + correct_NR[np.arange(N), start_N].sum()
-    moves_ER = np.eye(R, dtype=np.int64)[after_E] - np.eye(R, dtype=np.int64)[before_E]
-    counts_SR = np.concatenate([np.zeros((1, R), np.int64), np.cumsum(moves_ER, axis=0)])
-    counts_SR += np.bincount(start_N, minlength=R)
+    counts_SR = _counts(start_N, before_E, after_E, R)
     gflops_S = counts_SR @ gflops_R / N + costs.predictor_gflops
     reachable_T, bias_T = _states(bias_E)
     keep_T = _thin(gflops_S[reachable_T], bias_T, max_points)
@@ -60,8 +58,49 @@ def budget_curve(
     return points
 
 
+def fit_bias(predictor_logits_NR: np.ndarray, costs: Costs, target: float) -> float:
+    """The budget_bias with the highest mean cost that is not above `target`, or with the lowest there is.
+
+    Exact, also where the bias is added in float32: biases whose neighbours that cannot tell apart are left out.
+
+    Args:
+        target: of the backbone alone, in `costs.unit`.
+    """
+    gflops_R = np.asarray(costs.backbone_gflops)
+    start_N, bias_E, _, before_E, after_E = _switches(predictor_logits_NR.astype(np.float64), gflops_R)
+    order_E, R = np.argsort(bias_E, kind="stable"), len(costs.resolutions)
+    counts_SR = _counts(start_N, before_E[order_E], after_E[order_E], R)
+    reachable_T, bias_T = _states(bias_E[order_E])
+    cost_T = counts_SR[reachable_T] @ np.asarray(costs.backbone) / len(start_N)
+    usable_T = _survives_float32(predictor_logits_NR, bias_E, bias_T, gflops_R)
+    within_T = usable_T & (cost_T <= target * (1 + 1e-9))
+    if within_T.any():
+        state = np.where(within_T, cost_T, -np.inf).argmax()
+    else:
+        state = np.where(usable_T, cost_T, np.inf).argmin()
+    return float(bias_T[state] * np.ptp(gflops_R))
+
+
+def _survives_float32(
+    logits_NR: np.ndarray, bias_E: np.ndarray, bias_T: np.ndarray, gflops_R: np.ndarray
+) -> np.ndarray:
+    """(T,): whether a state between two switches is wide enough for its bias to be rounded to float32."""
+    steps = np.diff(np.unique(gflops_R))
+    if len(steps) == 0:
+        return np.ones(len(bias_T), bool)
+    width_T = np.concatenate([[np.inf], np.diff(np.unique(bias_E)), [np.inf]])[: len(bias_T)]
+    largest_T = np.abs(logits_NR).max() + np.abs(bias_T) * np.ptp(gflops_R)
+    return (width_T * steps.min() > 4 * np.finfo(np.float32).eps * largest_T) | (bias_T == 0)
+
+
+def _counts(start_N: np.ndarray, before_E: np.ndarray, after_E: np.ndarray, R: int) -> np.ndarray:
+    """(1 + E, R): images at each resolution before the first switch and after each one, int64."""
+    moves_ER = np.eye(R, dtype=np.int64)[after_E] - np.eye(R, dtype=np.int64)[before_E]
+    return np.concatenate([np.zeros((1, R), np.int64), moves_ER.cumsum(axis=0)]) + np.bincount(start_N, minlength=R)
+
+
 def _right_at(correct_NR: np.ndarray, predictor_logits_NR: np.ndarray, costs: Costs, budget_bias: float) -> np.ndarray:
-    """(N,): whether each image is right at the resolution that it goes to."""
+    """Return whether each image is correct at the resolution that the biased predictor chooses, (N,) bool."""
     return correct_NR[np.arange(len(correct_NR)), biased_choice(predictor_logits_NR, costs, budget_bias)]
 
 
@@ -79,9 +118,9 @@ def _accuracy(num_right: int, right_N: np.ndarray, routed_N: np.ndarray) -> dict
 
 
 def _switches(logits_NR: np.ndarray, gflops_R: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Choices at bias -infinity (N,), then of each switch: its bias, image, and resolution before and after, each (E,).
+    """Return the choices at bias -infinity (N,) and, for E switches, the bias, image, and resolution before and after.
 
-    At equal biased logits the dearer resolution is chosen.
+    Ties between biased logits go to the more expensive resolution.
     """
     N, R = logits_NR.shape
     start_N = np.where(gflops_R == gflops_R.min(), logits_NR, -np.inf).argmax(axis=1)
@@ -94,7 +133,7 @@ def _switches(logits_NR: np.ndarray, gflops_R: np.ndarray) -> tuple[np.ndarray, 
         first = bias.min(axis=1)
         after = np.where(bias == first[:, None], gflops_R, -np.inf).argmax(axis=1)
         going = np.isfinite(first)
-        # An envelope's crossings ascend; rounding must not turn two of one image round.
+        # The crossings of an envelope ascend; rounding must not swap two crossings of one image.
         reached = np.maximum(first, reached)[going]
         found.append((reached, rows[going], current[going], after[going]))
         rows, current = rows[going], after[going]
@@ -102,7 +141,7 @@ def _switches(logits_NR: np.ndarray, gflops_R: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _states(bias_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """States between switches of different bias: how many switches are behind each, and a bias that lies in it."""
+    """Return, for each state between different switch biases, the number of switches before it and a bias inside it."""
     if len(bias_E) == 0:
         return np.zeros(1, np.int64), np.zeros(1)
     edge_T = np.unique(bias_E)
@@ -113,7 +152,7 @@ def _states(bias_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _thin(gflops_T: np.ndarray, bias_T: np.ndarray, max_points: int) -> np.ndarray:
-    """Positions of about `max_points` states evenly spaced in cost, with both ends and bias 0."""
+    """Return the positions of about `max_points` states evenly spaced in cost, with both ends and bias 0."""
     wanted = np.linspace(gflops_T[0], gflops_T[-1], max_points)
     nearest = np.searchsorted(gflops_T, wanted).clip(0, len(gflops_T) - 1)
     return np.unique(np.concatenate([[0], nearest, [len(gflops_T) - 1], np.flatnonzero(bias_T == 0)]))

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from report.json's values alone. Agg and matplotlib's object interface only."""
+"""Draw the figures of a report from the values in report.json alone, with matplotlib's object interface and Agg."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.statistics import envelope
 from pipeline.evaluation.style import (
     FONT_SIZE,
     LIGHT,
@@ -30,40 +31,39 @@ from pipeline.evaluation.style import (
 )
 from pipeline.evaluation.tables import bias_text, cost_words, every, percent, signed
 
-_MARKERS = {"static": "o", "routed": "D", "random": "s", "oracle": "*"}
+_MARKERS = {"static": "o", "other": "o", "routed": "D", "random": "s", "oracle": "*"}
+_CURVES = {"cascade": "-", "predictor": (0, (5, 1.5)), "predictor+cascade": (0, (1, 1))}
 
 
 def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Static resolutions and their line, routed network, budget curve, random, oracle, and published references.
+    """Draw static networks and their envelope, the routed network, policy curves, random, oracle and references.
 
-    A reference that lies farther from the points than they span is left to the report's table.
+    A reference is left out, and stands in the report's table alone, if it lies farther from the points than they span.
     """
     figure = new_figure(8.2, 5.6, theme)
     axes = figure.add_axes((0.085, 0.105, 0.895, 0.775))
     style_axes(axes, theme)
     points = [row for row in report["rows"] if row["kind"] in _MARKERS]
-    static = sorted((row for row in points if row["kind"] == "static"), key=lambda row: row["mean_cost"])
-    line = np.array([_position(row) for row in static])
-    curve = np.array([_position(point) for point in report["budget_curve"]]).reshape(-1, 2)
-    references = _set_limits(axes, points, curve, report["references"])
+    line, curves = _static_envelope(report), _policy_curves(report)
+    references = _set_limits(axes, points, np.concatenate([line, *curves.values()]), report["references"])
     levels = [np.array([[x, 100 * reference["top1"]] for x in axes.get_xlim()]) for reference in references]
     gap = _gap(report)
-    axes.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), zorder=2)
-    axes.plot(*curve.T, color=theme.routed, lw=1.5, alpha=0.55, zorder=3)
+    axes.plot(*line.T, zorder=2, **static_line(theme))
+    for kind, curve in curves.items():
+        axes.plot(*curve.T, color=theme.routed, lw=1.5, alpha=0.6, ls=_CURVES[kind], zorder=3)
     axes.plot(*gap.T, color=theme.routed, lw=1.2, ls=(0, (1, 1.5)), zorder=3)
     for level in levels:
         axes.plot(*level.T, color=theme.reference, lw=1.1, ls=(0, (1, 2)), zorder=1)
     colors = {f"static-{side}": color for side, color in zip(report["resolutions"], _sides_colors(report), strict=True)}
+    colors |= {f"other-{side}": theme.muted for side in report["resolutions"]}
     colors |= {"routed": theme.routed, "random": theme.random, "oracle": theme.oracle}
     for row in points:
-        _draw_point(axes, row, colors[row["id"]], theme)
-    whiskers = [
-        np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")]) for row in points
-    ]
+        draw_point(axes, row, colors[row["id"]], _MARKERS[row["kind"]], theme)
+    whiskers = [whisker(row) for row in points]
     place_labels(
         axes,
-        [*_point_labels(points, theme), *_line_labels(report, line, curve, gap, references, levels, theme)],
-        [part for part in (line, curve, gap, *whiskers, *levels) if len(part)],
+        [*point_labels(points, theme), *_line_labels(report, line, curves, gap, references, levels, theme)],
+        [part for part in (line, *curves.values(), gap, *whiskers, *levels) if len(part)],
         size=FONT_SIZE,
         background=theme.background,
     )
@@ -73,7 +73,8 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
-def _position(row: Mapping[str, Any]) -> tuple[float, float]:
+def point_of(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return where a row lies in a figure: its cost, and its top-1 in percent."""
     return row["mean_cost"], 100 * row["top1"]
 
 
@@ -81,18 +82,35 @@ def _sides_colors(report: Mapping[str, Any]) -> list[str]:
     return resolution_colors(len(report["resolutions"]))
 
 
+def _static_envelope(report: Mapping[str, Any]) -> np.ndarray:
+    """Return the upper concave envelope of all static networks as a polyline."""
+    static = [row for row in report["rows"] if row["kind"] in ("static", "other")]
+    costs, accuracies = np.array([(row["mean_cost"], row["top1"]) for row in static]).T
+    grid = np.unique(np.concatenate([costs, np.linspace(costs.min(), costs.max(), 60)]))
+    heights, _ = envelope(costs, np.tile(accuracies, (len(grid), 1)), grid)
+    return np.column_stack([grid, 100 * heights])
+
+
+def _policy_curves(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return what policies of each kind reach at rising cost, as polylines of two points or more."""
+    curves = report["policies"]["curves"] if report["policies"] else {}
+    lines = {kind: np.array([point_of(point) for point in curves.get(kind, [])]).reshape(-1, 2) for kind in _CURVES}
+    ordered = {kind: line[np.argsort(line[:, 0], kind="stable")] for kind, line in lines.items()}
+    return {kind: line for kind, line in ordered.items() if len(line) > 1}
+
+
 def _gap(report: Mapping[str, Any]) -> np.ndarray:
-    """From the static line up (or down) to the routed network; empty without one, or beyond the line's end."""
+    """Return the segment from the static line to the routed network; empty without routing or beyond the line's end."""
     rows = {row["kind"]: row for row in report["rows"]}
-    if "routed" not in rows or not np.isclose(rows["interpolation"]["mean_cost"], rows["routed"]["mean_cost"]):
+    if "routed" not in rows or not np.isclose(rows["envelope"]["mean_cost"], rows["routed"]["mean_cost"]):
         return np.zeros((0, 2))
-    return np.array([_position(rows["interpolation"]), _position(rows["routed"])])
+    return np.array([point_of(rows["envelope"]), point_of(rows["routed"])])
 
 
 def _set_limits(
     axes: Axes, points: Sequence[Mapping[str, Any]], curve: np.ndarray, references: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """Set both axes' limits; returns the references that fit."""
+    """Set the limits of both axes and return the references that fit."""
     heights = [100 * row[end] for row in points for end in ("top1_low", "top1_high")] + curve[:, 1].tolist()
     low, high = min(heights), max(heights)
     span = max(high - low, 2)
@@ -105,15 +123,35 @@ def _set_limits(
     return near
 
 
-def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) -> None:
-    x, y = _position(row)
-    marker = _MARKERS[row["kind"]]
+def whisker(row: Mapping[str, Any]) -> np.ndarray:
+    """Return the interval of a row, (3, 2), as a line that labels keep away from."""
+    return np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")])
+
+
+def static_line(theme: Theme) -> dict[str, Any]:
+    """Return the style of the line through the static resolutions."""
+    return {"color": theme.muted, "lw": 1.4, "ls": (0, (4, 2))}
+
+
+def draw_point(
+    axes: Axes,
+    row: Mapping[str, Any],
+    color: str,
+    marker: str,
+    theme: Theme,
+    *,
+    size: float = 8.5,
+    cost_range: tuple[float, float] | None = None,
+) -> None:
+    """Draw a row with its interval and, across it, the range of its cost."""
+    x, y = point_of(row)
     axes.errorbar(
         [x],
         [y],
         yerr=[[max(0.0, y - 100 * row["top1_low"])], [max(0.0, 100 * row["top1_high"] - y)]],
+        xerr=None if cost_range is None else [[max(0.0, x - cost_range[0])], [max(0.0, cost_range[1] - x)]],
         fmt=marker,
-        ms=13 if marker == "*" else 8.5,
+        ms=13 if marker == "*" else size,
         color=color,
         mec=theme.background,
         mew=1.2,
@@ -123,12 +161,13 @@ def _draw_point(axes: Axes, row: Mapping[str, Any], color: str, theme: Theme) ->
     )
 
 
-def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
-    """The routed network's first: labels are placed in this order."""
-    colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random, "static": theme.ink}
+def point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
+    """Return the labels in the order in which they are placed, the routed network first."""
+    colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random}
+    colors |= {"static": theme.ink, "other": theme.muted}
     ordered = sorted(points, key=lambda row: list(colors).index(row["kind"]))
     return [
-        Label(f"{row['label']}  {percent(row['top1'])}", [_position(row)], colors[row["kind"]], row["kind"] == "routed")
+        Label(f"{row['label']}  {percent(row['top1'])}", [point_of(row)], colors[row["kind"]], row["kind"] == "routed")
         for row in ordered
     ]
 
@@ -136,7 +175,7 @@ def _point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Lab
 def _line_labels(
     report: Mapping[str, Any],
     line: np.ndarray,
-    curve: np.ndarray,
+    curves: Mapping[str, np.ndarray],
     gap: np.ndarray,
     references: Sequence[Mapping[str, Any]],
     levels: Sequence[np.ndarray],
@@ -144,29 +183,29 @@ def _line_labels(
 ) -> list[Label]:
     labels = []
     if len(gap):
-        gain = report["comparisons"]["interpolation"]["difference_points"]
+        gain = report["comparisons"]["envelope"]["difference_points"]
         labels.append(Label(f"{signed(gain)} points", [tuple(gap.mean(axis=0))], theme.routed))
     for reference, level in zip(references, levels, strict=True):
         labels.append(Label(f"{reference['label']}  {percent(reference['top1'])}", _along(level), theme.reference))
-    if len(curve):
-        labels.append(Label("budget curve", _along(curve), theme.routed))
-        labels.append(Label("static line", _along(line), theme.muted))
+    labels += [Label(kind, _along(curve), theme.routed) for kind, curve in curves.items()]
+    if curves:
+        labels.append(Label("envelope of static", _along(line), theme.muted))
     return labels
 
 
 def _along(line: np.ndarray, count: int = 9) -> list[tuple[float, float]]:
-    """Points spread evenly over a polyline whose x ascends, without its ends."""
+    """Return points spread evenly over a polyline whose x ascends, without its ends."""
     x = np.linspace(line[0, 0], line[-1, 0], count + 2)[1:-1]
     return list(zip(x.tolist(), np.interp(x, line[:, 0], line[:, 1]).tolist(), strict=True))
 
 
 _LABELLED = 7
 _MIN_SHARE_NAMED = 15
-"""percent: an area that is nowhere higher has no room for its name"""
+"""An area whose share stays below this percentage has no room for its name."""
 
 
 def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Above: accuracy with its interval against cost, some biases named, and the static line. Below: shares."""
+    """Draw accuracy with its interval, some biases and the static line against cost (above), and shares (below)."""
     figure = new_figure(8.2, 6.4, theme)
     upper = figure.add_axes((0.085, 0.4, 0.895, 0.465))
     lower = figure.add_axes((0.085, 0.09, 0.895, 0.22), sharex=upper)
@@ -179,7 +218,7 @@ def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
         style_axes(axes, theme)
     upper.fill_between(costs, low, high, color=theme.routed, alpha=0.16, lw=0, zorder=2)
     upper.plot(costs, top1, color=theme.routed, lw=1.8, zorder=4)
-    upper.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), marker="o", ms=5, zorder=3)
+    upper.plot(*line.T, marker="o", ms=5, zorder=3, **static_line(theme))
     named = every(curve, _LABELLED)
     spots = [(point["mean_cost"], 100 * point["top1"]) for point in named]
     routed = [point["budget_bias"] == 0 for point in named]
@@ -210,12 +249,12 @@ def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
     _name_areas(lower, costs, shares, [f"{side} px" for side in report["resolutions"]], theme)
     title(lower, "Share of images at each resolution, %", theme)
     lower.set_xlabel(cost_words(report).axis, color=theme.muted)
-    heading(figure, "What a budget bias does", f"{subject(report)}; the same network, nothing trained again", theme)
+    heading(figure, "What a budget bias does", f"{subject(report)}; the same network, not retrained", theme)
     return figure
 
 
 def _name_areas(axes: Axes, costs: np.ndarray, shares: np.ndarray, names: Sequence[str], theme: Theme) -> None:
-    """Write each resolution into its area, where that is highest but for the ends."""
+    """Write each resolution into its area where the area is highest, away from the ends."""
     ends = len(costs) // 10
     tops = shares.cumsum(axis=0)
     for name, area, top in zip(names, shares, tops, strict=True):
@@ -232,38 +271,43 @@ _TITLE_LENGTH = 15
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of the gallery with the routed network's answer."""
+    """An image of the gallery with the answer of the routed network."""
 
     index: int
     truth: str
     answer: str
     right: bool
     right_at: tuple[bool, ...]
-    """for each resolution, whether it is right there"""
+    """Whether each resolution answers correctly."""
     jpeg: bytes
-    """thumbnail"""
+    """The thumbnail."""
 
 
 def pick_tiles(
     predictions: Predictions,
+    answered_N: np.ndarray,
     classes: Sequence[str],
     read_image: Callable[[int], bytes],
     *,
     columns: int = COLUMNS,
     seed: int = 0,
 ) -> list[list[Tile]]:
-    """For each resolution up to `columns` of the images that were sent to it, drawn at random without replacement."""
+    """Pick up to `columns` images for each resolution, at random without replacement.
+
+    Args:
+        answered_N: index of the resolution whose answer counts for each image.
+    """
     generator = np.random.default_rng(seed)
     rows = []
     for j in range(len(predictions.resolutions)):
-        sent = np.flatnonzero(predictions.chosen_N == j)
+        sent = np.flatnonzero(answered_N == j)
         picked = generator.choice(sent, size=min(columns, len(sent)), replace=False)
         rows.append([_tile(predictions, classes, read_image, int(n), j) for n in picked])
     return rows
 
 
 def draw_gallery(tiles: Sequence[Sequence[Tile]], report: Mapping[str, Any]) -> bytes:
-    """PNG bytes: one row of images a resolution, each titled with its class, the answer and whether it is right."""
+    """Return a PNG with one row of images per resolution, each titled with its class and a mark for the answer."""
     columns = max(1, *(len(row) for row in tiles))
     cell, label, top = 1.18, 1.2, 0.6
     width, height = label + cell * columns + 0.1, top + (cell + 0.42) * len(tiles)
@@ -282,13 +326,13 @@ def draw_gallery(tiles: Sequence[Sequence[Tile]], report: Mapping[str, Any]) -> 
             axes.set_axis_off()
             color = LIGHT.oracle if tile.right else LIGHT.routed
             axes.set_title(tile_title(tile), color=color, fontsize=FONT_SIZE - 3.5, pad=3, parse_math=False)
-    subject = f"{report['dataset'] or report['name']}; drawn at random; {RIGHT} right, {WRONG} wrong (answer instead)"
+    subject = f"{report['dataset'] or report['name']}; drawn at random; {RIGHT} correct, {WRONG} wrong (with answer)"
     heading(figure, "Images by chosen resolution", subject, LIGHT)
     return to_png(figure)
 
 
 def tile_title(tile: Tile) -> str:
-    """`class` and a mark, in two lines; where the answer is wrong the second names it."""
+    """Return the class and, on a second line, a mark; a wrong answer is named after its mark."""
     second = RIGHT if tile.right else f"{WRONG} {_short(tile.answer)}"
     return f"{_short(tile.truth)}\n{second}"
 
@@ -319,7 +363,7 @@ def _short(text: str) -> str:
 
 
 def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
-    """PNG bytes by name: tradeoff; with more than one resolution budget and shares; with attributes attribute."""
+    """Return PNG bytes by name: tradeoff, budget and shares (several resolutions only), attribute (if there is one)."""
     figures = {"tradeoff": draw_tradeoff(report, theme)}
     if report["routing"] is not None:
         figures["budget"] = draw_budget(report, theme)
@@ -330,7 +374,7 @@ def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
 
 
 def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Left: share of images at each resolution, routed and oracle. Right: static accuracy by chosen resolution."""
+    """Draw the share of images at each resolution (left) and static accuracy by chosen resolution (right)."""
     figure = new_figure(8.2, 4.4, theme)
     left, right = figure.add_axes((0.085, 0.145, 0.37, 0.6)), figure.add_axes((0.555, 0.145, 0.425, 0.6))
     sides, colors = report["resolutions"], resolution_colors(len(report["resolutions"]))
@@ -366,12 +410,12 @@ def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
     names = [f"{side} px\n{count:,}" for side, count in zip(sides, report["routing"]["counts_by_chosen"], strict=True)]
     _sides_axis(right, names, theme)
     title(right, "Static top-1 by choice, % (ring: as routed)", theme)
-    heading(figure, "What the predictor chooses", f"{subject(report)}; colours are resolutions", theme)
+    heading(figure, "What the predictor chooses", f"{subject(report)}; colors are resolutions", theme)
     return figure
 
 
 def draw_attributes(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """For each attribute: share of each resolution by value (above), accuracy by value (below)."""
+    """Draw, for each attribute, the share of each resolution by value (above) and accuracy by value (below)."""
     attributes = report["attributes"]
     figure = new_figure(8.2, 0.95 + 5.2 * len(attributes), theme)
     height = figure.get_figheight()
@@ -423,7 +467,7 @@ def _draw_bins(
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
-    """Name each line right of the axes, at the height of its end, pushed apart where they would touch."""
+    """Name each line to the right of the axes, at the height of its end; names that would touch are pushed apart."""
     low, high = axes.get_ylim()
     gap = 1.45 * FONT_SIZE / 72 * axes.figure.dpi / axes.bbox.height
     ordered = sorted(ends)

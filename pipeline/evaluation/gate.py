@@ -1,4 +1,4 @@
-"""Whether one model may take another's place: both on the same images, paired, and what each costs."""
+"""Decide whether one model may replace another, by a paired comparison on the same images and by cost."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pipeline.evaluation.tables import gflops, p_value, percent
 
 FORMAT = 1
 NOT_WORSE_MARGIN = 1.0
-"""points of top-1 that the interval must exclude losing where the user names no bound"""
+"""The loss in points of top-1 that the interval must exclude if the user gives no bound."""
 _ARRAYS = ("indices_N", "right_N")
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Which of the N validation images a model as deployed gets right, and what it costs.
+    """Records which of the N validation images a deployed model classifies correctly, and its mean cost.
 
     Args:
-        data_digest: of the prepared data that the images are of.
+        data_digest: digest of the prepared data that holds the images.
         indices_N: each image's position in the validation beton, int64, ascending.
-        right_N: whether the answer at the chosen resolution is right, bool.
-        mean_gflops: mean cost of an image, predictor included.
+        right_N: whether the answer at the chosen resolution is correct, bool.
+        mean_gflops: mean GFLOPs of an image, predictor included.
     """
 
     data_digest: str
@@ -47,7 +47,7 @@ class Answers:
         return float(self.right_N.mean())
 
     def save(self, path: Path) -> None:
-        """Write one compressed .npz file, atomically: about a byte an image."""
+        """Write one compressed .npz file atomically; it takes about one byte per image."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {"format": np.int64(FORMAT), "mean_gflops": np.float64(self.mean_gflops)}
         with whole_file(path) as file:
@@ -55,60 +55,61 @@ class Answers:
 
     @classmethod
     def load(cls, path: Path) -> Answers:
-        """Read what `save` wrote; raises ValueError where it is not a whole file of this format."""
+        """Read a file that `save` wrote; raises ValueError if it is incomplete or of another format."""
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
-                    raise ValueError(f"its format is {found}, this version reads {FORMAT}")
+                    raise ValueError(f"its format is {found}; this version reads format {FORMAT}")
                 return cls(str(file["data_digest"]), *(file[name] for name in _ARRAYS), float(file["mean_gflops"]))
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} does not hold a model's answers: {error}") from error
+            raise ValueError(f"{path} is not a file of model answers: {error}") from error
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a challenger may be worse by.
+    """Limits how much worse a challenger may be.
 
     Raises:
         ValueError: a bound is negative, infinite or NaN.
     """
 
     max_accuracy_drop: float | None = None
-    """points of top-1; None asks for "not worse", see `objections`"""
+    """The largest loss accepted, in points of top-1; None requires "not worse" (see `objections`)."""
     max_gflops_increase: float = 0.0
-    """percent of the champion's mean cost"""
+    """The largest increase of the mean GFLOPs accepted, in percent of the champion's."""
 
     def __post_init__(self) -> None:
         for name in ("max_accuracy_drop", "max_gflops_increase"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < np.inf:
-                raise ValueError(f"{name} is {value:g}; give a number from 0 on, such as 0.5")
+                raise ValueError(f"{name} is {value:g}; give a number of 0 or more, such as 0.5")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A challenger against the champion on the same N images; accuracies are fractions of 1."""
+    """Compares a challenger with the champion on the same N images; accuracies are fractions of 1."""
 
     num_images: int
     challenger_top1: float
     champion_top1: float
     only_challenger: int
-    """images that it alone gets right"""
+    """The number of images that only the challenger classifies correctly."""
     only_champion: int
+    """The number of images that only the champion classifies correctly."""
     difference: Estimate
-    """challenger minus champion, with Bonett and Price's 95 % interval"""
+    """Challenger minus champion, with the 95 % interval of Bonett and Price."""
     mcnemar_p: float
-    """exact, two-sided"""
+    """The exact two-sided p value."""
     challenger_gflops: float
     champion_gflops: float
 
     @property
     def gflops_increase(self) -> float:
-        """Of the challenger over the champion, percent."""
+        """The increase from champion to challenger, in percent."""
         return 100 * (self.challenger_gflops / self.champion_gflops - 1)
 
     def sentence(self) -> str:
-        """The comparison in one line."""
+        """Return the comparison in one line."""
         return (
             f"{points(self.difference)} of top-1 on {self.num_images:,} images (McNemar p "
             f"{_equals(self.mcnemar_p)}), {self.gflops_increase:+.1f} % GFLOPs"
@@ -116,19 +117,19 @@ class Comparison:
 
 
 def compare_answers(challenger: Answers, champion: Answers) -> Comparison:
-    """Pair two models' answers.
+    """Compare the answers of two models image by image.
 
     Raises:
-        ValueError: they are not of the same validation images.
+        ValueError: the answers are for different validation images.
     """
     if challenger.data_digest != champion.data_digest:
         raise ValueError(
-            f"they were evaluated on other data (digest {challenger.data_digest} and {champion.data_digest}), so "
+            f"they were evaluated on different data (digests {challenger.data_digest} and {champion.data_digest}), so "
             "their accuracies cannot be compared"
         )
     if not np.array_equal(challenger.indices_N, champion.indices_N):
         raise ValueError(
-            f"they were evaluated on other images of the same data ({len(challenger.indices_N):,} and "
+            f"they were evaluated on different images of the same data ({len(challenger.indices_N):,} and "
             f"{len(champion.indices_N):,}), so their accuracies cannot be compared"
         )
     only_challenger = int((challenger.right_N & ~champion.right_N).sum())
@@ -147,12 +148,12 @@ def compare_answers(challenger: Answers, champion: Answers) -> Comparison:
 
 
 def objections(found: Comparison, bounds: Bounds) -> list[str]:
-    """What speaks against the challenger, a sentence each; nothing where it may take the champion's place.
+    """Return the reasons to keep the champion, one sentence each; none if the challenger may replace it.
 
-    Not worse, where no `max_accuracy_drop` is given, is two things. McNemar's test does not find it less accurate, at
-    5 %. And the images are enough to tell: the interval of the paired difference excludes a loss of more than
-    NOT_WORSE_MARGIN points, for with ten images no test finds anything. With a bound it is the second thing alone, for
-    that bound: a loss that is proven but within what the user accepts is no objection.
+    Without `max_accuracy_drop` the challenger must be "not worse", which takes two things: McNemar's test does not find
+    it less accurate at 5 %, and the interval of the paired difference excludes a loss of more than NOT_WORSE_MARGIN
+    points (among ten images McNemar's test misses even 5 lost ones). With `max_accuracy_drop` the interval alone
+    decides, against that bound: a proven loss that the user accepts is no objection.
     """
     said = []
     low, margin = 100 * found.difference.low, bounds.max_accuracy_drop
@@ -166,19 +167,19 @@ def objections(found: Comparison, bounds: Bounds) -> list[str]:
         allowed = NOT_WORSE_MARGIN if margin is None else margin
         said.append(
             f"a loss of more than {allowed:g} points is not excluded: {points(found.difference)} on "
-            f"{found.num_images:,} images; more validation images narrow the interval, --max-accuracy-drop POINTS "
-            "accepts more"
+            f"{found.num_images:,} images; more validation images narrow the interval, and --max-accuracy-drop POINTS "
+            "accepts a larger loss"
         )
     if found.gflops_increase > bounds.max_gflops_increase + 1e-6:
         said.append(
             f"it costs {found.gflops_increase:.3g} % more GFLOPs, and {bounds.max_gflops_increase:g} % more is "
-            "allowed; --max-gflops-increase PERCENT accepts more"
+            "allowed; --max-gflops-increase PERCENT allows more"
         )
     return said
 
 
 def comparison_table(found: Comparison, challenger: str, champion: str) -> str:
-    """Both models and their difference, in aligned columns; the names head them."""
+    """Return a table of both models and their difference, with the models' names as headers."""
     rows: list[Sequence[str]] = [
         ("", champion, challenger, "difference"),
         (
@@ -188,7 +189,7 @@ def comparison_table(found: Comparison, challenger: str, champion: str) -> str:
             points(found.difference),
         ),
         (
-            "right alone",
+            "only it correct",
             f"{found.only_champion:,}",
             f"{found.only_challenger:,}",
             f"McNemar p {_equals(found.mcnemar_p)}",
@@ -208,7 +209,7 @@ def comparison_table(found: Comparison, challenger: str, champion: str) -> str:
 
 
 def points(difference: Estimate) -> str:
-    """A difference of accuracies in points, with its interval."""
+    """Format a difference of accuracies in points, with its interval."""
     low, high = 100 * difference.low, 100 * difference.high
     return f"{100 * difference.value:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
 

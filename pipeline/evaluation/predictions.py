@@ -1,4 +1,4 @@
-"""What a model answers for every validation image, at every candidate resolution: all that evaluation needs."""
+"""Collect, merge and store a model's logits for every validation image at every candidate resolution."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR")
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Logits of N images at R candidate resolutions over K classes, with the predictor's logits.
+    """Holds the logits of N images at R candidate resolutions over K classes, with the predictor's logits.
 
     Args:
         resolutions: the candidates' sides in pixels; axis R of the arrays follows them.
@@ -35,7 +35,7 @@ class Predictions:
         predictor_logits_NR: the predictor's logits over the resolutions, float32, finite.
 
     Raises:
-        ValueError: naming every shape, dtype or value that does not fit.
+        ValueError: shapes, dtypes or values do not match; the message names all of them.
     """
 
     resolutions: tuple[int, ...]
@@ -47,7 +47,7 @@ class Predictions:
     def __post_init__(self) -> None:
         problems = list(self._problems())
         if problems:
-            raise ValueError(f"predictions do not fit together: {'; '.join(problems)}")
+            raise ValueError(f"the arrays of the predictions do not match: {'; '.join(problems)}")
 
     @property
     def num_images(self) -> int:
@@ -59,47 +59,51 @@ class Predictions:
 
     @cached_property
     def classes_NR(self) -> np.ndarray:
-        """The class that each resolution answers, int64."""
+        """The class that the backbone answers at each resolution, int64."""
         return self.logits_NRK.argmax(axis=2)
 
     @cached_property
     def correct_NR(self) -> np.ndarray:
-        """Whether each resolution is right, bool."""
+        """Whether the answer at each resolution is correct, bool."""
         return self.classes_NR == self.labels_N[:, None]
 
     @cached_property
     def chosen_N(self) -> np.ndarray:
-        """Index of the resolution that the predictor chooses (argmax, without noise), int64."""
+        """The index of the resolution that the predictor chooses (argmax, without noise), int64."""
         return self.predictor_logits_NR.argmax(axis=1)
 
+    def rows(self, rows_M: np.ndarray) -> Predictions:
+        """Return some of the images, in the given order."""
+        return Predictions(self.resolutions, *(getattr(self, name)[rows_M] for name in _ARRAYS))
+
     def save(self, path: Path) -> None:
-        """Write one .npz file, atomically."""
+        """Write one .npz file atomically."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         with whole_file(path) as file:
             np.savez(file, format=np.int64(FORMAT), resolutions=np.asarray(self.resolutions), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             OSError: the file cannot be opened.
-            ValueError: it is not a whole file of this format.
+            ValueError: the file is incomplete or of another format.
         """
         try:
-            # Opened here: numpy leaves a file of its own open where it is not a whole archive.
+            # Opened here because np.load leaves the file open if it is not a complete archive.
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
-                    raise ValueError(f"its format is {found}, this version reads {FORMAT}")
+                    raise ValueError(f"its format is {found}; this version reads format {FORMAT}")
                 return cls(tuple(file["resolutions"].tolist()), *(file[name] for name in _ARRAYS))
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not a predictions file: {error}; evaluate the model again") from error
+            raise ValueError(f"{path} is not a predictions file: {error}; run jobs.evaluate again") from error
 
     def _problems(self) -> Iterator[str]:
-        """Shapes first: what comes after makes sense only where they fit."""
+        """Yield what is wrong, shapes first, because the later checks need them."""
         N, R = len(self.labels_N), len(self.resolutions)
         if R == 0:
-            yield "there is no resolution"
+            yield "there are no resolutions"
         if self.logits_NRK.ndim != 3:
             yield f"logits have shape {self.logits_NRK.shape}, expected (N, R, K)"
             return
@@ -115,10 +119,10 @@ class Predictions:
             if array.shape != shape or array.dtype != dtype:
                 yield f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
         if N and self.labels_N.dtype == np.int64 and not 0 <= self.labels_N.min() <= self.labels_N.max() < K:
-            yield f"labels run from {self.labels_N.min()} to {self.labels_N.max()}, expected 0 to {K - 1}"
+            yield f"labels range from {self.labels_N.min()} to {self.labels_N.max()}, expected 0 to {K - 1}"
         for name in ("logits_NRK", "predictor_logits_NR"):
             array = getattr(self, name)
-            # Minimum and maximum are NaN where any value is: no temporary of the size of the logits.
+            # If any value is NaN, so are minimum and maximum; this needs no temporary array as large as the logits.
             if array.size and not np.isfinite([array.min(), array.max()]).all():
                 rows = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
                 yield f"{name} is NaN or infinite for {len(rows)} images, the first at index {self.indices_N[rows[0]]}"
@@ -129,13 +133,13 @@ def collect_predictions(
 ) -> Predictions:
     """Run every image at every resolution and through the predictor, in eval mode and without gradients.
 
-    Each layer's training flag is as before afterwards. Empty batches are skipped; without any image, the result has
-    N = 0 and K = 1, which `merge` leaves out.
+    Restores each layer's training flag. Skips empty batches; without any image, the result has N = 0 and K = 1, and
+    `merge` leaves it out.
 
     Args:
         batches: with `images` (side -> uint8 (n, side, side, 3)), `labels` and `indices` (n,), on any device.
-        backbone_logits: indices (n,) -> logits (n, R, K), where those of the model's backbone are known: then the
-            backbone is not run, and `images` need hold the predictor's input alone.
+        backbone_logits: function from indices (n,) to the known backbone logits (n, R, K). If given, the backbone does
+            not run, and `images` needs only the predictor's input.
     """
     device = next(model.parameters()).device
     labels, indices, logits, predictor = [], [], [], []
@@ -151,7 +155,7 @@ def collect_predictions(
                 logits_NRK = backbone_logits(batch.indices)
             logits.append(logits_NRK.float().cpu().numpy())
             predictor.append(model.predictor_logits(images).float().cpu().numpy())
-            # Copies: the loader may reuse the batch's memory.
+            # Copied because the loader may reuse the batch's memory.
             labels.append(batch.labels.cpu().numpy().astype(np.int64))
             indices.append(batch.indices.cpu().numpy().astype(np.int64))
     R = len(model.resolutions)
@@ -163,13 +167,13 @@ def collect_predictions(
 
 
 def merge(parts: Sequence[Predictions], num_images: int | None = None) -> Predictions:
-    """Put the ranks' predictions together, sorted by index.
+    """Merge the predictions of all ranks, sorted by index.
 
     Args:
-        num_images: how many images the validation set has; None trusts the largest index.
+        num_images: size of the validation set; None derives it from the largest index.
 
     Raises:
-        ValueError: parts of different models, an image that occurs twice, or one that is missing.
+        ValueError: the parts are from different models, or an image is missing or occurs twice.
     """
     filled = [part for part in parts if part.num_images]
     if not filled:
@@ -189,9 +193,9 @@ def _check_complete(indices_N: np.ndarray, num_images: int | None) -> None:
     count = int(indices_N.max()) + 1 if num_images is None else num_images
     outside = indices_N[(indices_N < 0) | (indices_N >= count)]
     if len(outside):
-        raise ValueError(f"predictions name image {outside[0]}, but the validation set has indices 0 to {count - 1}")
+        raise ValueError(f"predictions contain image {outside[0]}, but the validation set has indices 0 to {count - 1}")
     times = np.bincount(indices_N, minlength=count)
     for found, what in ((times > 1, "predicted more than once"), (times == 0, "missing")):
         if found.any():
             first = ", ".join(str(index) for index in np.flatnonzero(found)[:5])
-            raise ValueError(f"{found.sum()} of {count} images are {what}, the first: {first}; evaluate again")
+            raise ValueError(f"{found.sum()} of {count} images are {what}, the first: {first}; run jobs.evaluate again")

@@ -1,4 +1,4 @@
-"""The report for readers: Markdown, and one self-contained HTML file."""
+"""Render a report as Markdown and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from pipeline.evaluation.tables import (
     budget_table,
     by_chosen_table,
     cell,
+    class_table,
     comparison_table,
     confusion_table,
     cost_cells,
     cost_headers,
     cost_words,
     gflops,
+    markdown_figure,
     markdown_table,
     method_notes,
     percent,
+    policy_note,
+    policy_table,
     provenance,
     reference_table,
     result_table,
@@ -44,7 +48,7 @@ CAPTIONS = {
 
 
 def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
-    """The report as Markdown; `figures` are the PNG files that lie beside it."""
+    """Return the report as Markdown; `figures` names the PNG files in the same folder."""
     details = [f"- {sentence}" for sentence in report["verdict_details"]]
     parts = [f"# {cell(report['name'])}", f"**{report['verdict']}**", "\n".join(details)]
     parts.append(_figure("tradeoff", figures))
@@ -53,13 +57,20 @@ def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
         parts += ["Published elsewhere, under other protocols:", markdown_table(*reference_table(report))]
     if report["comparisons"] is not None:
         parts += ["## The routed network against the others", markdown_table(*comparison_table(report))]
-        parts += ["## Budget curve", _figure("budget", figures), BUDGET_NOTE, markdown_table(*budget_table(report))]
-        parts += ["## What the predictor does", _figure("shares", figures)]
+        parts += ["## Policies", policy_note(report), markdown_table(*policy_table(report))]
         parts += [
-            "Static top-1 of the images that were sent to each resolution:",
+            "## Budget curve of the predictor",
+            _figure("budget", figures),
+            BUDGET_NOTE,
+            markdown_table(*budget_table(report)),
+        ]
+        parts += ["## Where images end", _figure("shares", figures)]
+        parts += [
+            "Static top-1 of the images routed to each resolution:",
             markdown_table(*by_chosen_table(report)),
         ]
-        parts += ["Images by chosen resolution and the oracle's:", markdown_table(*confusion_table(report))]
+        parts += ["Images by chosen resolution and by the oracle's choice:", markdown_table(*confusion_table(report))]
+    parts += ["## Classes", markdown_table(*class_table(report))]
     for name, found in report["attributes"].items():
         parts += [f"## Choice by {cell(name)}", markdown_table(*attribute_table(name, found))]
     parts += [_figure("attribute", figures), _figure("gallery", figures)]
@@ -74,11 +85,11 @@ def render_html(
     dark: Mapping[str, bytes],
     tiles: Sequence[Sequence[Tile]],
 ) -> str:
-    """The report as one HTML file that loads nothing: figures for light and dark, and images, are data addresses.
+    """Return the report as one HTML file that loads nothing from outside: figures and images are data URLs.
 
     Args:
-        light, dark: PNG bytes of the figures by name, for both looks.
-        tiles: the gallery, one row a resolution; empty leaves it out.
+        light, dark: PNG bytes of the figures by name, for the light and the dark theme.
+        tiles: the gallery, one row per resolution; empty leaves it out.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -103,6 +114,9 @@ def render_html(
         comparison=comparison_table(report) if routed else None,
         budget=budget_table(report) if routed else None,
         budget_note=BUDGET_NOTE,
+        policies=policy_table(report) if routed else None,
+        policy_note=policy_note(report) if routed else None,
+        classes=class_table(report),
         attributes={name: attribute_table(name, found) for name, found in report["attributes"].items()},
         notes=method_notes(report),
         provenance=provenance(report),
@@ -110,4 +124,4 @@ def render_html(
 
 
 def _figure(name: str, figures: Collection[str]) -> str:
-    return f"![{CAPTIONS[name]}]({name}.png)" if f"{name}.png" in figures else ""
+    return markdown_figure(name, CAPTIONS[name], figures)

@@ -1,11 +1,12 @@
-"""The report of a run: what dynamic resolution saves and costs, beside every static resolution of the same backbone."""
+"""Report what dynamic resolution saves and costs, beside every static resolution of the same backbone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,223 +14,69 @@ import numpy as np
 
 from datasets.files import write_whole
 from pipeline.evaluation.budget import budget_curve
-from pipeline.evaluation.figures import draw_figures, draw_gallery, pick_tiles
+from pipeline.evaluation.comparison import BOOTSTRAP_SEED, Stated, class_table, compare, curve_points, table_rows
+from pipeline.evaluation.figures import Tile, draw_figures, draw_gallery, pick_tiles
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.render import render_html, render_markdown
-from pipeline.evaluation.statistics import (
-    COLLAPSED_SHARE,
-    CONFIDENCE,
-    RESAMPLES,
-    Estimate,
-    Resamples,
-    accuracy,
-    by_attribute,
-    line_accuracy,
-    line_neighbours,
-    mcnemar_p,
-    oracle_choice,
-    paired_difference,
-    percentile_interval,
-    resample,
-    shares,
-)
+from pipeline.evaluation.statistics import COLLAPSED_SHARE, CONFIDENCE, RESAMPLES, by_attribute
 from pipeline.evaluation.style import DARK, LIGHT
 from pipeline.evaluation.tables import cost_words, gflops, percent, signed
 from pipeline.models.cost import Costs, Latency
-
-
-def table_rows(
-    correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray, costs: Costs, resampled: Resamples
-) -> list[dict[str, Any]]:
-    """The rows, each with `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its
-    method), `mean_gflops`, `backbone_gflops` (without the predictor), `mean_cost` (in the report's unit of cost, which
-    is what is compared by) and `shares` (per resolution).
-
-    Kinds: `static` (one a resolution), then, with more than one resolution, `routed` (argmax of the predictor),
-    `random` (the same shares drawn without looking: its expected accuracy sum_j share_j * accuracy_j, counted at the
-    routed network's cost), `interpolation` (the line between the neighbouring static resolutions at the routed
-    network's cost) and `oracle` (the cheapest resolution at which an image is right, else the cheapest; no predictor).
-    """
-    N, R = correct_NR.shape
-    static_R = correct_NR.mean(axis=0)
-    rows = [
-        _row(f"static-{side}", "static", f"static {side} px", N, accuracy(int(correct_NR[:, j].sum()), N), "wilson")
-        | {"resolution": side}
-        | _cost(np.eye(R)[j], costs, with_predictor=False)
-        for j, side in enumerate(costs.resolutions)
-    ]
-    if R == 1:
-        return rows
-    shares_R = shares(chosen_N, R)
-    routed_cost = _cost(shares_R, costs, with_predictor=True)
-    line_R = interpolation_shares(costs, routed_cost["mean_cost"])
-    lower, upper = interpolation_ends(costs, routed_cost["mean_cost"])
-    line_label = f"static {upper} px" if lower == upper else f"line, static {lower} to {upper} px"
-    random = percentile_interval(static_R @ shares_R, random_accuracy(resampled))
-    line = percentile_interval(static_R @ line_R, interpolation_accuracy(resampled, costs))
-    return [
-        *rows,
-        _row("routed", "routed", "routed", N, accuracy(_count_right(correct_NR, chosen_N), N), "wilson") | routed_cost,
-        _row("random", "random", "random, same shares", N, random, "bootstrap") | routed_cost,
-        _row("interpolation", "interpolation", line_label, N, line, "bootstrap")
-        | _cost(line_R, costs, with_predictor=False),
-        _row("oracle", "oracle", "oracle", N, accuracy(_count_right(correct_NR, oracle_N), N), "wilson")
-        | _cost(shares(oracle_N, R), costs, with_predictor=False),
-    ]
-
-
-def compare(
-    correct_NR: np.ndarray,
-    chosen_N: np.ndarray,
-    oracle_N: np.ndarray,
-    costs: Costs,
-    resampled: Resamples,
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """The routed network minus every other row, by that row's id, on the same images.
-
-    Each with `difference_points`, `low_points`, `high_points`, `interval` (its method), `cost_ratio` and `gflops_ratio`
-    (the routed network's over the other's; `cost_ratio` in the report's unit of cost). Against one fixed answer an
-    image (static, oracle) also `only_routed_right`, `only_other_right` and `mcnemar_p` (exact, two-sided); null against
-    the two mixtures.
-    """
-    by_id = {row["id"]: row for row in rows}
-    routed, routed_N = by_id["routed"], _right(correct_NR, chosen_N)
-    answers = {f"static-{side}": correct_NR[:, j] for j, side in enumerate(costs.resolutions)}
-    answers["oracle"] = _right(correct_NR, oracle_N)
-    mixtures = {"random": random_accuracy(resampled), "interpolation": interpolation_accuracy(resampled, costs)}
-    found: dict[str, dict[str, Any]] = {}
-    for other, other_N in answers.items():
-        only_routed, only_other = int((routed_N & ~other_N).sum()), int((~routed_N & other_N).sum())
-        difference = paired_difference(only_routed, only_other, len(routed_N))
-        found[other] = _difference(difference, "bonett-price", routed, by_id[other]) | {
-            "only_routed_right": only_routed,
-            "only_other_right": only_other,
-            "mcnemar_p": mcnemar_p(only_routed, only_other),
-        }
-    for other, other_B in mixtures.items():
-        gain = percentile_interval(routed["top1"] - by_id[other]["top1"], resampled.routed_B - other_B)
-        found[other] = _difference(gain, "bootstrap", routed, by_id[other]) | dict.fromkeys(
-            ("only_routed_right", "only_other_right", "mcnemar_p")
-        )
-    return {row["id"]: found[row["id"]] for row in rows if row["id"] in found}
-
-
-def random_accuracy(resampled: Resamples) -> np.ndarray:
-    """(B,): expected accuracy of random routing with the resample's shares."""
-    return (resampled.shares_BR * resampled.static_BR).sum(axis=1)
-
-
-def interpolation_accuracy(resampled: Resamples, costs: Costs) -> np.ndarray:
-    """(B,): accuracy on the static line at the resample's routed cost, predictor included."""
-    routed_cost_B = resampled.shares_BR @ np.asarray(costs.backbone) + costs.predictor
-    return line_accuracy(costs.backbone, resampled.static_BR, routed_cost_B)
-
-
-def interpolation_shares(costs: Costs, cost: float) -> np.ndarray:
-    """(R,): the mixture of the two neighbouring static resolutions that costs `cost`."""
-    lower, upper, weight = line_neighbours(costs.backbone, np.array([cost]))
-    identity = np.eye(len(costs.resolutions))
-    return (1 - weight[0]) * identity[lower[0]] + weight[0] * identity[upper[0]]
-
-
-def interpolation_ends(costs: Costs, cost: float) -> tuple[int, int]:
-    """Sides in pixels of the cheaper and the dearer neighbour; both the dearest where `cost` lies beyond it."""
-    lower, upper, weight = line_neighbours(costs.backbone, np.array([cost]))
-    dearer = costs.resolutions[upper[0]]
-    return (dearer if weight[0] == 1 else costs.resolutions[lower[0]]), dearer
-
-
-def _right(correct_NR: np.ndarray, choice_N: np.ndarray) -> np.ndarray:
-    return correct_NR[np.arange(len(choice_N)), choice_N]
-
-
-def _count_right(correct_NR: np.ndarray, choice_N: np.ndarray) -> int:
-    return int(_right(correct_NR, choice_N).sum())
-
-
-def _row(identity: str, kind: str, label: str, n: int, top1: Estimate, interval: str) -> dict[str, Any]:
-    return {
-        "id": identity,
-        "kind": kind,
-        "label": label,
-        "resolution": None,
-        "n": n,
-        "top1": float(top1.value),
-        "top1_low": top1.low,
-        "top1_high": top1.high,
-        "interval": interval,
-    }
-
-
-def _cost(shares_R: np.ndarray, costs: Costs, with_predictor: bool) -> dict[str, Any]:
-    shares_list = [float(share) for share in shares_R]
-    return {
-        "mean_gflops": costs.mean_gflops(shares_list, with_predictor),
-        "backbone_gflops": costs.mean_gflops(shares_list, with_predictor=False),
-        "mean_cost": costs.mean(shares_list, with_predictor),
-        "shares": shares_list,
-    }
-
-
-def _difference(
-    difference: Estimate, interval: str, routed: Mapping[str, Any], other: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "difference_points": 100 * float(difference.value),
-        "low_points": 100 * difference.low,
-        "high_points": 100 * difference.high,
-        "interval": interval,
-        "cost_ratio": routed["mean_cost"] / other["mean_cost"],
-        "gflops_ratio": routed["mean_gflops"] / other["mean_gflops"],
-    }
+from pipeline.policies.calibrate import ALL, Budget, Calibration, Split, calibrate
+from pipeline.policies.fit import FittedPolicy
+from pipeline.policies.route import Images
+from pipeline.serving.runtime.policy import Policy
 
 
 def judge(report: Mapping[str, Any]) -> dict[str, Any]:
-    """`outcome`, `verdict` (text; its first sentence is the outcome) and `verdict_details` (further sentences).
+    """Return `outcome`, `verdict` (text; its first sentence is the outcome) and `verdict_details` (further sentences).
 
-    Outcomes: `dominated` (a static resolution costs no more and is no less accurate), `below_line` (below the line
-    between the neighbouring static resolutions at equal cost), `unproven` (above it, but the 95 % interval holds 0),
-    `gain` (above it, and the interval is above 0), `single_resolution` (nothing to route).
+    Outcomes: `static` (the policy that was chosen is a static resolution), `dominated` (a static resolution costs no
+    more and is no less accurate), `below_line` (below the envelope of the static resolutions at equal cost), `unproven`
+    (above it, but one of the 95 % intervals against envelope and random contains 0), `gain` (above both, and so are the
+    intervals), `single_resolution` (nothing to route).
     """
     rows = {row["id"]: row for row in report["rows"]}
+    words = cost_words(report)
     if report["comparisons"] is None:
         row = report["headline"]
         text = (
-            f"There is one resolution, so nothing is routed: {row['label']} reaches {percent(row['top1'])} "
+            f"There is only one resolution, so nothing is routed: {row['label']} reaches {percent(row['top1'])} "
             f"(95 % CI {percent(row['top1_low'])} to {percent(row['top1_high'])}) "
-            f"at {gflops(row['mean_cost'])} {cost_words(report).unit}."
+            f"at {gflops(row['mean_cost'])} {words.unit}."
         )
         return {"outcome": "single_resolution", "verdict": text, "verdict_details": []}
-    line = report["comparisons"]["interpolation"]
+    line, random = report["comparisons"]["envelope"], report["comparisons"]["random"]
     dominating = _dominating(report, rows)
-    if dominating is not None:
+    if report["policies"]["chosen"]["kind"] == "static":
+        outcome = "static"
+        label = rows["routed"]["label"].removeprefix("routed: ")
+        text = f"Static wins: within the budget no policy is better than {label}. {_trade(report, rows)}."
+    elif dominating is not None:
         outcome, text = "dominated", _dominated_text(report, dominating)
     elif line["difference_points"] <= 0:
         sure = "Static wins" if line["high_points"] < 0 else "Routing shows no gain"
         outcome = "below_line"
-        text = (
-            f"{sure}: at equal {cost_words(report).noun} the routed network is {_against_line(report, rows)}. "
-            f"{_trade(report, rows)}."
-        )
-    elif line["low_points"] <= 0:
+        text = f"{sure}: the routed network is {_against_envelope(report)}. {_trade(report, rows)}."
+    elif min(line["low_points"], random["low_points"]) <= 0:
         outcome = "unproven"
         text = (
-            f"A gain is not proven: the routed network is {_against_line(report, rows)}, an interval that holds 0. "
+            f"A gain is not proven: the routed network is {_against_envelope(report)}, and "
+            f"{_side(random['difference_points'], 'random routing')} ({_interval(random)}); an interval contains 0. "
             f"{_trade(report, rows)}."
         )
     else:
-        outcome, text = "gain", f"{_trade(report, rows)}, and {_against_line(report, rows)}."
+        outcome, text = "gain", f"{_trade(report, rows)}, and {_against_envelope(report)}."
     return {"outcome": outcome, "verdict": text, "verdict_details": list(_details(report, rows))}
 
 
 def _dominating(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The most accurate static resolution that costs no more than the routed network and is no less accurate."""
+    """Return the most accurate static resolution that costs no more than the routed network and is no less accurate."""
     routed = rows["routed"]
     better = [
         row
         for row in report["rows"]
-        if row["kind"] == "static" and row["mean_cost"] <= routed["mean_cost"] and row["top1"] >= routed["top1"]
+        if row["kind"] in STATIC_KINDS and row["mean_cost"] <= routed["mean_cost"] and row["top1"] >= routed["top1"]
     ]
     return max(better, key=lambda row: (row["top1"], -row["mean_cost"])) if better else None
 
@@ -248,7 +95,7 @@ def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str
 
 
 def _trade(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """The routed network against the most accurate static resolution, without a full stop."""
+    """Compare the routed network with the most accurate static resolution; the sentence has no period."""
     best, found = rows[report["best_static"]], report["comparisons"][report["best_static"]]
     return (
         f"At {found['cost_ratio']:.2f} of the {cost_words(report).noun} of {best['label']} the routed network is "
@@ -256,39 +103,45 @@ def _trade(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     )
 
 
-def _against_line(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    found, line = report["comparisons"]["interpolation"], rows["interpolation"]
-    equal = f"at equal {cost_words(report).noun}"
-    if sum(share > 0 for share in line["shares"]) == 1:
-        ends = rows["routed"]["mean_cost"] > line["mean_cost"] * (1 + 1e-9)
-        where = ", where the static line ends" if ends else f" {equal}"
-        return f"{_side(found['difference_points'], line['label'])}{where} ({_interval(found)})"
-    lower, upper = (side for side, share in zip(report["resolutions"], line["shares"], strict=True) if share > 0)
-    return (
-        f"{_side(found['difference_points'], 'the line')} between static {min(lower, upper)} px and "
-        f"{max(lower, upper)} px {equal} ({_interval(found)})"
-    )
+def _against_envelope(report: Mapping[str, Any]) -> str:
+    found = report["comparisons"]["envelope"]
+    what = f"the envelope of the static resolutions at equal {cost_words(report).noun}"
+    return f"{_side(found['difference_points'], what)} ({_interval(found)})"
 
 
 def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str]:
     shares = rows["routed"]["shares"]
     most = max(range(len(shares)), key=lambda j: shares[j])
-    if shares[most] > COLLAPSED_SHARE:
+    chosen = report["policies"]["chosen"]
+    if shares[most] > COLLAPSED_SHARE and chosen["kind"] != "static":
         yield (
-            f"The predictor sends {percent(shares[most])} of the images to {report['resolutions'][most]} px: "
-            "the choice has collapsed, which leaves a static network that also pays for a predictor."
+            f"{percent(shares[most])} of the images are answered at {report['resolutions'][most]} px: the routing has "
+            "collapsed. What is left is a static network that also pays for the routing."
         )
+    yield from _rivals(report, rows)
     found = report["comparisons"]["random"]
     yield (
-        "Choosing by looking at the image, rather than at random with the same shares, is worth "
+        "Choosing by the image, rather than at random with the same shares, gains "
         f"{signed(found['difference_points'])} points ({_interval(found)})."
     )
     oracle, routing = rows["oracle"], report["routing"]
     yield (
-        f"An oracle, which knows the cheapest resolution that is right, would reach {percent(oracle['top1'])} at "
+        f"An oracle, which knows the cheapest correct resolution, would reach {percent(oracle['top1'])} at "
         f"{gflops(oracle['mean_cost'])} {cost_words(report).unit}. Of the routed network's {routing['wrong']} wrong "
-        f"answers, {routing['wrong_but_right_elsewhere']} are right at another resolution."
+        f"answers, {routing['wrong_but_right_elsewhere']} are correct at another resolution."
     )
+
+
+def _rivals(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str]:
+    """Whether a predictor pays: the chosen policy beside the best of the other kinds at no higher cost."""
+    for row in report["rows"]:
+        if row["kind"] == "policy" and row["policy"] not in ("static", report["policies"]["chosen"]["kind"]):
+            found = report["comparisons"][row["id"]]
+            yield (
+                f"The best {row['label']} that costs no more reaches {percent(row['top1'])} at "
+                f"{gflops(row['mean_cost'])} {cost_words(report).unit}: the chosen policy is "
+                f"{_side(found['difference_points'], 'it')} ({_interval(found)})."
+            )
 
 
 def _side(points: float, what: str) -> str:
@@ -305,57 +158,106 @@ def _p(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
-SCHEMA_VERSION = 2
-BOOTSTRAP_SEED = 0
+SCHEMA_VERSION = 3
 FIGURES = ("tradeoff", "budget", "shares", "attribute", "gallery")
+STATIC_KINDS = ("static", "other")
+"""kinds of rows that are static networks"""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a report is made of.
+
+    Attributes:
+        predictions: of the network that is deployed.
+        other: of another network that could have been deployed, for the same images: the one from before the joint
+            stage, or from after it.
+        other_name: what is said of that network: "before joint".
+        keys_N: uint64, what identifies each image, such as the checksum of its bytes; it decides on which side of the
+            split an image is.
+        budget: by which a policy is chosen.
+        split: which images policies are fitted on, and which results are stated on.
+        balanced: policies are chosen by the mean accuracy over the classes.
+    """
+
+    predictions: Predictions
+    costs: Costs
+    keys_N: np.ndarray
+    other: Predictions | None = None
+    other_name: str = "before joint"
+    budget: Budget = field(default_factory=Budget)
+    split: Split = field(default_factory=Split)
+    balanced: bool = False
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The fitted policies; None with one resolution."""
+        if len(self.costs.resolutions) == 1:
+            return None
+        labels_N, weights_N = self.predictions.labels_N, None
+        if self.balanced:
+            weights_N = 1 / np.bincount(labels_N, minlength=self.predictions.num_classes)[labels_N]
+        logits = self.predictions.logits_NRK, labels_N, self.predictions.predictor_logits_NR
+        return calibrate(Images.of(*logits, self.costs, weights_N), self.keys_N, self.budget, self.split)
 
 
 def build_report(
-    predictions: Predictions,
-    costs: Costs,
+    evaluation: Evaluation,
     *,
     classes: Sequence[str],
     attributes: Mapping[str, Sequence[float]],
     name: str,
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that report.json holds, as plain Python values without NaN.
+    """Return the content of report.json, as plain Python values without NaN.
 
     Args:
         classes: names of the K classes.
-        attributes: for each attribute one value for every image of the validation beton, in its order.
-        name: of the run.
+        attributes: one value per image of the validation beton, in its order, for each attribute.
+        name: name of the run.
         context: `dataset`, `git_commit`, `created` (ISO 8601) and `references` (published results of others, a list of
-            `{"label", "top1", "note"}`) where they are known; all else is put under `environment`.
+            `{"label", "top1", "note"}`) where they are known; the rest goes under `environment`.
 
     Returns:
-        Accuracies are fractions of 1, differences points (percent), GFLOPs 1e9 multiply-adds an image. What is called
-        cost is in the unit that `costs` names, gflops or (measured) milliseconds, and is what is compared by. Lists
-        over resolutions follow `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`,
-        `dataset`, `n`, `num_classes`, `classes`, `resolutions`, `costs`; `outcome`, `verdict`, `verdict_details` (see
-        `verdict.judge`); `headline` (what the model reaches as deployed); `best_static` (id of a row); `rows` (see
-        `comparison.table_rows`); `comparisons` (row id -> the routed network against it, see `comparison.compare`);
-        `budget_curve` (see `budget.budget_curve`); `routing`; `attributes`; `majority_class_top1`; `references`;
-        `method`; `environment`. With one resolution `comparisons` and `routing` are null, `budget_curve` is empty.
+        Accuracies are fractions of 1, differences points (percent), GFLOPs 1e9 multiply-adds per image. Costs are in
+        the unit of the run, gflops or measured milliseconds, and comparisons use them. Lists over resolutions follow
+        `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`, `dataset`, `n` (images
+        that results are stated on), `num_classes`, `classes`, `resolutions`, `costs`; `outcome`, `verdict`,
+        `verdict_details` (see `judge`); `headline` (what the model reaches as deployed); `best_static` (id of a row);
+        `rows` (see `comparison.table_rows`); `comparisons` (row id -> the routed network against it, see
+        `comparison.compare`);
+        `policies` (see `_policies`); `budget_curve` (see `budget.budget_curve`); `routing`; `by_class` (see
+        `comparison.class_table`); `attributes`; `majority_class_top1`; `references`; `method`; `environment`. With one
+        resolution `comparisons`, `policies` and `routing` are null, `budget_curve` is empty.
 
     Raises:
-        ValueError: predictions, costs, classes and attributes do not belong together.
+        ValueError: predictions, costs, classes and attributes do not belong together, or no policy meets the budget.
     """
-    problems = list(_mismatches(predictions, costs, classes, attributes))
+    predictions, costs = evaluation.predictions, evaluation.costs
+    problems = list(_mismatches(evaluation, classes, attributes))
     if problems:
-        raise ValueError(f"no report can be made: {'; '.join(problems)}")
-    correct_NR, chosen_N = predictions.correct_NR, predictions.chosen_N
-    oracle_N = oracle_choice(correct_NR, costs.backbone)
-    resampled = resample(correct_NR, chosen_N, BOOTSTRAP_SEED)
-    rows = table_rows(correct_NR, chosen_N, oracle_N, costs, resampled)
-    routed = len(costs.resolutions) > 1
+        raise ValueError(f"cannot build a report: {'; '.join(problems)}")
+    calibration = evaluation.calibration
+    stated_M = np.arange(predictions.num_images) if calibration is None else calibration.stated
+    stated = Stated(
+        predictions.labels_N[stated_M],
+        predictions.correct_NR[stated_M],
+        None if evaluation.other is None else evaluation.other.correct_NR[stated_M],
+        evaluation.other_name,
+        {} if calibration is None else calibration.routed,
+        costs,
+    )
+    labels = {} if calibration is None else _labels(calibration, costs)
+    rows = table_rows(stated, labels)
+    statics = [row for row in rows if row["kind"] in STATIC_KINDS]
+    last_N = stated.routed[ALL].last_N if stated.is_routed else np.zeros(len(stated_M), np.int64)
     report = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
         "created": context.get("created"),
         "git_commit": context.get("git_commit"),
         "dataset": context.get("dataset"),
-        "n": predictions.num_images,
+        "n": len(stated_M),
         "num_classes": len(classes),
         "classes": list(classes),
         "resolutions": list(costs.resolutions),
@@ -365,17 +267,23 @@ def build_report(
             "predictor_gflops": costs.predictor_gflops,
             "latency": None if costs.latency is None else _latency(costs.latency),
         },
-        "headline": next(row for row in rows if row["kind"] == ("routed" if routed else "static")),
-        "best_static": max((row for row in rows if row["kind"] == "static"), key=_accurate_then_cheap)["id"],
+        "headline": next(row for row in rows if row["kind"] == ("routed" if stated.is_routed else "static")),
+        "best_static": max(statics, key=_accurate_then_cheap)["id"],
         "rows": rows,
-        "comparisons": compare(correct_NR, chosen_N, oracle_N, costs, resampled, rows) if routed else None,
-        "budget_curve": budget_curve(predictions.predictor_logits_NR, correct_NR, costs) if routed else [],
-        "routing": _routing(correct_NR, chosen_N, oracle_N) if routed else None,
+        "comparisons": compare(stated, rows) if stated.is_routed else None,
+        "policies": None if calibration is None else _policies(calibration, evaluation, stated),
+        "budget_curve": budget_curve(predictions.predictor_logits_NR[stated_M], stated.correct_NR, costs)
+        if stated.is_routed
+        else [],
+        "routing": _routing(stated.correct_NR, last_N, stated.oracle_N) if stated.is_routed else None,
+        "by_class": class_table(stated, classes),
         "attributes": {
-            attribute: by_attribute(np.asarray(values, np.float64)[predictions.indices_N], correct_NR, chosen_N, costs)
+            attribute: by_attribute(
+                np.asarray(values, np.float64)[predictions.indices_N[stated_M]], stated.correct_NR, last_N, costs
+            )
             for attribute, values in attributes.items()
         },
-        "majority_class_top1": float(np.bincount(predictions.labels_N).max() / predictions.num_images),
+        "majority_class_top1": float(np.bincount(stated.labels_N).max() / len(stated_M)),
         "references": [
             {"label": str(found["label"]), "top1": float(found["top1"]), "note": str(found.get("note", ""))}
             for found in context.get("references", ())
@@ -386,10 +294,50 @@ def build_report(
     return report | judge(report)
 
 
+def _labels(calibration: Calibration, costs: Costs) -> dict[str, str]:
+    names = {kind: kind for kind in calibration.routed}
+    if calibration.folds is None or calibration.chosen.policy.kind != "static":
+        names[ALL] = f"routed: {described(calibration.chosen.policy, costs.resolutions)}"
+    return names | {"static": "static"}
+
+
+def described(policy: Policy, resolutions: Sequence[int]) -> str:
+    """Describe a policy in a few words: `cascade 32, 48, 96 px`."""
+    sides = ", ".join(str(resolutions[index]) for index in policy.members)
+    return f"{policy.kind} {sides} px"
+
+
+def _policies(calibration: Calibration, evaluation: Evaluation, stated: Stated) -> dict[str, Any]:
+    """How policies were chosen.
+
+    `budget` (`cost`, `max_drop`), `num_select` (images that each was fitted on), `folds` (null for two halves),
+    `chosen` and `front` (each policy with `kind`, `label`, `members`, `thresholds`, `start_bias`, and on the images of
+    the fit its `cost` and expected `accuracy`), and `curves` (kind -> `comparison.curve_points`, on the stated images).
+    """
+    resolutions = evaluation.costs.resolutions
+
+    def plain(point: FittedPolicy) -> dict[str, Any]:
+        named = {"kind": point.policy.kind, "label": described(point.policy, resolutions)}
+        values = point.policy.to_json() | {"cost": point.cost, "accuracy": point.accuracy}
+        return named | {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    return {
+        "budget": asdict(evaluation.budget),
+        "num_select": calibration.num_select,
+        "folds": calibration.folds,
+        "chosen": plain(calibration.chosen),
+        "front": [plain(point) for point in calibration.fronts[ALL]],
+        "curves": {
+            kind: curve_points(curve, stated.correct_NR, evaluation.costs)
+            for kind, curve in calibration.curves.items()
+            if kind != "static"
+        },
+    }
+
+
 def write_report(
     folder: Path,
-    predictions: Predictions,
-    costs: Costs,
+    evaluation: Evaluation,
     *,
     classes: Sequence[str],
     attributes: Mapping[str, Sequence[float]],
@@ -397,28 +345,27 @@ def write_report(
     name: str,
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write report.json, report.md, report.html and the figures into `folder`; returns what report.json holds.
+    """Write report.json, report.md, report.html and the figures into `folder`; returns the content of report.json.
 
-    Each file is whole or absent, and report.json comes last. Figures of an earlier report that this one does not have
-    are removed.
+    Each file is complete or absent, and report.json comes last. Figures of an earlier report that this one lacks are
+    removed.
 
     Args:
-        read_image: JPEG bytes of the image at an index of the validation beton, for the gallery; None leaves it out.
+        read_image: function from an index of the validation beton to JPEG bytes, for the gallery; None leaves it out.
 
     Raises:
-        ValueError: as `build_report`, or `context` holds what JSON cannot.
+        ValueError: as `build_report`, or `context` contains a value that JSON cannot represent.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     report = build_report(
-        predictions,
-        costs,
+        evaluation,
         classes=classes,
         attributes=attributes,
         name=name,
         context={"created": created, **context},
     )
     text = to_json(report)
-    tiles = [] if read_image is None else pick_tiles(predictions, classes, read_image)
+    tiles = [] if read_image is None else _tiles(evaluation, classes, read_image)
     light, dark = draw_figures(report, LIGHT), draw_figures(report, DARK)
     files = {f"{figure}.png": content for figure, content in light.items()}
     if tiles:
@@ -435,8 +382,16 @@ def write_report(
     return report
 
 
+def _tiles(evaluation: Evaluation, classes: Sequence[str], read_image: Callable[[int], bytes]) -> list[list[Tile]]:
+    """Images of the gallery: stated ones, by the resolution that answers them."""
+    predictions, calibration = evaluation.predictions, evaluation.calibration
+    if calibration is None:
+        return pick_tiles(predictions, np.zeros(predictions.num_images, np.int64), classes, read_image)
+    return pick_tiles(predictions.rows(calibration.stated), calibration.routed[ALL].last_N, classes, read_image)
+
+
 def to_json(report: Mapping[str, Any]) -> str:
-    """Strict JSON.
+    """Return the report as strict JSON.
 
     Raises:
         ValueError: a value is NaN, infinite, or of a type that JSON does not have.
@@ -444,7 +399,7 @@ def to_json(report: Mapping[str, Any]) -> str:
     try:
         return json.dumps(report, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the report holds what JSON cannot: {error}; give context as text and numbers") from error
+        raise ValueError(f"JSON cannot represent the report: {error}; give context as text and numbers") from error
 
 
 _NAMED_CONTEXT = ("dataset", "git_commit", "created", "references")
@@ -455,8 +410,9 @@ def _accurate_then_cheap(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _mismatches(
-    predictions: Predictions, costs: Costs, classes: Sequence[str], attributes: Mapping[str, Sequence[float]]
+    evaluation: Evaluation, classes: Sequence[str], attributes: Mapping[str, Sequence[float]]
 ) -> Iterator[str]:
+    predictions, costs, other = evaluation.predictions, evaluation.costs, evaluation.other
     if predictions.num_images == 0:
         yield "there are no predictions"
         return
@@ -464,6 +420,10 @@ def _mismatches(
         yield f"predictions are for {list(predictions.resolutions)} px, costs for {list(costs.resolutions)} px"
     if len(classes) != predictions.num_classes:
         yield f"there are {len(classes)} class names for {predictions.num_classes} logits"
+    if len(evaluation.keys_N) != predictions.num_images:
+        yield f"there are {len(evaluation.keys_N)} keys for {predictions.num_images} images"
+    if other is not None and not np.array_equal(other.indices_N, predictions.indices_N):
+        yield f"the predictions {evaluation.other_name} are of other images"
     last = int(predictions.indices_N.max())
     for name, values in attributes.items():
         if len(values) <= last:
@@ -473,13 +433,13 @@ def _mismatches(
 
 
 def _latency(latency: Latency) -> dict[str, Any]:
-    """What was measured, and in a line how: `measured`."""
+    """Return the measured latency, with one line under `measured` that says how it was measured."""
     sides = list(latency.backbone_milliseconds)
     return asdict(latency) | {"backbone_milliseconds": sides, "measured": str(latency)}
 
 
 def _routing(correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray) -> dict[str, Any]:
-    """How the predictor's choice compares with the oracle's, and how hard the images of each choice are."""
+    """Compare the predictor's choice with the oracle's, and measure how hard the images of each choice are."""
     R = correct_NR.shape[1]
     chosen_NR = chosen_N[:, None] == np.arange(R)
     counts_R = chosen_NR.sum(axis=0)

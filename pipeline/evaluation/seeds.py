@@ -1,4 +1,4 @@
-"""Several reports of one recipe with different seeds, as one table: a single run proves little."""
+"""Summarize the reports of several seeds of one recipe in one table, because a single run proves little."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SUMMARIZED = (
 
 
 def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Compare the reports of several seeds.
+    """Summarize the reports of several seeds.
 
     Returns:
-        `num_seeds`, `dataset`, `resolutions`, `rows` (one a report: `name`, `outcome`, `best_static` and the values of
-        SUMMARIZED, with the 95 % intervals of the two differences) and `summary`: for each value of SUMMARIZED its
-        `mean`, `std` (of the seeds, n - 1; null for one), `min` and `max`.
+        `num_seeds`, `dataset`, `resolutions`, `rows` (one per report: `name`, `outcome`, `best_static` and the values
+        of SUMMARIZED, with the 95 % intervals of the two differences) and `summary`: for each value of SUMMARIZED its
+        `mean`, `std` (over the seeds, n - 1; null for one seed), `min` and `max`.
 
     Raises:
-        ValueError: there is no report, or they differ in data set, resolutions, number of images or unit of cost, or
-            route nothing.
+        ValueError: there is no report; the reports differ in data set, resolutions, number of images or unit of cost;
+            or they have one resolution.
     """
     if not reports:
-        raise ValueError("there is no report to summarise; give at least one")
+        raise ValueError("there is no report to summarize; give at least one")
     kinds = {
         (report["dataset"], tuple(report["resolutions"]), report["n"], report["costs"]["unit"]) for report in reports
     }
@@ -42,9 +42,9 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         listing = "; ".join(
             f"{dataset}, {list(sides)} px, {n} images, by {unit}" for dataset, sides, n, unit in sorted(kinds, key=str)
         )
-        raise ValueError(f"reports of different runs cannot be summarised together: {listing}")
+        raise ValueError(f"reports of different runs cannot be summarized together: {listing}")
     if reports[0]["comparisons"] is None:
-        raise ValueError("reports with one resolution have no routed network to summarise")
+        raise ValueError("reports with one resolution have no routed network to summarize")
     rows = [_row(report) for report in reports]
     return {
         "num_seeds": len(rows),
@@ -56,8 +56,8 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def seeds_markdown(summary: Mapping[str, Any]) -> str:
-    """`summarize_seeds` as a Markdown table: one row a seed, then mean and standard deviation."""
-    header = ("run", "routed", "GFLOPs", "best static", "of its FLOPs", "against it", "above the line", "oracle")
+    """Return a summary as a Markdown table: one row per seed, then mean and standard deviation."""
+    header = ("run", "routed", "GFLOPs", "best static", "of its FLOPs", "against it", "above the envelope", "oracle")
     body = [
         (
             row["name"],
@@ -88,7 +88,7 @@ def seeds_markdown(summary: Mapping[str, Any]) -> str:
 def _row(report: Mapping[str, Any]) -> dict[str, Any]:
     rows = {row["id"]: row for row in report["rows"]}
     best, routed, compared = rows[report["best_static"]], rows["routed"], report["comparisons"]
-    against_best, line = compared[best["id"]], compared["interpolation"]
+    against_best, line = compared[best["id"]], compared["envelope"]
     return {
         "name": report["name"],
         "outcome": report["outcome"],
@@ -118,7 +118,7 @@ def _with_interval(row: Mapping[str, Any], key: str) -> str:
 
 
 def _mean(spread: Mapping[str, Any], scale: float, form: str, unit: str = "") -> str:
-    """Mean and, with more than one seed, the standard deviation."""
+    """Format the mean and, with more than one seed, the standard deviation."""
     mean = f"{scale * spread['mean']:{form}}"
     deviation = "" if spread["std"] is None else f" \N{PLUS-MINUS SIGN} {scale * spread['std']:{form.lstrip('+')}}"
     return f"{mean}{deviation}{unit}"

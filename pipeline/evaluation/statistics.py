@@ -1,7 +1,7 @@
-"""Intervals, paired tests and baselines, computed from what is right at which resolution. NumPy and SciPy only.
+"""Compute intervals, paired tests and baselines with NumPy and SciPy alone.
 
-Everything works on `correct_NR` (bool, is image n right at resolution j) and `chosen_N` (the resolution that the
-predictor chose), never on logits. Accuracies are fractions of 1; costs are of any unit, the same throughout.
+Everything works on `correct_NR` (bool: image n is correct at resolution j) and `chosen_N` (the resolution that the
+predictor chose), never on logits. Accuracies are fractions of 1; costs are in any one unit.
 """
 
 from __future__ import annotations
@@ -33,45 +33,36 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True)
-class Resamples:
-    """Accuracies and shares of B bootstrap resamples of the validation images."""
-
-    static_BR: np.ndarray
-    routed_B: np.ndarray
-    shares_BR: np.ndarray
-
-
 def accuracy(num_right: int, num_images: int) -> Estimate:
-    """Share of right answers with Wilson's score interval."""
+    """Return the share of correct answers with Wilson's score interval."""
     interval = binomtest(num_right, num_images).proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(num_right / num_images, float(interval.low), float(interval.high))
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Two-sided exact p of McNemar's test, from how many images only one of two classifiers gets right."""
+    """Return the exact two-sided p of McNemar's test, from the counts of images that only one classifier gets right."""
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
 
 def paired_difference(only_first: int, only_second: int, num_images: int) -> Estimate:
-    """Difference of two accuracies on the same images, first minus second.
+    """Return the difference of two accuracies on the same images, first minus second.
 
-    The interval is the adjusted Wald interval of Bonett and Price (2012), which keeps its coverage where few images
-    differ; it is centred on the adjusted difference and cut at -1 and 1.
+    The interval is the adjusted Wald interval of Bonett and Price (2012), which keeps its coverage if few images
+    differ. It is centered on the adjusted difference and cut at -1 and 1.
     """
     first, second = (only_first + 1) / (num_images + 2), (only_second + 1) / (num_images + 2)
-    centre = first - second
-    margin = float(ndtri((1 + CONFIDENCE) / 2)) * ((first + second - centre**2) / (num_images + 2)) ** 0.5
+    center = first - second
+    margin = float(ndtri((1 + CONFIDENCE) / 2)) * ((first + second - center**2) / (num_images + 2)) ** 0.5
     value = (only_first - only_second) / num_images
-    return Estimate(value, max(-1.0, centre - margin), min(1.0, centre + margin))
+    return Estimate(value, max(-1.0, center - margin), min(1.0, center + margin))
 
 
 def mean_over_seeds(values_SN: np.ndarray) -> Estimate:
-    """Mean of what S seeds reach on the same N images, with a normal interval over images and seeds.
+    """Return the mean of S seeds' values on the same N images, with a normal interval over images and seeds.
 
-    The variance of the mean is that of the images' means over seeds, by N, plus that of the seeds' means, by S: images
-    and seeds are taken for independent draws. With one seed the interval covers the choice of images alone.
+    Images and seeds count as independent draws: the variance of the mean is var(means of images) / N + var(means of
+    seeds) / S. With one seed the interval covers the choice of images alone.
     """
     S, N = values_SN.shape
     variance = float(values_SN.mean(axis=0).var(ddof=1)) / N if N > 1 else 0.0
@@ -82,61 +73,67 @@ def mean_over_seeds(values_SN: np.ndarray) -> Estimate:
 
 
 def oracle_choice(correct_NR: np.ndarray, costs_R: Sequence[float]) -> np.ndarray:
-    """(N,): the cheapest resolution at which each image is right; where it is right at none, the cheapest."""
+    """Return the cheapest resolution (N,) at which each image is correct, or the cheapest of all if there is none."""
     cheapest_first_R = np.argsort(costs_R, kind="stable")
     return cheapest_first_R[np.argmax(correct_NR[:, cheapest_first_R], axis=1)]
 
 
 def shares(chosen_N: np.ndarray, num_resolutions: int) -> np.ndarray:
-    """(R,): the share of images at each resolution."""
+    """Return the share of images at each resolution, (R,)."""
     return np.bincount(chosen_N, minlength=num_resolutions) / len(chosen_N)
 
 
-def line_neighbours(costs_R: Sequence[float], at_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The static resolutions on both sides of given costs; there must be at least two.
+def balanced_accuracy(correct_N: np.ndarray, labels_N: np.ndarray) -> float:
+    """Return the mean over the classes of the share of correct answers."""
+    classes, positions_N = np.unique(labels_N, return_inverse=True)
+    return float((np.bincount(positions_N, correct_N, len(classes)) / np.bincount(positions_N)).mean())
+
+
+def envelope(
+    costs_S: np.ndarray, accuracy_BS: np.ndarray, at_B: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return the upper concave envelope of points (cost, accuracy) at given costs.
+
+    It is the highest accuracy that drawing between any two of the points at random reaches at no more than the cost.
+    Below the cheapest point it is that of the cheapest point, which is the least that can be spent.
 
     Returns:
-        Index of the cheaper, index of the dearer, weight of the dearer in [0, 1], each (B,). A cost beyond the dearest
-        resolution gives it the weight 1; one below the cheapest gives the weight 0.
+        The accuracy (B,); and which two points are mixed: index of the cheaper, index of the more expensive, weight of
+        the latter in [0, 1], each (B,).
     """
-    order_R = np.argsort(costs_R, kind="stable")
-    ordered_R = np.asarray(costs_R, dtype=np.float64)[order_R]
-    upper_B = np.clip(np.searchsorted(ordered_R, at_B, side="left"), 1, len(ordered_R) - 1)
-    span_B = ordered_R[upper_B] - ordered_R[upper_B - 1]
-    weight_B = np.divide(at_B - ordered_R[upper_B - 1], span_B, out=np.ones(np.shape(at_B)), where=span_B > 0)
-    return order_R[upper_B - 1], order_R[upper_B], np.clip(weight_B, 0, 1)
+    S, rows_B = len(costs_S), np.arange(len(at_B))
+    cheapest = int(np.argmin(costs_S))
+    best_B = accuracy_BS[:, cheapest].astype(np.float64)
+    lower_B, upper_B, weight_B = (np.full(len(at_B), value) for value in (cheapest, cheapest, 1.0))
+    for lower in range(S):
+        for upper in range(S):
+            span = costs_S[upper] - costs_S[lower]
+            if span < 0 or (span == 0 and lower != upper):
+                continue
+            weights_B = np.clip((at_B - costs_S[lower]) / span, 0, 1) if span else np.ones(len(at_B))
+            mixed_B = (1 - weights_B) * accuracy_BS[rows_B, lower] + weights_B * accuracy_BS[rows_B, upper]
+            better_B = (costs_S[lower] <= at_B) & (mixed_B > best_B)
+            for kept, value in ((best_B, mixed_B), (weight_B, weights_B)):
+                kept[better_B] = value[better_B]
+            lower_B[better_B], upper_B[better_B] = lower, upper
+    return best_B, (lower_B, upper_B, weight_B)
 
 
-def line_accuracy(costs_R: Sequence[float], static_BR: np.ndarray, at_B: np.ndarray) -> np.ndarray:
-    """(B,): accuracy on the straight line between the neighbouring static resolutions, at cost `at_B`.
+def bootstrap_means(values_NC: np.ndarray, seed: int = 0, num_resamples: int = RESAMPLES) -> np.ndarray:
+    """Return the column means of B bootstrap resamples of the rows, (B, C).
 
-    It is what sending images to the two neighbours at random would reach at the same cost.
+    Equal rows are exchangeable, so drawing their counts from a multinomial is the same as drawing rows, and takes no
+    longer for more images.
     """
-    lower_B, upper_B, weight_B = line_neighbours(costs_R, at_B)
-    rows_B = np.arange(len(static_BR))
-    return (1 - weight_B) * static_BR[rows_B, lower_B] + weight_B * static_BR[rows_B, upper_B]
-
-
-def resample(correct_NR: np.ndarray, chosen_N: np.ndarray, seed: int = 0, num_resamples: int = RESAMPLES) -> Resamples:
-    """Bootstrap over images.
-
-    Images with equal (choice, right at which resolutions) are exchangeable, so drawing the counts of these patterns
-    from a multinomial is the same as drawing the images, and takes no longer for more images.
-    """
-    N, R = correct_NR.shape
-    pattern_NC = np.column_stack([chosen_N, correct_NR])
-    pattern_PC, counts_P = np.unique(pattern_NC, axis=0, return_counts=True)
-    chosen_P, correct_PR = pattern_PC[:, 0], pattern_PC[:, 1:].astype(np.float64)
-    routed_P = correct_PR[np.arange(len(chosen_P)), chosen_P]
-    columns_PC = np.column_stack([correct_PR, routed_P, np.eye(R)[chosen_P]])
+    rows_PC, counts_P = np.unique(values_NC, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     sizes = [min(_CHUNK, num_resamples - start) for start in range(0, num_resamples, _CHUNK)]
-    means_BC = np.concatenate([generator.multinomial(N, counts_P / N, size) @ columns_PC for size in sizes]) / N
-    return Resamples(means_BC[:, :R], means_BC[:, R], means_BC[:, R + 1 :])
+    N = len(values_NC)
+    return np.concatenate([generator.multinomial(N, counts_P / N, size) @ rows_PC for size in sizes]) / N
 
 
 def percentile_interval(value: float, values_B: np.ndarray) -> Estimate:
-    """`value` with the bootstrap's percentile interval."""
+    """Return `value` with the percentile interval of its bootstrap values."""
     low, high = np.quantile(values_B, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(float(value), float(low), float(high))
 
@@ -146,13 +143,13 @@ MIN_IMAGES_A_BIN = 25
 
 
 def by_attribute(values_N: np.ndarray, correct_NR: np.ndarray, chosen_N: np.ndarray, costs: Costs) -> dict[str, Any]:
-    """Describe choices and accuracy by the value of one attribute, finite float64.
+    """Describe choices and accuracy by the values (finite float64) of one attribute.
 
     Returns:
-        `by_chosen`: for each resolution `resolution`, `n`, and `mean`, `median` of the attribute of the images sent to
-        it (null where there are none). `spearman`: rank correlation of attribute and chosen side (null where either is
-        constant). `bins`: of about equally many images, or one for each value where there are few values; each with
-        `low`, `high`, `n`, `shares`, `static_top1` (per resolution) and `routed_top1`.
+        `by_chosen`: for each resolution, `resolution`, `n`, and the attribute's `mean` and `median` over the images
+        routed to it (null without images). `spearman`: rank correlation of attribute and chosen side (null if either is
+        constant). `bins`: ranges with about the same number of images, or one bin per value if there are few values;
+        each has `low`, `high`, `n`, `shares`, `static_top1` (per resolution) and `routed_top1`.
     """
     sides_R = np.asarray(costs.resolutions)
     by_chosen = []

@@ -1,4 +1,4 @@
-"""How every figure looks: colors for light and dark, axes, headings, and labels that do not overlap."""
+"""Style of every figure: colors for light and dark, axes, headings, and labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RESOLUTION_COLORS = LinearSegmentedColormap.from_list("resolutions", ["#3565b8"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one look; resolutions have the same colours in both."""
+    """The colors of the light or the dark theme; resolutions have the same colors in both."""
 
     background: str
     ink: str
@@ -39,28 +39,28 @@ DARK = Theme("#161b22", "#e6edf3", "#9aa4af", "#2b323b", "#ff8a5c", "#5fd38a", "
 
 
 def resolution_colors(num_resolutions: int) -> list[str]:
-    """One colour for each resolution, the largest first, from blue to yellow; readable on light and dark."""
+    """Return one color per resolution, largest first, from blue to yellow; readable on light and dark."""
     return [to_hex(_RESOLUTION_COLORS(position)) for position in np.linspace(0, 1, max(num_resolutions, 2))][
         :num_resolutions
     ]
 
 
 def new_figure(width: float, height: float, theme: Theme, dpi: int = DPI) -> Figure:
-    """An empty figure of `width` x `height` inches on an Agg canvas."""
+    """Return an empty figure of `width` x `height` inches on an Agg canvas."""
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor=theme.background)
     FigureCanvasAgg(figure)
     return figure
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG bytes, without a date: equal figures are equal bytes."""
+    """Return the figure as PNG bytes without a date, so that equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()
 
 
 def style_axes(axes: Axes, theme: Theme, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Quiet axes: no box, a light grid below everything."""
+    """Style the axes: no box, a light grid below everything."""
     axes.set_facecolor(theme.background)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -72,17 +72,17 @@ def style_axes(axes: Axes, theme: Theme, grid: Literal["both", "x", "y"] = "both
 
 
 def percent_axis(axes: Axes) -> None:
-    """No number above 100 on the y axis: labels and markers need the room there, accuracies do not."""
+    """Hide y axis numbers above 100: labels and markers need the room, and no accuracy lies there."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
 
 
 def title(axes: Axes, text: str, theme: Theme) -> None:
-    """What one pair of axes shows."""
+    """Write the title of one pair of axes."""
     axes.set_title(text, loc="left", color=theme.ink, fontsize=FONT_SIZE, pad=9, parse_math=False)
 
 
 def heading(figure: Figure, text: str, subtitle: str, theme: Theme) -> None:
-    """What the figure shows, and of what."""
+    """Write the title and the subtitle of a figure."""
     height = figure.get_figheight()
     left: dict[str, Any] = {"x": 0.02, "ha": "left", "va": "top", "parse_math": False}
     figure.text(y=1 - 0.12 / height, s=text, color=theme.ink, fontsize=13, fontweight="bold", **left)
@@ -90,12 +90,12 @@ def heading(figure: Figure, text: str, subtitle: str, theme: Theme) -> None:
 
 
 def subject(report: Mapping[str, Any]) -> str:
-    """What the figures of a report are about."""
+    """Return the subtitle that the figures of a report share: data set and number of images."""
     return f"{report['dataset'] or report['name']}, {report['n']:,} validation images"
 
 
 _DIRECTIONS = 24
-_DISTANCES = (7, 12, 18, 26, 36, 50, 68, 90, 120)  # points from what is named
+_DISTANCES = (7, 12, 18, 26, 36, 50, 68, 90, 120)  # points between a label and its anchor
 _LEADER_FROM = 18  # points; a label farther away gets a thin line to its point
 _LEADER_SAMPLES = 16
 _PADDING = 2.5  # points around a label's box
@@ -104,7 +104,7 @@ _STEP = 3.0  # points between the samples of a line that labels keep away from
 
 @dataclass(frozen=True)
 class Label:
-    """A text for one of several equally good anchors, in data coordinates."""
+    """A text with several equally good anchors, in data coordinates."""
 
     text: str
     anchors: Sequence[tuple[float, float]]
@@ -115,16 +115,16 @@ class Label:
 def place_labels(
     axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], *, size: float, background: str
 ) -> None:
-    """Write `labels`, in their order of importance, where they cover nothing.
+    """Write `labels`, the most important first, where they cover nothing.
 
-    For each label all directions and distances around its anchors are tried and the place with the least penalty is
-    taken: another label or the edge counts most, then the samples of lines below it, then the distance.
+    Each label takes the place with the least penalty among several directions and distances around its anchors.
+    Covering another label or the edge costs most, then covering lines, then the distance.
 
     Args:
-        axes: with final limits and position.
+        axes: the axes, with final limits and position.
         lines: polylines (M, 2) in data coordinates that labels should not cover.
-        size: of the font, points.
-        background: colour of the halo around the letters.
+        size: font size in points.
+        background: color of the halo around the letters.
     """
     renderer = cast(FigureCanvasAgg, axes.figure.canvas).get_renderer()
     scale = axes.figure.dpi / 72
@@ -144,12 +144,12 @@ def place_labels(
             [_penalties(point, offsets, half, frame.get_points(), boxes, occupied) for point in points]
         )
         which, best = np.unravel_index(np.argmin(penalties + distances), penalties.shape)
-        centre = points[which] + offsets[best]
-        boxes = np.concatenate([boxes, [[centre - half, centre + half]]])
+        center = points[which] + offsets[best]
+        boxes = np.concatenate([boxes, [[center - half, center + half]]])
         leader = None
         if distances[best] >= _LEADER_FROM:
             leader = {"arrowstyle": "-", "color": label.color, "lw": 0.7, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
-            occupied = np.concatenate([occupied, np.linspace(points[which], centre, _LEADER_SAMPLES)])
+            occupied = np.concatenate([occupied, np.linspace(points[which], center, _LEADER_SAMPLES)])
         text = axes.annotate(
             label.text,
             xy=label.anchors[int(which)],
@@ -165,10 +165,10 @@ def place_labels(
 
 
 def _offsets(half: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Candidate centres (M, 2) of a box of half size `half`, pixels from its anchor, and their distances in points."""
+    """Return candidate centers (M, 2) of a box of half size `half`, pixels from its anchor, and distances in points."""
     angles = np.linspace(0, 2 * np.pi, _DIRECTIONS, endpoint=False)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    # From the box's centre to its edge, so that every direction leaves the same gap.
+    # From the box's center to its edge, so that every direction leaves the same gap.
     reach = np.min(half / np.maximum(np.abs(directions), 1e-9), axis=1)
     lengths = reach[:, None] + np.array(_DISTANCES) * scale
     offsets = directions[:, None] * lengths[:, :, None]
@@ -178,8 +178,10 @@ def _offsets(half: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
 def _penalties(
     point: np.ndarray, offsets: np.ndarray, half: np.ndarray, frame: np.ndarray, boxes: np.ndarray, occupied: np.ndarray
 ) -> np.ndarray:
-    """For each candidate place (M,): 10,000 a label or edge that it covers, 1,000 a label that its leader crosses, 40 a
-    sample of a line.
+    """Return the penalty of each candidate place (M,).
+
+    It is 10,000 for each label or edge that it covers, 1,000 for each label that its leader crosses, and 40 for each
+    sample of a line that it covers.
     """
     low, high = point + offsets - half, point + offsets + half
     outside = (low < frame[0]).any(axis=1) | (high > frame[1]).any(axis=1)
@@ -195,7 +197,7 @@ def _inside(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray
 
 
 def _samples(axes: Axes, line: np.ndarray, step: float) -> np.ndarray:
-    """Points of a polyline, about `step` pixels apart, in pixels."""
+    """Return points of a polyline in pixels, about `step` pixels apart."""
     pixels = axes.transData.transform(line)
     along = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(pixels, axis=0).T))])
     wanted = np.linspace(0, along[-1], int(along[-1] / step) + 2)

@@ -1,28 +1,30 @@
-"""What the report says in tables and notes, as text: Markdown and HTML lay out the same words."""
+"""Write the tables and notes of a report as text, which Markdown and HTML both show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 BUDGET_ROWS = 9
+POLICY_ROWS = 6
+CLASS_ROWS = 20
 BUDGET_NOTE = (
-    "A bias b on the predictor's logits (logit_j + b * c_j) trades accuracy against cost without retraining; c_j is a "
-    "resolution's cost from 0, the cheapest, to 1, the dearest, and b = 0 is the routed network. It is `budget_bias` "
-    "of the registered model, and is of GFLOPs whatever the report counts in. Intervals are of each point for itself; "
+    "A bias b on the predictor's logits (logit_j + b * c_j) trades accuracy against cost without retraining. c_j is a "
+    "resolution's GFLOPs on a scale from 0 (the cheapest) to 1 (the most expensive), in every report; b = 0 is the "
+    "routed network. The registered model takes b as `budget_bias`. Each interval holds for its point alone; "
     "differences are paired, against b = 0."
 )
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""header and body"""
+"""The header and the body of a table."""
 
 
 @dataclass(frozen=True)
 class CostWords:
-    """How a report speaks of its cost."""
+    """The words that a report uses for its cost."""
 
     unit: str
     noun: str
@@ -36,41 +38,46 @@ _COST_WORDS = {
 
 
 def cost_words(report: Mapping[str, Any]) -> CostWords:
-    """By the report's unit of cost."""
+    """Return the words for the report's unit of cost."""
     return _COST_WORDS[report["costs"]["unit"]]
 
 
 def cost_headers(report: Mapping[str, Any]) -> list[str]:
-    """Headers of `cost_cells`: the report's unit first, and always GFLOPs."""
+    """Return the headers of `cost_cells`: the report's unit first, and always GFLOPs."""
     return list(dict.fromkeys([cost_words(report).unit, "GFLOPs"]))
 
 
 def cost_cells(report: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    """The cost of a row, or of a point of the budget curve."""
+    """Return the cost of a row or of a point of the budget curve."""
     both = {cost_words(report).unit: row["mean_cost"], "GFLOPs": row["mean_gflops"]}
     return [gflops(both[header]) for header in cost_headers(report)]
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is aligned left, the others right."""
+    """Return a Markdown table; the first column is aligned left, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join(f"| {' | '.join(cell(text) for text in line)} |" for line in lines)
 
 
+def markdown_figure(name: str, caption: str, figures: Collection[str]) -> str:
+    """A link to the figure, or nothing if NAME.png is not one of `figures`."""
+    return f"![{caption}]({name}.png)" if f"{name}.png" in figures else ""
+
+
 def method_notes(report: Mapping[str, Any]) -> list[str]:
-    """How the numbers came about, one sentence or two a note."""
+    """Return notes on how the numbers were measured, one or two sentences each."""
     method = report["method"]
     notes = [
         f"Top-1 on {report['n']:,} validation images, each counted once, with {method['confidence']:.0%} Wilson "
         f"intervals. Always answering the most frequent class would reach {percent(report['majority_class_top1'])}.",
-        "Cost is counted by torch's FLOP counter (convolutions and matrix products) in GFLOPs of 1e9 multiply-adds an "
-        "image, the predictor included wherever it runs.",
+        "torch's FLOP counter (convolutions and matrix products) counts the cost, in GFLOPs of 1e9 multiply-adds per "
+        "image, with the predictor wherever it runs.",
     ]
     latency = report["costs"]["latency"]
     if latency is not None:
         notes.append(
-            f"What is compared, drawn and called cost here is measured time: {latency['measured']}. Decoding and "
-            "resizing are not in it, and images of one resolution are taken to come in full batches."
+            f"Cost in this report is measured time: {latency['measured']}. It leaves out decoding and resizing, and "
+            "assumes that the images of one resolution arrive in full batches."
         )
     if report["comparisons"] is None:
         return notes
@@ -78,27 +85,24 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
     predictor = report["costs"]["predictor_gflops"] if latency is None else latency["predictor_milliseconds"]
     return [
         *notes,
-        "Routed: each image at the resolution with the largest predictor logit, without noise.",
-        "Random: the same shares, drawn without looking at the image. Its accuracy is the exact expectation. It is "
-        f"placed at the routed network's cost; without the predictor it would cost {gflops(predictor)} {words.unit} "
-        "less.",
-        "Line: what a random mixture of the two neighbouring static resolutions, which needs no predictor, reaches for "
-        f"the same {words.noun}. A routed network that is not above it saves nothing.",
-        "Oracle: each image at the cheapest resolution that is right, without a predictor; where none is right, at the "
-        "cheapest. It bounds what any predictor could reach with this backbone.",
+        "Routed: the chosen policy. A static policy runs every image at one resolution. A predictor sends each image "
+        "to one resolution. A cascade runs the cheapest resolution first and stops when the largest softmax "
+        "probability reaches a threshold; otherwise it runs a larger one and pays for both.",
+        "Random: the same shares, chosen at random. Its accuracy is the exact expectation. It is shown at the routed "
+        f"network's cost; without the predictor it would cost {gflops(predictor)} {words.unit} less.",
+        "Envelope: the upper concave envelope of all static networks, which is what drawing between any two of them at "
+        f"random reaches at the same {words.noun}. A routed network that is not above it saves nothing.",
+        "Oracle: each image at the cheapest resolution that is correct, or at the cheapest of all if none is. No "
+        "policy can be more accurate with this network.",
         "Differences are paired, on the same images: Bonett and Price's interval and McNemar's exact test against "
         f"single networks; {method['bootstrap_resamples']:,} bootstrap resamples of the images against mixtures.",
-        "Intervals cover the choice of validation images, not the seed of the training: compare several seeds. The "
-        "best static resolution and the budget curve are read off the same images.",
+        "Intervals cover the choice of validation images, not the seed of the training: compare several seeds.",
     ]
 
 
 def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What, when and on which machine, as pairs of key and value."""
+    """Return data set, date, commit, costs and machine as pairs of key and value."""
     named = {
-        "data set": report["dataset"],
-        "created": report["created"],
-        "git commit": report["git_commit"],
         "backbone GFLOPs": ", ".join(
             f"{gflops(cost)} at {side} px"
             for side, cost in zip(report["resolutions"], report["costs"]["backbone_gflops"], strict=True)
@@ -112,57 +116,69 @@ def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         named["backbone ms"] = ", ".join(f"{gflops(cost)} at {side} px" for side, cost in sides)
         named["predictor ms"] = gflops(latency["predictor_milliseconds"])
         named["ms measured as"] = latency["measured"]
-    pairs = [*named.items(), *report["environment"].items()]
+    return provenance_pairs(report, named)
+
+
+def provenance_pairs(report: Mapping[str, Any], named: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Data set, date and commit of a report, then what is `named`, then its environment."""
+    about = {"data set": report["dataset"], "created": report["created"], "git commit": report["git_commit"]}
+    pairs = [*about.items(), *named.items(), *report["environment"].items()]
     return [(str(key), str(value)) for key, value in pairs if value is not None]
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
-    """A fraction of 1 as percent."""
+    """Format a fraction of 1 as percent."""
     return "-" if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
+def interval(row: Mapping[str, Any], digits: int = 1) -> str:
+    """The interval of a row's top-1, in percent."""
+    return f"{100 * row['top1_low']:.{digits}f} to {100 * row['top1_high']:.{digits}f}"
+
+
 def signed(points: float) -> str:
-    """A difference with its sign and one decimal; what rounds to 0 is +0.0."""
+    """Format a difference with its sign and one decimal; zero is +0.0."""
     return f"{round(points, 1) + 0.0:+.1f}"
 
 
 def gflops(value: float) -> str:
-    """Three significant digits, never in powers of ten."""
+    """Format a cost with three significant digits, never in powers of ten."""
     return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="k").rstrip(".")
 
 
 def p_value(value: float | None) -> str:
-    """A p value, or a dash where there was no test."""
+    """Format a p value; without a test it is a dash."""
     if value is None:
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.2g}"
 
 
-def result_table(report: Mapping[str, Any]) -> Table:
-    """Every row: accuracy with interval, cost, shares."""
+def result_table(report: Mapping[str, Any], digits: int = 1) -> Table:
+    """Return the table of all rows: accuracy with interval, cost, shares."""
     sides = report["resolutions"]
     body = [
         (
             row["label"],
-            percent(row["top1"]),
-            f"{100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f}",
+            percent(row["top1"], digits),
+            interval(row, digits),
+            percent(row["balanced_top1"]),
             *cost_cells(report, row),
             *(percent(share) if share else "" for share in row["shares"]),
         )
         for row in report["rows"]
     ]
-    return ("", "top-1", "95 % interval", *cost_headers(report), *(f"at {side} px" for side in sides)), body
+    return ("", "top-1", "95 % interval", "balanced", *cost_headers(report), *(f"at {side} px" for side in sides)), body
 
 
 def reference_table(report: Mapping[str, Any]) -> Table:
-    """Published results of others."""
+    """Return the table of published results of others."""
     return ("", "top-1", "protocol"), [
         (reference["label"], percent(reference["top1"]), reference["note"]) for reference in report["references"]
     ]
 
 
 def comparison_table(report: Mapping[str, Any]) -> Table:
-    """The routed network minus every other row."""
+    """Return the table of the routed network minus every other row."""
     labels = {row["id"]: row["label"] for row in report["rows"]}
     body = [
         (
@@ -176,11 +192,11 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
         for other, found in report["comparisons"].items()
     ]
     ratio = f"{cost_words(report).noun} ratio"
-    return ("routed minus", "points", "95 % interval", ratio, "only it / only the other", "McNemar p"), body
+    return ("routed minus", "points", "95 % interval", ratio, "only routed / only other correct", "McNemar p"), body
 
 
 def budget_table(report: Mapping[str, Any]) -> Table:
-    """A few points of the budget curve."""
+    """Return the table of a few points of the budget curve."""
     sides = (f"at {side} px" for side in report["resolutions"])
     header = ("bias b", *cost_headers(report), "top-1", "95 % interval", "points against b = 0", *sides)
     return header, [
@@ -188,7 +204,7 @@ def budget_table(report: Mapping[str, Any]) -> Table:
             bias_text(point["budget_bias"]),
             *cost_cells(report, point),
             percent(point["top1"]),
-            f"{100 * point['top1_low']:.1f} to {100 * point['top1_high']:.1f}",
+            interval(point),
             _against_routed(point),
             *(percent(share) if share else "" for share in point["shares"]),
         )
@@ -196,8 +212,58 @@ def budget_table(report: Mapping[str, Any]) -> Table:
     ]
 
 
+def policy_note(report: Mapping[str, Any]) -> str:
+    """Say on which images policies were fitted, which budget chose one, and which images the numbers are of."""
+    found, words = report["policies"], cost_words(report)
+    budget = found["budget"]
+    limits = [] if budget["cost"] is None else [f"at most {gflops(budget['cost'])} {words.unit}"]
+    if budget["max_drop"] is not None:
+        limits.append(f"at most {100 * budget['max_drop']:g} points below the best static resolution")
+    wanted = " and ".join(limits) or "the highest accuracy"
+    if found["folds"] is None:
+        where = f"fitted on {found['num_select']:,} validation images and applied to the {report['n']:,} others"
+    else:
+        where = f"fitted on {found['num_select']:,} images each, {found['folds']} times, and applied to those left out"
+    return (
+        f"Policies are {where}. The budget was {wanted}; it chose {found['chosen']['label']}. The table shows what the "
+        "best policy of each kind reaches at rising cost."
+    )
+
+
+def policy_table(report: Mapping[str, Any]) -> Table:
+    """Return the table of what the best policy of each kind reaches at rising cost."""
+    curves = report["policies"]["curves"]
+    rows = []
+    for kind, points in curves.items():
+        last = len(points) - 1
+        for place in sorted({round(last * part / (POLICY_ROWS - 1)) for part in range(POLICY_ROWS)}):
+            point = points[place]
+            interval = f"{100 * point['top1_low']:.1f} to {100 * point['top1_high']:.1f}"
+            name = "any" if kind == "all" else kind
+            rows.append((name, *cost_cells(report, point), percent(point["top1"]), interval))
+    return ("policy", *cost_headers(report), "top-1", "95 % interval"), rows
+
+
+def class_table(report: Mapping[str, Any]) -> Table:
+    """Return the table of the classes, those with the lowest accuracy first where there are many."""
+    sides, routed = report["resolutions"], report["comparisons"] is not None
+    rows = report["by_class"]
+    if len(rows) > CLASS_ROWS:
+        key = "routed_top1" if routed else "static_top1"
+        rows = sorted(rows, key=lambda row: row[key])[:CLASS_ROWS]
+    header = ("class", "images", *(f"static {side} px" for side in sides))
+    body = [(row["name"], f"{row['n']:,}", *(percent(value) for value in row["static_top1"])) for row in rows]
+    if routed:
+        header = (*header, "routed", *(f"at {side} px" for side in sides))
+        body = [
+            (*cells, percent(row["routed_top1"]), *(percent(share) if share else "" for share in row["shares"]))
+            for cells, row in zip(body, rows, strict=True)
+        ]
+    return header, body
+
+
 def by_chosen_table(report: Mapping[str, Any]) -> Table:
-    """How hard the images of each choice are: static accuracy by chosen resolution."""
+    """Return the table of static accuracy by chosen resolution, which shows how hard the images of each choice are."""
     sides, routing = report["resolutions"], report["routing"]
     return ("sent to", "images", *(f"static {side} px" for side in sides)), [
         (f"{side} px", f"{count:,}", *(percent(value) for value in values))
@@ -208,9 +274,9 @@ def by_chosen_table(report: Mapping[str, Any]) -> Table:
 
 
 def confusion_table(report: Mapping[str, Any]) -> Table:
-    """Chosen resolution against the oracle's."""
+    """Return the table of chosen resolutions against the oracle's."""
     sides, routing = report["resolutions"], report["routing"]
-    return ("sent to", *(f"oracle {side} px" for side in sides), "right nowhere"), [
+    return ("sent to", *(f"oracle {side} px" for side in sides), "never correct"), [
         (f"{side} px", *(f"{count:,}" for count in counts), f"{nowhere:,}")
         for side, counts, nowhere in zip(
             sides, routing["chosen_by_oracle"], routing["right_nowhere_by_chosen"], strict=True
@@ -219,7 +285,7 @@ def confusion_table(report: Mapping[str, Any]) -> Table:
 
 
 def attribute_table(name: str, found: Mapping[str, Any]) -> Table:
-    """The attribute of the images sent to each resolution."""
+    """Return the table of an attribute by chosen resolution."""
     return ("sent to", "images", f"mean {name}", f"median {name}"), [
         (
             f"{part['resolution']} px",
@@ -231,14 +297,14 @@ def attribute_table(name: str, found: Mapping[str, Any]) -> Table:
 
 
 def every(points: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """About `count` of the points, evenly spaced, with both ends and bias 0."""
+    """Return about `count` of the points, evenly spaced, with both ends and bias 0."""
     last = len(points) - 1
     wanted = {round(last * k / (count - 1)) for k in range(count)} if last >= 0 else set()
     return [point for k, point in enumerate(points) if k in wanted or point["budget_bias"] == 0]
 
 
 def cell(text: object) -> str:
-    """Text that cannot end a table's cell or open a tag."""
+    """Escape text so that it cannot end a table cell or open a tag."""
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
@@ -249,5 +315,5 @@ def _against_routed(point: Mapping[str, Any]) -> str:
 
 
 def bias_text(value: float) -> str:
-    """A budget bias with its sign."""
+    """Format a budget bias with its sign."""
     return "0" if value == 0 else f"{'+' if value > 0 else '-'}{gflops(abs(value))}"

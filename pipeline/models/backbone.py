@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock
 
 from pipeline.models.dry_run import meta_forward, meta_images
 from pipeline.models.norms import keep_resolution, make_resolution_aware
+from pipeline.models.projection import avoid_unsafe_projections
 from pipeline.models.weights import load_weights
 
 
@@ -109,6 +110,11 @@ class ResolutionBackbone(nn.Module):
         for norm in self._norms:
             norm.active = resolution_index
 
+    def freeze_statistics(self, frozen: bool) -> None:
+        """Have every batch norm use its running statistics in training mode too, from the next `train()` on."""
+        for norm in self._norms:
+            norm.frozen = frozen
+
     def at(self, resolution_index: int) -> nn.Module:
         """An independent copy of the network with the plain BatchNorm2d of one candidate, for export and cost."""
         self.select(resolution_index)
@@ -134,6 +140,7 @@ def build_backbone(
         ValueError: the name, the width or the weights do not fit.
     """
     network = SmallResNet(num_classes, width) if name == SMALL_RESNET else _torchvision(name, num_classes, width)
+    avoid_unsafe_projections(network)
     if weights is not None:
         load_weights(network, name, weights)
     return ResolutionBackbone(network, num_resolutions)

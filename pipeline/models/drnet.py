@@ -64,7 +64,7 @@ class DRNet(nn.Module):
         return pixels.mul_(scale).add_(bias).contiguous(memory_format=self.memory_format)
 
     def predictor_logits(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Logits (N, R) over the candidates, from `images[predictor_size]`, uint8 (N, S, S, 3)."""
+        """The predictor's scores (N, R), from `images[predictor_size]`, uint8 (N, S, S, 3)."""
         return self.predictor(self.normalize(images[self.predictor_size]))
 
     def static_logits(self, images: Mapping[int, Tensor], resolution_index: int) -> Tensor:

@@ -6,13 +6,13 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.fx import GraphModule, Node, symbolic_trace
+from torch.fx import GraphModule, Node, Tracer
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -30,13 +30,19 @@ class ResolutionBatchNorm2d(nn.Module):
 
     active: int
     keeps_statistics: bool
-    """in training mode, normalise with the batch's statistics and leave the running ones as they are"""
+    """In training mode, normalize with the batch's statistics and leave the running ones as they are."""
+    frozen: bool
+    """Normalize with the running statistics in training mode too; set it before `train()`."""
 
     def __init__(self, norm: nn.BatchNorm2d, num_resolutions: int):
         super().__init__()
         self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_resolutions - 1))])
         self.active = 0
-        self.keeps_statistics = False
+        self.keeps_statistics = self.frozen = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, which leaves a frozen layer in inference mode."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise (N, C, H, W) with the active copy."""
@@ -206,7 +212,8 @@ def fold_batch_norms(network: nn.Module) -> GraphModule:
     With w, b of the convolution and mean m, variance v, scale g, shift s of the norm, k = g / sqrt(v + eps): the
     convolution with weight k * w and bias k * (b - m) + s gives what both gave. A batch norm elsewhere stays.
     """
-    traced = symbolic_trace(copy.deepcopy(network).eval())
+    network = copy.deepcopy(network).eval()
+    traced = GraphModule(network, _LayerTracer().trace(network))
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     for node in list(traced.graph.nodes):
         norm = _layer(traced, node)
@@ -221,6 +228,13 @@ def fold_batch_norms(network: nn.Module) -> GraphModule:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+class _LayerTracer(Tracer):
+    """Keeps every layer whole that is a kind of torch's convolution."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _layer(traced: GraphModule, node: Node) -> nn.Module | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.models.backbone import init_convolutions, residual_block, scaled_channels
+from pipeline.models.projection import avoid_unsafe_projections
 
 _CHANNELS = (64, 128, 256, 512)
 MAX_STAGES = len(_CHANNELS)
@@ -63,12 +65,18 @@ ARCHITECTURES = {
 class Predictor(nn.Module):
     """Stem, body, average pooling, dropout and classifier over the R candidate resolutions.
 
+    A network is trained on its `outputs`. Its scores, of which the largest is the choice, are the outputs, or their
+    sigmoids where `gives_probabilities` is true, plus `offset_R`: what makes the choices meet a budget.
+
     Args:
         stem, body: convolutional parts, applied in this order.
         num_features: channels that `body` gives.
         num_resolutions: R.
         dropout: probability of zeroing a pooled feature.
     """
+
+    offset_R: Tensor
+    gives_probabilities: Tensor
 
     def __init__(self, stem: nn.Module, body: nn.Module, num_features: int, num_resolutions: int, dropout: float):
         super().__init__()
@@ -77,14 +85,33 @@ class Predictor(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(num_features, num_resolutions)
+        self.register_buffer("offset_R", torch.zeros(num_resolutions))
+        self.register_buffer("gives_probabilities", torch.tensor(False))
+        self.register_load_state_dict_pre_hook(_complete_state)
         init_convolutions(self)
         # Logits near zero: every candidate is drawn equally often at the start, so each one's loss is seen.
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, R) of images (N, 3, S, S), S at least 16."""
+        """Scores (N, R), float32, of images (N, 3, S, S), S at least 16."""
+        outputs_NR = self.outputs(images).float()
+        return torch.where(self.gives_probabilities, outputs_NR.sigmoid(), outputs_NR) + self.offset_R
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """Outputs (N, R) of images (N, 3, S, S): logits of the choice, or of each resolution being right."""
         return self.fc(self.dropout(self.pool(self.body(self.stem(images))).flatten(1)))
+
+    def clear_offset(self, *, gives_probabilities: bool) -> None:
+        """Start from scores without an offset, as training does."""
+        self.offset_R.zero_()
+        self.gives_probabilities.fill_(gives_probabilities)
+
+
+def _complete_state(predictor: Predictor, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state dict from before offsets existed load: its scores are its outputs."""
+    state.setdefault(f"{prefix}offset_R", torch.zeros_like(predictor.offset_R))
+    state.setdefault(f"{prefix}gives_probabilities", torch.zeros_like(predictor.gives_probabilities))
 
 
 def predictor_shape(
@@ -124,6 +151,7 @@ def build_predictor(
         *_convolution(3, channels[0], shape.kernel, shape.stem_stride), nn.MaxPool2d(3, stride=2, padding=1)
     )
     body = nn.Sequential(*_body(shape, channels))
+    avoid_unsafe_projections(body)
     return Predictor(stem, body, channels[-1], num_resolutions, dropout)
 
 

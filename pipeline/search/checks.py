@@ -1,4 +1,4 @@
-"""What is checked and estimated before a search's first trial; `jobs.tune --dry-run` prints it."""
+"""Checks a search and estimates its time before the first trial; `jobs.tune --dry-run` prints the result."""
 
 from __future__ import annotations
 
@@ -16,17 +16,10 @@ from datasets.beton import TRAIN, VALIDATION, Manifest
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.preflight import check_config
 from pipeline.config.load import ConfigError
-from pipeline.config.schema import REGISTERED, Config, SearchConfig
+from pipeline.config.schema import Config, SearchConfig
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import build_drnet, place_model
-from pipeline.search.source import (
-    TrainedBackbone,
-    backbone_path,
-    backbone_problems,
-    load_backbone,
-    model_with_backbone,
-    registered_backbone,
-)
+from pipeline.search.source import TrainedBackbone, backbone_problems, find_backbone, model_with_backbone
 from pipeline.search.space import (
     ARCHITECTURE_KEYS,
     Candidate,
@@ -37,39 +30,195 @@ from pipeline.search.space import (
     space_of,
     space_problems,
 )
-from pipeline.search.trial import num_crops, trial_config, trial_stage
+from pipeline.search.trial import num_crops, table_crops, trial_config, trial_stage
 from pipeline.training.logit_table import LogitTable, TableKey
 from pipeline.training.objectives import Forward, StepBatch, build_objective, gumbel_noise
 from pipeline.training.optim import build_optimizer
 
+GPU_SHARE = 0.25
+STARTUP_SECONDS = 60.0
+"""Start-up time of a Ray worker group, measured on two CPU cores."""
+BACKWARD = 3.0
+"""The cost of a forward and a backward pass, in forward passes."""
 WARM_UP, TIMED = 2, 5
 BACKBONE_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class SearchWork:
-    """Images that a search runs through networks."""
+class Checked:
+    """What a search needs to know before its first trial."""
 
-    table_images: int
-    """through the backbone at every resolution, once for all trials"""
-    trial_images: int
-    """through the predictor, forward and backward, in every trial"""
-    evaluated_images: int
-    """through the predictor, forward, in every trial"""
-    joint_images: int
-    """through predictor and backbone, forward and backward, in every finetuning"""
+    manifest: Manifest
+    backbone: TrainedBackbone
+    space: Space
+    backbone_gflops: tuple[float, ...]
+
+
+def check_search(config: Config) -> Checked:
+    """Check the configuration, the backbone, the data and the space; raise one ConfigError with every problem."""
+    problems = list(_stage_problems(config))
+    backbone, space, manifest, costs = None, None, None, None
+    try:
+        backbone = find_backbone(config)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    try:
+        manifest, costs = check_config(config)
+    except ConfigError as error:
+        problems.extend(error.problems)
+    if manifest and costs and config.stages.predictor:
+        space = space_of(config, costs.backbone_gflops)
+        problems.extend(space_problems(config, space, costs.backbone_gflops))
+        problems.extend(_alpha_problems(space, costs.backbone_gflops))
+    if manifest and backbone:
+        misfits = list(backbone_problems(backbone, config, manifest))
+        problems.extend(misfits or _table_problems(config, backbone, manifest))
+    if ray.is_initialized():
+        problems.extend(_fit_problems(config, ray.cluster_resources()))
+    elif not os.environ.get("RAY_ADDRESS"):
+        # GPUs are counted when Ray has started (`check_trials_fit`).
+        problems.extend(_fit_problems(config, {"CPU": os.cpu_count() or 1, "GPU": math.inf}))
+    if problems or not (manifest and costs and backbone and space):
+        raise ConfigError(problems, f"the search {config.name}")
+    return Checked(manifest, backbone, space, costs.backbone_gflops)
+
+
+def _stage_problems(config: Config) -> Iterator[str]:
+    if config.stages.predictor is None:
+        yield "stages.predictor is missing; it says how the candidates are trained; add it"
+    elif (stage := trial_stage(config)).warmup_epochs >= stage.epochs:
+        yield f"search.epochs {stage.epochs} must be more than stages.predictor.warmup_epochs {stage.warmup_epochs:g}"
+    elif stage.target is None:
+        yield "stages.predictor.alpha_gflops is missing; the candidates are compared at it; set it"
+    if config.stages.joint is None and config.search.finetuned:
+        yield "stages.joint is missing; it says how the best are finetuned; add it, or set search.finetuned=0"
+    if len(config.model.resolutions) == 1:
+        yield "model.resolutions has only one size, so there is nothing to predict; give at least two"
+
+
+def _alpha_problems(space: Space, backbone_gflops: tuple[float, ...]) -> Iterator[str]:
+    alpha, low, high = space.parameters.get("alpha_gflops"), min(backbone_gflops), max(backbone_gflops)
+    if isinstance(alpha, Range) and not low <= alpha.low <= alpha.high <= high:
+        yield (
+            f"search.space.alpha_gflops is {alpha}, but the backbone costs {low:.4g} to {high:.4g} GFLOPs; give "
+            "a range within these"
+        )
+
+
+def _table_problems(config: Config, backbone: TrainedBackbone, manifest: Manifest) -> Iterator[str]:
+    """Why the given weights or tables do not fit the rest of the configuration."""
+    try:
+        model = model_with_backbone(backbone, config, len(manifest.classes))
+        if config.search.tables is not None and config.stages.predictor is not None:
+            for split, crop_epochs in table_crops(config).items():
+                LogitTable(config.search.tables, TableKey.of(model, config, manifest, split), crop_epochs)
+    except ValueError as error:
+        yield str(error)
+
+
+def check_trials_fit(config: Config) -> None:
+    """Raise ConfigError if the connected cluster is too small for the trials."""
+    if problems := list(_fit_problems(config, ray.cluster_resources())):
+        raise ConfigError(problems, "the cluster")
+
+
+def _fit_problems(config: Config, resources: dict[str, float]) -> Iterator[str]:
+    search = config.search
+    cpus, at_once = int(resources.get("CPU", 0)), search.max_concurrent or 1
+    if at_once * search.cpus_per_trial > cpus:
+        yield (
+            f"{at_once} trial{'s' if at_once > 1 else ''} at once with search.cpus_per_trial {search.cpus_per_trial} "
+            f"need {at_once * search.cpus_per_trial} CPUs, but there are {cpus}; lower search.max_concurrent or "
+            "cpus_per_trial"
+        )
+    gpus, share = resources.get("GPU", 0), search.gpus_per_trial
+    if isinstance(share, float) and share and at_once * share > gpus:
+        yield (
+            f"{at_once} trials at once with search.gpus_per_trial {share:g} need {at_once * share:g} GPUs, but there "
+            f"are {gpus:g}; lower search.max_concurrent or gpus_per_trial"
+        )
+
+
+def trial_resources(search: SearchConfig) -> dict[str, float]:
+    """The resources of the connected cluster that one trial uses."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    share = (GPU_SHARE if gpus else 0.0) if search.gpus_per_trial == "auto" else search.gpus_per_trial
+    return {"CPU": search.cpus_per_trial, **({"GPU": share} if share else {})}
+
+
+def trials_at_once(search: SearchConfig, resources: dict[str, float], needed: dict[str, float]) -> int:
+    """How many trials run at the same time."""
+    room = min(int(resources.get(kind, 0) / amount) for kind, amount in needed.items())
+    return min(room, search.max_concurrent or room)
+
+
+def describe_search(config: Config) -> str:
+    """Describe the space, the number of trials, the cost of one, and the total time. Trains and writes nothing.
+
+    Raises:
+        ConfigError: as `search_run`.
+    """
+    checked = check_search(config)
+    trial = config, checked.space.base, len(checked.manifest.classes), config.search.cpus_per_trial
+    with ray_cluster() if os.environ.get("RAY_ADDRESS") else nullcontext():
+        if ray.is_initialized():
+            check_trials_fit(config)
+            needed, resources = trial_resources(config.search), dict(ray.cluster_resources())
+            measure = ray.remote(measure_speed).options(num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0))
+            speed = ray.get(measure.remote(*trial))
+        else:
+            needed = {"CPU": float(config.search.cpus_per_trial)}
+            resources = {"CPU": float(os.cpu_count() or 1)}
+            speed = measure_speed(*trial)
+        at_once = trials_at_once(config.search, resources, needed)
+    return "\n".join(_lines(config, checked, speed, search_work(config, checked.manifest), at_once))
+
+
+def _lines(config: Config, checked: Checked, speed: Speed, work: SearchWork, at_once: int) -> Iterator[str]:
+    search, space = config.search, checked.space
+    yield f"backbone: {checked.backbone.origin}, {config.model.backbone} at {list(config.model.resolutions)} px"
+    if space.parameters:
+        yield f"preset {search.preset}, objective {search.objective}; the paper's four, and:"
+    else:
+        yield f"preset {search.preset}: the paper's four"
+    for key, parameter in space.parameters.items():
+        yield f"  {key}: {parameter}"
+    if any(key in ARCHITECTURE_KEYS for key in space.parameters):
+        yield f"  predictors of {space.cheapest_gflops():.3g} to {space.max_gflops:.3g} GFLOPs"
+    first = len(paper_candidates(config)) + (search.num_trials if space.parameters else 0)
+    repeated = (len(paper_candidates(config)) + (search.finalists if space.parameters else 0)) * (search.seeds - 1)
+    yield f"trials: {first} with one seed, and {repeated} more for the finalists' other seeds: {first + repeated}"
+    seconds = work.trial_images * speed.predictor + work.evaluated_images * speed.predictor / BACKWARD
+    cost = predictor_gflops(space.base)
+    yield (
+        f"one trial: {work.trial_images:,} images through the predictor, about {seconds:,.0f} s for one of {cost:.3g} "
+        "GFLOPs (measured here; the time grows with the cost)"
+    )
+    table = work.table_images * speed.backbone / at_once
+    yield f"logit tables, once for all trials: {work.table_images:,} images through the backbone, about {table:,.0f} s"
+    joint = search.finetuned * work.joint_images * BACKWARD * (speed.backbone + speed.predictor) / at_once
+    if search.finetuned:
+        yield f"finetuning of {search.finetuned} candidates: about {joint:,.0f} s"
+    total = table + seconds * (first + repeated) / at_once + joint + STARTUP_SECONDS * (2 + search.finetuned)
+    yield f"{at_once} trials at once on this cluster: about {total / 60:,.0f} minutes in total, including Ray's starts"
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Seconds an image on one trial's share of a machine; the backbone's at all resolutions, without gradient."""
+class SearchWork:
+    """How many images a search runs through networks."""
 
-    predictor: float
-    backbone: float
+    table_images: int
+    """Images through the backbone at every resolution, once for all trials."""
+    trial_images: int
+    """Images through the predictor, forward and backward, in every trial."""
+    evaluated_images: int
+    """Images through the predictor, forward only, in every trial."""
+    joint_images: int
+    """Images through predictor and backbone, forward and backward, in every finetuning."""
 
 
 def search_work(config: Config, manifest: Manifest) -> SearchWork:
-    """How many images a search has to do with."""
+    """Count the images that a search runs through networks."""
     stage, joint = trial_stage(config), config.stages.joint
     train, validation = manifest.splits[TRAIN].count, manifest.splits[VALIDATION].count
     return SearchWork(
@@ -80,8 +229,16 @@ def search_work(config: Config, manifest: Manifest) -> SearchWork:
     )
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per image on one trial's share of a machine; the backbone runs at all resolutions, without gradient."""
+
+    predictor: float
+    backbone: float
+
+
 def measure_speed(config: Config, candidate: Candidate, num_classes: int, num_threads: int) -> Speed:
-    """Time a candidate's training step and the backbone on images without content."""
+    """Time a candidate's training step and the backbone on blank images."""
     torch.set_num_threads(num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = trial_config(config, candidate, config.seed)
@@ -117,7 +274,7 @@ def measure_speed(config: Config, candidate: Candidate, num_classes: int, num_th
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Of one run, the mean after a warm-up."""
+    """The mean seconds of one call, after a warm-up."""
     for _ in range(WARM_UP):
         work()
     _wait()
@@ -131,177 +288,3 @@ def _seconds(work: Callable[[], object]) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-GPU_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the checks have found out."""
-
-    manifest: Manifest
-    backbone: TrainedBackbone
-    space: Space
-    backbone_gflops: tuple[float, ...]
-
-
-def check_search(config: Config) -> Checked:
-    """Raises ConfigError with every problem of the configuration, the backbone, the data and the space together."""
-    problems = list(_stage_problems(config))
-    backbone, space, manifest, costs = None, None, None, None
-    try:
-        backbone = _backbone(config)
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
-    try:
-        manifest, costs = check_config(config)
-    except ConfigError as error:
-        problems.extend(error.problems)
-    if manifest and costs and config.stages.predictor:
-        space = space_of(config, costs.backbone_gflops)
-        problems.extend(space_problems(config, space, costs.backbone_gflops))
-        problems.extend(_alpha_problems(space, costs.backbone_gflops))
-    if manifest and backbone:
-        misfits = list(backbone_problems(backbone, config, manifest))
-        problems.extend(misfits or _table_problems(config, backbone, manifest))
-    if ray.is_initialized():
-        problems.extend(_fit_problems(config, ray.cluster_resources()))
-    elif not os.environ.get("RAY_ADDRESS"):
-        # GPUs are counted when Ray has started (`check_trials_fit`).
-        problems.extend(_fit_problems(config, {"CPU": os.cpu_count() or 1, "GPU": math.inf}))
-    if problems or not (manifest and costs and backbone and space):
-        raise ConfigError(problems, f"the search {config.name}")
-    return Checked(manifest, backbone, space, costs.backbone_gflops)
-
-
-def check_trials_fit(config: Config) -> None:
-    """Raise ConfigError where the connected cluster cannot hold the trials."""
-    if problems := list(_fit_problems(config, ray.cluster_resources())):
-        raise ConfigError(problems, "the cluster")
-
-
-def trial_resources(search: SearchConfig) -> dict[str, float]:
-    """What a trial takes of the connected cluster."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    share = (GPU_SHARE if gpus else 0.0) if search.gpus_per_trial == "auto" else search.gpus_per_trial
-    return {"CPU": search.cpus_per_trial, **({"GPU": share} if share else {})}
-
-
-def trials_at_once(search: SearchConfig, resources: dict[str, float], needed: dict[str, float]) -> int:
-    """How many trials run together."""
-    room = min(int(resources.get(kind, 0) / amount) for kind, amount in needed.items())
-    return min(room, search.max_concurrent or room)
-
-
-def _backbone(config: Config) -> TrainedBackbone:
-    named = config.search.backbone
-    if named is not None and named.startswith(REGISTERED):
-        return registered_backbone(named)
-    return load_backbone(backbone_path(config))
-
-
-def _stage_problems(config: Config) -> Iterator[str]:
-    if config.stages.predictor is None:
-        yield "stages.predictor is missing: it says how the candidates are trained"
-    elif (stage := trial_stage(config)).warmup_epochs >= stage.epochs:
-        yield f"search.epochs {stage.epochs} must be more than stages.predictor.warmup_epochs {stage.warmup_epochs:g}"
-    if config.stages.joint is None and config.search.finetuned:
-        yield "stages.joint is missing: it says how the best are finetuned; give it, or set search.finetuned=0"
-    if len(config.model.resolutions) == 1:
-        yield "model.resolutions has one size, so there is nothing to predict"
-
-
-def _alpha_problems(space: Space, backbone_gflops: tuple[float, ...]) -> Iterator[str]:
-    alpha, low, high = space.parameters.get("alpha_gflops"), min(backbone_gflops), max(backbone_gflops)
-    if isinstance(alpha, Range) and not low <= alpha.low <= alpha.high <= high:
-        yield (
-            f"search.space.alpha_gflops is {alpha}, but the backbone costs {low:.4g} to {high:.4g} GFLOPs; a target "
-            "outside cannot be reached, or saves nothing"
-        )
-
-
-def _table_problems(config: Config, backbone: TrainedBackbone, manifest: Manifest) -> Iterator[str]:
-    """Why the weights or the tables that were named do not belong to the rest."""
-    try:
-        model = model_with_backbone(backbone, config, len(manifest.classes))
-        if config.search.tables is not None and config.stages.predictor is not None:
-            for split, count in ((TRAIN, num_crops(config)), (VALIDATION, 1)):
-                LogitTable(config.search.tables, TableKey.of(model, config, manifest, split), range(count))
-    except ValueError as error:
-        yield str(error)
-
-
-def _fit_problems(config: Config, resources: dict[str, float]) -> Iterator[str]:
-    search = config.search
-    cpus, at_once = int(resources.get("CPU", 0)), search.max_concurrent or 1
-    if at_once * search.cpus_per_trial > cpus:
-        yield (
-            f"{at_once} trial{'s' if at_once > 1 else ''} at once with search.cpus_per_trial {search.cpus_per_trial} "
-            f"need {at_once * search.cpus_per_trial} CPUs, but there are {cpus}; lower search.max_concurrent or "
-            "cpus_per_trial"
-        )
-    gpus, share = resources.get("GPU", 0), search.gpus_per_trial
-    if isinstance(share, float) and share and at_once * share > gpus:
-        yield (
-            f"{at_once} trials at once with search.gpus_per_trial {share:g} need {at_once * share:g} GPUs, but there "
-            f"are {gpus:g}; lower search.max_concurrent or gpus_per_trial"
-        )
-
-
-STARTUP_SECONDS = 60.0
-"""of Ray's worker groups and processes, measured on two CPU cores"""
-BACKWARD = 3.0
-"""forward and backward in forwards"""
-
-
-def describe_search(config: Config) -> str:
-    """Space, number of trials, cost of one, and total time, as text. Nothing is trained or written.
-
-    Raises:
-        ConfigError: as `search_run`.
-    """
-    checked = check_search(config)
-    with ray_cluster() if os.environ.get("RAY_ADDRESS") else nullcontext():
-        if ray.is_initialized():
-            check_trials_fit(config)
-            needed, resources = trial_resources(config.search), dict(ray.cluster_resources())
-            measure = ray.remote(measure_speed).options(num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0))
-            speed = ray.get(measure.remote(config, checked.space.base, len(checked.manifest.classes), 1))
-        else:
-            needed = {"CPU": float(config.search.cpus_per_trial)}
-            resources = {"CPU": float(os.cpu_count() or 1)}
-            threads = config.search.cpus_per_trial
-            speed = measure_speed(config, checked.space.base, len(checked.manifest.classes), threads)
-        at_once = trials_at_once(config.search, resources, needed)
-    return "\n".join(_lines(config, checked, speed, search_work(config, checked.manifest), at_once))
-
-
-def _lines(config: Config, checked: Checked, speed: Speed, work: SearchWork, at_once: int) -> Iterator[str]:
-    search, space = config.search, checked.space
-    yield f"backbone: {checked.backbone.origin}, {config.model.backbone} at {list(config.model.resolutions)} px"
-    yield (
-        f"preset {search.preset}, objective {search.objective}; the paper's four, and:"
-        if space.parameters
-        else (f"preset {search.preset}: the paper's four")
-    )
-    for key, parameter in space.parameters.items():
-        yield f"  {key}: {parameter}"
-    if any(key in ARCHITECTURE_KEYS for key in space.parameters):
-        yield f"  predictors of {space.cheapest_gflops():.3g} to {space.max_gflops:.3g} GFLOPs"
-    first = len(paper_candidates(config)) + (search.num_trials if space.parameters else 0)
-    repeated = (len(paper_candidates(config)) + (search.finalists if space.parameters else 0)) * (search.seeds - 1)
-    yield f"trials: {first} with one seed, and {repeated} more for the finalists' other seeds: {first + repeated}"
-    seconds = work.trial_images * speed.predictor + work.evaluated_images * speed.predictor / BACKWARD
-    cost = predictor_gflops(space.base)
-    yield (
-        f"one trial: {work.trial_images:,} images through the predictor, about {seconds:,.0f} s for one of {cost:.3g} "
-        "GFLOPs (measured here; time follows the cost)"
-    )
-    table = work.table_images * speed.backbone / at_once
-    yield f"logit tables, once for all trials: {work.table_images:,} images through the backbone, about {table:,.0f} s"
-    joint = search.finetuned * work.joint_images * BACKWARD * (speed.backbone + speed.predictor) / at_once
-    if search.finetuned:
-        yield f"finetuning of {search.finetuned}: about {joint:,.0f} s"
-    total = table + seconds * (first + repeated) / at_once + joint + STARTUP_SECONDS * (2 + search.finetuned)
-    yield f"{at_once} trials at once on this cluster: about {total / 60:,.0f} minutes altogether, Ray's starts included"

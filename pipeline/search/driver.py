@@ -1,4 +1,4 @@
-"""The driver of a search: check everything, fill the tables, run the trials, finetune the best, report, choose."""
+"""Runs a search: check everything, fill the logit tables, run the trials, finetune the best, choose, report."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.source import model_with_backbone
 from pipeline.search.space import RECIPE_KEYS, Candidate, input_sizes, paper_candidates
-from pipeline.search.trial import num_crops, trial_stage
-from pipeline.search.tuner import EPOCH, SCORE, PatientASHA, SearchSettings, TrialSearcher, tune_trial
+from pipeline.search.trial import EPOCH, SCORE, SearchSettings, table_crops, trial_stage, tune_trial
+from pipeline.search.tuner import PatientASHA, TrialSearcher
 from pipeline.tracking.registry import RegisteredModel, register_model
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER, tracking_uri
@@ -46,108 +46,12 @@ from pipeline.training.logit_table import LogitTable, TableError, TableKey, fill
 from pipeline.training.objectives import Forward
 
 
-def finetune(
-    settings: SearchSettings, summaries: Mapping[Candidate, Summary], correct_NR: np.ndarray
-) -> list[Finetuned]:
-    """Train the best finalists on with their backbone, each as a run of its own, cheapest first."""
-    search = settings.config.search
-    finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and is_sound(summary)]
-    wanted = spread(finalists, lambda summary: summary.point, search.finetuned)
-    lowest = _lowest_accuracy(settings.config, correct_NR)
-    named = choose(finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest)
-    has_budget = search.budget_gflops is not None or lowest is not None
-    if named is not None and has_budget and wanted and named not in wanted:
-        wanted[0] = named
-    return [_finetune_one(settings, summary) for summary in wanted]
-
-
-def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
-    config, folder = settings.config, settings.folder
-    record = summary.records[0]
-    joint = config.stages.joint
-    assert joint is not None
-    start = folder.finetuned / f"{record.key}.start.pt"
-    recipe = {key: value for key, value in record.candidate.recipe().items() if key != "lr"}
-    run_config = config.model_copy(
-        update={
-            "name": f"{config.name}-{record.key[:8]}",
-            "model": record.candidate.model(config.model),
-            "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
-            "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
-            # The search's own store, which may be a file in its storage.
-            "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
-        }
-    )
-    if not start.exists():
-        folder.finetuned.mkdir(exist_ok=True)
-        _save_start(start, settings, run_config, settings.records.weights(record))
-    print(f"finetuning {record.candidate.network} with its backbone", flush=True)
-    try:
-        result = train_run(run_config)
-    except ValueError as error:
-        return Finetuned(record.candidate, run_config, None, str(error))
-    return Finetuned(record.candidate, run_config, result.report)
-
-
-def _save_start(start: Path, settings: SearchSettings, config: Config, weights: Path) -> None:
-    """A model.pt of the search's backbone and a trial's predictor."""
-    loaded = load_model(settings.folder.backbone)
-    predictor = build_configured(config.model.predictor, len(config.model.resolutions))
-    predictor.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    size = config.model.predictor.input_size
-    model = DRNet(loaded.model.backbone, predictor, config.model.resolutions, size, loaded.mean, loaded.std)
-    save_model(start, model, config, classes=loaded.classes)
-
-
-def _lowest_accuracy(config: Config, correct_NR: np.ndarray) -> float | None:
-    """What max_accuracy_drop asks for, as a fraction of 1."""
-    drop = config.search.max_accuracy_drop
-    return None if drop is None else float(correct_NR.mean(axis=0).max()) - drop / 100
-
-
-def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR: np.ndarray) -> Finetuned | None:
-    """What the budget names among the finetuned; None without a budget."""
-    budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
-    if budget is None and lowest is None:
-        return None
-    return choose(
-        [item for item in finetuned if item.report is not None],
-        lambda item: item.point,
-        budget_gflops=budget,
-        lowest_accuracy=lowest,
-    )
-
-
-def is_sound(summary: Summary) -> bool:
-    """Whether it worked with every seed that was tried."""
-    return all(record.outcome == "finished" for record in summary.records)
-
-
-def register_chosen(chosen: Finetuned | None) -> RegisteredModel:
-    """Put what the budget chose into the registry, under an alias that names the budget.
-
-    Raises:
-        ValueError: nothing was chosen.
-        TrackingError: as `register_model`.
-    """
-    if chosen is None:
-        raise ValueError(
-            "nothing that was finetuned is within the budget, so nothing was registered; raise the budget, or "
-            "search.finetuned"
-        )
-    config = chosen.config
-    alias = budget_alias(config.search)
-    run = RunFolder.of(config)
-    config = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": alias})})
-    return register_model(config, run.path, run.model, run.report_json)
-
-
 @dataclass(frozen=True)
 class SearchResult:
     """A finished search.
 
     Attributes:
-        chosen: the finetuned candidate that the budget names; None where there is no budget, or none is within it.
+        chosen: the finetuned candidate that the budget selects; None without a budget, or if none is within it.
     """
 
     folder: SearchFolder
@@ -156,12 +60,12 @@ class SearchResult:
 
 
 def search_run(config: Config) -> SearchResult:
-    """Search, finetune, report and choose; goes on wherever an earlier sitting was killed.
+    """Search, finetune, choose and report; resumes where an earlier attempt stopped.
 
     Raises:
-        ConfigError: with every problem that can be known before the first trial.
-        ValueError: another driver is at work on the search, or the logit tables cannot be computed.
-        KeyboardInterrupt: it was stopped, by Ctrl-C or SIGTERM.
+        ConfigError: with every problem that can be found before the first trial.
+        ValueError: another driver is running this search, or the logit tables cannot be computed.
+        KeyboardInterrupt: the search was stopped by Ctrl-C or SIGTERM.
     """
     config, folder = with_absolute_paths(config), SearchFolder.of(config)
     checked = check_search(config)
@@ -182,7 +86,7 @@ def search_run(config: Config) -> SearchResult:
         correct_NR = _correct(settings, checked.manifest)
         _run_trials(settings, checked, correct_NR, tracking)
         records = settings.records.read(settings.context)
-        # An earlier sitting may have had more seeds.
+        # An earlier attempt may have used more seeds.
         records = [record for record in records if 0 <= record.seed - config.seed < config.search.seeds]
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
         chosen = choose_finetuned(config, finetuned, correct_NR)
@@ -191,7 +95,7 @@ def search_run(config: Config) -> SearchResult:
 
 
 def _begin(config: Config, folder: SearchFolder, checked: Checked) -> SearchSettings:
-    """Put the backbone into the search's folder, and name what the trials share."""
+    """Save the backbone in the search's folder, and collect what the trials share."""
     manifest = checked.manifest
     model = model_with_backbone(checked.backbone, config, len(manifest.classes))
     save_model(folder.backbone, model, config, classes=manifest.classes)
@@ -201,7 +105,7 @@ def _begin(config: Config, folder: SearchFolder, checked: Checked) -> SearchSett
 
 
 def _context(config: Config, model: DRNet, manifest: Manifest) -> str:
-    """The digest of all that a trial depends on, but for its candidate and seed."""
+    """The digest of everything that a trial depends on, except its candidate and seed."""
     stage, training = trial_stage(config), config.training
     return context_digest(
         {
@@ -216,34 +120,30 @@ def _context(config: Config, model: DRNet, manifest: Manifest) -> str:
 
 
 def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
-    """Compute what is missing of the logit tables, by all workers."""
+    """Let all workers compute the missing parts of the logit tables."""
     config, folder = settings.config, settings.folder
     if config.search.tables is not None or _tables_complete(settings, manifest):
         return
-    # Ray Train's own files: what was written of the tables is where an earlier sitting goes on from.
+    # Ray Train's own files; the part of the tables that is written is what a restart resumes from.
     shutil.rmtree(folder.fill, ignore_errors=True)
     saved = "the part of the logit tables that is written"
     with followed(folder.path):
-        run_group(_fill_worker, settings, config, storage=folder.fill, told=folder.path, saved=saved)
+        run_group(_fill_worker, settings, config, storage=folder.fill, event_folder=folder.path, saved=saved)
     shutil.rmtree(folder.fill, ignore_errors=True)
 
 
 def _tables_complete(settings: SearchSettings, manifest: Manifest) -> bool:
     model = load_model(settings.folder.backbone).model
     try:
-        for split, crop_epochs in _table_crops(settings.config).items():
+        for split, crop_epochs in table_crops(settings.config).items():
             LogitTable(settings.tables, TableKey.of(model, settings.config, manifest, split), crop_epochs)
     except TableError:
         return False
     return True
 
 
-def _table_crops(config: Config) -> dict[str, range]:
-    return {TRAIN: range(num_crops(config)), VALIDATION: range(1)}
-
-
 def _fill_worker(settings: SearchSettings) -> None:
-    """This rank's part of the tables."""
+    """Compute this rank's part of the tables."""
     config, context = settings.config, ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     tell = event_writer(settings.folder.path if rank == 0 else None)
@@ -251,7 +151,7 @@ def _fill_worker(settings: SearchSettings) -> None:
     model = load_model(settings.folder.backbone).model
     model = place_model(model, device, channels_last=config.training.channels_last)
     settings.folder.tables.mkdir(exist_ok=True)
-    for split, crop_epochs in _table_crops(config).items():
+    for split, crop_epochs in table_crops(config).items():
         key = TableKey.of(model, config, manifest, split)
         loader = open_loader(config, split, input_sizes(config), num_threads=torch.get_num_threads())
         backbone_logits = Forward(model, key.precision).frozen_backbone
@@ -259,7 +159,7 @@ def _fill_worker(settings: SearchSettings) -> None:
 
 
 def _correct(settings: SearchSettings, manifest: Manifest) -> np.ndarray:
-    """Whether each resolution is right for each validation image, bool (N, R)."""
+    """Whether the backbone is right at each resolution, for each validation image, bool (N, R)."""
     model = load_model(settings.folder.backbone).model
     key = TableKey.of(model, settings.config, manifest, VALIDATION)
     table = LogitTable(settings.tables, key, range(1))
@@ -269,7 +169,7 @@ def _correct(settings: SearchSettings, manifest: Manifest) -> np.ndarray:
 
 
 def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarray, tracking: RunHandle) -> None:
-    """Every trial that is not in the records."""
+    """Run every trial that has no record yet."""
     config, search = settings.config, settings.config.search
     fixed = list(paper_candidates(config).values())
     logger = RunLogger(tracking)
@@ -281,44 +181,44 @@ def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarr
 
     def on_record(record: Record) -> None:
         _track(logger, record)
-        print(f"[{plan.num_done}/{plan.num_planned}] {_line(record)}", flush=True)
+        print(f"[{searcher.num_done}/{searcher.num_planned}] {_line(record)}", flush=True)
 
-    plan = TrialSearcher(settings, checked.space, fixed, search.num_trials, finalists, on_record)
+    searcher = TrialSearcher(settings, checked.space, fixed, search.num_trials, finalists, on_record)
     try:
         for record in settings.records.read(settings.context):
             _track(logger, record)
-        if plan.is_over:
+        if searcher.is_over:
             return
-        print(f"{plan.num_done} of {plan.num_planned} trials are done", flush=True)
-        _fit(settings, plan)
+        print(f"{searcher.num_done} of {searcher.num_planned} trials are done", flush=True)
+        _run_tune(settings, searcher)
     finally:
         logger.close()
-    if not plan.is_over:
-        raise KeyboardInterrupt("interrupted; the same command goes on with the trials that are not finished")
+    if not searcher.is_over:
+        raise KeyboardInterrupt("interrupted; rerun the same command to run the remaining trials")
 
 
-def _fit(settings: SearchSettings, plan: TrialSearcher) -> None:
+def _run_tune(settings: SearchSettings, searcher: TrialSearcher) -> None:
     search, folder = settings.config.search, settings.folder
     shutil.rmtree(folder.tune, ignore_errors=True)
-    # Tune's newer output cannot be silenced, and every trial has its line already.
+    # Tune's newer output cannot be silenced, and the driver prints a line for every trial.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    trainable = tune.with_resources(tune.with_parameters(tune_trial, settings=settings), trial_resources(search))
+    trainable = tune.with_parameters(tune_trial, settings=settings, report=tune.report)
     scheduler = None
     if search.objective == "budget":
         scheduler = PatientASHA(
             time_attr=EPOCH,
             metric=SCORE,
             mode="max",
-            # One more than there are: at max_t it would stop a trial that is about to write its record.
+            # One more than a trial has: ASHA stops a trial at max_t, and this one must still write its record.
             max_t=trial_stage(settings.config).epochs + 1,
             grace_period=search.grace_epochs,
         )
     tuner = tune.Tuner(
-        trainable,
+        tune.with_resources(trainable, trial_resources(search)),
         tune_config=tune.TuneConfig(
-            search_alg=plan,
+            search_alg=searcher,
             scheduler=scheduler,
-            num_samples=plan.num_planned,
+            num_samples=searcher.num_planned,
             max_concurrent_trials=search.max_concurrent,
             reuse_actors=True,  # a process imports torch and opens the tables once
         ),
@@ -331,6 +231,101 @@ def _fit(settings: SearchSettings, plan: TrialSearcher) -> None:
     )
     tuner.fit()
     shutil.rmtree(folder.tune, ignore_errors=True)
+
+
+def _line(record: Record) -> str:
+    """A trial in one line, for the terminal."""
+    what = f"{record.candidate.network}, seed {record.seed}"
+    if record.accuracy is None or record.gflops is None:
+        return f"{what}: {record.outcome}: {record.reason}"
+    said = f"{what}: {100 * record.accuracy:.2f} % at {record.gflops:.4g} GFLOPs, {record.seconds:.1f} s"
+    return said if record.outcome == "finished" else f"{said}, {record.outcome}"
+
+
+def _track(logger: RunLogger, record: Record) -> None:
+    """Log a trial to MLflow, as a child of the search's run."""
+    name = f"trial {record.key[:8]}"
+    logger.params(name, {**record.candidate.described(), "seed": record.seed})
+    values = {"accuracy": record.accuracy, "gflops": record.gflops, "predictor_gflops": record.predictor_gflops}
+    numbers = {key: value for key, value in values.items() if value is not None}
+    logger.metrics(name, {**numbers, f"outcome_{record.outcome}": 1.0}, record.epochs)
+
+
+def finetune(
+    settings: SearchSettings, summaries: Mapping[Candidate, Summary], correct_NR: np.ndarray
+) -> list[Finetuned]:
+    """Finetune the best finalists with their backbone, each in its own run, cheapest first."""
+    search = settings.config.search
+    finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and is_sound(summary)]
+    selected = spread(finalists, lambda summary: summary.point, search.finetuned)
+    lowest = _lowest_accuracy(settings.config, correct_NR)
+    best = choose(finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest)
+    has_budget = search.budget_gflops is not None or lowest is not None
+    if best is not None and has_budget and selected and best not in selected:
+        selected[0] = best
+    return [_finetune_one(settings, summary) for summary in selected]
+
+
+def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
+    config, folder = settings.config, settings.folder
+    record = summary.records[0]
+    joint = config.stages.joint
+    assert joint is not None
+    start = folder.finetuned / f"{record.key}.start.pt"
+    recipe = {key: value for key, value in record.candidate.recipe().items() if key != "lr"}
+    run_config = config.model_copy(
+        update={
+            "name": f"{config.name}-{record.key[:8]}",
+            "model": record.candidate.model(config.model),
+            "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
+            "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
+            # The search's own store: it may be a file in the storage of the search.
+            "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
+        }
+    )
+    if not start.exists():
+        folder.finetuned.mkdir(exist_ok=True)
+        _save_start(start, settings, run_config, settings.records.weights(record))
+    print(f"finetuning {record.candidate.network} with its backbone", flush=True)
+    try:
+        result = train_run(run_config)
+    except ValueError as error:
+        return Finetuned(record.candidate, run_config, None, str(error))
+    return Finetuned(record.candidate, run_config, result.report)
+
+
+def _save_start(start: Path, settings: SearchSettings, config: Config, weights: Path) -> None:
+    """Save a model.pt with the search's backbone and a trial's predictor."""
+    loaded = load_model(settings.folder.backbone)
+    predictor = build_configured(config.model.predictor, len(config.model.resolutions))
+    predictor.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    size = config.model.predictor.input_size
+    model = DRNet(loaded.model.backbone, predictor, config.model.resolutions, size, loaded.mean, loaded.std)
+    save_model(start, model, config, classes=loaded.classes)
+
+
+def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR: np.ndarray) -> Finetuned | None:
+    """The finetuned candidate that the budget selects; None without a budget."""
+    budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
+    if budget is None and lowest is None:
+        return None
+    return choose(
+        [item for item in finetuned if item.report is not None],
+        lambda item: item.point,
+        budget_gflops=budget,
+        lowest_accuracy=lowest,
+    )
+
+
+def _lowest_accuracy(config: Config, correct_NR: np.ndarray) -> float | None:
+    """The lowest accuracy that max_accuracy_drop allows, as a fraction of 1."""
+    drop = config.search.max_accuracy_drop
+    return None if drop is None else float(correct_NR.mean(axis=0).max()) - drop / 100
+
+
+def is_sound(summary: Summary) -> bool:
+    """Whether the candidate finished with every seed that was tried."""
+    return all(record.outcome == "finished" for record in summary.records)
 
 
 def _report(
@@ -362,19 +357,19 @@ def _report(
     return report
 
 
-def _line(record: Record) -> str:
-    """A trial as one line for the terminal."""
-    what = f"{record.candidate.network}, seed {record.seed}"
-    if record.accuracy is None or record.gflops is None:
-        return f"{what}: {record.outcome}: {record.reason}"
-    said = f"{what}: {100 * record.accuracy:.2f} % at {record.gflops:.4g} GFLOPs, {record.seconds:.1f} s"
-    return said if record.outcome == "finished" else f"{said}, {record.outcome}"
+def register_chosen(chosen: Finetuned | None) -> RegisteredModel:
+    """Register the chosen model under an alias that names the budget.
 
-
-def _track(logger: RunLogger, record: Record) -> None:
-    """A trial as a child run of the search's."""
-    name = f"trial {record.key[:8]}"
-    logger.params(name, {**record.candidate.described(), "seed": record.seed})
-    values = {"accuracy": record.accuracy, "gflops": record.gflops, "predictor_gflops": record.predictor_gflops}
-    numbers = {key: value for key, value in values.items() if value is not None}
-    logger.metrics(name, {**numbers, f"outcome_{record.outcome}": 1.0}, record.epochs)
+    Raises:
+        ValueError: nothing was chosen.
+        TrackingError: as `register_model`.
+    """
+    if chosen is None:
+        raise ValueError(
+            "No finetuned model is within the budget, so none was registered. Raise the budget, or search.finetuned."
+        )
+    config = chosen.config
+    alias = budget_alias(config.search)
+    run = RunFolder.of(config)
+    config = config.model_copy(update={"registry": config.registry.model_copy(update={"alias": alias})})
+    return register_model(config, run.path, run.model, run.report_json)

@@ -1,4 +1,4 @@
-"""The figures of a search, drawn from report.json's values alone. Agg and matplotlib's object interface only."""
+"""Draws the figures of a search from report.json's values, with Agg and matplotlib's object interface only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.evaluation.figures import draw_point, point_labels, point_of, static_line, whisker
 from pipeline.evaluation.style import (
     FONT_SIZE,
     Label,
@@ -23,12 +24,11 @@ from pipeline.evaluation.style import (
     title,
     to_png,
 )
-
-GFLOPS_AXIS = "cost of one image, GFLOPs (1e9 multiply-adds, predictor included)"
+from pipeline.evaluation.tables import cost_words
 
 
 def draw_search_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
-    """PNG bytes by name: front; with enough trials importance."""
+    """PNG bytes by name: front, and importance with enough trials."""
     figures = {"front": draw_front(report, theme)}
     if report["importance"]:
         figures["importance"] = draw_importance(report, theme)
@@ -36,7 +36,7 @@ def draw_search_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, by
 
 
 def draw_front(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Above everything, with static resolutions and oracle; below what lies near the front, closer."""
+    """Above: every trial, the static resolutions and the oracle. Below: the surroundings of the front, enlarged."""
     figure = new_figure(8.6, 9.6, theme)
     above, below = figure.add_axes((0.085, 0.565, 0.895, 0.335)), figure.add_axes((0.085, 0.06, 0.895, 0.43))
     for axes in (above, below):
@@ -47,7 +47,7 @@ def draw_front(report: Mapping[str, Any], theme: Theme) -> Figure:
         _draw_front_line(axes, report, theme)
     title(above, "All trials, and the same backbone without a predictor (static, oracle)", theme)
     title(below, "Near the front: the paper's four and the finalists, means over seeds", theme)
-    below.set_xlabel(GFLOPS_AXIS, color=theme.muted)
+    below.set_xlabel(cost_words(report).axis, color=theme.muted)
     _limit_all(above, report)
     _draw_bounds(above, report, theme)
     _draw_compared(above, report, theme, labels=False)
@@ -57,25 +57,25 @@ def draw_front(report: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
-def _with_result(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in report["trials"] if row["accuracy"] is not None]
+def _with_result(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["top1"] is not None]
 
 
 def _draw_trials(axes: Axes, report: Mapping[str, Any], theme: Theme) -> None:
     for outcome, marker in (("finished", "o"), ("collapsed", "x"), ("stopped", "_")):
-        rows = [row for row in _with_result(report) if row["outcome"] == outcome]
+        rows = [row for row in _with_result(report["trials"]) if row["outcome"] == outcome]
         if not rows:
             continue
-        points = np.array([(row["gflops"], 100 * row["accuracy"]) for row in rows])
+        points = np.array([point_of(row) for row in rows])
         axes.plot(*points.T, marker=marker, ms=5, ls="none", mew=1.0, color=theme.muted, alpha=0.55, zorder=2)
-        ends = np.array([(100 * row["low"], 100 * row["high"]) for row in rows if row["low"] is not None])
+        ends = np.array([whisker(row)[[0, 2], 1] for row in rows if row["top1_low"] is not None])
         if len(ends):
             axes.vlines(points[: len(ends), 0], *ends.T, color=theme.muted, lw=0.7, alpha=0.25, zorder=1)
 
 
 def _front_points(report: Mapping[str, Any]) -> np.ndarray:
-    trials = {row["key"]: row for row in report["trials"]}
-    return np.array([(trials[key]["gflops"], 100 * trials[key]["accuracy"]) for key in report["front"]]).reshape(-1, 2)
+    trials = {row["id"]: row for row in report["trials"]}
+    return np.array([point_of(trials[key]) for key in report["front"]]).reshape(-1, 2)
 
 
 def _draw_front_line(axes: Axes, report: Mapping[str, Any], theme: Theme) -> None:
@@ -85,96 +85,57 @@ def _draw_front_line(axes: Axes, report: Mapping[str, Any], theme: Theme) -> Non
 
 
 def _draw_bounds(axes: Axes, report: Mapping[str, Any], theme: Theme) -> None:
-    """Static resolutions with their line, and the oracle."""
-    statics = sorted(report["statics"], key=lambda row: row["gflops"])
-    line = np.array([(row["gflops"], 100 * row["accuracy"]) for row in statics])
-    axes.plot(*line.T, color=theme.muted, lw=1.4, ls=(0, (4, 2)), zorder=2)
-    for row, color in zip(report["statics"], resolution_colors(len(statics)), strict=True):
-        _point(axes, row, color, "o", theme)
-    _point(axes, report["oracle"], theme.oracle, "*", theme)
-    rows = [*report["statics"], report["oracle"]]
-    labels = [
-        Label(row["label"], [(row["gflops"], 100 * row["accuracy"])], theme.ink if row in statics else theme.oracle)
-        for row in rows
-    ]
-    _labels(axes, labels, [line, _front_points(report)], theme)
+    """Draw the static resolutions with their line, and the oracle."""
+    *statics, oracle = report["rows"]
+    line = np.array(sorted(point_of(row) for row in statics))
+    axes.plot(*line.T, zorder=2, **static_line(theme))
+    for row, color in zip(statics, resolution_colors(len(statics)), strict=True):
+        draw_point(axes, row, color, "o", theme)
+    draw_point(axes, oracle, theme.oracle, "*", theme)
+    whiskers = [whisker(row) for row in report["rows"]]
+    _labels(axes, point_labels(report["rows"], theme), [line, _front_points(report), *whiskers], theme)
 
 
 def _draw_compared(axes: Axes, report: Mapping[str, Any], theme: Theme, *, labels: bool) -> None:
-    """The paper's four, the finalists, random routing with their shares, and what was finetuned."""
-    named, lines = [], [_front_points(report)]
-    tuned = [row for row in report["finetuned"] if row["accuracy"] is not None]
+    """Draw the paper's four, the finalists, random routing with their shares, and the finetuned candidates."""
+    named = []
     for row in report["compared"]:
-        color = theme.reference if row["paper"] else theme.routed
-        _point(axes, row, color, "s" if row["paper"] else "D", theme, spread=(row["gflops_low"], row["gflops_high"]))
-        _point(axes, row["random"], theme.random, "v", theme, size=5.5)
-        named.append((row, row["label"], color))
-    for row in tuned:
-        _point(axes, row, theme.oracle, "P", theme)
-        named.append((row, row["label"], theme.oracle))
+        color, marker = (theme.reference, "s") if row["paper"] else (theme.routed, "D")
+        draw_point(axes, row["random"], theme.random, "v", theme, size=5.5)
+        draw_point(axes, row, color, marker, theme, size=8, cost_range=(row["gflops_low"], row["gflops_high"]))
+        named.append((row, color))
+    for row in _with_result(report["finetuned"]):
+        draw_point(axes, row, theme.oracle, "P", theme, size=8)
+        named.append((row, theme.oracle))
     if not labels:
         return
     if report["compared"]:
-        named.append((report["compared"][0]["random"], "random, same shares", theme.random))
-    limits = axes.get_ylim()
-    texts = [
-        Label(text, [(row["gflops"], 100 * row["accuracy"])], color)
-        for row, text, color in named
-        if limits[0] <= 100 * row["accuracy"] <= limits[1]
-    ]
-    whiskers = [np.array([(row["gflops"], 100 * row[end]) for end in ("low", "accuracy", "high")]) for row, *_ in named]
-    _labels(axes, texts, [*lines, *whiskers], theme)
-
-
-def _point(
-    axes: Axes,
-    row: Mapping[str, Any],
-    color: str,
-    marker: str,
-    theme: Theme,
-    *,
-    size: float = 8.0,
-    spread: tuple[float, float] | None = None,
-) -> None:
-    """A row with its interval, and across it the range of its cost over seeds."""
-    x, y = row["gflops"], 100 * row["accuracy"]
-    axes.errorbar(
-        [x],
-        [y],
-        yerr=[[max(0.0, y - 100 * row["low"])], [max(0.0, 100 * row["high"] - y)]],
-        xerr=None if spread is None else [[max(0.0, x - spread[0])], [max(0.0, spread[1] - x)]],
-        fmt=marker,
-        ms=13 if marker == "*" else size,
-        color=color,
-        mec=theme.background,
-        mew=1.0,
-        elinewidth=1.4,
-        capsize=2.5,
-        zorder=4 if marker == "v" else 5,
-    )
+        named.append((report["compared"][0]["random"], theme.random))
+    low, high = axes.get_ylim()
+    texts = [Label(row["label"], [point_of(row)], color) for row, color in named if low <= 100 * row["top1"] <= high]
+    _labels(axes, texts, [_front_points(report), *(whisker(row) for row, _ in named)], theme)
 
 
 def _limit_all(axes: Axes, report: Mapping[str, Any]) -> None:
-    rows = [*_with_result(report), *report["statics"], report["oracle"]]
-    # Trials that went wrong altogether would flatten the rest: the static resolutions bound what is of interest.
-    lowest = min(row["low"] for row in report["statics"])
-    heights = [100 * row["accuracy"] for row in rows if row["accuracy"] >= lowest] + [100 * report["oracle"]["high"]]
+    *statics, oracle = report["rows"]
+    # Trials far below everything else would flatten the rest: the static resolutions bound what is of interest.
+    lowest = min(row["top1_low"] for row in statics)
+    rows = [row for row in [*_with_result(report["trials"]), *report["rows"]] if row["top1"] >= lowest]
+    heights = [100 * row["top1"] for row in rows] + [100 * oracle["top1_high"]]
     span = max(max(heights) - min(heights), 2.0)
     axes.set_ylim(min(heights) - 0.06 * span, max(heights) + 0.1 * span)
-    axes.set_xlim(0, 1.08 * max(row["gflops"] for row in report["statics"]))
+    axes.set_xlim(0, 1.08 * max(row["mean_cost"] for row in statics))
 
 
 def _limit_near(axes: Axes, report: Mapping[str, Any]) -> None:
-    tuned = [row for row in report["finetuned"] if row["accuracy"] is not None]
-    rows: Sequence[Mapping[str, Any]] = [*report["compared"], *tuned]
-    front = _front_points(report)
-    if len(rows) == 0 and len(front) == 0:
+    rows = [*report["compared"], *_with_result(report["finetuned"])]
+    points = np.concatenate([_front_points(report), *(whisker(row) for row in rows)])
+    if len(points) == 0:
         return
-    x = [row["gflops"] for row in rows] + front[:, 0].tolist()
-    ends = [100 * row[end] for row in rows for end in ("low", "high")] + front[:, 1].tolist()
-    width, height = max(max(x) - min(x), 0.1 * max(x)), max(max(ends) - min(ends), 1.0)
-    axes.set_xlim(min(x) - 0.08 * width, max(x) + 0.12 * width)
-    axes.set_ylim(min(ends) - 0.08 * height, max(ends) + 0.12 * height)
+    low, high = points.min(axis=0), points.max(axis=0)
+    width, height = max(high[0] - low[0], 0.1 * high[0]), max(high[1] - low[1], 1.0)
+    axes.set_xlim(low[0] - 0.08 * width, high[0] + 0.12 * width)
+    axes.set_ylim(low[1] - 0.08 * height, high[1] + 0.12 * height)
 
 
 def _labels(axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], theme: Theme) -> None:
@@ -184,7 +145,7 @@ def _labels(axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], th
 
 
 def draw_importance(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Bars of each parameter's share in the variance of accuracy and of cost, with intervals."""
+    """Draw each parameter's share in the variance of accuracy and of cost as bars with intervals."""
     rows = report["importance"][::-1]
     figure = new_figure(8.2, 1.5 + 0.42 * len(rows), theme)
     height = figure.get_figheight()
@@ -199,5 +160,7 @@ def draw_importance(report: Mapping[str, Any], theme: Theme) -> Figure:
         axes.set_yticks(range(len(rows)), [row["parameter"] for row in rows] if place == 0 else [""] * len(rows))
         axes.set_xlim(left=0)
         title(axes, what, theme)
-    heading(figure, "What decides", "functional ANOVA over the first seed's trials; bars are 95 % intervals", theme)
+    heading(
+        figure, "Which parameters matter", "functional ANOVA over the first seed's trials; bars: 95 % intervals", theme
+    )
     return figure

@@ -1,4 +1,4 @@
-"""Where a search keeps everything: its folder, and one file for each finished trial."""
+"""Where a search stores its files: its folder, and one record for each finished trial."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from datasets.files import whole_file, write_whole
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.search.space import Candidate, canonical
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+FIRST_LETTER = "a"
+Outcome = Literal["finished", "collapsed", "stopped", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class SearchFolder:
 
     @property
     def fill(self) -> Path:
-        """Ray Train's own files while the tables are computed; nothing is read from them again."""
+        """Ray Train's own files while the tables are computed; never read again."""
         return self.path / "fill"
 
     @property
@@ -57,7 +62,7 @@ class SearchFolder:
 
     @property
     def tune(self) -> Path:
-        """Ray Tune's own files; nothing is read from them again."""
+        """Ray Tune's own files; never read again."""
         return self.path / "tune"
 
     @property
@@ -67,34 +72,27 @@ class SearchFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the driver that is at work on the search."""
+        """The lock that the driver of the search holds."""
         return self.path / ".driver.lock"
-
-
-logger = logging.getLogger(__name__)
-
-FORMAT = 1
-FIRST_LETTER = "a"
-Outcome = Literal["finished", "collapsed", "stopped", "diverged", "failed"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One trial: what was tried, and what came of it.
+    """One trial: its candidate and seed, and the result.
 
     Attributes:
-        context: digest of all that the trials of a search share; trials of different contexts cannot be compared.
+        context: digest of everything that the trials of a search share; only trials of one context are comparable.
         seed: of weights, order and noise.
-        outcome: finished; collapsed (finished, but everything goes to one resolution); stopped (by ASHA); diverged;
-            failed (an error or a process that died, which the next sitting tries again).
-        reason: of any outcome but finished, in words.
-        accuracy: routed top-1 on the validation images, a fraction of 1; None where there is none, as the next ones.
+        outcome: finished; collapsed (finished, but every image goes to one resolution); stopped (by ASHA); diverged;
+            failed (by an error or the death of its process; a restart tries it again).
+        reason: why the outcome is not `finished`, in words.
+        accuracy: routed top-1 on the validation images, a fraction of 1; None (as the next two) without a result.
         gflops: mean cost, predictor included, GFLOPs.
-        predictor_gflops: of it the predictor's.
-        shares: of the images at each resolution.
-        choices: a letter an image of the validation beton, `a` for the first resolution; empty where it did not finish.
-        seconds: that the trial took.
-        images_per_second: of its training.
+        predictor_gflops: the predictor's part of it.
+        shares: the share of the images at each resolution.
+        choices: one letter for each image of the validation beton, `a` for the first resolution; empty if unfinished.
+        seconds: duration of the trial.
+        images_per_second: speed of its training.
     """
 
     context: str
@@ -113,12 +111,12 @@ class Record:
 
     @property
     def key(self) -> str:
-        """Names the trial's files."""
+        """The name of the trial's files."""
         return trial_key(self.context, self.candidate, self.seed)
 
     @property
     def has_result(self) -> bool:
-        """Whether it was trained to the end."""
+        """Whether it was trained to its last epoch."""
         return self.outcome in ("finished", "collapsed")
 
     @property
@@ -127,37 +125,27 @@ class Record:
         return (np.frombuffer(self.choices.encode(), np.uint8) - ord(FIRST_LETTER)).astype(np.int64)
 
 
-def choice_letters(chosen_N: np.ndarray) -> str:
-    """`Record.choices` of chosen resolutions."""
-    return (chosen_N + ord(FIRST_LETTER)).astype(np.uint8).tobytes().decode()
-
-
-def trial_key(context: str, candidate: Candidate, seed: int) -> str:
-    """16 hexadecimal digits that name a trial."""
-    return hashlib.sha256(canonical([context, candidate.described(), seed]).encode()).hexdigest()[:16]
-
-
 class Records:
     """The folder of trials: KEY.json, and KEY.pt with the predictor's weights.
 
-    Every trial writes files of its own, so processes and machines need no lock.
+    No two trials write the same file, so processes and machines need no lock.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def read(self, context: str) -> list[Record]:
-        """The trials of a context in the order of their keys."""
+        """Read the trials of a context, in the order of their keys."""
         found = (self._load(path) for path in sorted(self.folder.glob("*.json")))
         return [record for record in found if record is not None and record.context == context]
 
     def find(self, context: str, candidate: Candidate, seed: int) -> Record | None:
-        """A trial that is there already."""
+        """Read the record of one trial; None if there is none."""
         path = self._path(trial_key(context, candidate, seed))
         return self._load(path) if path.exists() else None
 
     def write(self, record: Record, predictor: Mapping[str, Tensor] | None = None) -> None:
-        """Keep a trial, the weights first: a record that is there has its weights."""
+        """Write a trial, its weights first: where there is a record, there are its weights."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if predictor is not None:
             with whole_file(self.weights(record)) as file:
@@ -177,22 +165,32 @@ class Records:
         try:
             tree = json.loads(path.read_text())
             if tree.pop("format") != FORMAT:
-                raise ValueError("it is of another version")
+                raise ValueError("it has another format")
             candidate, shares = Candidate.parse(tree.pop("candidate")), tuple(tree.pop("shares"))
             return Record(candidate=candidate, shares=shares, **tree)
         except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is no record of a trial and is left out: %s", path, error)
+            logger.warning("%s is not a record of a trial and is skipped: %s", path, error)
             return None
 
 
 def by_candidate(records: Iterable[Record]) -> dict[Candidate, list[Record]]:
-    """Records of each candidate, by seed."""
+    """Group records by candidate, in the order of their seeds."""
     found: dict[Candidate, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.seed):
         found.setdefault(record.candidate, []).append(record)
     return found
 
 
+def choice_letters(chosen_N: np.ndarray) -> str:
+    """Encode chosen resolutions as `Record.choices`."""
+    return (chosen_N + ord(FIRST_LETTER)).astype(np.uint8).tobytes().decode()
+
+
+def trial_key(context: str, candidate: Candidate, seed: int) -> str:
+    """The name of a trial: 16 hexadecimal digits."""
+    return hashlib.sha256(canonical([context, candidate.described(), seed]).encode()).hexdigest()[:16]
+
+
 def context_digest(parts: Mapping[str, Any]) -> str:
-    """`Record.context` of what trials share."""
+    """The digest for `Record.context` of what trials share."""
     return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The trained backbone that a search starts from: a run's, a checkpoint's or a registered model's."""
+"""Loads the trained backbone that a search starts from: of a run, a checkpoint or a registered model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PREFIX = "backbone."
 
 @dataclass(frozen=True)
 class TrainedBackbone:
-    """A backbone's weights and what is known of them; None is unknown.
+    """The weights of a backbone and what is known about them; None means unknown.
 
     Attributes:
-        origin: where they come from, in words.
+        origin: where the weights come from, in words.
         state: state dict of the ResolutionBackbone.
         mean, std: of the images that it was trained on, on the scale 0..1.
         architecture: `backbone` and `backbone_width` of its ModelConfig.
-        data_digest: of the prepared data that it was trained on.
+        data_digest: digest of the prepared data that it was trained on.
     """
 
     origin: str
@@ -42,27 +42,46 @@ class TrainedBackbone:
     data_digest: str | None = None
 
 
+def find_backbone(config: Config) -> TrainedBackbone:
+    """Load the backbone that search.backbone names, by default that of the trained run.
+
+    Raises:
+        ValueError: there is no such model, or it is not readable.
+        TrackingError: as `registered_backbone`.
+    """
+    named = config.search.backbone
+    if named is not None and named.startswith(REGISTERED):
+        return registered_backbone(named)
+    return load_backbone(backbone_path(config))
+
+
 def backbone_path(config: Config) -> Path:
     """The file that search.backbone names: a model.pt or the state of a checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     named = config.search.backbone
-    path = RunFolder.of(config).model if named is None else Path(named)
-    found = [file for file in (path, path / RunFolder(path).model.name, path / STATE_FILE) if file.is_file()]
+    path = RunFolder.of(config).path if named is None else Path(named)
+    found = [file for file in (path, *_candidates(path)) if file.is_file()]
     if not found:
         hint = (
             "train it first (python -m jobs.train with this configuration), or give search.backbone"
             if named is None
             else f"give the folder of a finished run, a model.pt, a checkpoint's folder, or {REGISTERED}NAME@ALIAS"
         )
-        raise ValueError(f"search.backbone: there is no trained model at {path}; {hint}")
+        place = RunFolder(path).model if named is None else path
+        raise ValueError(f"search.backbone: there is no trained model at {place}; {hint}")
     return found[0]
 
 
+def _candidates(folder: Path) -> tuple[Path, ...]:
+    """Where a folder may hold a backbone. That of the backbone stage comes first: the joint stage adapts it."""
+    return RunFolder(folder).backbone, RunFolder(folder).model, folder / STATE_FILE
+
+
 def load_backbone(path: Path) -> TrainedBackbone:
-    """Read the backbone of a model.pt or of a checkpoint's state; raises ValueError where the file is neither."""
+    """Read the backbone of a model.pt or of a checkpoint's state; raise ValueError if the file is neither."""
     try:
         loaded = load_model(path)
     except ValueError as no_model:
@@ -91,37 +110,50 @@ def load_backbone(path: Path) -> TrainedBackbone:
     )
 
 
+def registered_backbone(model_uri: str) -> TrainedBackbone:
+    """Load the backbone of a registered version as it was trained, from its model.pt.
+
+    Args:
+        model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        TrackingError: there is no such version, jobs.register did not create it, or the server does not answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return replace(load_backbone(download_trained(model_uri, Path(folder))), origin=model_uri)
+
+
 def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manifest) -> Iterator[str]:
-    """In what a backbone does not fit the configuration and its data."""
+    """Every way in which a backbone does not fit the configuration and its data."""
     ours = config.model
     if trained.resolutions != ours.resolutions:
         yield (
-            f"the backbone of {trained.origin} has the resolutions {list(trained.resolutions)}, model.resolutions is "
-            f"{list(ours.resolutions)}; make them the same, or train a backbone for these"
+            f"the backbone of {trained.origin} has the resolutions {list(trained.resolutions)}, but "
+            f"model.resolutions is {list(ours.resolutions)}; make them the same, or train a backbone for these"
         )
     if trained.architecture not in (None, (ours.backbone, ours.backbone_width)):
         yield (
-            f"the backbone of {trained.origin} is {trained.architecture}, model.backbone and backbone_width are "
+            f"the backbone of {trained.origin} is {trained.architecture}, but model.backbone and backbone_width are "
             f"{(ours.backbone, ours.backbone_width)}; make them the same"
         )
     if trained.classes is not None and list(trained.classes) != list(manifest.classes):
         yield (
-            f"the backbone of {trained.origin} knows {len(trained.classes)} classes ({_some(trained.classes)}), the "
-            f"data in {config.data.folder} has {len(manifest.classes)} ({_some(manifest.classes)}); name other data, "
-            "or a backbone that was trained on it"
+            f"the backbone of {trained.origin} knows {len(trained.classes)} classes ({_some(trained.classes)}), but "
+            f"the data in {config.data.folder} has {len(manifest.classes)} ({_some(manifest.classes)}); give other "
+            "data, or a backbone that was trained on this data"
         )
     if trained.data_digest not in (None, manifest.digest):
         yield (
-            f"the backbone of {trained.origin} was trained on other data (digest {trained.data_digest}) than that in "
-            f"{config.data.folder} (digest {manifest.digest})"
+            f"the backbone of {trained.origin} was trained on other data (digest {trained.data_digest}) than the data "
+            f"in {config.data.folder} (digest {manifest.digest}); give the same data, or another backbone"
         )
 
 
 def model_with_backbone(trained: TrainedBackbone, config: Config, num_classes: int) -> DRNet:
-    """A network with this backbone, and a predictor of the configuration that knows nothing yet.
+    """Build a network with this backbone and an untrained predictor.
 
     Raises:
-        ValueError: the weights are of another network.
+        ValueError: the weights belong to another network.
     """
     plain = config.model.model_copy(update={"weights": None})
     model = build_drnet(plain, num_classes, trained.mean, trained.std)
@@ -140,16 +172,3 @@ def _backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _some(names: tuple[str, ...] | list[str]) -> str:
     shown = ", ".join(list(names)[:3])
     return f"{shown}, ..." if len(names) > 3 else shown
-
-
-def registered_backbone(model_uri: str) -> TrainedBackbone:
-    """The backbone of a registered version, as it was trained: that of its model.pt.
-
-    Args:
-        model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    Raises:
-        TrackingError: there is no such version, it was not put there by jobs.register, or the server cannot be reached.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        return replace(load_backbone(download_trained(model_uri, Path(folder))), origin=model_uri)

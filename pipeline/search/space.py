@@ -1,4 +1,4 @@
-"""What is searched: candidates, the parameters that a preset varies, and what is wrong with a space."""
+"""The search space: candidates, the parameters that a preset varies, and the checks of a space."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "size": ARCHITECTURE_KEYS,
     "full": ARCHITECTURE_KEYS + RECIPE_KEYS,
 }
-"""the parameters that each preset varies"""
+"""The parameters that each preset varies."""
 WIDTH_STEP = 1 / 16
-"""of the second stage's 128 channels this is 8, to which channel counts are rounded"""
+"""One step is 8 of the second stage's 128 channels; channel counts are rounded to multiples of 8."""
 RECIPE_FACTOR = 3.0
 ALPHA_SHARES = (0.15, 0.85)
 
@@ -48,7 +48,7 @@ class Candidate:
 
     @classmethod
     def of(cls, predictor: PredictorConfig, stage: PredictorStage) -> Candidate:
-        """The one that a configuration describes."""
+        """The candidate that a configuration describes."""
         shape = predictor_shape(
             predictor.architecture,
             blocks=predictor.blocks,
@@ -61,11 +61,11 @@ class Candidate:
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> Candidate:
-        """From what `described` gave."""
+        """Parse what `described` returns."""
         return cls(blocks=tuple(tree["blocks"]), **{key: value for key, value in tree.items() if key != "blocks"})
 
     def described(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The candidate as JSON can hold it."""
         return {**asdict(self), "blocks": list(self.blocks)}
 
     @property
@@ -84,12 +84,14 @@ class Candidate:
         return base.model_copy(update={"predictor": base.predictor.model_copy(update=changed)})
 
     def recipe(self) -> dict[str, float]:
-        """The fields of a routed stage that this sets."""
+        """The fields of a routed stage that the candidate sets."""
         return {key: getattr(self, key) for key in RECIPE_KEYS}
 
 
 @dataclass(frozen=True)
 class Choice:
+    """One of several values."""
+
     values: tuple[Any, ...]
 
     def __contains__(self, value: Any) -> bool:
@@ -101,13 +103,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """Sampled evenly in the logarithm."""
+    """A range of values, sampled evenly in the logarithm."""
 
     low: float
     high: float
 
     def random(self, generator: np.random.Generator) -> float:
-        """A value of the range."""
+        """Draw a value of the range."""
         return self.clip(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
 
     def clip(self, value: float) -> float:
@@ -123,10 +125,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """The parameters that are varied, and the candidate that gives the others.
+    """The parameters that are varied, and the candidate that sets the others.
 
     Attributes:
-        max_gflops: of a predictor.
+        max_gflops: highest cost of a predictor, GFLOPs.
     """
 
     base: Candidate
@@ -134,7 +136,7 @@ class Space:
     max_gflops: float
 
     def candidate(self, values: Mapping[str, Any]) -> Candidate:
-        """The candidate with some values of `parameters`, as a sampler has them (see `sampled`)."""
+        """The candidate with these values of `parameters`, in a sampler's form (see `sampled`)."""
         changed = dict(values)
         if "blocks" in changed:
             changed["blocks"] = parse_blocks(changed["blocks"])
@@ -143,17 +145,17 @@ class Space:
         return Candidate.parse({**self.base.described(), **changed})
 
     def sampled(self, candidate: Candidate) -> dict[str, Any] | None:
-        """The values that a sampler would have drawn for a candidate; None where it is not in the space."""
+        """The values that a sampler draws for a candidate; None if it is not in the space."""
         values = {key: getattr(candidate, key) for key in self.parameters}
         if "blocks" in values:
             values["blocks"] = blocks_text(values["blocks"])
-        if isinstance(width := self.parameters.get("width"), Range):  # it was rounded, maybe out of the range
+        if isinstance(width := self.parameters.get("width"), Range):  # rounding may have moved it out of the range
             values["width"] = width.clip(values["width"])
         inside = all(value in self.parameters[key] for key, value in values.items())
         return values if inside and self.candidate(values) == candidate else None
 
     def random(self, generator: np.random.Generator) -> dict[str, Any]:
-        """Values drawn without any preference, as a sampler has them."""
+        """Draw values without any preference, in a sampler's form."""
         return {
             key: parameter.random(generator)
             if isinstance(parameter, Range)
@@ -162,7 +164,7 @@ class Space:
         }
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The parameters as Optuna has them."""
+        """The parameters in Optuna's form."""
         return {
             key: FloatDistribution(parameter.low, parameter.high, log=True)
             if isinstance(parameter, Range)
@@ -171,11 +173,11 @@ class Space:
         }
 
     def allows(self, candidate: Candidate) -> bool:
-        """Whether the predictor is not too dear."""
+        """Whether the predictor costs no more than max_gflops."""
         return predictor_gflops(candidate) <= self.max_gflops
 
     def cheapest_gflops(self) -> float:
-        """Of the predictors in the space, and infinity where there are none."""
+        """The cost of the cheapest predictor in the space; infinity if there is none."""
         low = {key: _lowest(parameter) for key, parameter in self.parameters.items() if key in ARCHITECTURE_KEYS}
         if "stem_stride" in low:
             low["stem_stride"] = max(_choices(self.parameters["stem_stride"]))
@@ -185,10 +187,10 @@ class Space:
 
 
 def space_of(config: Config, backbone_gflops: tuple[float, ...]) -> Space:
-    """The space of search.preset, with the defaults that depend on the backbone filled in.
+    """The space of search.preset, with the defaults that depend on the backbone.
 
     Args:
-        backbone_gflops: at each of model.resolutions.
+        backbone_gflops: the backbone's cost at each of model.resolutions.
     """
     stage = config.stages.predictor
     assert stage is not None
@@ -211,7 +213,7 @@ def space_of(config: Config, backbone_gflops: tuple[float, ...]) -> Space:
 
 
 def paper_candidates(config: Config) -> dict[int, Candidate]:
-    """The paper's four by number, at the configuration's own input size, width and recipe."""
+    """The paper's four predictors by number, with the input size, width and recipe of the configuration."""
     stage = config.stages.predictor
     assert stage is not None
     plain = {"blocks": None, "kernel": None, "stem_stride": None}
@@ -223,20 +225,20 @@ def paper_candidates(config: Config) -> dict[int, Candidate]:
 
 
 def input_sizes(config: Config) -> tuple[int, ...]:
-    """Every side of a predictor's input that the search may ask for, pixels, largest first."""
+    """Every side of a predictor's input that the search may use, in pixels, largest first."""
     searched = config.search.space.input_size if "input_size" in PRESETS[config.search.preset] else ()
     return tuple(sorted({config.model.predictor.input_size, *searched}, reverse=True))
 
 
 def space_problems(config: Config, space: Space, backbone_gflops: tuple[float, ...]) -> Iterator[str]:
-    """What is empty or contradictory in a space, and budgets that no candidate can reach."""
+    """Every empty or contradictory part of a space, and budgets that no candidate can reach."""
     contradictions = list(_range_problems(space))
     yield from contradictions
     largest = max(config.model.resolutions)
     if too_large := [side for side in input_sizes(config) if side > largest]:
         yield (
-            f"predictor inputs of {too_large} px are larger than the largest of model.resolutions, {largest}: such a "
-            "predictor sees what no backbone does; lower search.space.input_size or model.predictor.input_size"
+            f"predictor inputs of {too_large} px are larger than the largest of model.resolutions, {largest}; such a "
+            "predictor sees more than the backbone; lower search.space.input_size or model.predictor.input_size"
         )
     if contradictions:
         return
@@ -273,30 +275,31 @@ def _range_problems(space: Space) -> Iterator[str]:
         elif isinstance(parameter, Choice) and key == "kernel" and any(value % 2 == 0 for value in parameter.values):
             yield f"{name} is {list(parameter.values)}; kernels have odd sides"
         elif isinstance(parameter, Choice) and key == "blocks" and "" in parameter.values:
-            yield f"{name} has a choice without a stage; give one to four numbers of blocks in each"
+            yield f"{name} has a choice without a stage; give one to four block counts in each"
         elif isinstance(parameter, Range) and parameter.low > parameter.high:
             yield f"{name} is {parameter}; give the lower value first"
 
 
 def predictor_gflops(candidate: Candidate) -> float:
-    """Cost of a candidate's predictor for one image, GFLOPs."""
+    """The cost of a candidate's predictor for one image, GFLOPs."""
     return _counted(candidate.shape, candidate.width, candidate.input_size)
 
 
 @lru_cache(maxsize=4096)
 def _counted(shape: PredictorShape, width: float, input_size: int) -> float:
-    # The number of resolutions changes the last layer alone, by less than the channels of one pixel.
+    # The number of resolutions changes only the last layer, by less than the channels of one pixel.
     with torch.device("meta"):
         predictor = build_predictor(shape, 1, width=width)
     return count_macs(predictor, meta_images(input_size)) / 1e9
 
 
 def blocks_text(blocks: tuple[int, ...]) -> str:
-    """As samplers and tables have it: 1-1."""
+    """Block counts in the form that samplers and tables use: 1-1."""
     return "-".join(map(str, blocks))
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:
+    """Parse what `blocks_text` returns."""
     return tuple(map(int, text.split("-")))
 
 
@@ -310,5 +313,5 @@ def _lowest(parameter: Choice | Range) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """Equal text for equal values, to make a digest of."""
+    """Equal text for equal values, to compute a digest from."""
     return json.dumps(value, sort_keys=True)

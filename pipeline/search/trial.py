@@ -1,29 +1,95 @@
-"""One trial: the predictor stage of a candidate, by the training loop, on tables of what the backbone answers."""
+"""One trial: train the predictor of one candidate on the stored logits of the backbone, evaluate it, and record it.
+
+Ray Tune calls `tune_trial`. Importing this module does not load Ray.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.beton import Manifest
+from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path
+from datasets.loading.decoded import DecodedCrops, Ordered, Reader, decoded_bytes
 from pipeline.config.schema import Config, PredictorStage, StagesConfig
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.backbone import ResolutionBackbone
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import DRNet, build_configured, place_model
-from pipeline.search.records import Record, choice_letters
-from pipeline.search.space import Candidate
-from pipeline.training.checkpoint import TrainingState
-from pipeline.training.logit_table import LogitTable
+from pipeline.search.front import budget_score
+from pipeline.search.records import Record, Records, SearchFolder, choice_letters
+from pipeline.search.space import Candidate, input_sizes
+from pipeline.training.assembly import open_loader
+from pipeline.training.checkpoint import TrainingState, load_model
+from pipeline.training.logit_table import LogitTable, TableKey, copy_table
 from pipeline.training.loop import StageData, train_stage
 from pipeline.training.monitoring import DivergedError, DivergenceMonitor
 from pipeline.training.run import Batches, Progress, Run
 
 STAGE = "predictor"
+ACCURACY, GFLOPS, SCORE, EPOCH = "accuracy", "gflops", "score", "epoch"
+"""What a trial reports to Ray Tune."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What the driver hands to every trial."""
+
+    config: Config
+    folder: SearchFolder
+    """The search's folder, the same path on every node."""
+    data_digest: str
+    """Digest of the data that the driver saw."""
+    context: str
+    """Digest of everything that the trials share, see `Record.context`."""
+    cpus: int
+    """CPUs of one trial."""
+
+    @property
+    def tables(self) -> Path:
+        """The folder of the logit tables."""
+        return self.config.search.tables or self.folder.tables
+
+    @property
+    def records(self) -> Records:
+        return Records(self.folder.trials)
+
+
+def tune_trial(config: Mapping[str, Any], settings: SearchSettings, report: Callable[[dict[str, Any]], object]) -> None:
+    """Run one trial for Ray Tune; its record is written before Tune hears of the result.
+
+    Args:
+        config: the `candidate` and the `seed`, as `TrialSearcher.suggest` returns them.
+        report: Ray Tune's `report`.
+
+    Raises:
+        Exception: whatever made the trial fail; the record has it too. A diverged trial does not raise.
+    """
+    candidate, seed = Candidate.parse(config["candidate"]), config["seed"]
+    budget = settings.config.search.budget_gflops if settings.config.search.objective == "budget" else None
+
+    def report_epoch(epoch: int, values: Mapping[str, float]) -> None:
+        assert budget is not None
+        measured = {ACCURACY: values["accuracy_routed"], GFLOPS: values["gflops_routed"], EPOCH: epoch}
+        report(measured | {SCORE: budget_score(values, budget)})
+
+    try:
+        data = trial_data(settings)
+        record, predictor = run_trial(data, candidate, seed, report_epoch if budget is not None else None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        settings.records.write(Record(settings.context, candidate, seed, outcome="failed", reason=reason))
+        raise
+    settings.records.write(record, predictor)
+    if budget is None or not record.has_result:
+        report({ACCURACY: record.accuracy, GFLOPS: record.gflops, SCORE: None, EPOCH: record.epochs})
 
 
 @dataclass(frozen=True)
@@ -31,11 +97,11 @@ class TrialData:
     """What all trials of a process share.
 
     Attributes:
-        config: of the search; its stages.predictor is how candidates are trained.
+        config: of the search; its stages.predictor says how candidates are trained.
         context: see Record.context.
-        backbone: trained, on `device`; it is not run.
+        backbone: trained, on `device`; trials do not run it.
         mean, std: of the images that the backbone was trained on.
-        train: training images in the order of a seed, at least with the candidates' input sizes.
+        train: training images in the order of a seed, at least at the candidates' input sizes.
         validation: validation images.
     """
 
@@ -51,13 +117,79 @@ class TrialData:
     validation: Batches
     device: torch.device
 
-    @property
-    def num_crops(self) -> int:
-        return num_crops(self.config)
+
+@lru_cache(maxsize=1)
+def trial_data(settings: SearchSettings) -> TrialData:
+    """Open what this process's trials share, once; a node's first process copies and decodes the data."""
+    from pipeline.cluster.worker import data_of_node  # loads Ray
+
+    config = settings.config
+    torch.set_num_threads(settings.cpus)
+    manifest = data_of_node(config.data, settings.data_digest, print)
+    loaded = load_model(settings.folder.backbone)
+    node = config.search.node_folder
+    tables = {}
+    for split, crop_epochs in table_crops(config).items():
+        key, root = TableKey.of(loaded.model, config, manifest, split), settings.tables
+        if node is not None:
+            copy_table(root, node / "tables", key, crop_epochs)
+            root = node / "tables"
+        tables[split] = LogitTable(root, key, crop_epochs)
+    cached = decodes_once(config, manifest)
+    readers = {split: _reader(settings, table.key, cached) for split, table in tables.items()}
+    size, device = config.training.batch_size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TrialData(
+        config=config,
+        context=settings.context,
+        backbone=loaded.model.backbone.to(device),
+        mean=loaded.mean,
+        std=loaded.std,
+        manifest=manifest,
+        train_table=tables[TRAIN],
+        validation_table=tables[VALIDATION],
+        train=lambda seed: Ordered(readers[TRAIN], size, shuffle=True, seed=seed),
+        validation=Ordered(readers[VALIDATION], size, shuffle=False, seed=0),
+        device=device,
+    )
+
+
+def _reader(settings: SearchSettings, key: TableKey, cached: bool) -> Reader:
+    """Reads the predictor's inputs of a split; a node decodes them once where they fit the cache."""
+    config, sides = settings.config, input_sizes(settings.config)
+    loader = open_loader(config, key.split, sides, num_threads=os.cpu_count() or 1 if cached else settings.cpus)
+    if not cached:
+        return loader
+    about = {"data": key.data, "split": key.split, "crop": dict(key.crop)}
+    folder = (config.search.node_folder or settings.folder.path) / "decoded"
+    beton, crop_epochs = beton_path(config.data.folder, key.split), table_crops(config)[key.split]
+    decoded = DecodedCrops(folder, beton, about, crop_epochs, sides)
+    decoded.fill(loader)
+    return decoded
+
+
+def decodes_once(config: Config, manifest: Manifest) -> bool:
+    """Whether the trials' decoded images take no more than search.cache_gb."""
+    sizes = (
+        decoded_bytes(manifest.splits[split].count, len(crop_epochs), input_sizes(config))
+        for split, crop_epochs in table_crops(config).items()
+    )
+    return sum(sizes) <= config.search.cache_gb * 1e9
+
+
+def table_crops(config: Config) -> dict[str, range]:
+    """The crop epochs of each split that the trials see and the logit tables hold."""
+    return {TRAIN: range(num_crops(config)), VALIDATION: range(1)}
+
+
+def num_crops(config: Config) -> int:
+    """The number of different crops of each training image that the trials see."""
+    num_crops = trial_stage(config).num_crops
+    assert num_crops is not None
+    return num_crops
 
 
 def trial_stage(config: Config) -> PredictorStage:
-    """How long trials train: stages.predictor, for search.epochs."""
+    """The stage that a trial runs: stages.predictor, for search.epochs."""
     stage = config.stages.predictor
     assert stage is not None
     epochs = config.search.epochs or stage.epochs
@@ -66,15 +198,8 @@ def trial_stage(config: Config) -> PredictorStage:
     )
 
 
-def num_crops(config: Config) -> int:
-    """Different crops of each training image that the trials see."""
-    num_crops = trial_stage(config).num_crops
-    assert num_crops is not None
-    return num_crops
-
-
 def trial_config(config: Config, candidate: Candidate, seed: int) -> Config:
-    """The run that a trial is: the predictor stage alone, of a candidate."""
+    """The configuration of the run that a trial is: the predictor stage alone, with one candidate."""
     changed = trial_stage(config).model_copy(update=candidate.recipe())
     return config.model_copy(
         update={
@@ -95,12 +220,13 @@ def run_trial(
     """Train and evaluate a candidate.
 
     Args:
-        seed: of weights, order and noise. With the seed of the configuration, and no other stage before it, it is what
-            the predictor stage of a run with one worker computes.
-        on_epoch: called after every epoch, which is then evaluated, with the epochs done and what was measured.
+        seed: of weights, order and noise. With the seed of the configuration the trial computes what the predictor
+            stage of a run computes that has one worker and no stage before it.
+        on_epoch: called after every epoch with the number of epochs done and what was measured. Where it is given,
+            every epoch is evaluated.
 
     Returns:
-        The record, and the predictor's weights on the CPU; None where the trial diverged, and its record says how.
+        The record, and the predictor's weights on the CPU. A trial that diverged has no weights; its record says how.
     """
     started, reporter = time.perf_counter(), _Reporter(on_epoch)
     run, stage_data = _run_of(data, candidate, seed, reporter, evaluate_all=on_epoch is not None)
@@ -131,7 +257,7 @@ def run_trial(
 def _run_of(
     data: TrialData, candidate: Candidate, seed: int, reporter: _Reporter, *, evaluate_all: bool
 ) -> tuple[Run, StageData]:
-    """What the training loop works with; evaluated after every epoch, or after the last alone."""
+    """What the training loop needs for a trial; it evaluates after every epoch, or after the last one only."""
     config = trial_config(data.config, candidate, seed)
     stage = config.stages.predictor
     assert stage is not None
@@ -142,7 +268,7 @@ def _run_of(
         train=data.train(seed),
         validation=data.validation,
         first_epoch=0,
-        num_crops=data.num_crops,
+        num_crops=num_crops(data.config),
         sides=(candidate.input_size,),
         train_table=data.train_table,
         validation_table=data.validation_table,
@@ -162,7 +288,7 @@ def _run_of(
 
 
 def build_model(data: TrialData, config: Config, seed: int) -> tuple[DRNet, Costs]:
-    """A trial's network, around the backbone that all trials share, and its costs."""
+    """Build a trial's network around the backbone that all trials share, and measure its costs."""
     torch.manual_seed(seed)
     predictor = build_configured(config.model.predictor, len(config.model.resolutions))
     model = DRNet(
@@ -178,7 +304,7 @@ def build_model(data: TrialData, config: Config, seed: int) -> tuple[DRNet, Cost
 
 
 class _Reporter:
-    """The loop's Reporter: what the last epoch measured, and warnings of the last evaluation."""
+    """The loop's Reporter: keeps what the last epoch measured, and the warnings of the last evaluation."""
 
     def __init__(self, on_epoch: Callable[[int, Mapping[str, float]], None] | None):
         self._on_epoch = on_epoch
@@ -189,12 +315,15 @@ class _Reporter:
         pass
 
     def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
-        self.values, self.warnings = values, []  # a warning of this epoch comes next
+        self.values, self.warnings = values, []  # the loop sends an epoch's warning after its values
         if self._on_epoch is not None:
             self._on_epoch(progress.epoch + 1, values)
 
     def message(self, text: str) -> None:
         self.warnings.append(text)
+
+    def keep(self, name: str, model: DRNet) -> None:
+        pass
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
         pass

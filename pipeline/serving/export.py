@@ -1,4 +1,4 @@
-"""A trained DRNet -> the folder that routed/ runs: exported programs and a description."""
+"""Exports a trained DRNet to the folder that runtime/ runs: programs and a description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.training.checkpoint import LoadedModel
 
 
 class _FromPixels(nn.Module):
-    """uint8 images (N, S, S, 3) -> logits of `network`, normalised as DRNet.normalize does."""
+    """Computes the logits of `network` from uint8 images (N, S, S, 3), normalized as DRNet.normalize does."""
 
     scale: Tensor
     bias: Tensor
@@ -32,11 +32,11 @@ class _FromPixels(nn.Module):
 
 
 def export_model(loaded: LoadedModel, folder: Path) -> None:
-    """Write meta.json, a backbone_SIDE.pt2 for each resolution and, for more than one, predictor.pt2 into `folder`.
+    """Write meta.json, a backbone_SIDE.pt2 for each resolution and, with several, predictor.pt2 into `folder`.
 
-    The programs take uint8 (N, S, S, 3) for any N >= 1, normalise inside, and hold no pickle. Batch norms are folded
-    into the convolutions before them. Each resolution has its own, so each program has its own folded weights: R times
-    the backbone on disk and in memory, for a batch norm's pass over memory less at every layer. `loaded` is on the CPU.
+    The programs take uint8 (N, S, S, 3) for any N >= 1, normalize inside, and hold no pickle. Batch norms are folded
+    into the convolutions before them, which saves a pass over memory at every layer. Each resolution has its own batch
+    norms, so its program has its own weights: R times the backbone on disk and in memory. `loaded` is on the CPU.
     """
     model = loaded.model.eval()
     costs = measure_costs(model)
@@ -60,17 +60,17 @@ def export_model(loaded: LoadedModel, folder: Path) -> None:
 
 
 def folded(model: DRNet, network: nn.Module) -> nn.Module:
-    """A copy of `network`, from pixels, with every batch norm that follows a convolution folded into it."""
+    """Returns a copy of `network` that takes pixels, with batch norms folded into the convolutions before them."""
     return _FromPixels(model, fold_batch_norms(network))
 
 
 def _export(program: nn.Module, side: int, path: Path) -> None:
-    # A batch of one would be taken for a constant, and weights in channels_last are not written whole.
+    # torch.export treats a batch of one as a constant and does not write channels_last weights completely.
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     program.to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
     with torch.no_grad():
         exported = torch.export.export(
             program.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
         )
-    exported.example_inputs = None  # would be stored as a pickle
+    exported.example_inputs = None  # they would be stored as a pickle
     torch.export.save(exported, path)

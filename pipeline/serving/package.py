@@ -1,4 +1,4 @@
-"""What is registered: an MLflow model that needs neither this project nor pickle."""
+"""Packages a trained network as an MLflow model that needs neither this project nor pickle."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pipeline.training.checkpoint import LoadedModel
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow")
 _OUTPUT_TYPES = {"Int64": "long", "Float64": "double", "string": "string"}
-_ROUTED = Path(runtime.__path__[0])
+_RUNTIME = Path(runtime.__path__[0])
 
 
 def save_pyfunc(loaded: LoadedModel, folder: Path) -> None:
-    """Write exported programs, their description, the code that runs them, and serving.py as an MLflow model."""
+    """Write an MLflow model: exported programs, their description, the code that runs them, and pyfunc.py."""
     with tempfile.TemporaryDirectory() as temporary:
         programs = Path(temporary) / pyfunc.FOLDER_ARTIFACT
         programs.mkdir()
         export_model(loaded, programs)
         write_code(programs)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of pandas, for how MLflow reads the example
+            warnings.simplefilter("ignore", DeprecationWarning)  # from pandas, about how MLflow reads the example
             mlflow.pyfunc.save_model(
                 folder,
                 python_model=pyfunc.__file__,
@@ -45,13 +45,13 @@ def save_pyfunc(loaded: LoadedModel, folder: Path) -> None:
 
 
 def write_code(folder: Path) -> None:
-    """Put the package that runs the programs beside them."""
-    shutil.copytree(_ROUTED, folder / pyfunc.CODE_FOLDER, ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the package that runs the programs beside them."""
+    shutil.copytree(_RUNTIME, folder / pyfunc.CODE_FOLDER, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def code_files() -> list[Path]:
-    """Every file of code that is stored with a model."""
-    return [Path(pyfunc.__file__), *sorted(_ROUTED.glob("*.py"))]
+    """Returns every file of code that is stored with a model."""
+    return [Path(pyfunc.__file__), *sorted(_RUNTIME.glob("*.py"))]
 
 
 def _signature() -> ModelSignature:
@@ -63,7 +63,7 @@ def _signature() -> ModelSignature:
 
 
 def _example(side: int) -> pd.DataFrame:
-    """One grey JPEG."""
+    """Returns one gray JPEG as the example input."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
     return pd.DataFrame({pyfunc.IMAGE_COLUMN: [buffer.getvalue()]})

@@ -1,4 +1,4 @@
-"""Get a model out of the MLflow registry by name and alias, and classify image files with it."""
+"""Classifies image files with a loaded model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pandas as pd
 from pipeline.serving import pyfunc
 
 MAX_FILE_BYTES = 256 * 1024**2
-"""a larger file is an error rather than a process that runs out of memory"""
+"""The size above which a file is an error, so that the process does not run out of memory."""
 _READERS = 8
 
 
 def classify_files(
     model: mlflow.pyfunc.PyFuncModel, paths: Sequence[Path], at_once: int = 256, budget_bias: float = 0.0
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each file, in order: `file` and serving.OUTPUT_COLUMNS, with None where there is no answer.
+    """Yield a row for each file, in order: `file` and pyfunc.OUTPUT_COLUMNS, with None where there is no answer.
 
-    The next files are read while the model is at work.
+    The next files are read while the model runs.
     """
     params = {pyfunc.BUDGET_PARAM: budget_bias} if budget_bias else None
     groups = [paths[start : start + at_once] for start in range(0, len(paths), at_once)]
@@ -40,7 +40,7 @@ def classify_files(
 
 
 def _content(path: Path) -> bytes | str:
-    """The file's bytes, or as text why there are none."""
+    """Returns the file's bytes, or as text the reason why they cannot be read."""
     try:
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             return f"the file has {size:,} bytes, more than {MAX_FILE_BYTES:,}"

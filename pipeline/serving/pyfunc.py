@@ -1,7 +1,7 @@
-"""The registered model: images in; class, probability, chosen resolution and cost out.
+"""The registered model: takes images, returns class, probability, chosen resolution and cost of each.
 
-MLflow stores this very file with the model and runs it where the model is loaded, so it imports nothing of this
-project. Beside it lie the exported programs, what describes them, and the code that runs them (`routed`): no pickle.
+MLflow stores this file with the model and runs it wherever the model is loaded, so it imports nothing of this project.
+Beside it lie the exported programs, their description, and the code that runs them: no pickle.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any
 import pandas as pd
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # MLflow warns of its own type hints
+    warnings.simplefilter("ignore")  # MLflow warns about its own type hints
     import mlflow.pyfunc
 
 FOLDER_ARTIFACT, CODE_FOLDER = "drnet", "routed"
+"""The artifact's name, and in it the folder with the copy of runtime/; every registered version has these names."""
 IMAGE_COLUMN, BUDGET_PARAM = "image", "budget_bias"
 OUTPUT_COLUMNS = {
     "class_index": "Int64",
@@ -37,14 +38,14 @@ OUTPUT_COLUMNS = {
     "error": "string",
 }
 PLACEMENT = {"device": "auto", "precision": "float32", "compiled": False}
-"""what `mlflow.pyfunc.load_model(..., model_config=...)` may change; see routed/programs.py"""
+"""The settings that `mlflow.pyfunc.load_model(..., model_config=...)` may change; see runtime/programs.py."""
 REQUESTS_AT_ONCE = 64
 _SERVED_MODEL = "__pyfunc_model_path__"
-"""environment variable by which MLflow's server process is told its model"""
+"""The environment variable that names the model in MLflow's server process."""
 
 
 class RoutedClassifier(mlflow.pyfunc.PythonModel):
-    """A row for each image, in order; an image that cannot be used gets its reason in `error`."""
+    """Returns a row for each image, in order; `error` says why an image cannot be used."""
 
     def load_context(self, context: Any) -> None:
         folder = Path(context.artifacts[FOLDER_ARTIFACT])
@@ -58,11 +59,11 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
         """Classify the images in column `image`: bytes of JPEG or PNG files, or square crops as uint8 arrays (S, S, 3).
 
         Args:
-            params: `budget_bias`, added to the predictor's logits times each resolution's cost, 0 for the cheapest to
-                1 for the dearest: above 0 spends more, below 0 less, 0 (default) is the network as it was trained.
+            params: `budget_bias` times each resolution's cost, from 0 (cheapest) to 1 (most expensive), is added to the
+                predictor's logits: above 0 spends more, below 0 less, 0 (default) is the network as it was trained.
 
         Returns:
-            One row for each: class_index, label, probability in [0, 1], resolution in pixels, gflops (multiply-adds /
+            A row for each: class_index, label, probability in [0, 1], resolution in pixels, gflops (multiply-adds /
             1e9, predictor included) and error. An unusable image has nothing but error and gflops 0.
         """
         images, budget_bias = model_input[IMAGE_COLUMN].tolist(), (params or {}).get(BUDGET_PARAM, 0.0)
@@ -77,9 +78,9 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
 def widen_server() -> None:
     """Let this process answer REQUESTS_AT_ONCE requests at the same time.
 
-    Requests share batches only while they are being answered. MLflow's server answers each in `asyncio.to_thread`,
-    whose pool has only 4 threads more than there are cores. It belongs to an event loop that does not exist yet when
-    the model is loaded, so the function is replaced, in a process that does nothing else.
+    Only requests that are being answered share batches. MLflow's server answers each in `asyncio.to_thread`, whose pool
+    has only 4 threads more than there are cores. The pool belongs to an event loop that does not exist yet when the
+    model is loaded, so the function is replaced, in a process that does nothing else.
     """
     pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "request")
 
@@ -87,11 +88,11 @@ def widen_server() -> None:
         called = partial(contextvars.copy_context().run, function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(pool, called)
 
-    asyncio.to_thread = to_thread  # ty: ignore[invalid-assignment]  # but for its name it is the same
+    asyncio.to_thread = to_thread  # ty: ignore[invalid-assignment]  # the same but for its name
 
 
 def load_code(folder: Path) -> ModuleType:
-    """Import a package from its folder, under a name of its own: models of several versions run in one process."""
+    """Import a package from its folder under a unique name, so that one process can run models of several versions."""
     name = f"{folder.name}_{uuid.uuid4().hex}"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]

@@ -1,4 +1,4 @@
-"""The local journal of what is tracked, one JSON record a line, and its delivery to the MLflow server."""
+"""The local journal of everything that is tracked, one JSON record per line, and its delivery to the MLflow server."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """An append-only file of records, and for one server the place up to which it has them.
+    """An append-only file of records, with the byte offset up to which one server has received them.
 
-    A run's folder has one that the driver and rank 0 write, and one more for each node's system metrics.
+    A run's folder has one journal that the driver and rank 0 write, and one for each node's system metrics.
 
-    A record is delivered at least once: the place is written after the server has answered. MLflow keeps metrics that
-    are equal in run, key, step, time and value once only, so there they arrive exactly once.
+    A record is delivered at least once: the offset is written after the server has answered. MLflow stores metrics that
+    are equal in run, key, step, time and value only once, so they arrive exactly once.
     """
 
     def __init__(self, folder: Path, name: str = JOURNAL_FILE):
@@ -49,9 +49,9 @@ class Journal:
         self._delivered_path = folder / f"{name}.delivered"
 
     def append(self, record: Record) -> None:
-        """Add a record, on disk when this returns; raises OSError."""
+        """Add a record. It is on disk when this returns. Raises OSError."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        # Unbuffered: the line is one write, so a second writer's line cannot land inside it.
+        # Unbuffered: the line is one write, so another writer's line cannot land inside it.
         with self.path.open("a+b", buffering=0) as file:
             if self._ends_torn(file):
                 line = b"\n" + line
@@ -59,7 +59,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Record]]:
-        """Yield (place behind the record, record) from byte `start` on; a line that is still incomplete ends it."""
+        """Yield (offset after the record, record) from byte `start`; stop at a line that is still incomplete."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -74,25 +74,25 @@ class Journal:
                     yield place, record
 
     def delivered(self, server: str) -> int:
-        """The place up to which `server` has the records; 0 for a server that has none."""
+        """Returns the offset up to which `server` has the records; 0 for a server that has none."""
         try:
             content = json.loads(self._delivered_path.read_text())
             if content["server"] == server and content["place"] <= self.path.stat().st_size:
                 return content["place"]
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # absent or damaged: sending everything again is right, only slower
+            pass  # absent or damaged: sending everything again is correct, only slower
         return 0
 
     def set_delivered(self, server: str, place: int) -> None:
         write_whole(self._delivered_path, json.dumps({"server": server, "place": place}))
 
     def num_pending(self, server: str) -> int:
-        """How many records `server` does not have yet."""
+        """Returns how many records `server` does not have yet."""
         return sum(1 for _ in self.read(self.delivered(server)))
 
     @staticmethod
     def _ends_torn(file: Any) -> bool:
-        """Whether a writer died within its line."""
+        """Returns whether a writer died in the middle of a line."""
         if file.seek(0, os.SEEK_END) == 0:
             return False
         file.seek(-1, os.SEEK_END)
@@ -106,18 +106,18 @@ class Journal:
         except ValueError:
             record = None
         if not isinstance(record, dict) or "kind" not in record:
-            _logger.warning("%s: a damaged line is left out: %.80r", self.path, line)
+            _logger.warning("%s: skipped a damaged line: %.80r", self.path, line)
             return None
         return record
 
 
 def opened_record() -> Record:
-    """The driver has begun, or begun again."""
+    """Record that the driver has started or restarted."""
     return {"kind": "opened", "time_ms": now_ms()}
 
 
 def metrics_record(stage: str | None, values: Mapping[str, float], step: int, since_ms: int) -> Record:
-    """Values of one step of a stage, or of the whole run; `since_ms` is when that step began."""
+    """Record the values of one step of a stage, or of the whole run; `since_ms` is when that step began."""
     # JSON has no NaN and no infinity.
     written = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
     times = {"since_ms": since_ms, "time_ms": now_ms()}
@@ -125,23 +125,23 @@ def metrics_record(stage: str | None, values: Mapping[str, float], step: int, si
 
 
 def params_record(stage: str, params: Mapping[str, object]) -> Record:
-    """What a stage was run with."""
+    """Record the parameters of a stage."""
     times = {"since_ms": now_ms(), "time_ms": now_ms()}
     return {"kind": "params", "stage": stage, **times, "params": {key: str(value) for key, value in params.items()}}
 
 
 def metric_values(record: Record) -> dict[str, float]:
-    """The values of a metrics record."""
+    """Returns the values of a metrics record."""
     return {key: float(value) for key, value in record["values"].items()}
 
 
 def artifacts_record(path: str, artifact_path: str | None) -> Record:
-    """A file or folder to upload; a relative `path` is below the run's folder."""
+    """Record a file or folder to upload; a relative `path` is below the run's folder."""
     return {"kind": "artifacts", "path": path, "artifact_path": artifact_path, "time_ms": now_ms()}
 
 
 def status_record(status: str) -> Record:
-    """The run has ended: FINISHED, FAILED or KILLED."""
+    """Record that the run has ended: FINISHED, FAILED or KILLED."""
     return {"kind": "status", "status": status, "time_ms": now_ms()}
 
 
@@ -150,13 +150,13 @@ _RECORDS_AT_ONCE = 200
 
 
 class Delivery:
-    """Sends what the server does not have yet, in order. Not for two threads at once.
+    """Sends the records that the server does not have yet, in order. Not thread-safe.
 
     Args:
         uri: the server or store.
         folder: the run's folder.
-        run_id: of the folder's run there; None looks it up.
-        name: of the journal. Where the run is not on the server, only the main journal's delivery makes it.
+        run_id: the id of the folder's run on the server; None looks it up.
+        name: the journal's file name. Only the delivery of the main journal creates a run that the server lacks.
     """
 
     def __init__(self, uri: str, folder: Path, run_id: str | None = None, name: str = JOURNAL_FILE):
@@ -177,7 +177,7 @@ class Delivery:
         """Send everything that is in the journal now.
 
         Raises:
-            Exception: of any kind that the server's client or the file system has; what was not sent stays pending.
+            Exception: any error of the server's client or the file system; what was not sent stays pending.
         """
         client = self._connect()
         while batch := list(islice(self.journal.read(self.journal.delivered(self._server)), _RECORDS_AT_ONCE)):
@@ -198,7 +198,7 @@ class Delivery:
         return self._client
 
     def _send(self, client: MlflowClient, records: list[Record]) -> None:
-        """Send records in order; one that MLflow will never accept is left out with a warning."""
+        """Send records in order; skip one that MLflow will never accept, with a warning."""
         try:
             for are_metrics, group in groupby(records, lambda record: record["kind"] == "metrics"):
                 if are_metrics:
@@ -211,7 +211,7 @@ class Delivery:
                 raise
             self._refuse_deleted(client)
             if len(records) == 1:
-                _logger.warning("MLflow refuses a record, which is left out: %s (%.300s)", error, records[0])
+                _logger.warning("MLflow refuses a record, so it is skipped: %s (%.300s)", error, records[0])
             else:
                 for record in records:
                     self._send(client, [record])
@@ -220,8 +220,8 @@ class Delivery:
         assert self.run_id is not None
         if client.get_run(self.run_id).info.lifecycle_stage != "active":
             raise TrackingError(
-                f"the MLflow run {self.run_id} was deleted while it was written to; restore it "
-                f"(mlflow runs restore --run-id {self.run_id}), or the next start makes it anew"
+                f"the MLflow run {self.run_id} was deleted while training wrote to it; restore it "
+                f"(mlflow runs restore --run-id {self.run_id}), or the next start creates a new one"
             )
 
     def _send_metrics(self, client: MlflowClient, records: Iterable[Record]) -> None:
@@ -235,7 +235,7 @@ class Delivery:
                 client.log_batch(run_id, metrics[start : start + MAX_METRICS_PER_BATCH])
 
     def _target(self, client: MlflowClient, record: Record) -> str:
-        """The run that a metrics record belongs to: its stage's, or the whole."""
+        """Returns the run that a record belongs to: its stage's run, or the whole run."""
         assert self.run_id is not None
         stage = record["stage"]
         if stage is None:
@@ -259,7 +259,7 @@ class Delivery:
             elif path.is_file():
                 client.log_artifact(self.run_id, str(path), record["artifact_path"])
             else:
-                _logger.warning("%s is gone and cannot be uploaded to MLflow", path)
+                _logger.warning("%s no longer exists and cannot be uploaded to MLflow", path)
         elif record["kind"] == "status":
             for child in children(client, self.run_id):
                 if child.info.status == "RUNNING":

@@ -1,6 +1,6 @@
-"""Who is champion: the alias of a registered model, the gate before it, its history, and the way back.
+"""The alias of a registered model (champion): the gate that guards it, its history, and rolling it back.
 
-One rule: registering sets an alias that does not exist yet; one that exists moves by `promote` and `roll_back` alone.
+Registering sets an alias that does not exist yet. Only `promote` and `roll_back` move an existing one.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from pipeline.evaluation.gate import Answers, Bounds, Comparison, compare_answer
 from pipeline.tracking.store import TrackingError, explained, now_ms, tracking_uri
 
 ANSWERS_FILE = "answers.npz"
-"""in a version's artifacts: which validation images it gets right"""
+"""The artifact of a version that holds which validation images it classifies correctly."""
 FIRST, PROMOTED, ROLLED_BACK, OUTSIDE = "first", "promoted", "rolled back", "moved outside"
 _KEPT_ENTRIES = 200
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says of a challenger."""
+    """The gate's decision about a challenger."""
 
     name: str
     alias: str
     challenger: str
     champion: str
-    """the version that had the alias when the two were compared"""
+    """The version that had the alias when the two were compared."""
     comparison: Comparison | None
-    """None where the challenger is the champion already"""
+    """None when the challenger already is the champion."""
     objections: list[str]
 
 
 def promote(config: Config, number: str, bounds: Bounds) -> Decision:
-    """Give the configured alias to a version, where the gate has no objection; the version's tags say why or why not.
+    """Give the configured alias to a version if the gate has no objection; the version's tags record the reasons.
 
     Raises:
-        TrackingError: the two versions cannot be compared, or the alias was moved by somebody else meanwhile.
+        TrackingError: the two versions cannot be compared, or somebody else moved the alias in the meantime.
     """
     uri = tracking_uri(config)
     mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
@@ -60,10 +60,10 @@ def promote(config: Config, number: str, bounds: Bounds) -> Decision:
 
 
 def weigh(client: MlflowClient, name: str, alias: str, number: str, bounds: Bounds) -> Decision:
-    """Compare a version with the one that has the alias. Changes nothing.
+    """Compare a version with the one that has the alias, without changing anything.
 
     Raises:
-        TrackingError: nothing has the alias, or the two cannot be compared.
+        TrackingError: no version has the alias, or the two cannot be compared.
     """
     champion = alias_version(client, name, alias)
     if champion is None:
@@ -85,12 +85,12 @@ def record(client: MlflowClient, decision: Decision, found: Comparison) -> None:
 
 
 def roll_back(config: Config) -> tuple[str, str]:
-    """Give the alias back to the version that had it before; returns that one and the one it was taken from.
+    """Give the alias back to the version that had it before; returns that version and the one that had it now.
 
-    Versions that were deleted meanwhile are passed over.
+    Versions that were deleted in the meantime are skipped.
 
     Raises:
-        TrackingError: nothing had the alias before, or it was moved by somebody else meanwhile.
+        TrackingError: no version had the alias before, or somebody else moved it in the meantime.
     """
     uri, name, alias = tracking_uri(config), config.registry.name, config.registry.alias
     with explained(uri):
@@ -103,34 +103,34 @@ def roll_back(config: Config) -> tuple[str, str]:
         earlier = [number for number in earlier if number in existing and number != current]
         if not earlier:
             raise TrackingError(
-                f"version {current} of {name} is the first to have the alias {alias!r}: there is none before"
+                f"version {current} of {name} is the first with the alias {alias!r}; there is no earlier one"
             )
         move(client, name, alias, current, earlier[-1], ROLLED_BACK, f"from version {current}")
     return earlier[-1], current
 
 
 def give_first(client: MlflowClient, name: str, alias: str, number: str) -> str:
-    """Give a version the alias if nothing has it; returns the version that has it then."""
+    """Give a version the alias if no version has it; returns the version that has it afterwards."""
     champion = alias_version(client, name, alias)
     if champion is not None:
         return champion
-    move(client, name, alias, None, number, FIRST, "nothing had the alias")
+    move(client, name, alias, None, number, FIRST, "no version had the alias")
     return number
 
 
 def move(client: MlflowClient, name: str, alias: str, expected: str | None, number: str, how: str, why: str) -> None:
-    """Point the alias at a version and note it in the history.
+    """Point the alias at a version and add the move to the history.
 
-    MLflow has no compare-and-swap, so the alias is read right before and after: of two who move it at once, at least
-    the one whose version does not stay is told.
+    MLflow has no compare-and-swap, so the alias is read right before and right after: of two processes that move it at
+    once, at least the one whose version does not stay gets an error.
 
     Raises:
-        TrackingError: it is not, or does not stay, where this process thinks.
+        TrackingError: the alias is not, or does not stay, where this process expects it.
     """
     if (found := alias_version(client, name, alias)) != expected:
         raise TrackingError(
-            f"the alias {alias!r} of {name} was moved meanwhile, from {_version(expected)} to {_version(found)}; "
-            "run the command again, which compares with that one"
+            f"the alias {alias!r} of {name} was moved in the meantime, from {_version(expected)} to {_version(found)}; "
+            "rerun the command to compare with the new version"
         )
     entries = history(client, name, alias)
     client.set_registered_model_alias(name, alias, number)
@@ -138,29 +138,31 @@ def move(client: MlflowClient, name: str, alias: str, expected: str | None, numb
     client.set_registered_model_tag(name, _history_tag(alias), json.dumps(entries))
     if (found := alias_version(client, name, alias)) != number:
         raise TrackingError(
-            f"the alias {alias!r} of {name} was given to version {number}, and by somebody else to {_version(found)} "
-            "at the same moment, where it is now; run the command again"
+            f"this command gave the alias {alias!r} of {name} to version {number}, and at the same moment somebody "
+            f"else gave it to {_version(found)}, which has it now; rerun the command"
         )
 
 
 def history(client: MlflowClient, name: str, alias: str) -> list[dict[str, Any]]:
-    """Every move of the alias, oldest first: `version`, `how`, `why`, `time_ms`; the last one is where it is now.
+    """Returns every move of the alias, oldest first: `version`, `how`, `why`, `time_ms`. The last one is current.
 
-    A move by other means than this module is noticed here, and is an entry too.
+    A move that was made outside this module is detected here and becomes an entry too.
     """
     model = client.get_registered_model(name)
     try:
         entries = json.loads(model.tags.get(_history_tag(alias), "[]"))
     except ValueError as error:
-        raise TrackingError(f"the tag {_history_tag(alias)} of {name} is damaged ({error}); remove it") from None
+        raise TrackingError(f"the tag {_history_tag(alias)} of {name} is damaged ({error}); remove the tag") from None
     current = model.aliases.get(alias)
     if current is not None and (not entries or entries[-1]["version"] != str(current)):
-        entries.append({"version": str(current), "how": OUTSIDE, "why": "by other means", "time_ms": now_ms()})
+        entries.append(
+            {"version": str(current), "how": OUTSIDE, "why": "moved outside jobs.register", "time_ms": now_ms()}
+        )
     return entries
 
 
 def standing(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """The versions that a rollback goes through, the present one last: going back undoes what came after."""
+    """Returns the versions that rollbacks step through, the current one last: rolling back undoes later moves."""
     stack: list[str] = []
     for entry in entries:
         version = entry["version"]
@@ -173,18 +175,17 @@ def standing(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def alias_version(client: MlflowClient, name: str, alias: str) -> str | None:
-    """The version that has the alias."""
+    """Returns the version that has the alias, or None."""
     found = client.get_registered_model(name).aliases.get(alias)
     return None if found is None else str(found)
 
 
 def _answers(name: str, number: str) -> Answers:
-    """Raises ValueError where the version has none; TrackingError and MlflowException as the registry does."""
+    """Download a version's answers. Raises ValueError if it has none, and the registry's own errors."""
     version = f"models:/{name}/{number}"
     if ANSWERS_FILE not in {found.path for found in mlflow.artifacts.list_artifacts(artifact_uri=version)}:
         raise ValueError(
-            f"{number} says not which images it gets right (it has no {ANSWERS_FILE}), for it was registered by an "
-            "older jobs.register; register its run again"
+            f"version {number} has no {ANSWERS_FILE}: an older jobs.register created it. Register its run again"
         )
     with tempfile.TemporaryDirectory() as temporary:
         artifact = f"{version}/{ANSWERS_FILE}"

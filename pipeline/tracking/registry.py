@@ -1,4 +1,4 @@
-"""Put a finished run's model into the MLflow registry."""
+"""Register a finished run's model in the MLflow registry, and find and load registered models."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from pipeline.training.checkpoint import load_model
 
 DIGEST_TAG = "content_digest"
 MODEL_FILE = "model.pt"
-"""in a version's artifacts: the network as it was trained, for whoever goes on from it"""
+"""The artifact of a version that holds the network as it was trained, to start other runs from."""
 
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A version in the registry."""
+    """A model version in the registry."""
 
     name: str
     version: str
     alias: str
     champion: str
-    """the version that has the alias: this one, where it is the first"""
+    """The version that has the alias: this one, if it is the first."""
     tags: dict[str, str]
     is_new: bool
-    """False where the same model with the same report was there already"""
+    """False when the same model with the same report was already registered."""
 
     @property
     def uri(self) -> str:
@@ -54,10 +54,10 @@ class RegisteredModel:
 
 
 def register_model(config: Config, folder: Path, model_file: Path, report_file: Path) -> RegisteredModel:
-    """Put a finished run's model into the registry; where nothing has the configured alias yet, it gets it.
+    """Register a finished run's model; it gets the configured alias if no version has it yet.
 
-    The version carries its accuracy, GFLOPs, data digest and commit as tags, and as a file which validation images it
-    gets right: `promotion.promote` compares by it. The same model is not put in twice.
+    The version carries accuracy, GFLOPs, data digest and commit as tags, and answers.npz: which validation images it
+    classifies correctly, for `promotion.promote`. The same model is not registered twice.
 
     Args:
         folder: the run's folder.
@@ -65,8 +65,8 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
         report_file: its report.json.
 
     Raises:
-        ValueError: the run has not finished, its predictor was never trained, or its report is not of its predictions.
-        TrackingError: the server cannot be reached or refuses; the alias is not allowed.
+        ValueError: the run has not finished, its predictor was never trained, or report and predictions do not match.
+        TrackingError: the server cannot be reached or refuses, or MLflow does not allow the name or the alias.
     """
     predictions_file = RunFolder(folder).predictions
     files = (model_file, report_file, predictions_file)
@@ -74,7 +74,7 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
     handle = replay(config, folder)
     if handle.run_id is None:
         raise TrackingError(
-            f"MLflow at {redacted(handle.uri)} does not answer, so nothing was registered; try again later"
+            f"MLflow at {redacted(handle.uri)} does not answer, so nothing was registered; try again when it runs"
         )
     report, description = json.loads(report_file.read_text()), Description.load(folder)
     tags = _tags(description, report, _digest(*files))
@@ -82,8 +82,8 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
     answers = Answers.of(Predictions.load(predictions_file), description.dataset["digest"], reached["mean_gflops"])
     if abs(answers.top1 - reached["top1"]) > 1e-9:
         raise ValueError(
-            f"{report_file} says top-1 {reached['top1']:.6f}, but {predictions_file} {answers.top1:.6f}: they are not "
-            "of one evaluation; run jobs.evaluate"
+            f"{report_file} states top-1 {reached['top1']:.6f}, but {predictions_file} gives {answers.top1:.6f}: they "
+            "come from different evaluations; run jobs.evaluate"
         )
     mlflow.set_tracking_uri(handle.uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(handle.uri):
@@ -116,7 +116,7 @@ def _register(
 def _create_version(
     client: MlflowClient, name: str, model_file: Path, answers: Answers, run_id: str, tags: Mapping[str, str]
 ) -> str:
-    """Upload the model, and which images it gets right, as one that the run has put out, and make a version of it."""
+    """Upload the model and its answers as an output of the run, and create a version from them."""
     experiment = client.get_run(run_id).info.experiment_id
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
@@ -146,7 +146,7 @@ def _tags(description: Description, report: Mapping[str, Any], digest: str) -> d
 
 
 def _digest(*files: Path) -> str:
-    """Of what makes a version: the model, its report and predictions, and the code that serves it."""
+    """Returns a digest of everything that makes a version: model, report, predictions and serving code."""
     parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*files, *code_files())]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -155,7 +155,7 @@ def _refuse_unfit(config: Config, missing: Sequence[Path]) -> None:
     if missing:
         raise ValueError(
             f"the run {config.name} has not finished: {' and '.join(str(path) for path in missing)} missing; "
-            "finish it (python -m jobs.train with the same configuration), or name another run"
+            "finish it (python -m jobs.train with the same configuration) or choose another run"
         )
     if len(config.model.resolutions) > 1 and not (config.stages.predictor or config.stages.joint):
         raise ValueError(
@@ -165,38 +165,38 @@ def _refuse_unfit(config: Config, missing: Sequence[Path]) -> None:
     alias = config.registry.alias
     if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"latest|[vV]\d+", alias):
         raise TrackingError(
-            f"{alias!r} cannot be an alias; use letters, digits, _ and -, but neither `latest` nor v1, v2 and so on"
+            f"registry.alias {alias!r} is not allowed; use letters, digits, _ and -, but not `latest`, v1, v2 and so on"
         )
 
 
-_ADVICE = "set MLFLOW_TRACKING_URI where another registry is meant"
+_ADVICE = "set MLFLOW_TRACKING_URI to use another registry"
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model that is in the registry, for whichever process is to load it."""
+    """A model in the registry, described so that any process can load it."""
 
     tracking_uri: str
     uri: str
-    """with the number of the version where an alias was given, which may move"""
+    """The model's address, with the version number in place of an alias, because an alias may move."""
     uuid: str
-    """of its content"""
+    """The id of the model's content."""
 
 
 def find_model(model_uri: str, budget_bias: float = 0.0) -> FoundModel:
-    """Look a model up, without loading it.
+    """Look up a model without loading it.
 
     Args:
         model_uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or any other address of an MLflow model.
-        budget_bias: that it is to be asked with.
+        budget_bias: the value that predictions will use.
 
     Raises:
-        TrackingError: there is no such model; the message names those that there are. Or it takes no budget_bias.
+        TrackingError: there is no such model (the message lists those that exist), or it takes no budget_bias.
     """
     uri = tracking_uri()
     file = sqlite_file(uri)
     if file is not None and not file.exists():
-        raise TrackingError(f"{file} does not exist, so no model is registered; run jobs.register, or {_ADVICE}")
+        raise TrackingError(f"{file} does not exist, so no model is registered; run jobs.register or {_ADVICE}")
     mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(uri):
         client = MlflowClient(uri)
@@ -208,16 +208,16 @@ def find_model(model_uri: str, budget_bias: float = 0.0) -> FoundModel:
     params = info.signature.params if info.signature else None
     if budget_bias and pyfunc.BUDGET_PARAM not in {param.name for param in params or []}:
         raise TrackingError(
-            f"{numbered} takes no {pyfunc.BUDGET_PARAM}; register its run again, or leave --budget-bias out"
+            f"{numbered} does not take {pyfunc.BUDGET_PARAM}; register its run again, or leave out --budget-bias"
         )
     return FoundModel(uri, numbered, info.model_uuid)
 
 
 def load_registered(model: FoundModel) -> mlflow.pyfunc.PyFuncModel:
-    """Load what was found; its `predict` takes a DataFrame with a column `image` of JPEG or PNG bytes.
+    """Load a model; its `predict` takes a DataFrame whose column `image` holds the bytes of image files.
 
     Raises:
-        TrackingError: it cannot be had any more.
+        TrackingError: the model is no longer available.
     """
     mlflow.set_tracking_uri(model.tracking_uri)
     with explained(model.tracking_uri):
@@ -225,7 +225,7 @@ def load_registered(model: FoundModel) -> mlflow.pyfunc.PyFuncModel:
 
 
 def download_trained(model_uri: str, folder: Path) -> Path:
-    """Download the network of a registered version as it was trained, its model.pt, into `folder`.
+    """Download the trained network (model.pt) of a registered version into `folder`.
 
     Raises:
         TrackingError: there is no such version, jobs.register did not create it, or the server cannot be reached.
@@ -241,7 +241,7 @@ def open_model(model_uri: str, budget_bias: float = 0.0) -> mlflow.pyfunc.PyFunc
 
 
 def _numbered(client: MlflowClient, model_uri: str) -> str:
-    """The address with the version's number in place of an alias."""
+    """Returns the address with the version number in place of an alias."""
     match = re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model_uri)
     if not match:
         return model_uri
@@ -250,7 +250,7 @@ def _numbered(client: MlflowClient, model_uri: str) -> str:
 
 
 def _unknown(client: MlflowClient, model_uri: str) -> str | None:
-    """What is unknown about a models:/NAME@ALIAS or models:/NAME/VERSION address, with what there is instead."""
+    """Returns what does not exist in a models:/NAME@ALIAS or models:/NAME/VERSION address, and what exists instead."""
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", model_uri)
     if not match:
         return None
@@ -261,7 +261,7 @@ def _unknown(client: MlflowClient, model_uri: str) -> str | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         known = sorted(model.name for model in client.search_registered_models())
-        return f"no model is named {name!r} (there are: {', '.join(known) or 'none'})"
+        return f"no model is named {name!r} (registered: {', '.join(known) or 'none'})"
     if alias and alias not in aliases:
         return f"the model {name!r} has no alias {alias!r} (it has: {', '.join(sorted(aliases)) or 'none'})"
     numbers = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))

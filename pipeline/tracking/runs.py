@@ -1,4 +1,4 @@
-"""The one MLflow run of a run folder: what describes it, and finding or making it on a server."""
+"""The single MLflow run of a run folder: its description, and finding or creating it on a server."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PARENT_TAG, COMMIT_TAG, DIRTY_TAG = "mlflow.parentRunId", "mlflow.source.git.com
 
 @dataclass(frozen=True)
 class Description:
-    """What an MLflow run is made from, kept in the run's folder: the server may not be there when the run begins."""
+    """The content of an MLflow run, kept in the run's folder because the server may be down when the run starts."""
 
     key: str
-    """names the run on every server, however often it restarts"""
+    """The key that identifies the run on every server and across restarts."""
     started_ms: int
     name: str
     experiment: str
@@ -41,18 +41,18 @@ class Description:
     params: dict[str, str]
     dataset: dict[str, str]
     config: str
-    """the configuration as YAML"""
+    """The configuration as YAML."""
 
     @classmethod
     def load(cls, folder: Path) -> Description:
-        """Raises ValueError where the folder belongs to no tracked run."""
+        """Read the description; raises ValueError if the folder belongs to no tracked run."""
         path = folder / DESCRIPTION_FILE
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; train the run first (python -m jobs.train)") from None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it, and the next start makes a new one") from None
+            raise ValueError(f"{path} is damaged ({error}); remove it, and the next start writes a new one") from None
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Description:
 
 
 def describe_run(config: Config, folder: Path, manifest: Manifest) -> Description:
-    """Describe the run as it is now; key and first start stay those of the run's folder. Writes tracking.json."""
+    """Write tracking.json, the description of the run as it is now; key and first start time stay the same."""
     before = Description.load(folder) if (folder / DESCRIPTION_FILE).exists() else None
     tree = config.model_dump(mode="json")
     description = Description(
@@ -78,7 +78,7 @@ def describe_run(config: Config, folder: Path, manifest: Manifest) -> Descriptio
 
 
 def find_or_create_run(client: MlflowClient, uri: str, description: Description) -> tuple[str, bool]:
-    """The id of the run, and whether it had to be made; one that was left half described is completed.
+    """Returns the run's id and whether it was created; completes a run that was only partly described.
 
     Raises:
         TrackingError: the experiment was deleted.
@@ -108,23 +108,23 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
 
 
 def find_run(client: MlflowClient, uri: str, description: Description) -> str:
-    """The id of the run.
+    """Returns the id of the run.
 
     Raises:
-        TrackingError: it is not there yet, or the experiment was deleted.
+        TrackingError: the run does not exist yet, or the experiment was deleted.
         MlflowException: the server cannot be reached, or refuses.
     """
     experiment = experiment_id(client, uri, description.experiment)
     run = _one_run(client, experiment, f"tags.`{KEY_TAG}` = '{description.key}'")
     if run is None:
-        raise TrackingError(f"the run {description.name} is not in {redacted(uri)} yet")
+        raise TrackingError(f"the run {description.name} does not exist in {redacted(uri)} yet")
     return run.info.run_id
 
 
 def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
-    """The run of a condition that holds for one at most; None where there is none.
+    """Returns the run that a condition selects, or None. The condition is meant to select at most one run.
 
-    Where the answer to a creation is lost, MLflow's client asks again and a second one is made: the oldest is kept.
+    When the response to a creation is lost, MLflow's client retries and creates a second run: the oldest is kept.
     """
     found = sorted(client.search_runs([experiment], condition), key=lambda run: (run.info.start_time, run.info.run_id))
     for other in found[1:]:
@@ -133,7 +133,7 @@ def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
 
 
 def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_ms: int) -> str:
-    """The id of the child run of a stage; the child is RUNNING, and the run's other children are ended.
+    """Returns the id of a stage's child run, which is RUNNING then; the run's other children are ended.
 
     Raises:
         MlflowException: the server cannot be reached, or refuses.
@@ -157,13 +157,13 @@ def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_
 
 
 def children(client: MlflowClient, run_id: str) -> list[Any]:
-    """The stages' runs below a run."""
+    """Returns the child runs, one for each stage."""
     experiment = client.get_run(run_id).info.experiment_id
     return list(client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{run_id}'"))
 
 
 def git_tags(folder: Path) -> dict[str, str]:
-    """Commit of the source and whether it was changed since; empty outside a git repository or without git."""
+    """Returns the source's commit and whether it has changes; empty outside a git repository or without git."""
     try:
         commit, status = (
             subprocess.run(
@@ -177,7 +177,7 @@ def git_tags(folder: Path) -> dict[str, str]:
 
 
 def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
-    """The manifest as the fields of an MLflow dataset."""
+    """Returns the manifest as the fields of an MLflow dataset."""
     profile = {
         "classes": len(manifest.classes),
         "images": {name: split.count for name, split in manifest.splits.items()},
@@ -195,6 +195,6 @@ def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
 
 
 def param_text(value: Any) -> str:
-    """A value as MLflow shows it, no longer than it accepts."""
+    """Returns a value as text, cut to the length that MLflow accepts."""
     text = str(value)
     return text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"

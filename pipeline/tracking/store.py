@@ -1,4 +1,4 @@
-"""Which MLflow server or store is meant, and its answers in words that help."""
+"""The address of the MLflow server or store, and its errors explained."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class TrackingError(ValueError):
-    """MLflow cannot do what was asked: what it said, and what to change."""
+    """An MLflow operation failed; the message says why and what to change."""
 
 
 def tracking_uri(config: Config | None = None) -> str:
-    """The address of the MLflow server or store: MLFLOW_TRACKING_URI, else the configuration, else mlflow.db in the
-    project's folder or, for a Ray job, whose project folder is deleted with it, in cluster.storage.
+    """Returns the address of the MLflow server or store.
 
-    A relative SQLite file is taken from the project's folder, so that every process means the same one.
+    It is MLFLOW_TRACKING_URI, else tracking.uri, else mlflow.db in the project's folder. For a Ray job, whose project
+    folder is deleted when it ends, the default lies in cluster.storage. The path of a relative SQLite file starts at
+    the project's folder, so every process uses the same file.
 
     Raises:
-        TrackingError: MLflow has no such kind of store.
+        TrackingError: MLflow cannot use this kind of address.
     """
     configured = config.tracking.uri if config else None
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured or _default_store(config)
@@ -53,10 +54,10 @@ def _default_store(config: Config | None) -> str:
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """Find the experiment or make it.
+    """Find the experiment or create it; returns its id.
 
     Raises:
-        TrackingError: it was deleted.
+        TrackingError: the experiment was deleted.
         MlflowException: the server cannot be reached, or refuses.
     """
     experiment = client.get_experiment_by_name(name)
@@ -64,7 +65,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         try:
             return client.create_experiment(name, artifact_location=_artifact_location(uri))
         except MlflowException:
-            experiment = client.get_experiment_by_name(name)  # another run may have made it meanwhile
+            experiment = client.get_experiment_by_name(name)  # another run may have created it
             if experiment is None:
                 raise
     if experiment.lifecycle_stage != "active":
@@ -77,7 +78,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises inside into a TrackingError."""
+    """Turn an MlflowException that is raised inside into a TrackingError."""
     try:
         yield
     except MlflowException as error:
@@ -85,7 +86,7 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def server_problem(uri: str) -> str | None:
-    """Why the server does not answer a question, and what to change; None where it does."""
+    """Returns why the server does not answer a query and what to change, or None if it does."""
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
@@ -94,11 +95,11 @@ def server_problem(uri: str) -> str | None:
 
 
 def explanation(error: Exception, uri: str) -> str:
-    """One line: what MLflow said, and what to do about it."""
+    """Returns one line: what MLflow reported and what to do about it."""
     said = message_of(error, uri)
     said = re.sub(r'^API request to .*\(Caused by \w+\(["\']?(.*?)["\']?\)\)$', r"\1", said)
     if "Invalid Host header" in said or "status code 403" in said:
-        advice = "start the server with --allowed-hosts naming the host that is used here"
+        advice = "start the server with --allowed-hosts that includes this host name"
     elif uri.startswith("http"):
         advice = "check that the server runs and that tracking.uri or MLFLOW_TRACKING_URI names it"
     else:
@@ -107,13 +108,13 @@ def explanation(error: Exception, uri: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite address, absolute; None for other addresses."""
+    """Returns the absolute path of a SQLite address's file; None for other addresses."""
     prefix = "sqlite:///"
     return (PROJECT_FOLDER / uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
 
 
 def _artifact_location(uri: str) -> str | None:
-    """Beside a SQLite file, whatever the working folder; servers know their own place."""
+    """Returns the folder beside a SQLite file, whatever the working folder; None for servers, which have their own."""
     file = sqlite_file(uri)
     return None if file is None else (file.parent / "mlartifacts").as_uri()
 

@@ -1,7 +1,7 @@
-"""One MLflow run for one training run, however often either side dies.
+"""One MLflow run for one training run, across restarts of both training and server.
 
-The driver opens the run and closes it; rank 0 logs in between. Everything is written to the journal in the run's folder
-first and sent from there, so a server that is slow, down or restarted costs no training time and no value.
+The driver opens and closes the run; rank 0 logs in between. Every value first goes to the journal in the run's folder
+and is sent from there, so a slow, stopped or restarted server neither slows training nor loses a value.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunHandle:
-    """A run as the driver hands it to workers."""
+    """The tracked run, as the driver passes it to workers."""
 
     uri: str = field(repr=False)
-    """the MLflow server or store"""
+    """The address of the MLflow server or store."""
     folder: Path
-    """the run's folder, with its journal"""
+    """The run's folder, which holds its journal."""
     run_id: str | None
-    """None where the server could not be reached; the run is made there when it answers"""
+    """The run's id; None if the server did not answer. The run is created when it does."""
 
 
 def open_run(config: Config, folder: Path, manifest: Manifest) -> RunHandle:
-    """Find or make the MLflow run of a run folder, and send what an earlier sitting left in the journal.
+    """Find or create the MLflow run of a run folder, and send what earlier attempts left in the journal.
 
-    A server that does not answer is one warning: the run is made when it does.
+    A server that does not answer causes one warning; the run is created when it answers.
 
     Raises:
-        TrackingError: the address is of no known kind, or the experiment was deleted.
+        TrackingError: the address cannot work, or the experiment was deleted.
     """
     uri = tracking_uri(config)
     describe_run(config, folder, manifest)
@@ -70,11 +70,11 @@ def open_run(config: Config, folder: Path, manifest: Manifest) -> RunHandle:
 
 
 def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> None:
-    """End the run and send everything; what cannot be sent stays in the journal. Raises nothing.
+    """End the run and send everything; what cannot be sent stays in the journal. Never raises.
 
     Args:
         status: FINISHED, FAILED or KILLED.
-        artifacts: a folder to upload under its own name, where it exists.
+        artifacts: a folder to upload under its own name, if it exists.
     """
     journal = Journal(handle.folder)
     try:
@@ -84,13 +84,13 @@ def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> 
             journal.append(artifacts_record(str(path), artifacts.name))
         journal.append(status_record(status))
         _send_now(handle.uri, handle.folder)
-    except (TrackingError, OSError) as error:  # a full disk has ended the run: that is told, not this
-        _logger.warning("the end of the run is not in MLflow: %s", error)
+    except (TrackingError, OSError) as error:  # a full disk has already ended the run; report that error, not this one
+        _logger.warning("MLflow does not have the end of the run: %s", error)
 
 
 @contextmanager
 def tracked_run(config: Config, folder: Path, report: Path, manifest: Manifest) -> Iterator[RunHandle]:
-    """Open the MLflow run of a run folder; it ends FINISHED with the report as artifact, or FAILED or KILLED."""
+    """Open a run folder's MLflow run; it ends as FINISHED with the report as artifact, or as FAILED or KILLED."""
     tracking, status = open_run(config, folder, manifest), "FAILED"
     try:
         yield tracking
@@ -103,11 +103,11 @@ def tracked_run(config: Config, folder: Path, report: Path, manifest: Manifest) 
 
 
 def replay(config: Config, folder: Path) -> RunHandle:
-    """Send what the journal of a run folder still holds; without a call to the server where that is nothing.
+    """Send the records of a run folder that the server does not have yet.
 
     Raises:
         ValueError: the folder belongs to no tracked run.
-        TrackingError: the address is of no known kind, or the experiment was deleted.
+        TrackingError: the address cannot work, or the experiment was deleted.
     """
     return _send_now(tracking_uri(config), folder)
 
@@ -122,9 +122,9 @@ def _send_now(uri: str, folder: Path) -> RunHandle:
             node.send()
     except TrackingError:
         raise
-    except Exception as error:  # whatever a client or a file system can raise: training does without MLflow
+    except Exception as error:  # any error of a client or file system: training continues without MLflow
         _logger.warning(
-            "%s Going on without it: %d records wait in %s and are sent when it answers.",
+            "%s Training continues: %d records wait in %s and are sent when it answers.",
             explanation(error, uri),
             sum(each.num_pending for each in (delivery, *nodes)),
             folder,
@@ -133,12 +133,12 @@ def _send_now(uri: str, folder: Path) -> RunHandle:
 
 
 class RunLogger:
-    """What rank 0 logs with: to the journal at once, to the server from a thread. It never ends the training.
+    """Logs for rank 0: to the journal at once, to the server from a thread. It never ends the training.
 
-    After a restart, values that were logged before it are not logged again.
+    After a restart, values that were logged before are not logged again.
 
     Args:
-        journal: its name. A node's is never logged to twice for one step, so nobody looks.
+        journal: the journal's file name. A node's journal never gets the same step twice, so it is not checked.
     """
 
     def __init__(self, handle: RunHandle, journal: str = JOURNAL_FILE):
@@ -151,7 +151,7 @@ class RunLogger:
         self._thread.start()
 
     def metrics(self, stage: str | None, values: Mapping[str, float], step: int) -> None:
-        """Log values of a stage's step; None is the whole run. Anything `float` takes, NaN and infinity included."""
+        """Log values of a step of a stage, or of the whole run (None). NaN and infinity are allowed."""
         numbers = {key: float(value) for key, value in values.items()}
         fresh = {key: number for key, number in numbers.items() if (stage, key, step, str(number)) not in self._logged}
         if fresh:
@@ -159,11 +159,11 @@ class RunLogger:
         self._since_ms = now_ms()
 
     def params(self, stage: str, params: Mapping[str, object]) -> None:
-        """Log what a stage is run with; where it was logged before, with the same values."""
+        """Log the parameters of a stage; logging them again requires the same values."""
         self._write(params_record(stage, params))
 
     def close(self) -> None:
-        """Stop; waits at most `CLOSE_SECONDS` for what is still to be sent, the driver sends the rest."""
+        """Stop after at most `CLOSE_SECONDS` of sending; the driver sends the rest."""
         self._closing.set()
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
@@ -172,11 +172,11 @@ class RunLogger:
         try:
             self._journal.append(record)
         except OSError as error:
-            _logger.warning("%s cannot be written, values are lost: %s (%.300s)", self._journal.path, error, record)
+            _logger.warning("%s cannot be written, so values are lost: %s (%.300s)", self._journal.path, error, record)
         self._wake.set()
 
     def _deliver(self, delivery: Delivery) -> None:
-        """The thread: send when woken; after a failure again, each time later."""
+        """Run the thread: send when woken, and retry failures with growing delays."""
         retry_seconds = _FIRST_RETRY_SECONDS
         failing = False
         while True:
@@ -194,14 +194,16 @@ class RunLogger:
                 self._wake.set()
             else:
                 if failing:
-                    _logger.warning("MLflow at %s answers again; everything kept was sent.", redacted(delivery.uri))
+                    _logger.warning(
+                        "MLflow at %s answers again; everything that was kept is sent.", redacted(delivery.uri)
+                    )
                 failing, retry_seconds = False, _FIRST_RETRY_SECONDS
             if closing:
                 return
 
 
 def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
-    """(stage, key, step, value) of every value in the journal; as text, for NaN equals nothing."""
+    """Returns (stage, key, step, value) of every value in the journal; as text, because NaN equals nothing."""
     return {
         (record["stage"], key, record["step"], str(value))
         for _, record in journal.read()
@@ -212,7 +214,7 @@ def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
 
 @contextmanager
 def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
-    """Record CPU, memory, network and GPU use of this node inside. Failure is a warning; it waits for no server."""
+    """Record this node's CPU, memory, network and GPU use. A failure is a warning; it never waits for a server."""
     ended = threading.Event()
     thread = threading.Thread(target=_monitor, args=(handle, node, ended), name="system-metrics", daemon=True)
     thread.start()
@@ -224,8 +226,10 @@ def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
 
 
 def _monitor(handle: RunHandle, node: str, ended: threading.Event) -> None:
-    """The thread. MLflow's own ends for good at the first call that fails: here MLflow measures, and the node has a
-    journal like rank 0's, so what a server misses arrives later."""
+    """Run the thread: MLflow measures, and the values go to the node's own journal, so that they arrive later too.
+
+    MLflow's own thread stops for good at the first call that fails.
+    """
     try:
         name = NODE_JOURNALS.replace("*", node)
         first = 1 + max((record["step"] for _, record in Journal(handle.folder, name).read()), default=-1)
@@ -240,4 +244,4 @@ def _monitor(handle: RunHandle, node: str, ended: threading.Event) -> None:
                 part.clear_metrics()
         logger.close()
     except Exception as error:
-        _logger.warning("system metrics of %s are not recorded: %s", node, error)
+        _logger.warning("system metrics of %s are no longer recorded: %s", node, error)

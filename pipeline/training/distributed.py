@@ -50,7 +50,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     total = loss.detach().clone()
-    _sum_in_place([*(parameter.grad for parameter in trained if parameter.grad is not None), total])
+    _reduce_in_place([*(parameter.grad for parameter in trained if parameter.grad is not None), total])
     return total
 
 
@@ -58,18 +58,17 @@ def average_running_statistics(model: nn.Module) -> None:
     """Replace the batch norms' running means and variances by their means over the ranks.
 
     Each rank updates them from its own sub-batches; after this every rank, and the checkpoint, holds the same model.
-    Those of frozen layers are the same already and are left alone: the mean of equal values may differ in its last bit.
+    A value that is the same on every rank, as in a frozen layer, keeps its bits: the mean of equal values may not.
     """
-    statistics = [
-        buffer
-        for layer in model.modules()
-        if any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
-        for name, buffer in layer.named_buffers(recurse=False)
-        if name in ("running_mean", "running_var")
-    ]
-    if world_size() > 1:
-        _sum_in_place(statistics)
-        torch._foreach_div_(statistics, world_size())
+    statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if world_size() == 1:
+        return
+    lowest, highest = ([buffer.clone() for buffer in statistics] for _ in range(2))
+    _reduce_in_place(statistics)
+    _reduce_in_place(lowest, dist.ReduceOp.MIN)
+    _reduce_in_place(highest, dist.ReduceOp.MAX)
+    for buffer, low, high in zip(statistics, lowest, highest, strict=True):
+        buffer.copy_(torch.where(low == high, low, buffer / world_size()))
 
 
 def gather(value: Value) -> list[Value]:
@@ -88,14 +87,14 @@ def from_first_rank(value: Value) -> Value:
     return values[0]
 
 
-def _sum_in_place(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over the ranks, in one message for each dtype."""
+def _reduce_in_place(tensors: Sequence[Tensor], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    """Replace tensors by their sums (or minima, maxima) over the ranks, in one message for each dtype."""
     if world_size() == 1:
         return
     # In order of appearance, the same on every rank: messages that cross would be taken for one another.
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in alike])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, operation)
         for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
             tensor.copy_(part.view(tensor.shape))

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from datasets.beton import TRAIN, VALIDATION
-from pipeline.config.schema import PredictorStage, RoutedStage, Stage
+from pipeline.config.schema import BackboneStage, JointStage, PredictorStage, RoutedStage, Stage
+from pipeline.evaluation.budget import fit_bias
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.evaluation.statistics import oracle_choice
 from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet
+from pipeline.models.dry_run import training_mode
 from pipeline.training import distributed
 from pipeline.training.checkpoint import TrainingState, load_model
 from pipeline.training.logit_table import LogitTable, TableKey, fill_table
@@ -24,6 +26,8 @@ from pipeline.training.monitoring import DivergenceMonitor, Meter, collapse_warn
 from pipeline.training.objectives import Forward, Objective, StepBatch, build_objective, gumbel_noise, step_seed
 from pipeline.training.optim import MovingAverage, build_optimizer, learning_rate, trained_parameters
 from pipeline.training.run import (
+    AFTER_BACKBONE,
+    BEFORE_JOINT,
     CHECKPOINT,
     COMPILE,
     DATA_WAIT,
@@ -176,6 +180,9 @@ def train(run: Run, state: TrainingState | None = None) -> None:
         if state is None or state.data_epoch < end:
             train_stage(run, name, stage, data_epoch, monitor, state)
             state = None
+        # Also after the stage's last checkpoint: the process may have died before it kept the model.
+        if isinstance(stage, BackboneStage) and (state is None or (state.data_epoch, state.step) == (end, 0)):
+            run.reporter.keep(AFTER_BACKBONE, run.model)
         data_epoch = end
 
 
@@ -200,6 +207,8 @@ def train_stage(
         state = None
     if stage.init_from is not None and state is None:
         run.model.load_state_dict(load_model(stage.init_from).model.state_dict())
+    if isinstance(stage, JointStage) and state is None:
+        run.reporter.keep(BEFORE_JOINT, run.model)
     stage_state = prepare_stage(run, stage, data_epoch, monitor, state, data)
     first, step = (state.data_epoch - data_epoch, state.step) if state else (0, 0)
     for epoch in range(first, stage.epochs):
@@ -212,6 +221,8 @@ def train_stage(
             run.model.load_state_dict(stage_state.averaged.module.state_dict())
         if last or (epoch + 1) % run.config.training.evaluate_epochs == 0:
             monitor.check_weights(done, run.model)
+            if last:
+                values |= fit_offset(run, stage_state, progress.data_epoch)
             evaluated, warning = validate(run, stage_state, name)
             values |= evaluated
         run.reporter.epoch(done, values)
@@ -325,6 +336,41 @@ def validate(run: Run, stage_state: StageState, name: str) -> tuple[dict[str, fl
         return values, None
     warning = collapse_warning(name, stage_state.stage, run.costs, values)
     return values | {"collapsed": float(warning is not None)}, warning
+
+
+def fit_offset(run: Run, stage_state: StageState, data_epoch: int) -> dict[str, float]:
+    """Give the predictor the offset with which its choices meet the stage's alpha on the training images.
+
+    Training holds the mean cost of noisy choices to alpha; what is used are the choices without noise. Every rank must
+    call it.
+
+    Args:
+        data_epoch: whose crops are shown.
+
+    Returns:
+        `predictor_bias`: the offset is this times the relative costs. Nothing where no alpha asks for savings.
+    """
+    stage, data, model = stage_state.stage, stage_state.data, run.model
+    if not isinstance(stage, RoutedStage) or stage.target is None or stage.target >= max(run.costs.backbone):
+        return {}
+    size, scores = model.predictor_size, [np.zeros((0, len(model.resolutions)), np.float32)]
+    with (
+        run.goodput.inside(EVALUATE),
+        training_mode(model, False),
+        torch.inference_mode(),
+        closing(data.train.epoch(data_epoch, crop_epoch=data.crop_epoch(data_epoch), sides=(size,))) as batches,
+    ):
+        for batch in batches:
+            if len(batch.labels):
+                images = {size: batch.images[size].to(run.device, non_blocking=True)}
+                scores.append(model.predictor_logits(images).cpu().numpy())
+    bias = fit_bias(np.concatenate(distributed.gather(np.concatenate(scores))), run.costs, stage.target)
+    if model.predictor.gives_probabilities:
+        bias = min(bias, 0.0)  # nothing is gained by paying for a resolution that is less often right
+    offset_R = bias * torch.tensor(run.costs.relative)
+    for each in (model, *([stage_state.averaged.module] if stage_state.averaged else [])):
+        each.predictor.offset_R.copy_(offset_R)
+    return {"predictor_bias": bias}
 
 
 def average_over_ranks(run: Run, stage_state: StageState) -> None:

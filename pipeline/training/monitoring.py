@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import RoutedStage
+from pipeline.config.schema import PredictorStage, RoutedStage
 from pipeline.evaluation.statistics import COLLAPSED_SHARE
 from pipeline.models.cost import Costs
 from pipeline.training import distributed
@@ -74,21 +74,27 @@ def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mappin
     wanted = values[f"oracle_share_{side}"]
     if share <= COLLAPSED_SHARE or wanted > COLLAPSED_SHARE:
         return None
-    section, key = f"stages.{name}", f"alpha_{costs.unit}"
+    section, key, alpha = f"stages.{name}", f"alpha_{costs.unit}", stage.target
     said = f"{cost:.3g} {'GFLOPs' if costs.latency is None else 'ms'}"
+    by_noise = not (isinstance(stage, PredictorStage) and stage.objective == "correctness")
     if cost == min(costs.backbone):
         reason = "the cheapest"
-        change = f"lower {section}.eta ({stage.eta:g}) or raise {key} ({stage.alpha:g})"
-    elif cost <= stage.alpha:
-        reason = f"whose {said} are within {key} ({stage.alpha:g}), so nothing asks for less"
-        change = f"lower {section}.{key} below it, or put model.resolutions further apart"
+        change = f"Lower {section}.eta ({stage.eta:g}) or raise {key}" if by_noise else f"Raise {section}.{key}"
+        change = change if alpha is None else f"{change} ({alpha:g})"
+    elif alpha is None:
+        reason = f"for no {key} asks for less"
+        change = f"Set {section}.{key}"
+    elif cost <= alpha:
+        reason = f"whose {said} are within {key} ({alpha:g}), so nothing asks for less"
+        change = f"Lower {section}.{key} below it, or put model.resolutions further apart"
     else:
-        reason = f"though its {said} are above {key} ({stage.alpha:g})"
-        change = f"raise {section}.eta ({stage.eta:g})"
+        reason = f"though its {said} are above {key} ({alpha:g})"
+        change = f"Raise {section}.eta ({stage.eta:g})" if by_noise else f"Lower {section}.{key}"
+    if by_noise:
+        change += f"; raise tau ({stage.tau:g}) or tau_start, so that unused resolutions keep a gradient"
     return (
         f"{name}: the predictor has collapsed: {100 * share:.1f} % of the validation images go to {side} px, {reason}; "
-        f"the oracle sends {100 * wanted:.1f} % there. {change[0].upper()}{change[1:]}; raise tau ({stage.tau:g}) or "
-        f"tau_start, so that unused resolutions keep a gradient; or train stages.backbone for longer, so that "
+        f"the oracle sends {100 * wanted:.1f} % there. {change}; or train stages.backbone for longer, so that "
         f"resolutions differ in what they get right"
     )
 

@@ -185,9 +185,11 @@ def build_objective(model: DRNet, stage: Stage, costs_R: Tensor, precision: str 
     if isinstance(stage, BackboneStage):
         model.predictor.requires_grad_(False)
         return BackboneObjective(forward, stage, costs_R.device)
+    correctness = isinstance(stage, PredictorStage) and stage.objective == "correctness"
+    model.predictor.clear_offset(gives_probabilities=correctness)
     if isinstance(stage, PredictorStage):
         model.backbone.requires_grad_(False)
-        return PredictorObjective(forward, stage, costs_R)
+        return CorrectnessObjective(forward) if correctness else PredictorObjective(forward, stage, costs_R)
     assert isinstance(stage, JointStage)
     return JointObjective(forward, stage, costs_R)
 
@@ -203,10 +205,17 @@ class Forward:
         self.model, self.enabled = model, precision == "bfloat16"
         self.synchronized = has_synchronized_norms(model)
 
-    def backbone(self, images: Mapping[int, Tensor], index: int, *, training: bool) -> Tensor:
-        """Logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}."""
+    def backbone(
+        self, images: Mapping[int, Tensor], index: int, *, training: bool, frozen_statistics: bool = False
+    ) -> Tensor:
+        """Logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}.
+
+        Args:
+            frozen_statistics: batch norm uses its running statistics, and leaves them, in training mode too.
+        """
         side = self.model.resolutions[index]
-        self.model.backbone.train(training and self._has_statistics(images[side]))
+        self.model.backbone.freeze_statistics(frozen_statistics)
+        self.model.backbone.train(training and (frozen_statistics or self._has_statistics(images[side])))
         with torch.autocast(images[side].device.type, torch.bfloat16, enabled=self.enabled):
             return self.model.static_logits(images, index).float()
 
@@ -217,11 +226,15 @@ class Forward:
         return torch.stack([self.backbone(images, index, training=False) for index in indices], dim=1)
 
     def predictor(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Logits (N, R) over the candidate resolutions."""
+        """The predictor's outputs (N, R), which it is trained on."""
         inputs = images[self.model.predictor_size]
         self.model.predictor.train(self._has_statistics(inputs))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
-            return self.model.predictor_logits(images).float()
+            return self.model.predictor.outputs(self.model.normalize(inputs)).float()
+
+    def known_logits(self, part: StepBatch) -> Tensor:
+        """The frozen backbone's logits (N, R, K): the batch's stored ones, where it has them."""
+        return self.frozen_backbone(part.images) if part.logits_NRK is None else part.logits_NRK
 
     def _has_statistics(self, images: Tensor) -> bool:
         """Whether the images that batch norm sees together are enough for statistics."""
@@ -346,7 +359,28 @@ class PredictorObjective(RoutedObjective):
     """The predictor alone, on a frozen backbone (inference mode of batch norm, no gradient) or its stored logits."""
 
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
-        return self.forward.frozen_backbone(part.images) if part.logits_NRK is None else part.logits_NRK
+        return self.forward.known_logits(part)
+
+
+class CorrectnessObjective(Objective):
+    """The predictor learns how probably each resolution is right, on a frozen backbone.
+
+    L = sum_j BCE(sigmoid(z_j), p_j), with p_j the probability that the backbone gives the true class at resolution j.
+    """
+
+    def __init__(self, forward: Forward):
+        self.forward = forward
+
+    def __call__(self, batch: StepBatch) -> Sums:
+        logits_NRK = torch.cat([self.forward.known_logits(batch.part(rows)) for rows in batch.slices()])
+        labels_NR1 = batch.labels_N[:, None, None].expand(-1, logits_NRK.shape[1], 1)
+        targets_NR = logits_NRK.softmax(dim=2).gather(2, labels_NR1).squeeze(2)
+        outputs_NR = self.forward.predictor(batch.images)
+        loss = functional.binary_cross_entropy_with_logits(outputs_NR, targets_NR, reduction="sum")
+        best_NR = functional.one_hot(outputs_NR.detach().argmax(dim=1), outputs_NR.shape[1]).float()
+        routed_NK = mixed_logits(best_NR, logits_NRK)
+        sums = {"loss": _backward(loss, batch), "accuracy_routed": _correct(routed_NK, batch.labels_N)}
+        return sums | {f"share_{index}": share for index, share in enumerate(best_NR.sum(dim=0))}
 
 
 class JointObjective(RoutedObjective):
@@ -355,7 +389,15 @@ class JointObjective(RoutedObjective):
     With hard choices the backbone's gradient flows through the chosen resolution only, and the choice's own gradient
     needs just the values of the others. So each image is trained at its chosen resolution in that resolution's
     sub-batch, and evaluated at the others without gradient and with batch-norm statistics untouched.
+
+    The images that choose a resolution are no fair sample. Statistics of theirs make the resolution worse for all other
+    images, and the predictor learns that it is worse. So the running statistics normalize the sub-batch too, and stay
+    (`frozen`) or first take in the whole batch (`all`); `routed` is the paper's way, the sub-batch's own statistics.
     """
+
+    def __init__(self, forward: Forward, stage: JointStage, costs_R: Tensor):
+        super().__init__(forward, stage, costs_R)
+        self.norm_statistics = stage.norm_statistics
 
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
         indices = range(len(self.costs_R))
@@ -365,13 +407,18 @@ class JointObjective(RoutedObjective):
         """Logits (N, K) at one resolution: with gradient for the images that chose it, without for the rest."""
         side = self.forward.model.resolutions[index]
         images = part.images[side]
+        if self.norm_statistics == "all":  # first: the backward pass of what follows reads the statistics again
+            with torch.no_grad():
+                self.forward.backbone({side: images}, index, training=True)
         trained, valued = chosen_N.nonzero().squeeze(1), (~chosen_N).nonzero().squeeze(1)
         logits = []
         if len(valued):  # first, while the running statistics are still those of the step before
             with torch.no_grad():
                 logits.append(self.forward.backbone({side: images[valued]}, index, training=False))
-        if len(trained) or not len(part) or self.forward.synchronized:
-            logits.append(self.forward.backbone({side: images[trained]}, index, training=True))
+        frozen = self.norm_statistics != "routed"
+        if len(trained) or not len(part) or (self.forward.synchronized and not frozen):
+            sub_batch = {side: images[trained]}
+            logits.append(self.forward.backbone(sub_batch, index, training=True, frozen_statistics=frozen))
         return torch.cat(logits)[torch.cat([valued, trained]).argsort()]
 
 

@@ -41,6 +41,10 @@ class Progress:
         return self.epoch + self.step / self.steps
 
 
+AFTER_BACKBONE, BEFORE_JOINT = "backbone", "before-joint"
+"""The moments of a run at which the model is kept."""
+
+
 class Reporter(Protocol):
     """Where the loop tells what happens; every rank calls it, most of it matters on rank 0 only."""
 
@@ -54,6 +58,14 @@ class Reporter(Protocol):
 
     def message(self, text: str) -> None:
         """A line for whoever follows the run."""
+        ...
+
+    def keep(self, name: str, model: DRNet) -> None:
+        """Keep the model as it is now.
+
+        Args:
+            name: AFTER_BACKBONE or BEFORE_JOINT.
+        """
         ...
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:

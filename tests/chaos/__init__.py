@@ -1,1 +1,1 @@
-import tests.conftest  # noqa: F401  its settings come before Ray is imported, also in a process that is no pytest
+import tests.conftest  # noqa: F401  its settings must precede Ray's import, also outside of pytest

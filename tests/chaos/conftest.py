@@ -1,4 +1,4 @@
-"""What the rows of the fault matrix share: data, and a run that nobody disturbs."""
+"""Fixtures of the fault matrix: data, and an undisturbed run to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.tracking_fixtures import fresh_store
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data, so that the two ranks' parts of a batch differ, and an MLflow store."""
+    """Prepare data and an MLflow store; the number of images gives the two ranks unequal parts of a batch."""
     folder = tmp_path_factory.mktemp("chaos")
     glyphs = GlyphSettings(num_train=NUM_TRAIN, num_validation=50, image_size=64)
     prepare("glyphs", folder / "data", glyphs=glyphs, num_processes=1, show_progress=False)

@@ -1,4 +1,4 @@
-"""The fault matrix: rows as the tests of this folder find them, and docs/faults.md made of them.
+"""The fault matrix: tests in this folder record rows, and docs/faults.md lists them.
 
 `make chaos` runs every row and writes the page: `python -m tests.chaos.matrix ROWS.jsonl > docs/faults.md`.
 """
@@ -15,65 +15,64 @@ from pathlib import Path
 from benchmarks.harness import processor_name
 
 FILE = "DRNET_FAULTS"
-"""environment variable: the file that rows are added to; unset, they are not kept"""
+"""environment variable: the file to append rows to; if unset, rows are not kept"""
 
 HEAD = """# What happens when things die
 
-Each row below is a test in `tests/chaos`: a small run on real Ray processes is disturbed for real, and what it ends
-with is compared with a run that nobody disturbed. "Same result" means: the model's weights bit for bit, the report's
-rows, and in MLflow every metric once with its value. `make chaos` does all of it and writes this page;
-killed workers and a failing MLflow server are in `make test` too.
+Each row below is a test in `tests/chaos`: it disturbs a small run on real Ray processes, and compares the result with
+an undisturbed run. "Same result" means: the same weights bit for bit, the same rows in the report, and in MLflow every
+metric once with the same value. `make chaos` runs all of them and writes this page; `make test` includes killed
+workers and a failing MLflow server.
 
-**What is lost** is at most the work since the last checkpoint that Ray Train has taken note of: one interval
-(`training.checkpoint_epochs`, `training.checkpoint_steps`), and what is trained while a checkpoint is being written. In
-the table, steps count from that checkpoint to the last step that can have been taken, so they are a bound, and seconds
-are until training goes on: most are Ray's new processes and their imports. These runs have a checkpoint every 4 steps
-of some 30 ms.
+**What is lost.** At most the work since the last checkpoint that Ray Train has recorded: one interval
+(`training.checkpoint_epochs`, `training.checkpoint_steps`), and the steps trained while a checkpoint is written. In the
+table, "steps" is an upper bound on the steps that are trained twice, and "seconds" is the time until training resumes,
+mostly for Ray's new processes and their imports. These runs write a checkpoint every 4 steps of about 30 ms.
 
-**How it is noticed.** A process that dies, at the controller's next look (0.25 s). A worker that hangs and no longer
-answers, after `cluster.hang_seconds`. One that answers while its training stands still: the others wait for it in a
-collective, which gives up after 30 minutes (torch's limit under Ray). A node, when Ray's head misses it. Workers are
-started again up to `cluster.max_failures` times; then the driver ends with the reason and exit code 2, and the same
-command goes on once that is mended. Where the cluster has no room for the workers, the run waits, and says so.
+**How a failure is noticed.** The controller notices a dead process at its next poll (0.25 s), and a worker that no
+longer answers after `cluster.hang_seconds`. If a worker answers but its training hangs, the others wait for it in a
+collective, which fails after 30 minutes (torch's limit under Ray). Ray's head notices a lost node. Workers restart up
+to `cluster.max_failures` times; then the driver prints the reason and exits with code 2. Fix the cause and rerun the
+same command: it resumes. If the cluster has no room for the workers, the run waits and says so.
 
-**Before it goes on**, the driver reads every checkpoint that Ray Train has listed. One that cannot be read gives way to
-the one before it, and a damaged list is made anew. Where none can be read, the run does not begin anew by itself.
+**Before a run resumes**, the driver reads every checkpoint in Ray Train's list. It replaces an unreadable checkpoint by
+the one before it, and rebuilds a damaged list. If no checkpoint can be read, the run stops instead of starting over.
 
-**Fewer workers.** With `cluster.min_workers` a run goes on with those that there is room for, and with all of them
-once there is. Batches, order, crops and noise do not depend on their number. Batch norm's statistics (but for
-`training.sync_batch_norm`), dropout and the order of sums do: such a run is as good, and not the same bit for bit.
+**Fewer workers.** With `cluster.min_workers` a run continues with the workers that fit, and with all of them when there
+is room again. Batches, order, crops and noise do not depend on their number. Batch norm's statistics (without
+`training.sync_batch_norm`), dropout and the order of sums do: the run is as good, but not the same bit for bit.
 """
 
 
 PATH = re.compile(r"(?:/[\w.-]+)+/(?=(?:runs|disk|data)/)")
-"""the test's folder, before what is the run's"""
+"""the test's folder, in front of the run's own path"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fault and what came of it."""
+    """One fault and its outcome."""
 
     fault: str
     seen: str
     """what the user saw"""
     outcome: str
     seconds: float | None = None
-    """until training went on"""
+    """until training resumed"""
     steps: int | None = None
-    """taken twice, at most"""
+    """upper bound on the steps that were trained twice"""
 
 
 def record(row: Row) -> None:
-    """Keep a row, where somebody asked for it."""
+    """Append a row to the file that the environment names, if any."""
     if os.environ.get(FILE):
         with Path(os.environ[FILE]).open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
 
 
 def page(rows: list[Row]) -> str:
-    """docs/faults.md."""
+    """Format docs/faults.md."""
     lines = [HEAD, f"Measured on {processor_name()}, {len(os.sched_getaffinity(0))} cores.", ""]
-    lines += ["| fault | what the user sees | what comes of it | seconds | steps |", "|---|---|---|---:|---:|"]
+    lines += ["| fault | what the user sees | outcome | seconds | steps |", "|---|---|---|---:|---:|"]
     for row in rows:
         numbers = ("" if row.seconds is None else f"{row.seconds:.0f}", "" if row.steps is None else str(row.steps))
         cells = (row.fault, PATH.sub("", row.seen), row.outcome, *numbers)

@@ -1,7 +1,7 @@
-"""Clusters of several real nodes on this machine, one of which dies: `python -m tests.chaos.nodes FOLDER` shows it.
+"""Kill one node of a cluster of several real nodes on this machine: `python -m tests.chaos.nodes FOLDER`.
 
-A process of its own, as one can be the driver of one cluster only. FOLDER holds prepared data in `data`; what happened
-goes to FOLDER/results.json.
+It is a separate process because a process can be the driver of only one cluster. FOLDER holds prepared data in `data`;
+results are written to FOLDER/results.json.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ray.cluster_utils import Cluster
 
 from pipeline.cluster.driver import train_run
 from pipeline.config.run_folder import RunFolder
-from tests.chaos.runs import Condition, Saboteur, begun, config_of, events, failures, in_stage
+from tests.chaos.runs import Condition, Saboteur, config_of, events, failures, in_stage, starts
 
 ELASTIC_EPOCHS = 300
 LOOKS = {"elastic_resize_monitor_interval_s": 5.0}
-"""Ray looks for new nodes once a minute, in which a fast machine would have trained all epochs"""
+"""by default Ray looks for new nodes once a minute; a fast machine would finish all epochs in that time"""
 ADDRESSES = [f"127.0.0.{last}" for last in range(2, 9)]
 
 
 class Nodes:
-    """A head that runs no training, and nodes of one CPU each."""
+    """A cluster of a head that runs no training and nodes of one CPU each."""
 
     def __init__(self, count: int):
-        # Ray's own shutdown at exit sets a signal's handler for each node, and nodes are added beside the main thread.
+        # Ray's shutdown at exit would set a signal handler for each node, but nodes are added outside the main thread.
         self.cluster = Cluster(
             initialize_head=True,
             shutdown_at_exit=False,
@@ -47,7 +47,7 @@ class Nodes:
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="WARNING")
 
     def add(self):
-        """One more node, at an address of its own."""
+        """Add a node with its own address."""
         return self.cluster.add_node(
             num_cpus=1, node_ip_address=next(self._addresses), object_store_memory=100 * 1024**2
         )
@@ -65,7 +65,7 @@ class Nodes:
 
 
 def lost_and_replaced(folder: Path, nodes: Nodes) -> dict[str, Any]:
-    """Two workers on two nodes; one node dies; when the user has been told that there is no room, another one comes."""
+    """Train two workers on two nodes; one dies; after the run reports that there is no room, another joins."""
     config = config_of(folder, "node-lost")
     run = RunFolder.of(config).path
 
@@ -78,7 +78,7 @@ def lost_and_replaced(folder: Path, nodes: Nodes) -> dict[str, Any]:
 
 
 def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
-    """Two workers, one when a node dies, two again when it is replaced."""
+    """Train with two workers, with one after a node dies, and with two again when it is replaced."""
     stages = {"backbone": {"epochs": ELASTIC_EPOCHS, "lr": 0.02}, "predictor": None, "joint": None}
     config = config_of(
         folder,
@@ -90,11 +90,11 @@ def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
     run = RunFolder.of(config).path
 
     def with_workers(count: int) -> Condition:
-        """Whether the run has last begun, or gone on, with so many."""
-        return lambda: bool(said := begun(run)) and f"with {count} worker" in said[-1]["message"]
+        """Return a condition: the run last started or resumed with this many workers."""
+        return lambda: bool(found := starts(run)) and f"with {count} worker" in found[-1]["message"]
 
     def epochs_after(condition: Condition, more: int) -> Condition:
-        """Whether training has gone on for some epochs since the condition held."""
+        """Return a condition: `more` epochs were trained since `condition` held."""
         held: list[int] = []
 
         def holds() -> bool:
@@ -113,7 +113,7 @@ def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
     looking_often = patch.object(ray.train, "ScalingConfig", partial(ray.train.ScalingConfig, **LOOKS))
     with looking_often, Saboteur(run, *acts) as saboteur:
         train_run(config)
-    counts = [int(event["message"].split(" with ")[1].split()[0]) for event in begun(run)]
+    counts = [int(event["message"].split(" with ")[1].split()[0]) for event in starts(run)]
     return {
         "losses": saboteur.losses(),
         "failures": failures(run),

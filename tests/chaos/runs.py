@@ -1,4 +1,4 @@
-"""Small real runs to be disturbed, what disturbs them, and what is compared afterwards."""
+"""Small real runs, saboteurs that disturb them, and the comparison afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = -(-NUM_TRAIN // BATCH)
 
 
 def config_of(folder: Path, name: str, **changed: Any) -> Config:
-    """Two workers, three stages of two epochs, a checkpoint every few steps; `changed` sections are laid over it."""
+    """Configure two workers, three stages and a checkpoint every few steps; `changed` overrides sections."""
     routed = {"epochs": 2, "alpha_gflops": 0.0012, "lr": 0.01}
     tree: dict[str, Any] = {
         "name": name,
@@ -52,7 +52,7 @@ def config_of(folder: Path, name: str, **changed: Any) -> Config:
 
 
 class Driver:
-    """`python -m jobs.train` in a process of its own, on the cluster at an address."""
+    """A process of `python -m jobs.train` on the cluster at an address."""
 
     def __init__(self, config: Config, address: str):
         folder = Path(tempfile.mkdtemp(dir=Path(config.cluster.storage).parent, prefix=f"{config.name}-"))
@@ -72,16 +72,16 @@ class Driver:
         return self._log.read_text(errors="replace")
 
     def ended(self) -> int:
-        """Wait; the exit code."""
+        """Wait for the process, and return its exit code."""
         try:
             return self.process.wait(timeout=300)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise AssertionError(f"the driver does not end:\n{self.output}") from None
+            raise AssertionError(f"the driver did not end:\n{self.output}") from None
 
 
 def ray_processes(name: str) -> list[psutil.Process]:
-    """The processes of a kind, such as RayTrainWorker, of the Ray nodes that this process has started; no others."""
+    """Return the processes of a kind, such as RayTrainWorker, among the children of this process."""
     mine = psutil.Process().children(recursive=True)
     return sorted((each for each in mine if name in _name(each)), key=lambda each: each.pid)
 
@@ -94,14 +94,14 @@ def _name(process: psutil.Process) -> str:
 
 
 def events(run: Path) -> list[dict[str, Any]]:
-    """What rank 0 told so far."""
+    """Return the events that rank 0 has written."""
     path = run / "progress.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def failures(run: Path) -> list[str]:
-    """What befell the workers, as the user was told."""
+    """Return the messages about failures."""
     path = run / "failures.jsonl"
     return [json.loads(line)["message"] for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -110,18 +110,18 @@ def messages(run: Path, start: str) -> list[dict[str, Any]]:
     return [event for event in events(run) if event.get("message", "").startswith(start)]
 
 
-def begun(run: Path) -> list[dict[str, Any]]:
-    """What was told whenever the workers began, or went on from a checkpoint."""
-    return [event for event in events(run) if event.get("message", "").startswith(("going on", "beginning"))]
+def starts(run: Path) -> list[dict[str, Any]]:
+    """Return the events of workers that start, or resume from a checkpoint."""
+    return [event for event in events(run) if event.get("message", "").startswith(("resuming", "starting"))]
 
 
 def checkpoints(run: Path) -> list[str]:
-    """Names of the checkpoints that are whole, in the run's order."""
+    """Return the names of complete checkpoints, in the run's order."""
     return sorted(path.parent.name for path in run.glob("checkpoint_????_*/state.pt"))
 
 
 def position(checkpoint: str) -> int:
-    """Steps of the whole run until a checkpoint, by its name."""
+    """Return the step of the whole run at which a checkpoint was taken, from its name."""
     _, epoch, step, *_ = checkpoint.split("_")
     return int(epoch) * STEPS + int(step)
 
@@ -130,16 +130,15 @@ Condition = Callable[[], bool]
 
 
 class Saboteur:
-    """Does what it was told as soon as its condition holds, one thing after the other, beside a run.
+    """Performs acts in order while a run trains, each as soon as its condition holds.
 
-    It looks every few milliseconds, so nothing happens by chance but the very step. What does not come to pass is an
-    error at the end.
+    It checks every few milliseconds, so only the exact step varies. An act that did not happen is an error at the end.
     """
 
     def __init__(self, run: Path, *acts: tuple[Condition, Callable[[], None]]):
         self.run, self.acts = run, acts
         self.done: list[tuple[float, str | None]] = []
-        """when each was done, and the newest whole checkpoint then"""
+        """when each act was done, and the newest complete checkpoint at that time"""
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="saboteur")
@@ -154,7 +153,7 @@ class Saboteur:
         if self._error is not None:
             raise self._error
         if failed[0] is None:
-            assert len(self.done) == len(self.acts), f"the run was over after {len(self.done)} of {len(self.acts)} acts"
+            assert len(self.done) == len(self.acts), f"the run ended after {len(self.done)} of {len(self.acts)} acts"
 
     def _work(self) -> None:
         try:
@@ -168,32 +167,32 @@ class Saboteur:
             self._error = error
 
     def losses(self) -> list[tuple[float, int, str]]:
-        """Of each act: seconds until training went on, steps done twice at most, and what was gone on from."""
+        """Return for each act: seconds until training resumed, a bound on repeated steps, and where it resumed."""
         found = []
-        resumed = begun(self.run)
+        resumed = starts(self.run)
         for when, newest in self.done:
             after = next((event for event in resumed if event["time"] > when), None)
             if after is None:
                 continue
-            name = after["message"].split()[3] if after["message"].startswith("going on from") else None
+            name = after["message"].split()[2] if after["message"].startswith("resuming from") else None
             start = position(name) if name else 0
             reached = (position(newest) if newest else 0) + CHECKPOINT_STEPS
-            found.append((after["time"] - when, max(0, reached - start), name or "the beginning"))
+            found.append((after["time"] - when, max(0, reached - start), name or "the start"))
         return found
 
 
 def in_stage(run: Path, stage: str) -> Condition:
-    """Whether a checkpoint within the stage is whole."""
+    """Return a condition: the stage has a complete checkpoint."""
     return lambda: bool(list(run.glob(f"checkpoint_*_{stage}/state.pt")))
 
 
-def told(run: Path, start: str, times: int = 1) -> Condition:
-    """Whether rank 0 has told something so often."""
+def reported(run: Path, start: str, times: int = 1) -> Condition:
+    """Return a condition: rank 0 has reported a message at least `times` times."""
     return lambda: len(messages(run, start)) >= times
 
 
 def signal_worker(which: int = 0, number: int = signal.SIGKILL) -> Callable[[], None]:
-    """Send a signal to one of the training workers, as soon as there are any."""
+    """Return an act that sends a signal to one of the training workers, once there are any."""
 
     def act() -> None:
         while not (workers := ray_processes("RayTrainWorker")):
@@ -204,7 +203,7 @@ def signal_worker(which: int = 0, number: int = signal.SIGKILL) -> Callable[[], 
 
 
 def require_same(config: Config, undisturbed: Config) -> None:
-    """The model's bits, the report's rows, and every metric once with its value are those of the undisturbed run."""
+    """Require the weights, the report's rows, and every metric once with its value, of the undisturbed run."""
     run, expected = RunFolder.of(config), RunFolder.of(undisturbed)
     model, other = (load_model(each.model).model.state_dict() for each in (run, expected))
     assert list(model) == list(other)
@@ -215,7 +214,7 @@ def require_same(config: Config, undisturbed: Config) -> None:
 
 
 def tracked(config: Config) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By stage and key every value that MLflow has of a run, but for times."""
+    """Return by stage and key every value of a run in MLflow, except timings."""
     client = MlflowClient(str(config.tracking.uri))
     keys: dict[str, set[str]] = {}
     for _, record in Journal(RunFolder.of(config).path).read():
@@ -226,7 +225,7 @@ def tracked(config: Config) -> dict[str, dict[str, list[tuple[int, float]]]]:
         for run in client.search_runs([experiment.experiment_id]):
             name, _, stage = run.info.run_name.partition(" ")
             if name == config.name and stage:
-                assert stage not in found, "a stage has one run"
+                assert stage not in found, "a stage has one MLflow run"
                 found[stage] = {key: _history(client, run.info.run_id, key) for key in sorted(keys[stage])}
     assert found.keys() == keys.keys()
     return found
@@ -237,5 +236,5 @@ def _history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, flo
 
 
 def summed(losses: Sequence[tuple[float, int, str]]) -> tuple[float, int]:
-    """The worst: seconds, and steps."""
+    """Return the largest seconds and the largest steps."""
     return max(seconds for seconds, _, _ in losses), max(steps for _, steps, _ in losses)

@@ -1,4 +1,4 @@
-"""Drivers that die, are told to end, or are two; and Ray Train's controller."""
+"""Drivers that die, are stopped, or run twice; and a killed controller of Ray Train."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ from tests.chaos.runs import (
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 
-def test_a_driver_that_is_killed_leaves_what_the_same_command_goes_on_from(
-    undisturbed: Config, folder: Path, ray_cluster: str
-) -> None:
-    """Given twice by mistake, one of the two does not touch the run."""
+def test_a_killed_driver_resumes_with_the_same_command(undisturbed: Config, folder: Path, ray_cluster: str) -> None:
+    """If the command is run twice by mistake, the second one is refused."""
     config = config_of(folder, "driver-killed")
     run = RunFolder.of(config).path
     driver = Driver(config, ray_cluster)
@@ -42,20 +40,20 @@ def test_a_driver_that_is_killed_leaves_what_the_same_command_goes_on_from(
     assert "another driver is at work on" in refused
     require_same(config, undisturbed)
     ((lost, steps, name),) = saboteur.losses()
-    record(Row("driver killed (SIGKILL), same command again", f"`going on from {name}`", "same result", lost, steps))
-    record(Row("second driver on the same run", f"`{refused}`", "the first goes on, undisturbed"))
+    record(Row("driver killed (SIGKILL), same command again", f"`resuming from {name}`", "same result", lost, steps))
+    record(Row("second driver on the same run", f"`{refused}`", "the first continues, undisturbed"))
 
 
-def test_damaged_checkpoints_and_a_torn_list_of_them_cost_the_interval(
+def test_damaged_checkpoints_and_a_truncated_list_cost_one_interval(
     undisturbed: Config, folder: Path, ray_cluster: str
 ) -> None:
     config = config_of(folder, "damaged")
     run = RunFolder.of(config).path
     driver = Driver(config, ray_cluster)
-    # SIGTERM is what preemption and `ray job stop` send.
+    # Preemption and `ray job stop` send SIGTERM.
     with Saboteur(run, (lambda: len(checkpoints(run)) >= 2, driver.process.terminate)) as saboteur:
         assert driver.ended() == 130, driver.output
-    said = next(line for line in driver.output.splitlines() if line.startswith("stopped after checkpoint_"))
+    stopped = next(line for line in driver.output.splitlines() if line.startswith("stopped after checkpoint_"))
     assert "Traceback" not in driver.output
     newest = checkpoints(run)[-1]
     state = run / newest / STATE_FILE
@@ -65,14 +63,14 @@ def test_damaged_checkpoints_and_a_torn_list_of_them_cost_the_interval(
     driver = Driver(config, ray_cluster)
     assert driver.ended() == 0, driver.output
     require_same(config, undisturbed)
-    torn, *_ = failures(run)
-    assert SNAPSHOT in torn
-    going_on = next(line for line in driver.output.splitlines() if line.startswith(("going on", "beginning")))
-    assert newest not in going_on
+    truncated, *_ = failures(run)
+    assert SNAPSHOT in truncated
+    resumed = next(line for line in driver.output.splitlines() if line.startswith(("resuming", "starting")))
+    assert newest not in resumed
     lost, steps = summed(saboteur.losses())
-    record(Row("SIGTERM to the driver (preemption), same command again", f"`{said}`", "same result", lost, steps))
-    record(Row("newest checkpoint truncated", f"`{going_on}`", "same result, from the one before"))
-    record(Row("Ray Train's list of checkpoints truncated", f"`{torn}`", "same result"))
+    record(Row("SIGTERM to the driver (preemption), same command again", f"`{stopped}`", "same result", lost, steps))
+    record(Row("newest checkpoint truncated", f"`{resumed}`", "same result, from the one before"))
+    record(Row("Ray Train's list of checkpoints truncated", f"`{truncated}`", "same result"))
 
 
 def test_a_controller_that_is_killed_ends_the_driver_with_a_message(
@@ -89,7 +87,7 @@ def test_a_controller_that_is_killed_ends_the_driver_with_a_message(
     with Saboteur(run, (in_stage(run, "backbone"), kill_controller)) as saboteur:
         assert driver.ended() == 2, driver.output
     said = driver.output[driver.output.index("error:") :].strip()
-    assert "the same command goes on from the last checkpoint" in said
+    assert "it resumes from the last checkpoint" in said
     assert "Traceback" not in said
     driver = Driver(config, ray_cluster)
     assert driver.ended() == 0, driver.output

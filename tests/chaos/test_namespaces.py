@@ -1,6 +1,6 @@
-"""Nodes that share nothing but a network and the run's storage: `ray start` in namespaces of their own.
+"""Nodes that share only a network and the run's storage: `ray start` in separate namespaces.
 
-Each node has its own network stack, and its own disk where the data is staged.
+Each node has its own network stack, and its own disk for downloaded data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sh(*commands: str) -> None:
 
 
 class Nodes:
-    """A bridge, a head on it that runs no training, and nodes of one CPU in namespaces of their own."""
+    """A cluster on a bridge: a head that runs no training, and nodes of one CPU in separate namespaces."""
 
     def __init__(self, stack: ExitStack, disk: Path):
         self.disk, self.processes = disk, []
@@ -50,7 +50,7 @@ class Nodes:
         stack.callback(self.stop)
         head = ["--head", "--port", str(PORT), "--node-ip-address", f"{NETWORK}.1", "--num-cpus", "0"]
         self.start([*RAY, *head, *STORE, "--include-dashboard", "false"])
-        self.wait_for(1)  # a node that finds no head gives up after a while
+        self.wait_for(1)  # a node that finds no head exits after a while
         for number in (2, 3):
             space, link = f"{bridge}-{number}", f"dv{os.getpid()}-{number}"[:15]
             sh(f"ip netns add {space}")
@@ -63,20 +63,20 @@ class Nodes:
                 f"ip -n {space} link set lo up",
             )
             node = ["--address", self.address, "--node-ip-address", f"{NETWORK}.{number}", "--num-cpus", "1"]
-            # /tmp/ray too: nodes that start at once in one folder can take each other's sockets.
+            # /tmp/ray too: nodes that start at the same time in one folder can use each other's sockets.
             own_disk = 'mount -t tmpfs -o size=64m tmpfs "$0" && mount -t tmpfs tmpfs /tmp/ray && exec "$@"'
             inside = ["ip", "netns", "exec", space, "unshare", "--mount", "sh", "-c", own_disk, str(disk)]
             self.start([*inside, *RAY, *node, *STORE])
         self.wait_for(3)
 
     def start(self, command: list[str]) -> None:
-        # Gloo looks for an address by the host's name, which is that of the machine in every namespace.
+        # Gloo resolves the host name, which is the machine's in every namespace.
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0"}
         with self.log.open("ab") as log:
             self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
     def wait_for(self, count: int) -> None:
-        """Until so many nodes have joined; AssertionError where one has ended instead."""
+        """Wait until `count` nodes have joined; raises AssertionError if one exited."""
 
         def joined() -> bool:
             assert all(process.poll() is None for process in self.processes), self.log.read_text(errors="replace")
@@ -85,7 +85,7 @@ class Nodes:
         wait_until(joined, f"{count} nodes have joined")
 
     def stop(self) -> None:
-        """End the nodes and all that they have started."""
+        """Kill the nodes and their child processes."""
         mine = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
         started = [child for process in mine for child in process.children(recursive=True)]
         for process in [*started, *mine]:
@@ -95,7 +95,7 @@ class Nodes:
             process.wait()
 
     def staged(self) -> list[str]:
-        """The manifests that each node's own disk holds, read through its process."""
+        """Return the manifest on each node's own disk, read through its process."""
         found = []
         for process in self.processes[1:]:
             path = Path(f"/proc/{process.pid}/root{self.disk}") / MANIFEST
@@ -106,14 +106,14 @@ class Nodes:
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
-    assert os.geteuid() == 0, "run `make chaos` as root: a row makes network and mount namespaces"
+    assert os.geteuid() == 0, "run `make chaos` as root: this test creates network and mount namespaces"
     disk = tmp_path / "disk"
     disk.mkdir()
     with ExitStack() as stack:
         yield Nodes(stack, disk)
 
 
-def test_nodes_in_namespaces_train_as_one_and_stage_the_data_each(
+def test_nodes_in_namespaces_train_together_and_each_downloads_the_data(
     undisturbed: Config, nodes: Nodes, folder: Path
 ) -> None:
     data = {"folder": str(nodes.disk), "uri": (folder / "data").as_uri()}
@@ -122,14 +122,15 @@ def test_nodes_in_namespaces_train_as_one_and_stage_the_data_each(
     assert driver.ended() == 0, driver.output
     require_same(config, undisturbed)
     here, *there = [(nodes.disk / MANIFEST).read_text(), *nodes.staged()]
-    assert there == [here, here], "each node has staged the data to its own disk"
+    assert there == [here, here], "each node has downloaded the data to its own disk"
     measured = {path.name for path in RunFolder.of(config).path.glob(NODE_JOURNALS)}
     assert measured == {"journal-node-0.jsonl", "journal-node-1.jsonl"}
-    record(Row("two nodes in network and mount namespaces (no fault)", "nothing", "same result; staged once a node"))
+    outcome = "same result; each node downloads the data once"
+    record(Row("two nodes in network and mount namespaces (no fault)", "nothing", outcome))
 
 
 def _joined(address: str, count: int) -> bool:
-    """Whether so many nodes are alive, by Ray's own answer."""
+    """Return whether Ray reports at least `count` nodes alive."""
     look = (
         "import ray; ray.init(logging_level='ERROR')\n"
         f"raise SystemExit(len([node for node in ray.nodes() if node['Alive']]) < {count})"

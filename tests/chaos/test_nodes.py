@@ -1,4 +1,4 @@
-"""Nodes that die, and runs that go on with fewer workers: on clusters of several nodes, in a process of their own."""
+"""Nodes that die, and runs that continue with fewer workers, on clusters of several nodes."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def results(folder: Path, undisturbed: Config) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_node_that_is_lost_and_replaced_costs_no_bit_of_the_result(
+def test_a_lost_and_replaced_node_does_not_change_the_result(
     results: dict[str, Any], folder: Path, undisturbed: Config
 ) -> None:
-    """Also: two workers on two nodes compute what two workers on one node do."""
+    """It also shows that two nodes compute what two workers on one node do."""
     found = results["lost_and_replaced"]
     require_same(config_of(folder, "node-lost"), undisturbed)
     lost, waiting, *_ = found["failures"]
     assert "no room for 2" in waiting
     ((seconds, steps, name),) = found["losses"]
-    seen = f"`{lost}`, `{waiting}`, then `going on from {name}`"
+    seen = f"`{lost}`, `{waiting}`, then `resuming from {name}`"
     record(Row("node killed, another one comes", seen, "same result", seconds, steps))
 
 
-def test_an_elastic_run_goes_on_with_fewer_workers_and_with_all_again(results: dict[str, Any]) -> None:
+def test_an_elastic_run_continues_with_fewer_workers_and_then_with_all(results: dict[str, Any]) -> None:
     found = results["elastic"]
     assert [count for count, _ in itertools.groupby(found["workers"])] == [2, 1, 2]
     assert found["epochs"] == list(range(1, found["last_epoch"] + 1)), "every epoch was trained"
     (seconds, _, name), *_ = found["losses"]
-    seen = f"`{found['failures'][0]}`, then on from {name} `with 1 worker`; later `with 2 workers`"
-    outcome = "finished; not bit for bit: batches are the same, batch norm sees another part of each on a worker"
+    seen = f"`{found['failures'][0]}`, then resumed from {name} `with 1 worker`; later `with 2 workers`"
+    outcome = "finished, but not bit for bit: batches are the same, but batch norm sees other parts of them"
     record(Row("cluster.min_workers=1: 2 workers, 1, 2 again", seen, outcome, seconds))

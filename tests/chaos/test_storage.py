@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and data that changes under a run."""
+"""Full and read-only disks, and data that changes during a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MB of its own; to mount one takes root."""
-    assert os.geteuid() == 0, "run `make chaos` as root, for instance in a container: a row mounts a small file system"
+    """Mount a file system of 24 MB, which takes root."""
+    assert os.geteuid() == 0, "run `make chaos` as root, for instance in a container: this test mounts a file system"
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
@@ -31,7 +31,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Callable[[], None]:
-    """Leave no byte free."""
+    """Return an act that fills the disk."""
 
     def act() -> None:
         with (disk / "filler").open("wb", buffering=0) as file:
@@ -44,7 +44,7 @@ def fill(disk: Path) -> Callable[[], None]:
     return act
 
 
-def test_a_full_disk_ends_the_run_with_its_reason_and_it_goes_on_when_there_is_room(
+def test_a_full_disk_ends_the_run_with_the_reason_and_it_resumes_when_there_is_room(
     undisturbed: Config, small_disk: Path, folder: Path
 ) -> None:
     config = config_of(folder, "full", cluster={"storage": str(small_disk), "max_failures": 1})
@@ -55,7 +55,7 @@ def test_a_full_disk_ends_the_run_with_its_reason_and_it_goes_on_when_there_is_r
     ):
         train_run(config)
     assert "No space left on device" in str(end.value)
-    assert checkpoints(run), "what was saved before is whole"
+    assert checkpoints(run), "earlier checkpoints are complete"
     (small_disk / "filler").unlink()
     train_run(config)
     require_same(config, undisturbed)
@@ -72,14 +72,12 @@ def test_a_full_disk_ends_the_run_with_its_reason_and_it_goes_on_when_there_is_r
     )
 
 
-def test_storage_that_is_read_only_ends_the_run_with_its_reason(
-    undisturbed: Config, small_disk: Path, folder: Path
-) -> None:
+def test_read_only_storage_ends_the_run_with_the_reason(undisturbed: Config, small_disk: Path, folder: Path) -> None:
     config = config_of(folder, "read-only", cluster={"storage": str(small_disk), "max_failures": 1})
     run = RunFolder.of(config).path
 
     def become_read_only() -> None:
-        # A file that is open for writing, as the driver's lock is, forbids to change the mount itself: cover it.
+        # The mount itself cannot change while a file in it, the driver's lock, is open for writing: cover it.
         subprocess.run(["mount", "--bind", str(small_disk), str(small_disk)], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", str(small_disk)], check=True)
 
@@ -97,22 +95,22 @@ def test_storage_that_is_read_only_ends_the_run_with_its_reason(
 
 
 @pytest.mark.parametrize("what", ["changed", "deleted"])
-def test_data_that_changes_under_a_run_is_never_trained_on(
+def test_data_that_changes_during_a_run_is_never_used(
     undisturbed: Config, folder: Path, tmp_path: Path, what: str
 ) -> None:
-    """What a run has open stays; a worker that starts anew refuses the other file."""
+    """A run keeps reading its open file; a restarted worker refuses the changed one."""
     shutil.copytree(folder / "data", tmp_path / "data")
     beton = tmp_path / "data" / "train.beton"
     config = config_of(folder, f"data-{what}", data={"folder": str(tmp_path / "data")}, cluster={"max_failures": 1})
     run = RunFolder.of(config).path
 
-    def take_away() -> None:
+    def replace() -> None:
         content = beton.read_bytes()
         beton.unlink()
         if what == "changed":
             beton.write_bytes(content[:-4096] + bytes(4096))
 
-    acts = ((in_stage(run, "backbone"), take_away), (in_stage(run, "backbone"), signal_worker(0)))
+    acts = ((in_stage(run, "backbone"), replace), (in_stage(run, "backbone"), signal_worker(0)))
     with Saboteur(run, *acts), pytest.raises((ChildProcessError, ValueError)) as end:
         train_run(config)
     assert "train.beton" in str(end.value)
@@ -124,12 +122,12 @@ def test_data_that_changes_under_a_run_is_never_trained_on(
         Row(
             f"train.beton {what} during the run, then a worker killed; same command again with the file back",
             f"`error: {seen}`",
-            "what is open is read on; the restarted worker refuses; same result",
+            "open files stay readable; the restarted worker refuses the file; same result",
         )
     )
 
 
-def test_an_object_store_that_is_full_does_not_concern_training(undisturbed: Config, folder: Path) -> None:
+def test_a_full_object_store_does_not_affect_training(undisturbed: Config, folder: Path) -> None:
     import ray
 
     full = [ray.put(bytes(16 * 1024**2)) for _ in range(24)]  # 384 MB for a store of 256 MB: Ray spills

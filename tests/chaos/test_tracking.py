@@ -1,4 +1,4 @@
-"""MLflow servers that are killed, answer 500, lose answers or do not answer: every value arrives once."""
+"""MLflow servers that are killed, answer 500, lose answers or hang: every value arrives exactly once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STAGES = ("backbone", "predictor", "joint")
 
 @pytest.fixture
 def postgresql() -> Iterator[str]:
-    """A PostgreSQL cluster of its own; needs Debian's postgresql and psycopg2. It refuses to run as root."""
+    """A temporary PostgreSQL cluster; needs Debian's postgresql, which refuses to run as root."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     assert found, "apt-get install postgresql"
     binaries, port = found[-1].parent, free_port()
@@ -72,7 +72,7 @@ def server(tmp_path: Path, store: str) -> Iterator[Server]:
 
 @pytest.fixture
 def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """In front of the server; it is what MLFLOW_TRACKING_URI names."""
+    """A proxy in front of the server; MLFLOW_TRACKING_URI names it."""
     proxy = Proxy(server.port)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -81,7 +81,7 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 
 def log_epochs(logger: RunLogger, stage: str, first: int, last: int) -> float:
-    """Log epochs first to last of a stage; the longest call's seconds."""
+    """Log epochs first to last of a stage; returns the seconds of the longest call."""
     longest = 0.0
     for step in range(first, last + 1):
         begun = time.perf_counter()
@@ -91,7 +91,7 @@ def log_epochs(logger: RunLogger, stage: str, first: int, last: int) -> float:
 
 
 def require_everything_once(config: Config, folder: Path, uri: str, epochs: dict[str, int]) -> None:
-    """One run with one child a stage, and every value of every epoch once; whatever the proxy did."""
+    """Require one run with one child per stage and every value of every epoch once, whatever the proxy did."""
     client = MlflowClient(uri)
     run_id = replay(config, folder).run_id
     assert run_id is not None
@@ -116,18 +116,18 @@ def test_a_server_that_fails_in_every_way_has_every_value_once(
     config, folder = make_config(tmp_path), tmp_path / "runs" / "small"
     proxy.mode = "refuse"
     handle = open_run(config, folder, make_manifest())
-    assert handle.run_id is None, "down at the start"
+    assert handle.run_id is None, "the server is down at the start"
     logger = RunLogger(handle)
     node = Journal(folder, NODE_JOURNALS.replace("*", "node-1"))
 
     with system_metrics(handle, "node-1"):
         longest = log_epochs(logger, "backbone", 1, 3)
-        proxy.mode = "lose"  # what is made and stored now is answered with 500, and asked for again
-        wait_until(lambda: _num_runs(MlflowClient(server.uri)) >= 1, "a run was made whose answer was lost")
+        proxy.mode = "lose"  # requests that create or store something now get a 500 and are retried
+        wait_until(lambda: _num_runs(MlflowClient(server.uri)) >= 1, "a run was created whose answer was lost")
         proxy.mode = "hold"
         wait_until(proxy.held.is_set, "the server is held")
         longest = max(longest, log_epochs(logger, "backbone", 4, 5), log_epochs(logger, "predictor", 1, 2))
-        assert Journal(folder).num_pending(proxy.uri) > 4, "all of that was logged while the server did not answer"
+        assert Journal(folder).num_pending(proxy.uri) > 4, "all of this was logged while the server did not answer"
         proxy.mode = "pass"
         proxy.release.set()
         wait_until(lambda: not Journal(folder).num_pending(proxy.uri), "it has arrived")
@@ -135,21 +135,21 @@ def test_a_server_that_fails_in_every_way_has_every_value_once(
         server.kill()
         longest = max(longest, log_epochs(logger, "predictor", 3, 4), log_epochs(logger, "joint", 1, 2))
         before = sum(1 for _ in node.read())
-        wait_until(lambda: sum(1 for _ in node.read()) > before + 2, "the node is measured all the same")
+        wait_until(lambda: sum(1 for _ in node.read()) > before + 2, "the node is still measured")
     logger.close()
     (folder / "report").mkdir()
     (folder / "report" / "report.json").write_text("{}")
     close_run(handle, "FINISHED", artifacts=folder / "report")
-    assert Journal(folder).num_pending(proxy.uri) > 0, "down at the end"
+    assert Journal(folder).num_pending(proxy.uri) > 0, "the server is down at the end"
 
     server.start()
-    # As if the server had died after it stored, before it answered: everything is sent again.
+    # As if the server had died after storing and before answering: everything is sent again.
     (folder / f"{JOURNAL_FILE}.delivered").unlink()
     require_everything_once(config, folder, proxy.uri, dict(zip(STAGES, (5, 4, 2), strict=True)))
     assert list((tmp_path / "artifacts").rglob("report.json"))
     key = "system/node-1/cpu_utilization_percentage"
     steps = [metric.step for metric in MlflowClient(proxy.uri).get_metric_history(_run_id(config, folder), key)]
-    assert sorted(steps) == list(range(sum(1 for _ in node.read()))), "its gap is closed too"
+    assert sorted(steps) == list(range(sum(1 for _ in node.read()))), "no gap is left"
     record(
         Row(
             f"MLflow ({store.partition(':')[0].partition('+')[0]}): 500 at the start, answers lost, no answer, killed, "

@@ -22,35 +22,39 @@ from tests.chaos.runs import (
     in_stage,
     position,
     ray_processes,
+    reported,
     require_same,
     signal_worker,
-    told,
 )
 
 pytestmark = pytest.mark.ray
 
 
-def test_workers_killed_in_every_stage_cost_no_bit_of_the_result(undisturbed: Config, folder: Path) -> None:
+def test_workers_killed_in_every_stage_do_not_change_the_result(undisturbed: Config, folder: Path) -> None:
     config = config_of(folder, "workers-killed")
     run = RunFolder.of(config).path
     acts = {
         "worker killed (SIGKILL) in the backbone stage": (in_stage(run, "backbone"), signal_worker(0)),
-        "worker killed while the logit table is computed": (told(run, "logit table"), signal_worker(1)),
-        "worker killed in the predictor stage": (in_stage(run, "predictor"), signal_worker(1)),
-        "worker killed in the joint stage": (in_stage(run, "joint"), signal_worker(0)),
+        "worker killed while the logit table is computed": (reported(run, "logit table"), signal_worker(1)),
+        "worker crashes (SIGSEGV) in the predictor stage": (
+            in_stage(run, "predictor"),
+            signal_worker(1, signal.SIGSEGV),
+        ),
+        "worker crashes (SIGBUS) in the joint stage": (in_stage(run, "joint"), signal_worker(0, signal.SIGBUS)),
     }
-    # Of a process that a shell has put into the background it is "ignore".
+    # It is "ignore" in a process that a shell started in the background.
     on_interrupt = signal.getsignal(signal.SIGINT)
     with Saboteur(run, *acts.values()) as saboteur:
         train_run(config)
     require_same(config, undisturbed)
-    assert signal.getsignal(signal.SIGINT) is on_interrupt, "Ctrl-C is this process's again"
+    assert signal.getsignal(signal.SIGINT) is on_interrupt, "Ctrl-C works again in this process"
     losses, seen = saboteur.losses(), failures(run)
     assert len(losses) == len(acts)
-    assert len(seen) == len(acts), "the user was told of each, once"
-    assert all("worker" in line for line in seen)
+    assert len(seen) == len(acts), "each was reported once"
+    for name, line in zip(("SIGKILL", "SIGKILL", "SIGSEGV", "SIGBUS"), seen, strict=True):
+        assert f"of {name}" in line or f"by {name}" in line
     for fault, (seconds, steps, name), line in zip(acts, losses, seen, strict=True):
-        record(Row(fault, f"`{line}`, then `going on from {name}`", "same result", seconds, steps))
+        record(Row(fault, f"`{line}`, then `resuming from {name}`", "same result", seconds, steps))
 
 
 @pytest.mark.chaos
@@ -67,17 +71,15 @@ def test_a_worker_that_hangs_is_replaced(undisturbed: Config, folder: Path) -> N
     require_same(config, undisturbed)
     (line,) = failures(run)
     assert "no answer for cluster.hang_seconds" in line
-    assert not stopped[0].is_running(), "the one that hung was ended, and holds no GPU"
+    assert not stopped[0].is_running(), "the hanging worker was killed, so it holds no GPU"
     ((seconds, steps, name),) = saboteur.losses()
     fault = "worker hangs (SIGSTOP), cluster.hang_seconds 8"
-    record(Row(fault, f"`{line}`, then `going on from {name}`", "same result", seconds, steps))
+    record(Row(fault, f"`{line}`, then `resuming from {name}`", "same result", seconds, steps))
 
 
 @pytest.mark.chaos
-def test_a_checkpoint_that_is_damaged_under_a_run_gives_way_to_the_one_before(
-    undisturbed: Config, folder: Path
-) -> None:
-    """Found by the workers that are started again; the driver mends the list and goes on by itself."""
+def test_a_checkpoint_damaged_during_a_run_is_replaced_by_the_one_before(undisturbed: Config, folder: Path) -> None:
+    """The restarted workers find it; the driver repairs the list and resumes."""
     config = config_of(folder, "damaged-meanwhile")
     run = RunFolder.of(config).path
 
@@ -97,5 +99,5 @@ def test_a_checkpoint_that_is_damaged_under_a_run_gives_way_to_the_one_before(
         train_run(config)
     require_same(config, undisturbed)
     _, found, *_ = failures(run)
-    assert "the checkpoint before it is taken" in found
-    record(Row("newest checkpoint emptied while workers are started again", f"`{found}`", "same result"))
+    assert "using the checkpoint before it" in found
+    record(Row("newest checkpoint emptied while workers restart", f"`{found}`", "same result"))

@@ -26,6 +26,8 @@ STAGES = {
     "distillation": BackboneStage(epochs=1, lr=0.05, distillation="learned"),
     "predictor": PredictorStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
     "joint": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
+    "joint all": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0, norm_statistics="all"),
+    "joint routed": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0, norm_statistics="routed"),
 }
 # Which of a batch of 5 ranks hold: one of them none, one of them a single image. In two slices, what the ranks together
 # hold of a slice is what one process holds of it.
@@ -146,6 +148,17 @@ def test_a_frozen_backbone_keeps_its_bits_on_any_number_of_ranks() -> None:
             frozen = [name for name in state if _plain(name).startswith("backbone.")]
             assert all(torch.equal(state[name], before[_plain(name)]) for name in frozen)
             assert len(frozen) == 2 * sum(name.startswith("backbone.") for name in before)
+
+
+def test_frozen_statistics_keep_their_bits_on_any_number_of_ranks() -> None:
+    before = small_model().state_dict()
+    for result in (*results_of(1), *results_of(3)):
+        for norm in NUM_SLICES:
+            state, _ = result[f"joint {norm}"]
+            frozen = [name for name in before if name.startswith("backbone.") and "running" in name]
+            assert frozen
+            assert all(torch.equal(state[name], before[name]) for name in frozen)
+            assert all(torch.equal(state[f"averaged.{name}"], before[name]) for name in frozen)
 
 
 def test_all_ranks_end_with_the_same_bits() -> None:

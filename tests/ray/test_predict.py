@@ -53,11 +53,11 @@ def images(tmp_path_factory) -> Path:
 
 
 def parts_in(out: Path) -> dict[str, int]:
-    """Name and time of writing of every part."""
+    """Returns the name and modification time of every part."""
     return {path.name: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
 
 
-def test_a_killed_driver_and_a_killed_actor_cost_no_row(images: Path, tmp_path: Path, ray_cluster: str) -> None:
+def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: Path, ray_cluster: str) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "jobs.predict", "--model", MODEL, str(images), "--out", str(out)]
     command += ["--files-per-part", "2"]
@@ -72,7 +72,7 @@ def test_a_killed_driver_and_a_killed_actor_cost_no_row(images: Path, tmp_path: 
     finally:
         driver.kill()
     assert driver.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
-    psutil.wait_procs(actors)  # Ray ends the actors of a driver that is gone; until then they may write
+    psutil.wait_procs(actors)  # Ray ends the actors of a dead driver; until then they may write
     before = parts_in(out)
     assert 0 < len(before) < NUM_FILES / 2
     (out / ".part-000000.parquet.1.partial").write_bytes(b"half")
@@ -80,7 +80,7 @@ def test_a_killed_driver_and_a_killed_actor_cost_no_row(images: Path, tmp_path: 
     said = predict_folder(MODEL, images, out, files_per_part=2, show_progress=False)
     after = parts_in(out)
     assert len(after) == NUM_FILES / 2
-    assert {name: after[name] for name in before} == before, "what was there is not computed again"
+    assert {name: after[name] for name in before} == before, "existing parts are not computed again"
     assert not list(out.glob("*.partial"))
     assert said.startswith("240 files, 2 of them with an error; ")
 
@@ -95,7 +95,7 @@ def test_a_killed_driver_and_a_killed_actor_cost_no_row(images: Path, tmp_path: 
         assert row["probability"] == (alone["probability"] and pytest.approx(alone["probability"], rel=1e-4))
 
     assert predict_folder(MODEL, images, out, files_per_part=2, show_progress=False) == said
-    assert parts_in(out) == after, "finished: nothing is done"
+    assert parts_in(out) == after, "nothing is left to do"
     with pytest.raises(ValueError, match="files_per_part: 2 -> 3"):
         predict_folder(MODEL, images, out, files_per_part=3, show_progress=False)
 
@@ -134,16 +134,18 @@ def test_an_actor_that_dies_is_replaced(images: Path, tmp_path: Path, ray_cluste
     finally:
         over.set()
         killer.join()
-    assert killed.is_set(), "the prediction was over before an actor could be killed"
+    assert killed.is_set(), "the prediction ended before an actor could be killed"
     assert pq.read_table(tmp_path).num_rows == NUM_FILES
     assert OutputFolder(tmp_path).list_file.exists()
 
 
-def test_a_model_that_cannot_be_loaded_is_one_message(images: Path, tmp_path: Path, ray_cluster: str) -> None:
-    """It is found, and every actor fails: what is told is why, and that nothing is lost."""
+def test_a_model_that_cannot_be_loaded_gives_one_message(images: Path, tmp_path: Path, ray_cluster: str) -> None:
+    """The model exists but every actor fails: the message says why and that the same command resumes."""
     local = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/drnet/1", dst_path=str(tmp_path / "model")))
     (program,) = local.rglob("predictor.pt2")
     program.write_bytes(b"no program")
-    with pytest.raises(ChildProcessError, match=r"(?s)a part could not be computed.*the same command goes on"):
+    with pytest.raises(
+        ChildProcessError, match=r"(?s)a part could not be computed.*rerun the same command; it resumes"
+    ):
         predict_folder(str(local), images, tmp_path / "out", files_per_part=60, show_progress=False)
     assert parts_in(tmp_path / "out") == {}

@@ -25,7 +25,10 @@ NUM_CPUS = 4  # of the session's cluster
 
 
 def dying(times: int) -> Callable[[Path, int], int]:
-    """A function that kills its process at 3, so often, and otherwise doubles; made here to be sent by value."""
+    """Return a function that doubles numbers, but kills its process at 3 the first `times` times.
+
+    It is defined here so that Ray sends it by value.
+    """
 
     def double(folder: Path, number: int) -> int:
         deaths = len(list(folder.iterdir()))
@@ -37,17 +40,17 @@ def dying(times: int) -> Callable[[Path, int], int]:
     return double
 
 
-def test_a_lost_task_is_run_again_and_the_order_is_kept(tmp_path: Path) -> None:
+def test_a_lost_task_is_retried_in_order(tmp_path: Path) -> None:
     assert list(map_on_cluster(partial(dying(1), tmp_path), range(20))) == list(range(0, 40, 2))
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_task_that_is_lost_again_and_again_is_an_error(tmp_path: Path) -> None:
+def test_a_task_that_is_lost_repeatedly_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ChildProcessError, match="lost, and so was every attempt"):
         list(map_on_cluster(partial(dying(100), tmp_path), range(5)))
 
 
-def test_little_is_under_way_at_a_time() -> None:
+def test_few_chunks_are_in_flight() -> None:
     taken = []
 
     def work() -> Iterator[int]:
@@ -61,7 +64,7 @@ def test_little_is_under_way_at_a_time() -> None:
     results.close()
 
 
-def test_the_job_prepares_on_the_cluster_what_processes_prepare(
+def test_the_cluster_and_processes_prepare_the_same_files(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_class_folders(tmp_path / "source", {"a": 100, "b": 100})

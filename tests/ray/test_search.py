@@ -1,4 +1,4 @@
-"""A real search on Ray Tune: killed with its driver, gone on with, finetuned, reported, chosen, registered."""
+"""A real search on Ray Tune: its driver is killed, it resumes, finetunes, reports, chooses and registers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A search for a backbone that was trained elsewhere: here one that always says the same.
+    """A search for a backbone that gives every image the same answer.
 
-    Then resolutions are right for the same images, no predictor counts as collapsed, and there is a finalist whatever
-    was drawn, which depends on how far a driver came.
+    All resolutions are then right for the same images, no predictor counts as collapsed, and there is always a
+    finalist: which candidates are drawn depends on how far the killed driver came.
     """
     folder = tmp_path_factory.mktemp("search")
     config = config_of(folder, max_accuracy_drop=100)
@@ -56,12 +56,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def records_of(folder: SearchFolder) -> dict[str, int]:
-    """When each trial's record was written, by name."""
+    """The time at which each trial's record was written, by name."""
     return {path.name: path.stat().st_mtime_ns for path in folder.trials.glob("*.json")}
 
 
 def ended_by(number: signal.Signals, num_records: int, config: Config, file: Path, address: str) -> tuple[int, str]:
-    """A driver that is sent a signal when it has so many records: its exit code, and what it said."""
+    """Run a driver, send it a signal at `num_records` records, and return its exit code and output."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", "--config", str(file)],
         cwd=ROOT,
@@ -70,37 +70,37 @@ def ended_by(number: signal.Signals, num_records: int, config: Config, file: Pat
         stderr=subprocess.STDOUT,
         text=True,
     )
-    over = threading.Event()
+    ended = threading.Event()
 
     def send() -> None:
-        while not over.wait(0.05):
+        while not ended.wait(0.05):
             if len(records_of(SearchFolder.of(config))) >= num_records:
                 os.kill(driver.pid, number)
                 return
 
     sender = threading.Thread(target=send)
     sender.start()
-    said, _ = driver.communicate()
-    over.set()
+    output, _ = driver.communicate()
+    ended.set()
     sender.join()
-    return driver.returncode, said
+    return driver.returncode, output
 
 
-def test_a_search_whose_driver_is_killed_goes_on_and_ends_in_a_choice(
+def test_a_search_resumes_after_its_driver_is_killed_and_ends_with_a_choice(
     config: Config, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, file = SearchFolder.of(config), tmp_path / "search.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    code, said = ended_by(signal.SIGTERM, 1, config, file, ray_cluster)
-    assert code == 130, said
-    assert said.endswith("interrupted; the same command goes on with the trials that are not finished\n"), said
-    code, said = ended_by(signal.SIGKILL, len(records_of(folder)) + 1, config, file, ray_cluster)
-    assert code == -signal.SIGKILL, said
+    code, output = ended_by(signal.SIGTERM, 1, config, file, ray_cluster)
+    assert code == 130, output
+    assert output.endswith("interrupted; rerun the same command to run the remaining trials\n"), output
+    code, output = ended_by(signal.SIGKILL, len(records_of(folder)) + 1, config, file, ray_cluster)
+    assert code == -signal.SIGKILL, output
     before = records_of(folder)
 
     result = search_run(config)
     after = records_of(folder)
-    assert {name: after[name] for name in before} == before, "what was finished was not tried again"
+    assert {name: after[name] for name in before} == before, "finished trials were not repeated"
     trials = result.report["trials"]
     assert len(trials) == 4 + 3 + 4 + 1, "the paper's four, three drawn, and the second seed of the four and a finalist"
     assert {row["paper"] for row in trials} == {1, 2, 3, 4, None}
@@ -120,15 +120,15 @@ def test_a_search_whose_driver_is_killed_goes_on_and_ends_in_a_choice(
     assert register_chosen(again.chosen).alias == "within-100-points"
 
 
-def test_what_is_wrong_is_told_before_the_first_trial(config: Config, ray_cluster: str, tmp_path: Path) -> None:
+def test_problems_are_reported_before_the_first_trial(config: Config, ray_cluster: str, tmp_path: Path) -> None:
     search = config.search.model_copy(
         update={"max_concurrent": 5, "backbone": str(tmp_path / "none"), "budget_gflops": 1e-6}
     )
     with pytest.raises(ConfigError) as caught:
         search_run(config.model_copy(update={"search": search, "name": "wrong"}))
-    told = "\n".join(caught.value.problems)
-    assert "there is no trained model at" in told
-    assert "budget_gflops is 1e-06, but no candidate costs less than" in told
+    problems = "\n".join(caught.value.problems)
+    assert "there is no trained model at" in problems
+    assert "budget_gflops is 1e-06, but no candidate costs less than" in problems
     search = config.search.model_copy(update={"max_concurrent": 5, "backbone": str(RunFolder.of(config).path)})
     with pytest.raises(ConfigError, match=r"5 trials at once .* need 5 CPUs, but there are 4"):
         search_run(config.model_copy(update={"search": search, "name": "wrong"}))

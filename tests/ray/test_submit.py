@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir .` to a head with token authentication: refuse, prepare, stop, go on, register."""
+"""`ray job submit --working-dir .` to a head with token authentication: refuse, prepare, stop, resume, register."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster of one node with a dashboard, as `ray start` makes it."""
+    """A cluster of one node with a dashboard, started by `ray start`."""
 
     client: JobSubmissionClient
     environment: dict[str, str]
@@ -46,12 +46,12 @@ class Head:
     folder: Path
 
     def gauges(self) -> set[str]:
-        """Names of this project's metrics that Prometheus would find now."""
+        """Return the names of this project's metrics that Prometheus would find now."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as answer:
             return set(re.findall(r"^(ray_drnet_\w+){", answer.read().decode(), re.MULTILINE))
 
     def submit(self, *command: str, wait: bool = True) -> tuple[str, str]:
-        """`ray job submit`, as a user types it. Returns the job's id and, where it is waited for, its log."""
+        """Run `ray job submit` and return the job's id and, if `wait`, its log."""
         job = f"job-{len(self.client.list_jobs())}"
         options = ["--submission-id", job, "--no-wait", "--working-dir", "."]
         self._ray("job", "submit", *options, "--", "python", "-m", *command)
@@ -60,7 +60,7 @@ class Head:
         return job, self.client.get_job_logs(job) if wait else ""
 
     def stop(self, job: str) -> str:
-        """`ray job stop`. Returns the job's log."""
+        """Run `ray job stop` and return the job's log."""
         self._ray("job", "stop", job)
         return self.client.get_job_logs(job)
 
@@ -69,7 +69,7 @@ class Head:
 
 
 def until(done: Callable[[], bool]) -> None:
-    """Return when `done`; fail where that takes minutes."""
+    """Wait until `done`; fail after SECONDS."""
     never = threading.Event()
     for _ in range(SECONDS * 5):
         if done():
@@ -79,7 +79,7 @@ def until(done: Callable[[], bool]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses, below those that the system gives to whoever asks for any, as other Rays do."""
+    """Return unused ports below the range that the system assigns, which other Ray clusters use."""
     found: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1_000):
         with socket.socket() as each:
@@ -92,12 +92,12 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head of 2 CPUs with ports and folders of its own; jobs find this environment's Python."""
+    """Start a head of 2 CPUs with its own ports and folders; jobs find this environment's Python."""
     gcs, dashboard, agent, agent_grpc, metrics, client = free_ports(6)
     token = tmp_path_factory.mktemp("token") / "auth_token"
     token.touch(mode=0o600)
-    token.write_text(os.environ["RAY_AUTH_TOKEN"])  # this process is a client of several heads and keeps one token
-    # The token is in a file here; and MLflow writes the address that this process has set last into its environment.
+    token.write_text(os.environ["RAY_AUTH_TOKEN"])  # this process connects to several heads with one token
+    # The token is in a file here, and MLflow writes its last address into the environment.
     unwanted = ("RAY_AUTH_TOKEN", "MLFLOW_TRACKING_URI")
     environment = {key: value for key, value in os.environ.items() if key not in unwanted}
     environment |= {
@@ -107,7 +107,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         WAIT_VARIABLE: "120",
         "RAY_metrics_report_interval_ms": "1000",
     }
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets in it have names of at most 107 bytes
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets have at most 107 bytes
     options = f"""--head --num-cpus=2 --temp-dir={folder} --port={gcs} --dashboard-host=127.0.0.1
         --dashboard-port={dashboard} --ray-client-server-port={client} --metrics-export-port={metrics}
         --dashboard-agent-listen-port={agent} --dashboard-agent-grpc-port={agent_grpc}"""
@@ -120,7 +120,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @contextmanager
 def started(options: str, environment: dict[str, str], log: Path) -> Iterator[None]:
-    """`ray start` with these options, for as long as the body runs."""
+    """Run `ray start` with these options until the body ends."""
     shared = ["--block", "--object-store-memory=150000000", "--min-worker-port=0", "--max-worker-port=0"]
     with log.open("w") as file:
         command = [str(BIN / "ray"), "start", *options.split(), *shared]
@@ -128,7 +128,7 @@ def started(options: str, environment: dict[str, str], log: Path) -> Iterator[No
     try:
         yield
     finally:
-        print(f"`ray start` {'is at work' if process.poll() is None else 'has ended'}: {log.read_text()[-3000:]}")
+        print(f"`ray start` {'is running' if process.poll() is None else 'has exited'}: {log.read_text()[-3000:]}")
         process.send_signal(signal.SIGTERM)
         process.wait(SECONDS)
 
@@ -148,7 +148,7 @@ def connected(address: str) -> JobSubmissionClient:
     return clients[0]
 
 
-def test_jobs_are_submitted_stopped_and_go_on(head: Head, tmp_path: Path) -> None:
+def test_jobs_are_submitted_stopped_and_resumed(head: Head, tmp_path: Path) -> None:
     routed = {"epochs": 1, "alpha_gflops": 0.0012, "lr": 0.01}
     config = tmp_path / "letters.yaml"
     tree = {
@@ -199,11 +199,11 @@ def test_jobs_are_submitted_stopped_and_go_on(head: Head, tmp_path: Path) -> Non
     registered, log = head.submit("jobs.register", "--config", str(config))
     assert head.client.get_job_status(registered) == JobStatus.SUCCEEDED, log
     assert "drnet version 1:" in log
-    assert (tmp_path / "runs" / "mlflow.db").exists(), "where it outlives the job"
+    assert (tmp_path / "runs" / "mlflow.db").exists(), "it outlives the job"
 
 
 @pytest.mark.chaos
-def test_the_doctor_looks_at_every_node(head: Head, tmp_path: Path) -> None:
+def test_the_doctor_checks_every_node(head: Head, tmp_path: Path) -> None:
     prepare("glyphs", tmp_path / "data", glyphs=GlyphSettings(20, 10, 32), num_processes=1)
     agent, agent_grpc, metrics = free_ports(3)
     options = f"""--address=127.0.0.1:{head.gcs_port} --node-ip-address=127.0.0.2 --num-cpus=1

@@ -1,21 +1,27 @@
-"""A real Ray Train run of two workers: all stages, finished, changed, registered, evaluated again."""
+"""A real Ray Train run of two workers: all stages, then rerun, changed, registered and evaluated again."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 import torch
 
 from datasets.beton import load_manifest, verify_betons
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
+from pipeline.cluster.connection import require_head
 from pipeline.cluster.driver import evaluate_run, train_run
 from pipeline.config.load import ConfigError, parse_config
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
-from pipeline.models.cost import Latency
+from pipeline.evaluation.joint import better
+from pipeline.evaluation.predictions import Predictions
+from pipeline.models.cost import Latency, measure_costs
+from pipeline.search.source import backbone_path
 from pipeline.serving.predict import classify_files
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.training.checkpoint import load_model
@@ -26,7 +32,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data: 203 generated letters to train on, so that the two ranks' parts of a batch differ."""
+    """Prepare 203 generated training letters, which give the two ranks unequal parts of a batch."""
     folder = tmp_path_factory.mktemp("training")
     glyphs = GlyphSettings(num_train=203, num_validation=50, image_size=64)
     prepare("glyphs", folder / "data", glyphs=glyphs, num_processes=1, show_progress=False)
@@ -67,8 +73,35 @@ def test_a_run_leaves_a_model_a_report_and_all_predictions(undisturbed: Config) 
     assert report["n"] == 50
     assert {row["id"] for row in report["rows"]} >= {"static-48", "static-32", "routed", "random", "oracle"}
     assert load_model(folder.model).classes == tuple("BCDEFGHKRS")
+    before, after, final = map(
+        Predictions.load, (folder.predictions_before_joint, folder.predictions_after_joint, folder.predictions)
+    )
+    kept = better(before, after, measure_costs(load_model(folder.model).model))
+    assert report["environment"]["joint stage"] == str(kept)
+    assert np.array_equal(final.logits_NRK, (after if kept.is_after else before).logits_NRK)
+    same = torch.equal(
+        *(load_model(file).model.backbone.network.fc.weight for file in (folder.model, folder.before_joint))
+    )
+    assert same != kept.is_after
+    backbone, routed = (load_model(file).model.state_dict() for file in (folder.backbone, folder.before_joint))
+    assert all(torch.equal(value, routed[name]) for name, value in backbone.items() if name.startswith("backbone."))
+    assert backbone_path(undisturbed) == folder.backbone
     epochs = [json.loads(line) for line in (folder.path / "progress.jsonl").read_text().splitlines()]
     assert [event["stage"] for event in epochs if "values" in event] == ["backbone"] * 6 + ["predictor", "joint"]
+
+
+def test_only_the_head_with_this_token_is_accepted(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_head(ray_cluster)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(ConnectionError, match=f"RAY_ADDRESS is {ray_cluster}, whose head refuses this token"):
+        require_head(ray_cluster)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ConnectionError, match="whose head needs a token"):
+        require_head(ray_cluster)
+    monkeypatch.undo()
+    (node,) = ray.nodes()
+    with pytest.raises(ConnectionError, match="something else listens there"):
+        require_head(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
 
 
 def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(undisturbed: Config, folder: Path) -> None:
@@ -79,11 +112,11 @@ def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(undisturbed: C
         train_run(config_of(folder, "undisturbed", seed=5))
 
 
-def test_a_diverged_run_says_so_and_is_not_tried_again(folder: Path, ray_cluster: str) -> None:
+def test_a_diverged_run_says_so_and_is_not_retried(folder: Path, ray_cluster: str) -> None:
     config = config_of(folder, "diverged", stages={"backbone": {"epochs": 1, "lr": 1e25}})
     with pytest.raises(ValueError, match="diverged in stage backbone, epoch 1 of 1, step 2 of 11") as caught:
         train_run(config)
-    assert "before it: none" in str(caught.value), "one sitting: the next would have ended as the first, three times"
+    assert "before it: none" in str(caught.value), "one attempt: three retries would end the same way"
     assert not RunFolder.of(config).finished.exists()
     seen = str(caught.value).partition(" To change")[0]
     record(Row("loss not finite", f"`error: {seen}`", "the run ends at once; nothing that is not finite is saved"))
@@ -120,7 +153,7 @@ def test_a_stage_starts_from_another_runs_model_and_the_data_from_its_address(
 
 
 def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(folder: Path, ray_cluster: str) -> None:
-    """They are there before it begins: as for a run that was interrupted, on a machine that is faster now."""
+    """They exist before it starts, as in a run that was interrupted on another machine."""
     config = config_of(
         folder,
         "timed",
@@ -158,7 +191,7 @@ def test_a_target_in_milliseconds_out_of_reach_ends_the_run_at_once(folder: Path
     assert Latency.load(RunFolder.of(config).latency).batch_size == 2
 
 
-def test_every_problem_is_told_before_ray_is_asked(tmp_path: Path) -> None:
+def test_every_problem_is_reported_before_ray_starts(tmp_path: Path) -> None:
     config = config_of(
         tmp_path,
         "wrong",

@@ -1,4 +1,4 @@
-"""Pictures for tests: smooth ones that JPEG keeps well, and every odd kind of file."""
+"""Pictures for tests: smooth ones that JPEG compresses well, and unusual files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def smooth_rgb(width: int = 64, height: int = 48, seed: int = 0) -> NDArray[np.uint8]:
-    """A colourful picture without fine detail: uint8 (height, width, 3)."""
+    """Draw a colorful picture without fine detail: uint8 (height, width, 3)."""
     grid = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -29,12 +29,12 @@ def jpeg(width: int = 64, height: int = 48, seed: int = 0, **options: object) ->
 
 
 def decoded(data: bytes) -> NDArray[np.int64]:
-    """The pixels of an image file as RGB, by Pillow."""
+    """Decode an image file to RGB with Pillow."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int64)
 
 
 def png_bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header promises 60,000 x 60,000 pixels."""
+    """Return a PNG of a few hundred bytes whose header says 60,000 x 60,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -46,7 +46,7 @@ def png_bomb() -> bytes:
 
 
 def write_class_folders(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """JPEGs ROOT/CLASS/NUMBER.jpg, all different."""
+    """Write JPEGs ROOT/CLASS/NUMBER.jpg, all different."""
     for label, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for number in range(count):

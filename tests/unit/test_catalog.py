@@ -11,7 +11,7 @@ from datasets.sources.index import SourceError
 from tests.unit.pictures import jpeg
 
 
-def test_catalogue_has_the_four_data_sets_with_what_a_user_asks_first():
+def test_catalog_describes_the_four_data_sets():
     assert set(CATALOG) == {"imagenet100", "imagefolder", "elpv", "glyphs"}
     for name, entry in CATALOG.items():
         assert find_dataset(name) is entry
@@ -21,7 +21,7 @@ def test_catalogue_has_the_four_data_sets_with_what_a_user_asks_first():
         assert entry.classes
         assert all(0 < value < 1 for value in (*entry.mean, *entry.std))
         assert set(entry.uses) <= set(SourceOptions.__dataclass_fields__)
-    with pytest.raises(ValueError, match="'cifar'; known are elpv, glyphs, imagefolder, imagenet100"):
+    with pytest.raises(ValueError, match="'cifar'; choose one of elpv, glyphs, imagefolder, imagenet100"):
         find_dataset("cifar")
 
 
@@ -33,7 +33,7 @@ def test_the_paper_s_100_categories():
 
 
 @pytest.mark.parametrize("name", ["imagenet100", "imagefolder"])
-def test_data_sets_that_need_a_source_say_so(name, tmp_path):
+def test_a_missing_source_is_an_error(name, tmp_path):
     with pytest.raises(SourceError, match=f"data.source is missing; {name}"):
         find_dataset(name).scan(SourceOptions(folder=tmp_path))
 
@@ -82,7 +82,7 @@ def test_elpv_errors_are_explained(tmp_path):
         elpv.scan_elpv(tmp_path / "b", 0.25, None, 0)
 
 
-def test_elpv_state_sees_labels_and_images(tmp_path):
+def test_elpv_state_changes_with_labels_and_images(tmp_path):
     write_cells(tmp_path, cells(8), 8)
     states = [elpv.scan_elpv(tmp_path, 0.25, None, 0).state]
     for name in ("labels.csv", "images/cell3.png"):

@@ -8,7 +8,7 @@ from datasets.loading.kernels import mark_changed, xxh64
 
 
 @pytest.mark.parametrize("size", [*range(70), 1000, 28_001])
-def test_it_is_xxh64(size):
+def test_checksum_is_xxh64(size):
     content = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     words = np.zeros(size // 8 + 1, np.uint64)
     words.view(np.uint8)[:size] = content

@@ -78,7 +78,7 @@ def test_the_papers_recipe_is_shipped():
     assert (stages.backbone.epochs, stages.backbone.step_epochs, stages.backbone.warmup_epochs) == (70, 20, 3)
     assert stages.joint is not None
     assert (stages.joint.epochs, stages.joint.step_epochs, stages.joint.eta) == (100, 30, 0.2)
-    assert stages.joint.predictor_lr_scale == 0.1
+    assert (stages.joint.predictor_lr_scale, stages.joint.norm_statistics) == (0.1, "routed")
     assert load_config("imagenet100").model.predictor.architecture == 1
     assert load_config("imagenet100-strong").model.predictor.architecture == 3
 

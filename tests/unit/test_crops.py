@@ -21,7 +21,7 @@ WHOLE = CenterCrop(1.0).parameters()
 def resized(
     image: Image.Image, box: tuple[float, float, float, float], side: int, mirrored: bool = False
 ) -> np.ndarray:
-    """The kernel's resize of a box (left, top, right, bottom), to the nearest grey levels."""
+    """Resize a box (left, top, right, bottom) with the kernel, to the nearest gray levels."""
     left, top, right, bottom = box
     planes = np.moveaxis(np.asarray(image), 2, 0).copy()
     levels = np.zeros((3, side, side), np.int16)
@@ -30,7 +30,7 @@ def resized(
 
 
 def decoded(jpegs: list[bytes], shapes: list[tuple[int, int]], sides: tuple[int, ...], crop=WHOLE, keys=None):
-    """Images by side, and the status, of JPEGs that lie one after another."""
+    """Decode JPEGs that are stored one after another; return images by side, and the status."""
     sizes = np.array([len(jpeg) for jpeg in jpegs])
     memory = Memory(sides, sides, len(jpegs))
     memory.status_N[:] = kernels.DECODED
@@ -44,7 +44,7 @@ def decoded(jpegs: list[bytes], shapes: list[tuple[int, int]], sides: tuple[int,
 
 
 def boxes(keys: np.ndarray, height: int, width: int, crop: RandomResizedCrop) -> np.ndarray:
-    """(top, left, height, width, mirrored) of every crop_epoch, float64 (N, 5)."""
+    """Return (top, left, height, width, mirrored) of every key, float64 (N, 5)."""
     return crop_boxes(keys, np.array([[height, width]] * len(keys)), crop.parameters())
 
 
@@ -102,7 +102,7 @@ def test_sides_show_the_same_crop():
 @pytest.mark.parametrize(
     ("fraction", "height", "width"), [(1, 127, 400), (2, 128, 400), (2, 255, 256), (4, 256, 256), (8, 512, 513)]
 )
-def test_dct_scale_leaves_enough_pixels_for_the_largest_side(fraction, height, width):
+def test_dct_fraction_leaves_enough_pixels_for_the_largest_side(fraction, height, width):
     assert kernels.dct_fraction(height, width, 64) == fraction
 
 
@@ -118,9 +118,9 @@ def test_decoding_at_a_fraction_shows_the_same_picture(fraction):
     expected = full.resize((64, 64), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     shifted = full.resize((64, 64), Image.Resampling.BILINEAR, box=(left + 2, top + 2, left + side, top + side))
     assert difference(out, np.asarray(expected)) < 7  # of chroma, a fraction leaves half as many pixels
-    grey = np.asarray(Image.fromarray(out).convert("L"))
-    assert difference(grey, np.asarray(expected.convert("L"))) < 0.6 * difference(
-        grey, np.asarray(shifted.convert("L"))
+    gray = np.asarray(Image.fromarray(out).convert("L"))
+    assert difference(gray, np.asarray(expected.convert("L"))) < 0.6 * difference(
+        gray, np.asarray(shifted.convert("L"))
     )
 
 
@@ -171,7 +171,7 @@ QUARTER_WIDTH = 5
 
 
 def subsampled(image: Image.Image, subsampling: int) -> bytes:
-    """A JPEG with one of libjpeg-turbo's kinds of chroma (TJSAMP), of which Pillow writes only some."""
+    """Encode a JPEG with any of libjpeg-turbo's subsamplings (TJSAMP); Pillow writes only some of them."""
     LIBRARY.tjInitCompress.restype = ctypes.c_void_p
     compressor = ctypes.c_void_p(LIBRARY.tjInitCompress())
     jpeg, size = ctypes.POINTER(ctypes.c_ubyte)(), ctypes.c_ulong()
@@ -216,14 +216,14 @@ def test_every_kind_of_jpeg_is_pillows_within_a_grey_level(settings, size):
 
 
 def above_the_middle(height: int) -> tuple[np.ndarray, tuple]:
-    """Views whose crops end well above the lower quarter of an image, and their crop."""
+    """Return keys whose crops end well above the lower quarter of an image, and their crop."""
     crop = RandomResizedCrop(scale=(0.1, 0.3)).parameters()
     keys = pack_keys(np.arange(200), seed=3, epoch=0)
     found = crop_boxes(keys, np.array([[height, height]] * 200), crop)
     return keys[found[:, 0] + found[:, 2] < 0.6 * height][:8], crop
 
 
-def test_rows_below_the_crop_are_left_out_and_change_nothing():
+def test_rows_below_the_crop_are_skipped_without_changing_pixels():
     image = photograph(320, 320, seed=8)
     # With restart markers every row is decoded: the same coefficients, and so the same pixels.
     left_out, complete = save(image), save(image, restart_marker_rows=1)
@@ -236,7 +236,7 @@ def test_rows_below_the_crop_are_left_out_and_change_nothing():
     assert all(np.array_equal(one, other) for one, other in zip(*outs, strict=True))
 
 
-def test_damage_is_seen_in_the_rows_that_are_shown():
+def test_damage_in_visible_rows_is_detected():
     good = save(photograph(320, 320, seed=9))
     keys, crop = above_the_middle(320)
     early, late = bytearray(good), bytearray(good)
@@ -282,7 +282,7 @@ def test_random_crop_stays_within_its_ranges():
     assert abs(mirrored.mean() - 0.5) < 0.05
 
 
-def test_random_crop_falls_back_to_the_centre():
+def test_random_crop_falls_back_to_the_center():
     wide = boxes(pack_keys(np.arange(3), 0, 0), 10, 1000, RandomResizedCrop(scale=(1.0, 1.0)))
     tall = boxes(pack_keys(np.arange(3), 0, 0), 1000, 10, RandomResizedCrop(scale=(1.0, 1.0)))
     assert wide[:, :4].tolist() == [[0, 493, 10, 13]] * 3
@@ -293,7 +293,7 @@ def test_flip_can_be_left_out():
     assert not boxes(pack_keys(np.arange(50), 0, 0), 50, 50, RandomResizedCrop(flip=False))[:, 4].any()
 
 
-def test_centre_crop_is_a_central_square_of_the_shorter_side():
+def test_center_crop_is_a_central_square_of_the_shorter_side():
     crop_epoch = pack_keys(np.arange(1), 0, 0)[0]
     assert crop_box(crop_epoch, 256, 301, CenterCrop(0.875).parameters()) == (16.0, 38.5, 224.0, 224.0, False)
 

@@ -1,4 +1,4 @@
-"""Views decoded once are the loader's, bit for bit, in any order."""
+"""Crops decoded once equal the loader's, bit for bit, in any order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def decoded_of(folder: Path, loader: MultiResolutionLoader, **about: Any) -> Dec
     return DecodedCrops(folder, loader.beton, about, crop_epochs=(0, 3), sides=SIDES)
 
 
-def test_decoded_views_are_what_the_loader_reads(tmp_path: Path, loader: MultiResolutionLoader):
+def test_decoded_crops_equal_the_loaders(tmp_path: Path, loader: MultiResolutionLoader):
     decoded = decoded_of(tmp_path, loader)
     decoded.fill(loader)
     assert decoded.num_samples == NUM_TRAIN
@@ -50,7 +50,7 @@ def test_one_side_alone_can_be_read(tmp_path: Path, loader: MultiResolutionLoade
     assert set(next(decoded.read(0, [np.arange(4)], sides=[24])).images) == {24}
 
 
-def test_what_is_there_is_not_decoded_again(tmp_path: Path, loader: MultiResolutionLoader):
+def test_existing_crops_are_not_decoded_again(tmp_path: Path, loader: MultiResolutionLoader):
     decoded_of(tmp_path, loader).fill(loader)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     next(iter(files)).unlink()
@@ -62,7 +62,7 @@ def test_what_is_there_is_not_decoded_again(tmp_path: Path, loader: MultiResolut
     assert len(list(tmp_path.rglob("*.npy"))) == 2 * len(files), "what depends on something else is elsewhere"
 
 
-def test_the_order_of_the_loaders_own_seed_is_its_order(tmp_path: Path, loader: MultiResolutionLoader):
+def test_the_loaders_seed_gives_the_loaders_order(tmp_path: Path, loader: MultiResolutionLoader):
     ordered = Ordered(loader, 8, shuffle=True, seed=0)
     assert (ordered.num_batches, ordered.num_samples) == (loader.num_batches, NUM_TRAIN)
     assert [ordered.global_size(step) for step in range(4)] == [loader.global_size(step) for step in range(4)]
@@ -74,7 +74,7 @@ def test_the_order_of_the_loaders_own_seed_is_its_order(tmp_path: Path, loader: 
         )
 
 
-def test_another_seed_is_another_order_of_the_same_crops(loader: MultiResolutionLoader):
+def test_another_seed_gives_another_order_of_the_same_crops(loader: MultiResolutionLoader):
     def shown(seed: int) -> dict[int, bytes]:
         epoch = Ordered(loader, 8, shuffle=True, seed=seed).epoch(1)
         return {
@@ -88,6 +88,6 @@ def test_another_seed_is_another_order_of_the_same_crops(loader: MultiResolution
     assert list(first) != list(second)
 
 
-def test_a_beton_that_is_missing_is_told(tmp_path: Path):
+def test_a_missing_beton_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match=r"train\.beton"):
         DecodedCrops(tmp_path, beton_path(tmp_path, TRAIN), {}, (0,), SIDES)

@@ -1,7 +1,9 @@
-"""pipeline/cluster/doctor.py: what the answers of nodes say, and what a node answers about a real folder."""
+"""pipeline/cluster/doctor.py: problems found in the nodes' answers, and a node's answer about real folders."""
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,20 +73,20 @@ def node(name: str, *, cpus: int = 4, gpus: int = 0, is_driver: bool = False, **
     return Node(name, is_driver, cpus, gpus, replace(fine, **changed))
 
 
-def test_equal_nodes_with_everything_are_fine() -> None:
+def test_equal_nodes_have_no_problems() -> None:
     nodes = [node("head", cpus=0, is_driver=True), node("a", gpus=1), node("b", gpus=1)]
     assert list(node_problems(config_of(), nodes, "digest")) == []
     assert list(thread_notes(config_of(), nodes)) == []
 
 
-def test_versions_that_differ_are_told_with_their_nodes() -> None:
+def test_different_versions_are_reported_with_their_nodes() -> None:
     other = {"python": "3.11.7", "torch": "2.12.0"}
     [problem] = node_problems(config_of(), [node("a"), node("b", versions=other), node("c")], "digest")
     assert problem.startswith("torch is not the same on every node: 2.13.0 on a, c; 2.12.0 on b.")
     assert "requirements.lock" in problem
 
 
-def test_a_problem_of_every_node_is_told_once() -> None:
+def test_a_problem_of_every_node_is_reported_once() -> None:
     nodes = [node("a", problems=["storage: none"]), node("b", problems=["storage: none", "token: open"])]
     assert list(node_problems(config_of(), nodes, "digest")) == [
         "storage: none (on every node)",
@@ -92,7 +94,7 @@ def test_a_problem_of_every_node_is_told_once() -> None:
     ]
 
 
-def test_other_data_on_a_node_is_told_and_data_is_not_asked_of_a_head_without_workers() -> None:
+def test_other_data_on_a_node_is_reported_and_a_head_without_workers_needs_none() -> None:
     nodes = [
         node("a", is_driver=True),
         node("b", data_digest="other"),
@@ -102,10 +104,10 @@ def test_other_data_on_a_node_is_told_and_data_is_not_asked_of_a_head_without_wo
     assert "other data than the driver's (digest digest) on b;" in problem
     assert "data.uri" in problem
     staged = config_of(data={"dataset": "glyphs", "folder": "/local", "uri": "file:///shared"})
-    assert list(node_problems(staged, nodes, "digest")) == [], "what is there is replaced"
+    assert list(node_problems(staged, nodes, "digest")) == [], "the node downloads the data again"
 
 
-def test_gpus_that_torch_does_not_see_are_told() -> None:
+def test_gpus_that_torch_does_not_see_are_reported() -> None:
     nodes = [replace(node("a"), gpus=2), replace(node("b", gpus=2))]
     [problem] = node_problems(
         config_of(), [replace(nodes[0], answer=replace(nodes[0].answer, gpus=1)), nodes[1]], "digest"
@@ -143,16 +145,16 @@ def test_workers_are_not_spread_over_nodes() -> None:
     assert "cluster.use_gpu=false" in problem
 
 
-def test_a_full_disk_is_told_before_staging(manifest: Manifest) -> None:
+def test_a_full_disk_is_reported_before_a_download(manifest: Manifest) -> None:
     config = config_of(data={"dataset": "glyphs", "folder": "/local", "uri": "file:///shared"})
     full = node("a", data_digest=None, data_free_bytes=10)
     held = node("b", data_digest=manifest.digest, data_free_bytes=10)
     [problem] = staging_problems(config, manifest, [full, held])
     assert "data.folder /local on a has 0.0 GB free" in problem
-    assert list(staging_problems(config_of(), manifest, [full])) == [], "nothing is copied"
+    assert list(staging_problems(config_of(), manifest, [full])) == [], "nothing is downloaded"
 
 
-def test_a_storage_without_space_for_checkpoints_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_without_space_for_checkpoints_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cluster={"storage": str(tmp_path)}, model={"backbone": "small_resnet"})
     assert list(space_problems(config)) == []
     monkeypatch.setattr("pipeline.cluster.doctor.free_bytes", lambda _: 1000)
@@ -164,10 +166,10 @@ def test_notes_on_memory_and_threads(manifest: Manifest) -> None:
     size = manifest.splits[TRAIN].size_bytes
     nodes = [node("a", memory_bytes=size - 1), node("b", memory_bytes=2 * size)]
     [note] = memory_notes(config_of(), manifest, nodes)
-    assert "larger than the memory of a:" in note
+    assert "larger than the memory of a, so reads are random" in note
     assert list(memory_notes(config_of(loader={"window_pages": 64}), manifest, nodes)) == []
     [note] = thread_notes(config_of(), [node("a", cpus=16)])
-    assert "Ray counts 16 CPUs on a, where processes may use 8" in note
+    assert "Ray counts 16 CPUs on a, but processes may use only 8" in note
     [note] = thread_notes(config_of(loader={"num_threads": 9}), [node("a")])
     assert "loader.num_threads 9" in note
 
@@ -192,7 +194,7 @@ def test_a_node_answers_about_its_folders(tmp_path: Path, data: Path, manifest: 
     assert found.versions["torch"].startswith("2.")
     assert found.memory_bytes > GB
     assert found.storage_free_bytes > 0
-    assert list((tmp_path / "runs").iterdir()) == [], "nothing is left behind"
+    assert list((tmp_path / "runs").iterdir()) == [], "no files remain"
 
 
 def test_a_node_with_another_storage_says_so(tmp_path: Path, data: Path) -> None:
@@ -200,14 +202,23 @@ def test_a_node_with_another_storage_says_so(tmp_path: Path, data: Path) -> None
     assert problem.startswith(f"cluster.storage {tmp_path / 'elsewhere'} is not the folder that the driver writes to")
 
 
-def test_a_node_without_data_says_so_unless_it_is_to_be_copied_there(tmp_path: Path) -> None:
+def test_a_storage_without_file_locks_is_reported(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:  # as some NFS and FUSE mounts do
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    [problem] = asked(tmp_path, data).problems
+    assert problem.startswith(f"cluster.storage {tmp_path / 'runs'} is on a file system without file locks (No locks")
+
+
+def test_a_node_without_data_reports_it_unless_the_data_has_an_address(tmp_path: Path) -> None:
     [problem] = asked(tmp_path, tmp_path / "none").problems
     assert problem.startswith("data.folder:")
     assert "jobs.prepare" in problem
     assert asked(tmp_path, tmp_path / "none", data_uri="file:///somewhere").problems == []
 
 
-def test_damaged_data_and_an_unreachable_address_are_found_by_looking_well(
+def test_damaged_data_and_an_unreachable_address_are_found_by_the_thorough_check(
     tmp_path: Path, data: Path, manifest: Manifest
 ) -> None:
     broken = tmp_path / "broken"
@@ -221,7 +232,7 @@ def test_damaged_data_and_an_unreachable_address_are_found_by_looking_well(
     assert problem.startswith("data.uri: ")
 
 
-def test_a_server_that_is_away_is_told(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_reported(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     [problem] = asked(tmp_path, data, tracking_uri="http://me:secret@127.0.0.1:9", thorough=True).problems
     assert problem.startswith("MLflow at http://me:***@127.0.0.1:9 says:")
@@ -229,7 +240,7 @@ def test_a_server_that_is_away_is_told(tmp_path: Path, data: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_know_the_host_name_is_told(tmp_path: Path, data: Path) -> None:
+def test_a_server_that_refuses_the_host_name_is_reported(tmp_path: Path, data: Path) -> None:
     server = Server(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
     server.start()
     try:
@@ -242,12 +253,12 @@ def test_a_server_that_does_not_know_the_host_name_is_told(tmp_path: Path, data:
     assert "tart the server with --allowed-hosts naming the host that is used here" in problem
 
 
-def test_a_token_that_others_can_read_is_told(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_others_can_read_is_reported(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = tmp_path / "token"
     token.write_text("a" * 64)
     token.chmod(0o644)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    assert asked(tmp_path, data).problems == [], "the token of RAY_AUTH_TOKEN is taken"
+    assert asked(tmp_path, data).problems == [], "RAY_AUTH_TOKEN is used"
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     [problem] = asked(tmp_path, data).problems
     assert problem.endswith(f"chmod 600 {token}")

@@ -9,7 +9,7 @@ import pytest
 from datasets.files import whole_file, write_whole
 
 
-def test_a_file_that_could_not_be_written_leaves_the_old_one_and_takes_no_room(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_uses_no_space(tmp_path: Path) -> None:
     def fill_the_disk() -> None:
         with whole_file(tmp_path / "state") as file:
             file.write(b"half")

@@ -1,4 +1,4 @@
-"""The gate's decision, by cases that a sceptic would ask about."""
+"""The gate's decision in the cases that a skeptic would ask about."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.unit.evaluation_cases import easy_and_hard, predictions_of
 
 
 def answers(num_images: int, wrong: range, gflops: float = 1.0, digest: str = "d1") -> Answers:
-    """Right everywhere but at the images of `wrong`."""
+    """Returns answers that are correct except for the images of `wrong`."""
     return Answers(digest, np.arange(num_images), ~np.isin(np.arange(num_images), wrong), gflops)
 
 
@@ -24,18 +24,18 @@ CHAMPION = answers(5000, range(500))
     [
         (answers(5000, range(500)), Bounds(), []),
         (answers(5000, range(400)), Bounds(), []),
-        # 10 lost, 5 gained: -0.1 points, within chance and surely no loss of a point.
+        # 10 lost, 5 gained: -0.1 points, within chance and certainly no loss of a point.
         (answers(5000, range(5, 510)), Bounds(), []),
         # 60 lost: 1.2 points, proven.
         (answers(5000, range(560)), Bounds(), ["less accurate: -1.20"]),
         # 30 lost: 0.6 points, proven too, though the interval excludes a whole point.
         (answers(5000, range(530)), Bounds(), ["less accurate: -0.60"]),
-        # A loss that is proven but accepted is no objection; one that may be larger than accepted is.
+        # A proven loss within the bound is no objection; one that may exceed the bound is.
         (answers(5000, range(530)), Bounds(max_accuracy_drop=1), []),
         (answers(5000, range(560)), Bounds(max_accuracy_drop=1), ["more than 1 points is not excluded"]),
         (answers(5000, range(560)), Bounds(max_accuracy_drop=2), []),
         (answers(5000, range(500)), Bounds(max_accuracy_drop=0), ["more than 0 points is not excluded"]),
-        # 500 lost and 500 gained: level, but so different that 5,000 images leave more than a point open.
+        # 500 lost and 500 gained: equal, but so different that 5,000 images do not exclude a loss of a point.
         (answers(5000, range(500, 1000)), Bounds(), ["more than 1 points is not excluded"]),
         (answers(5000, range(500), gflops=1.02), Bounds(), ["costs 2 % more GFLOPs, and 0 % more is allowed"]),
         (answers(5000, range(500), gflops=1.02), Bounds(max_gflops_increase=2.5), []),
@@ -51,7 +51,7 @@ def test_decisions(challenger, bounds, expected):
 
 
 def test_ten_images_prove_nothing():
-    """Neither that it is worse nor that it is not: McNemar's test alone would let a loss of 30 points pass."""
+    """McNemar's test alone would accept a loss of 30 points."""
     found = compare_answers(answers(10, range(3)), answers(10, range(0)))
     assert found.mcnemar_p > 0.05
     (objection,) = objections(found, Bounds())
@@ -60,7 +60,7 @@ def test_ten_images_prove_nothing():
     assert objections(compare_answers(answers(10, range(0)), answers(10, range(0))), Bounds())
 
 
-def test_the_champion_itself_is_not_refused_where_there_are_images_enough():
+def test_the_champion_itself_is_accepted_with_enough_images():
     assert objections(compare_answers(answers(300, range(9)), answers(300, range(9))), Bounds()) == []
 
 
@@ -76,8 +76,8 @@ def test_the_difference_is_paired():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (replace(CHAMPION, data_digest="d2"), r"other data \(digest d1 and d2\)"),
-        (replace(CHAMPION, indices_N=np.arange(5000) + 1), "other images of the same data"),
+        (replace(CHAMPION, data_digest="d2"), r"different data \(digests d1 and d2\)"),
+        (replace(CHAMPION, indices_N=np.arange(5000) + 1), "different images of the same data"),
         (answers(4999, range(500)), r"5,000 and 4,999"),
     ],
 )
@@ -87,14 +87,14 @@ def test_other_images_are_not_compared(other, message):
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-def test_a_bound_that_is_none_is_refused(value):
+def test_an_impossible_bound_is_refused(value):
     with pytest.raises(ValueError, match="max_accuracy_drop is"):
         Bounds(max_accuracy_drop=value)
     with pytest.raises(ValueError, match="max_gflops_increase is"):
         Bounds(max_gflops_increase=value)
 
 
-def test_answers_are_those_at_the_chosen_resolution_and_survive_the_disk(tmp_path):
+def test_answers_are_those_at_the_chosen_resolution_and_can_be_saved(tmp_path):
     correct_NR, chosen_N, _ = easy_and_hard(200, skill=0.5)
     made = Answers.of(predictions_of(correct_NR, chosen_N), "digest", 0.25)
     made.save(tmp_path / "answers.npz")
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_named(tmp_path):
     CHAMPION.save(tmp_path / "answers.npz")
     content = (tmp_path / "answers.npz").read_bytes()
     (tmp_path / "answers.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"answers\.npz does not hold a model's answers"):
+    with pytest.raises(ValueError, match=r"answers\.npz is not a file of model answers"):
         Answers.load(tmp_path / "answers.npz")
 
 
@@ -117,5 +117,5 @@ def test_the_table_shows_both():
     lines = comparison_table(compare_answers(answers(5000, range(530), 0.9), CHAMPION), "new", "old").splitlines()
     assert lines[0].split() == ["old", "new", "difference"]
     assert lines[1].split()[1:6] == ["90.00", "%", "89.40", "%", "-0.60"]
-    assert lines[2].split() == ["right", "alone", "30", "0", "McNemar", "p", "<", "0.001"]
+    assert lines[2].split() == ["only", "it", "correct", "30", "0", "McNemar", "p", "<", "0.001"]
     assert lines[3].split() == ["GFLOPs", "1.00", "0.900", "-10.0", "%"]

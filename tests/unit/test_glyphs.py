@@ -54,9 +54,9 @@ def test_heights_are_log_uniform_over_the_given_range_and_alike_in_every_class()
 def test_height_is_that_of_the_ink():
     measured, true = [], []
     for index in range(60):
-        grey = render(GlyphSettings(), "train", index).astype(float).mean(2)
+        gray = render(GlyphSettings(), "train", index).astype(float).mean(2)
         # The letter has by far the strongest edges, so they are in its rows and in no others.
-        rows = np.flatnonzero(np.abs(np.diff(grey, axis=1)).max(1) > 40)
+        rows = np.flatnonzero(np.abs(np.diff(gray, axis=1)).max(1) > 40)
         if len(rows) > 1:
             measured.append((np.ptp(rows) + 1) / 128)
             true.append(glyph_height(GlyphSettings(), "train", index))
@@ -97,7 +97,7 @@ def test_generating_again_leaves_complete_images_and_replaces_others(tmp_path):
     assert is_generated(tmp_path, fewer)
 
 
-def test_files_of_others_are_never_removed(tmp_path):
+def test_files_that_were_not_generated_are_never_removed(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
     with pytest.raises(SourceError, match="not generated"):
         generate(tmp_path, SMALL, 1)

@@ -21,7 +21,7 @@ NUM_VALIDATION = 12
 
 
 def train_images():
-    """{wnid: {file name: bytes}}, with a class that is not among CLASSES."""
+    """Return {wnid: {file name: bytes}}, with one class that is not among CLASSES."""
     return {
         wnid: {f"{wnid}_{n}.JPEG": jpeg(seed=10 * label + n) for n in range(PER_CLASS)}
         for label, wnid in enumerate([*CLASSES, OTHER])
@@ -29,7 +29,7 @@ def train_images():
 
 
 def validation_images():
-    """[(wnid, file name, bytes)] in the order of the ground truth; the numbers say nothing about the class."""
+    """Return [(wnid, file name, bytes)] in the order of the ground truth, with the classes mixed."""
     order = [*CLASSES, OTHER] * (NUM_VALIDATION // 4)
     return [
         (wnid, f"ILSVRC2012_val_{n:08d}.JPEG", jpeg(seed=500 + n)) for n, wnid in enumerate(reversed(order), start=1)
@@ -177,7 +177,7 @@ def test_every_layout_gives_the_same_choice(tmp_path, layout):
     assert contents(chosen[0].splits["train"]) != contents(scan(tmp_path / "tars", 2, 4).read_index().splits["train"])
 
 
-def test_missing_classes_are_all_named(tmp_path):
+def test_all_missing_classes_are_named(tmp_path):
     arranged_tree(tmp_path)
     shutil.rmtree(tmp_path / "train" / CLASSES[0])
     shutil.rmtree(tmp_path / "train" / CLASSES[2])
@@ -204,7 +204,7 @@ def test_validation_without_ground_truth_is_explained(tmp_path):
         scan(tmp_path)
 
 
-def test_validation_images_that_the_ground_truth_does_not_know_are_named(tmp_path):
+def test_validation_images_without_ground_truth_are_named(tmp_path):
     arranged_tree(tmp_path)
     shutil.rmtree(tmp_path / "val")
     write_flat_validation(tmp_path / "val")
@@ -216,7 +216,7 @@ def test_validation_images_that_the_ground_truth_does_not_know_are_named(tmp_pat
 
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
 @pytest.mark.parametrize("left", [0.45, 0.001])
-def test_tars_that_are_cut_short_are_named(tmp_path, name, left):
+def test_truncated_tars_are_named(tmp_path, name, left):
     official_tars(tmp_path)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * left)])
@@ -232,7 +232,7 @@ def test_tars_are_read_in_place(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_state_sees_changed_tars_and_labels(tmp_path):
+def test_state_changes_with_tars_and_labels(tmp_path):
     official_tars(tmp_path)
     states = [scan(tmp_path).state]
     for name in sorted(tmp_path.iterdir()):

@@ -21,7 +21,7 @@ from tests.betons import photograph
 from tests.unit.pictures import decoded, encoded, jpeg, png_bomb, smooth_rgb
 
 RGB = smooth_rgb()
-GREY = np.asarray(Image.fromarray(RGB).convert("L"))
+GRAY = np.asarray(Image.fromarray(RGB).convert("L"))
 
 
 def with_orientation(value: int, **size: int) -> bytes:
@@ -46,11 +46,11 @@ def closeness(left: np.ndarray, right: np.ndarray) -> float:
         jpeg(),
         jpeg(progressive=True),
         jpeg(subsampling=0),
-        encoded(Image.fromarray(GREY), quality=95),
+        encoded(Image.fromarray(GRAY), quality=95),
         with_orientation(1),
         jpeg() + b"bytes after the end of the image",
     ],
-    ids=["baseline", "progressive", "4:4:4", "grey", "upright by EXIF", "trailing bytes"],
+    ids=["baseline", "progressive", "4:4:4", "gray", "upright by EXIF", "trailing bytes"],
 )
 def test_jpegs_that_fit_are_kept_byte_for_byte(data):
     stored = store_image(data, 48, 1)
@@ -58,7 +58,7 @@ def test_jpegs_that_fit_are_kept_byte_for_byte(data):
     assert (stored.width, stored.height) == (64, 48)
 
 
-def test_checking_the_header_alone_finds_what_is_cut_short_and_leaves_the_rest_to_the_loader():
+def test_the_header_check_finds_truncation_only():
     data = jpeg()
     damaged = data[: len(data) // 2] + b"\xff\xd9" + data[len(data) // 2 :]
     with pytest.raises(BadImageError, match="damaged JPEG"):
@@ -87,7 +87,7 @@ def test_resizing_is_antialiased():
 
 ODD_KINDS = {
     "png": (encoded(Image.fromarray(RGB), "PNG"), RGB),
-    "grey png": (encoded(Image.fromarray(GREY), "PNG"), np.repeat(GREY[..., None], 3, 2)),
+    "gray png": (encoded(Image.fromarray(GRAY), "PNG"), np.repeat(GRAY[..., None], 3, 2)),
     "cmyk jpeg": (encoded(Image.fromarray(RGB).convert("CMYK"), quality=95), RGB),
     "palette": (
         encoded(Image.fromarray(RGB).quantize(256), "PNG"),
@@ -97,17 +97,17 @@ ODD_KINDS = {
     "webp": (encoded(Image.fromarray(RGB), "WEBP", lossless=True), RGB),
     "bmp": (encoded(Image.fromarray(RGB), "BMP"), RGB),
     "tiff": (encoded(Image.fromarray(RGB), "TIFF"), RGB),
-    "16 bits": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG"), np.repeat(GREY[..., None], 3, 2)),
-    "16-bit tiff": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"), np.repeat(GREY[..., None], 3, 2)),
+    "16 bits": (encoded(Image.fromarray(GRAY.astype(np.uint16) * 257), "PNG"), np.repeat(GRAY[..., None], 3, 2)),
+    "16-bit tiff": (encoded(Image.fromarray(GRAY.astype(np.uint16) * 257), "TIFF"), np.repeat(GRAY[..., None], 3, 2)),
     "1 bit": (
-        encoded(Image.fromarray(GREY > 127), "PNG"),
-        np.repeat(np.where(GREY > 127, 255, 0)[..., None], 3, 2),
+        encoded(Image.fromarray(GRAY > 127), "PNG"),
+        np.repeat(np.where(GRAY > 127, 255, 0)[..., None], 3, 2),
     ),
 }
 
 
 @pytest.mark.parametrize("kind", ODD_KINDS)
-def test_other_kinds_become_the_rgb_they_mean(kind):
+def test_other_formats_are_converted_to_rgb(kind):
     data, expected = ODD_KINDS[kind]
     stored = store_image(data, None, 98)
     assert stored.jpeg != data
@@ -125,7 +125,7 @@ def test_alpha_is_composed_over_white(mode):
     assert abs(pixels[:, 40:] - 40).max() < 10
 
 
-def test_palette_with_a_transparent_colour_is_composed_over_white():
+def test_palette_with_a_transparent_color_is_composed_over_white():
     image = Image.new("P", (64, 48), 0)
     image.putpalette([10, 20, 30, 200, 50, 50])
     image.paste(1, (32, 0, 64, 48))
@@ -159,11 +159,11 @@ def test_exif_orientation_is_applied_and_not_kept(orientation):
 
 
 def test_grey_jpegs_that_are_turned_stay_grey():
-    image = Image.fromarray(GREY)
+    image = Image.fromarray(GRAY)
     exif = image.getexif()
     exif[0x0112] = 6
     stored = store_image(encoded(image, exif=exif, quality=95), None, 95)
-    assert closeness(decoded(stored.jpeg), np.repeat(GREY.T[:, ::-1, None], 3, 2)) < 3
+    assert closeness(decoded(stored.jpeg), np.repeat(GRAY.T[:, ::-1, None], 3, 2)) < 3
     assert Image.open(io.BytesIO(stored.jpeg)).mode == "L"
 
 
@@ -173,7 +173,7 @@ def test_jpegs_larger_than_a_page_of_a_beton_are_encoded_again():
     assert closeness(decoded(stored.jpeg), RGB) < 3
 
 
-def test_damaged_exif_is_no_reason_to_refuse_sound_pixels():
+def test_damaged_exif_is_ignored():
     data = with_orientation(6)
     start = data.index(b"Exif\0\0") + 6
     broken = data[:start] + b"\xff" * 8 + data[start + 8 :]
@@ -236,7 +236,7 @@ def jpeg_bomb() -> bytes:
         (png_bomb(), f"more than {MAX_PIXELS:,} pixels"),
         (jpeg_bomb(), f"60000x60000 is more than {MAX_PIXELS:,} pixels"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating point"),
-        (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "do not fit 16 bits"),
+        (encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "do not fit into 16 bits"),
     ],
     ids=[
         *("empty", "text", "jpeg start only", "truncated", "zeros", "cut and ended", "no end marker", "cmyk truncated"),
@@ -250,7 +250,7 @@ def test_bad_images_are_refused_with_a_reason(data, reason):
 
 @pytest.mark.parametrize("bad", [twelve_bit_jpeg(), truncated_in_the_middle(), b"\xff\xd8\xff\xe0 and then words" * 9])
 @pytest.mark.parametrize("max_side", [None, 24])
-def test_a_bad_image_does_no_harm_to_the_next(bad, max_side):
+def test_a_bad_image_does_not_affect_the_next(bad, max_side):
     good = store_image(jpeg(), max_side, 95)
     with pytest.raises(BadImageError):
         store_image(bad, max_side, 95)
@@ -263,13 +263,13 @@ def test_extreme_shapes_survive(size):
     assert (stored.width, stored.height) == size
 
 
-def test_sides_that_no_jpeg_can_have_are_refused():
+def test_sides_too_long_for_a_jpeg_are_refused():
     with pytest.raises(BadImageError, match="at most 65500"):
         store_image(encoded(Image.new("L", (65_501, 1)), "PNG"), None, 90)
 
 
 def test_sums_give_mean_and_deviation_of_the_pixels():
-    images = [jpeg(), jpeg(40, 30, seed=1), encoded(Image.fromarray(GREY))]
+    images = [jpeg(), jpeg(40, 30, seed=1), encoded(Image.fromarray(GRAY))]
     pixels_NC = np.concatenate([decoded(image).reshape(-1, 3) for image in images]) / 255
     mean, std = channel_statistics(pixel_sums(images[0]) + pixel_sums(images[1]) + pixel_sums(images[2]))
     assert mean == pytest.approx(pixels_NC.mean(0), abs=1e-6)
@@ -295,9 +295,9 @@ def verdict(read, data: bytes) -> str:
         {"kind": "L"},
         {"kind": "CMYK"},
     ],
-    ids=["4:2:0", "4:4:4", "progressive", "own tables", "restart markers", "grey", "cmyk"],
+    ids=["4:2:0", "4:4:4", "progressive", "own tables", "restart markers", "gray", "cmyk"],
 )
-def test_verification_finds_what_decoding_every_pixel_finds(options):
+def test_verify_finds_the_damage_that_decoding_finds(options):
     kind = options.pop("kind", "RGB")
     data = encoded(photograph(120, 90, 1).convert(kind), "JPEG", **{"quality": 90, **options})
     rng = np.random.default_rng(0)
@@ -314,7 +314,7 @@ def test_verification_finds_what_decoding_every_pixel_finds(options):
 
 
 def muted_photograph(width: int, height: int) -> Image.Image:
-    """A photograph whose colours have as little fine detail as those of real ones."""
+    """Make a photograph whose colors have as little fine detail as real ones."""
     image = photograph(width, height, 3)
     return Image.blend(image.convert("L").convert("RGB"), image, 0.2)
 
@@ -325,7 +325,7 @@ def luma(data: bytes | Image.Image) -> np.ndarray:
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
 @pytest.mark.parametrize("size", [(400, 300), (333, 401)])
-def test_resizing_brightness_and_colours_apart_gives_pillows_pixels(size, subsampling):
+def test_resizing_planes_gives_pillows_pixels(size, subsampling):
     for image, max_side in product((muted_photograph(*size), Image.fromarray(smooth_rgb(*size))), (299, 200, 151)):
         original = encoded(image, "JPEG", quality=95, subsampling=subsampling)
         stored = store_image(original, max_side, 100)
@@ -336,7 +336,7 @@ def test_resizing_brightness_and_colours_apart_gives_pillows_pixels(size, subsam
 
 
 @pytest.mark.parametrize(("max_side", "num_pixels"), [(75, 4), (74, 4), (37, 16), (18, 64)])
-def test_what_shrinks_much_is_decoded_small_without_harm(max_side, num_pixels, monkeypatch):
+def test_strong_downscaling_decodes_at_a_fraction(max_side, num_pixels, monkeypatch):
     original, scales = encoded(photograph(400, 300, 5), "JPEG", quality=95), []
     decode_planes = turbojpeg.decode_planes
     monkeypatch.setattr(
@@ -356,7 +356,7 @@ def test_grey_jpegs_that_are_resized_stay_grey():
     assert closeness(luma(stored.jpeg), np.asarray(expected)) < 1
 
 
-def test_orientation_is_found_behind_other_metadata():
+def test_orientation_is_found_after_other_metadata():
     turned = with_orientation(6)
     icc = encoded(Image.fromarray(RGB), icc_profile=b"Exif" * 9_000, quality=95)
     start = icc.index(b"\xff\xe2")

@@ -12,7 +12,7 @@ from pipeline.tracking.journal import JOURNAL_FILE, Journal, artifacts_record, m
 SERVER = "http://server"
 
 
-def test_records_come_back_in_order_with_their_places(tmp_path):
+def test_records_are_read_in_order_with_their_offsets(tmp_path):
     journal = Journal(tmp_path)
     records = [metrics_record("backbone", {"loss": 0.1 + step}, step, since_ms=5) for step in range(3)]
     for record in records:
@@ -50,7 +50,7 @@ def test_a_line_that_is_still_being_written_is_not_read(tmp_path):
     assert [place for place, _ in journal.read()] == [whole]
 
 
-def test_a_torn_line_costs_only_itself(tmp_path, caplog):
+def test_a_torn_line_loses_only_itself(tmp_path, caplog):
     journal = Journal(tmp_path)
     first, second = artifacts_record("a", None), artifacts_record("b", None)
     journal.append(first)
@@ -90,14 +90,14 @@ def test_delivery_is_remembered_for_one_server(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"server": "http://server"}'])
-def test_a_damaged_place_means_everything_is_sent_again(tmp_path, content):
+def test_a_damaged_offset_sends_everything_again(tmp_path, content):
     journal = Journal(tmp_path)
     journal.append(artifacts_record("a", None))
     (tmp_path / f"{JOURNAL_FILE}.delivered").write_text(content)
     assert journal.delivered(SERVER) == 0
 
 
-def test_a_journal_shorter_than_its_place_is_sent_from_the_start(tmp_path):
+def test_a_journal_shorter_than_its_offset_is_sent_from_the_start(tmp_path):
     journal = Journal(tmp_path)
     journal.append(artifacts_record("a", None))
     journal.set_delivered(SERVER, 10_000)

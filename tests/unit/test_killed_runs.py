@@ -1,4 +1,4 @@
-"""A run that SIGKILL ends after any step, or while it computes a logit table, has the bits of an undisturbed one."""
+"""A run that is killed after any step, or while it computes a logit table, ends with the bits of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Pair | Non
 
 
 @pytest.mark.parametrize("ranks", PAIRS)
-def test_the_undisturbed_run_takes_every_step(runs: dict, ranks: int) -> None:
+def test_the_undisturbed_run_trains_every_step(runs: dict, ranks: int) -> None:
     found = runs[ranks, None]
     assert found["ended"] == [[0] * ranks]
     taken = {tuple(json.loads(event)[0]) for event in found["events"]}
@@ -45,10 +45,10 @@ def test_a_killed_run_ends_with_the_same_bits(runs: dict, ranks: int, pair: Pair
     assert 0 not in killed
     assert finished == [0] * ranks
     assert found["sha256"] == expected["sha256"]
-    assert found["events"] == expected["events"], "every step's loss and every epoch's metrics, of both sittings"
+    assert found["events"] == expected["events"], "every step's loss and every epoch's metrics, of both attempts"
 
 
-def test_runs_go_on_from_within_epochs(runs: dict) -> None:
-    names = {found["went_on_from"] for found in runs.values()}
+def test_runs_resume_within_epochs(runs: dict) -> None:
+    names = {found["resumed_from"] for found in runs.values()}
     within = {"checkpoint_0001_000002_backbone", "checkpoint_0003_000002_predictor", "checkpoint_0004_000002_joint"}
     assert {"nothing", "checkpoint_0002_000000_backbone"} | within <= names

@@ -20,7 +20,7 @@ from pipeline.training.monitoring import collapse_warning
 from pipeline.training.objectives import build_objective
 from pipeline.training.run import costs_of_run, refuse_unreachable
 from tests.small import batch_of, small_model
-from tests.unit.evaluation_cases import CLASSES, COSTS, PERFECT, predictions_of
+from tests.unit.evaluation_cases import CLASSES, COSTS, PERFECT, evaluation_of, predictions_of
 
 LATENCY = Latency((3.0, 2.0, 1.0), 0.1, 8, "float32", "the CPU", 2, "2.13")
 # Time is not FLOPs: the smallest resolution saves less than it should.
@@ -99,11 +99,7 @@ def test_a_target_out_of_reach_is_refused_with_what_was_measured(tmp_path):
 @pytest.mark.parametrize(
     ("cost", "stage", "message"),
     [
-        (
-            "milliseconds",
-            {"alpha_gflops": 1.0},
-            "alpha_gflops is given, but cost is milliseconds. Give alpha_millisec",
-        ),
+        ("milliseconds", {"alpha_gflops": 1.0}, "alpha_gflops is given, but cost is milliseconds. Give alpha_millisec"),
         ("flops", {"alpha_milliseconds": 1.0}, "alpha_milliseconds is given, but cost is flops. Give alpha_gflops"),
         ("flops", {"alpha_gflops": 1.0, "alpha_start_milliseconds": 2}, "alpha_start_milliseconds is given, but cost"),
         ("milliseconds", {}, r"alpha_gflops is missing \(alpha_milliseconds if cost is milliseconds\)"),
@@ -137,7 +133,9 @@ def test_a_collapse_is_explained_in_the_runs_unit():
 
 
 def timed_report(costs: Costs = TIMED) -> dict:
-    return build_report(predictions_of(*PERFECT), costs, classes=CLASSES, attributes={}, name="run", context={})
+    return build_report(
+        evaluation_of(predictions_of(*PERFECT), costs), classes=CLASSES, attributes={}, name="run", context={}
+    )
 
 
 def test_a_report_compares_by_time_and_still_says_gflops():
@@ -148,7 +146,7 @@ def test_a_report_compares_by_time_and_still_says_gflops():
     assert routed["mean_gflops"] == by_flops["headline"]["mean_gflops"] == by_flops["headline"]["mean_cost"]
     assert "of the time of static 96 px" in report["verdict"]
     assert "at equal time" in report["verdict"]
-    line = next(row for row in report["rows"] if row["kind"] == "interpolation")
+    line = next(row for row in report["rows"] if row["kind"] == "envelope")
     assert line["mean_cost"] == pytest.approx(routed["mean_cost"])
     assert report["comparisons"]["static-96"]["cost_ratio"] == pytest.approx(routed["mean_cost"] / 3.0)
     assert report["costs"]["unit"] == "milliseconds"

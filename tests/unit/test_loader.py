@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    """Of many sizes, some of which are decoded at a fraction, one of them grey."""
+    """Images of many sizes, some decoded at a fraction, one of them gray."""
     made = [photograph(50 + 7 * index, 150 - 3 * index, seed=index) for index in range(NUM_SAMPLES)]
     return [*made[:4], made[4].convert("L"), *made[5:]]
 
@@ -36,10 +36,10 @@ def beton(images, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def damaged(beton, tmp_path):
-    """Copies of the beton some of whose JPEGs are other bytes; returns a function of what to do to them."""
+    """Return a function that copies the beton and changes the bytes of some JPEGs."""
 
     def damage(change, samples=(11,), known: bool = True) -> Path:
-        """`known`: the checksums are those of the other bytes, as if the beton had been written with them."""
+        """With `known`, the checksums match the changed bytes, as if the beton had been written with them."""
         copy, layout = tmp_path / "damaged.beton", read_layout(beton)
         data = bytearray(beton.read_bytes())
         for index in samples:
@@ -60,7 +60,7 @@ def load(beton: Path, **changes) -> MultiResolutionLoader:
 
 
 def digests(loader: MultiResolutionLoader, epoch: int, **arguments) -> dict[int, str]:
-    """Sample index -> hash of its pixels at every side; in the order of the epoch."""
+    """Return sample index -> hash of its pixels at every side, in the order of the epoch."""
     return digests_of(loader.epoch(epoch, **arguments))
 
 
@@ -81,7 +81,7 @@ def loader_threads() -> list[threading.Thread]:
 
 
 def assert_threads_end() -> None:
-    """Threads were told to end: each finishes the images it is at."""
+    """Wait for threads that are stopping: each finishes its current images."""
     for thread in loader_threads():
         thread.join(timeout=20)
     assert not loader_threads()
@@ -112,7 +112,7 @@ def test_other_epochs_and_seeds_show_other_pixels(beton):
     assert different > 3 * NUM_SAMPLES - 5  # the narrowest images have one fallback crop and its mirror image
 
 
-def test_a_resumed_epoch_goes_on_with_the_same_batches(beton):
+def test_a_resumed_epoch_has_the_same_remaining_batches(beton):
     loader = load(beton)
     whole = [(batch.indices.tolist(), digest(batch)) for batch in loader.epoch(2)]
     resumed = [(batch.indices.tolist(), digest(batch)) for batch in loader.epoch(2, start_step=2)]
@@ -139,7 +139,7 @@ def test_batches_have_shapes_labels_and_indices(beton):
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
 
 
-def test_validation_shows_the_centre_as_pillow_resizes_it(images, beton, tmp_path):
+def test_validation_shows_the_center_as_pillow_resizes_it(images, beton, tmp_path):
     for batch in load(beton, sides=[80], shuffle=False, crop=CenterCrop(0.875)).epoch(0):
         for index, pixels in zip(batch.indices.tolist(), batch.images[80], strict=True):
             (tmp_path / "image.jpg").write_bytes(read_jpeg(beton, index))
@@ -164,7 +164,7 @@ def test_labels_and_indices_outlive_their_batch(beton):
 
 
 @pytest.mark.parametrize("batches_ahead", [1, 2])
-def test_a_batch_keeps_its_pixels_until_the_next_one_is_asked_for(beton, batches_ahead):
+def test_a_batch_is_valid_until_the_next_one_is_requested(beton, batches_ahead):
     loader = load(beton, batch_size=4, batches_ahead=batches_ahead)
     expected = [digest(batch) for batch in loader.epoch(0)]
     epoch = loader.epoch(0)
@@ -175,7 +175,7 @@ def test_a_batch_keeps_its_pixels_until_the_next_one_is_asked_for(beton, batches
         assert digest(batch) == expected[step]
 
 
-def test_two_passes_at_once_do_not_disturb_each_other(beton):
+def test_two_concurrent_passes_are_independent(beton):
     loader = load(beton, num_threads=2)
     expected = [digest(batch) for batch in loader.epoch(0)], [digest(batch) for batch in loader.epoch(1)]
     pairs = [(digest(one), digest(other)) for one, other in zip(loader.epoch(0), loader.epoch(1), strict=True)]
@@ -206,7 +206,7 @@ def test_a_damaged_jpeg_is_an_error_that_names_it(damaged, change):
 
 
 def flipped_bit(jpeg: bytearray) -> bytearray:
-    """One bit in the middle of the coefficients, of which libjpeg-turbo says nothing here."""
+    """Flip one bit in the middle of the coefficients, which libjpeg-turbo does not notice here."""
     jpeg[len(jpeg) * 2 // 3] ^= 8
     return jpeg
 
@@ -214,7 +214,7 @@ def flipped_bit(jpeg: bytearray) -> bytearray:
 def test_one_flipped_bit_is_an_error_though_the_jpeg_still_decodes(damaged):
     unnoticed = load(damaged(flipped_bit), shuffle=False)
     assert len(list(unnoticed.epoch(0))) == 4
-    with pytest.raises(DecodeError, match=r"sample 11, .*: its bytes do not have their checksum"):
+    with pytest.raises(DecodeError, match=r"sample 11, .*: its bytes do not match their checksum"):
         list(load(damaged(flipped_bit, known=False), shuffle=False).epoch(0))
 
 
@@ -232,11 +232,11 @@ def test_damaged_samples_are_replaced_up_to_a_limit(beton, damaged, num_threads,
     expected = digests(load(beton, shuffle=False), 2)
     indices = [replaced.get(index, index) for index in range(NUM_SAMPLES)]
     assert shown == [(index, index % 7, expected[index]) for index in indices]
-    with pytest.raises(DecodeError, match=r"3 samples are damaged, and 2 may be \(loader\.max_damaged\)"):
+    with pytest.raises(DecodeError, match=r"3 samples are damaged, but loader\.max_damaged is 2"):
         list(load(path, shuffle=False, max_damaged=2, num_threads=num_threads).epoch(2))
 
 
-def test_nothing_is_shown_in_place_of_a_sample_that_is_asked_for_by_its_number(damaged):
+def test_a_damaged_sample_requested_by_index_is_an_error(damaged):
     loader = load(damaged(DAMAGE["cut short"], samples=(11,)), shuffle=False, max_damaged=3)
     [batch] = loader.read(0, [np.array([12, 10])])
     assert batch.indices.tolist() == [12, 10]
@@ -250,7 +250,7 @@ def test_batches_before_start_step_are_not_read(damaged):
     assert [len(batch.labels) for batch in batches] == [7, 7]
 
 
-def test_leaving_the_loop_ends_the_threads(beton):
+def test_leaving_the_loop_stops_the_threads(beton):
     loader = load(beton, num_threads=3, batch_size=4)
     for _ in range(3):
         for _batch in loader.epoch(0):
@@ -266,7 +266,7 @@ def _fail_in_the_loop(loader: MultiResolutionLoader) -> None:
         raise ZeroDivisionError
 
 
-def test_threads_are_gone_when_a_pass_is_closed_or_over(beton):
+def test_threads_stop_when_a_pass_is_closed_or_over(beton):
     loader = load(beton, num_threads=3, batch_size=4)
     with loader.epoch(0) as epoch:
         next(epoch)
@@ -280,7 +280,7 @@ def test_threads_are_gone_when_a_pass_is_closed_or_over(beton):
     assert list(left_open) == []
 
 
-def test_thread_counts_of_torch_and_numba_stay(beton):
+def test_thread_counts_of_torch_and_numba_do_not_change(beton):
     before = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(3)
     numba.set_num_threads(2)
@@ -307,14 +307,14 @@ assert sum(decode_boxes.stats.cache_hits.values()) == 1, decode_boxes.stats
 """
 
 
-def test_a_fresh_process_compiles_nothing_and_ends_in_the_middle_of_a_pass(beton):
+def test_a_new_process_compiles_nothing_and_exits_during_a_pass(beton):
     digests(load(beton, crop=CenterCrop()), 0)
     command = [sys.executable, "-c", FRESH_PROCESS, str(beton)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_all_wrong_arguments_are_named_together(beton):
+def test_all_wrong_arguments_are_reported_together(beton):
     crop = RandomResizedCrop(scale=(0.5, 2.0), ratio=(2.0, 1.0))
     with pytest.raises(ValueError, match="cannot be built") as error:
         load(beton, sides=(32, 32), batch_size=0, num_threads=0, batches_ahead=0, rank=2, world_size=2, crop=crop)
@@ -323,12 +323,12 @@ def test_all_wrong_arguments_are_named_together(beton):
 
 
 @pytest.mark.parametrize("sides", [(), (0,), (-4, 8)])
-def test_sides_have_to_be_positive(beton, sides):
+def test_sides_must_be_positive(beton, sides):
     with pytest.raises(ValueError, match="sides"):
         load(beton, sides=sides)
 
 
-def test_the_centre_has_to_be_a_part_of_the_image(beton):
+def test_the_center_fraction_must_be_at_most_one(beton):
     with pytest.raises(ValueError, match=r"fraction is 1\.5"):
         load(beton, crop=CenterCrop(1.5))
 
@@ -336,12 +336,12 @@ def test_the_centre_has_to_be_a_part_of_the_image(beton):
 @pytest.mark.parametrize(
     ("epoch", "start_step", "crop_epoch"), [(-1, 0, None), (0, -1, None), (0, 5, None), (0, 0, -1), (-1, 0, 0)]
 )
-def test_epoch_step_and_view_have_to_exist(beton, epoch, start_step, crop_epoch):
+def test_epoch_and_step_must_be_in_range(beton, epoch, start_step, crop_epoch):
     with pytest.raises(ValueError, match="start_step"):
         load(beton).epoch(epoch, start_step, crop_epoch=crop_epoch)
 
 
-def test_an_epoch_may_show_another_ones_crops_in_its_own_order(beton):
+def test_an_epoch_can_show_the_crops_of_another(beton):
     loader = load(beton)
     found = digests(loader, 3, crop_epoch=1)
     assert found == digests(loader, 1)
@@ -359,12 +359,12 @@ def test_given_samples_are_read_as_an_epoch_shows_them(beton):
 
 
 @pytest.mark.parametrize(("crop_epoch", "index"), [(-1, 0), (0, NUM_SAMPLES), (0, -1)])
-def test_given_samples_and_their_view_have_to_exist(beton, crop_epoch, index):
-    with pytest.raises(ValueError, match=f"crop_epoch {crop_epoch}, samples .* 0 to {NUM_SAMPLES - 1}"):
+def test_given_samples_and_crop_epoch_must_be_in_range(beton, crop_epoch, index):
+    with pytest.raises(ValueError, match=f"crop_epoch {crop_epoch} or samples .* 0 to {NUM_SAMPLES - 1}"):
         load(beton).read(crop_epoch, [np.array([0, index])])
 
 
-def test_sides_that_are_not_wanted_cost_nothing_and_change_nothing(beton):
+def test_unwanted_sides_cost_nothing_and_change_nothing(beton):
     loader, small = load(beton), load(beton, sides=[32])
     epoch = loader.epoch(0, sides=[32])
     assert all(list(job.slot.memory.images) == [32] for job in epoch._jobs)
@@ -375,14 +375,14 @@ def test_sides_that_are_not_wanted_cost_nothing_and_change_nothing(beton):
 
 
 @pytest.mark.parametrize("sides", [[], [48, 40]])
-def test_wanted_sides_have_to_be_the_loaders(beton, sides):
-    with pytest.raises(ValueError, match=r"loader's, \[48, 32\]"):
+def test_wanted_sides_must_be_the_loaders(beton, sides):
+    with pytest.raises(ValueError, match=r"give one or more of \[48, 32\]"):
         load(beton).epoch(0, sides=sides)
 
 
-def test_a_beton_has_to_be_one(tmp_path):
+def test_an_invalid_beton_is_an_error(tmp_path):
     with pytest.raises(BetonError, match="does not exist"):
         load(tmp_path / "none.beton")
     (tmp_path / "text.beton").write_text("no beton")
-    with pytest.raises(BetonError, match="no beton"):
+    with pytest.raises(BetonError, match="not a beton"):
         load(tmp_path / "text.beton")

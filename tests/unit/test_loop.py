@@ -11,12 +11,15 @@ import torch
 
 from pipeline.cluster.progress import describe
 from pipeline.training import monitoring
+from pipeline.training.checkpoint import save_model
 from pipeline.training.logit_table import backbone_digest
 from pipeline.training.loop import checkpoint, clip, evaluate, prepare_stage, train
 from pipeline.training.monitoring import DivergedError, DivergenceMonitor, Meter
 from pipeline.training.objectives import Ensemble
 from pipeline.training.optim import MovingAverage
 from pipeline.training.run import (
+    AFTER_BACKBONE,
+    BEFORE_JOINT,
     CHECKPOINT,
     COMPILE,
     DATA_WAIT,
@@ -101,6 +104,33 @@ def test_the_next_stage_starts_from_the_average(tmp_path: Path) -> None:
         assert torch.equal(value, result.averaged[f"module.backbone.{name}"]), name
     keys = [json.loads(path.read_text()) for path in tmp_path.glob("*/table.json")]
     assert [key["backbone"] for key in keys] == [backbone_digest(run.model)] * 2, "its logit tables are of the average"
+
+
+def test_the_model_is_kept_after_the_backbone_stage_and_before_the_joint_stage() -> None:
+    undisturbed = Recorder()
+    trained(undisturbed)
+    ends = {state.stage: state.model for state in undisturbed.states if not state.step}
+    assert [name for name, _ in undisturbed.kept] == [AFTER_BACKBONE, BEFORE_JOINT]
+    for (_, model), stage in zip(undisturbed.kept, ("backbone", "predictor"), strict=True):
+        assert all(torch.equal(value, ends[stage][name]) for name, value in model.items())
+
+    for state in undisturbed.states:  # a resumed run keeps what the first one may not have kept
+        resumed, moment = Recorder(), (state.data_epoch, state.step)
+        train(run_of(config_of(), resumed), state)
+        expected = [AFTER_BACKBONE] * (moment <= (2, 0)) + [BEFORE_JOINT] * (moment <= (3, 0))
+        assert [name for name, _ in resumed.kept] == expected, state.name
+
+
+def test_the_model_kept_before_the_joint_stage_is_the_one_that_the_stage_starts_from(tmp_path: Path) -> None:
+    start = run_of(config_of(), Recorder())
+    torch.nn.init.ones_(start.model.predictor.fc.bias)
+    save_model(tmp_path / "start.pt", start.model, start.config, classes=start.manifest.classes)
+    joint = {"epochs": 1, "lr": 0.05, "alpha_gflops": 0.0006, "init_from": str(tmp_path / "start.pt")}
+    recorder = Recorder()
+    trained(recorder, stages={"backbone": None, "predictor": None, "joint": joint})
+    ((name, model),) = recorder.kept
+    assert name == BEFORE_JOINT
+    assert all(torch.equal(value, model[key]) for key, value in start.model.state_dict().items())
 
 
 def test_batches_are_trained_on_in_the_configured_slices() -> None:

@@ -53,7 +53,7 @@ def test_batches_are_as_few_as_possible_and_balanced(num_samples, batch_size):
     assert (steps - 1) * batch_size < num_samples
 
 
-def test_there_is_no_runt():
+def test_the_last_batch_is_not_small():
     bounds = [batch_bounds(129, 64, step) for step in range(count_batches(129, 64))]
     assert bounds == [(0, 43), (43, 86), (86, 129)]
 
@@ -70,7 +70,7 @@ def test_unshuffled_order_is_that_of_the_beton():
     assert epoch_order(5, seed=3, epoch=8, shuffle=False).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_order_and_views_are_the_same_on_every_machine_and_version():
+def test_order_and_keys_are_the_same_on_every_machine_and_version():
     assert epoch_order(10, seed=7, epoch=3, shuffle=True).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
     assert pack_keys(np.array([0, 1, 2**32 - 1]), seed=7, epoch=3).tolist() == [
         16168104605664673792,
@@ -79,7 +79,7 @@ def test_order_and_views_are_the_same_on_every_machine_and_version():
     ]
 
 
-def test_views_keep_the_index_and_differ_by_seed_and_epoch():
+def test_keys_contain_the_index_and_differ_by_seed_and_epoch():
     indices = np.array([0, 5, 2**32 - 1])
     packed = {(seed, epoch): pack_keys(indices, seed, epoch) for seed in range(-3, 10) for epoch in range(20)}
     assert all(sample_indices(keys).tolist() == indices.tolist() for keys in packed.values())
@@ -93,7 +93,7 @@ def test_start_step_skips_batches(start_step):
     assert [keys.tolist() for keys in resumed] == [keys.tolist() for keys in whole[start_step:]]
 
 
-def test_views_of_a_rank_are_contiguous():
+def test_keys_of_a_rank_are_contiguous():
     assert all(keys.flags.c_contiguous for keys in SampleOrder(50, 13, shuffle=True, world_size=3).batches(0))
 
 
@@ -121,7 +121,7 @@ def test_an_epoch_of_windows_has_every_sample_once_and_its_batches_do_not_depend
     assert sorted(index for step in steps[0] for index in step) == list(range(num_samples))
 
 
-def test_what_is_read_together_lies_in_the_pages_of_a_window():
+def test_batches_stay_within_the_pages_of_a_window():
     (order,) = windowed(7 * 20, 35, 1, 5)
     for epoch in range(3):
         pages = [set((sample_indices(keys) // 7).tolist()) for keys in order.batches(epoch)]
@@ -130,7 +130,7 @@ def test_what_is_read_together_lies_in_the_pages_of_a_window():
     assert order.batches(0)[0].tolist() != order.batches(1)[0].tolist()
 
 
-def test_most_that_a_rank_reads_is_in_its_part_of_the_pages():
+def test_a_rank_reads_mostly_its_part_of_the_pages():
     for order in windowed(7 * 512, 128, 4, 64):
         own = np.concatenate(order.pages_ahead(0))
         assert len(own) == 512 / 4
@@ -158,7 +158,7 @@ def test_an_order_without_windows_fetches_nothing():
 
 
 @given(st.lists(st.integers(0, 3), max_size=50))
-def test_ranks_share_a_batch_evenly_and_keep_what_is_theirs(owners):
+def test_ranks_divide_a_batch_evenly_and_keep_their_samples(owners):
     parts = [rank_part(np.array(owners, np.int64), rank, 4) for rank in range(4)]
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(owners)))
     assert [len(part) for part in parts] == [len(part) for part in np.array_split(owners, 4)]

@@ -43,7 +43,7 @@ def test_no_work_gives_no_results(num_processes):
     assert list(map_ordered(double_slowly, [], num_processes)) == []
 
 
-def test_little_is_computed_ahead_and_leaving_early_ends_the_processes():
+def test_few_results_are_computed_ahead_and_leaving_early_stops_the_processes():
     taken = []
 
     def work():
@@ -64,12 +64,12 @@ def test_an_exception_reaches_the_caller(num_processes):
         list(map_ordered(fail_at_five, range(20), num_processes))
 
 
-def test_a_process_that_dies_is_an_error_not_a_hang():
+def test_a_dead_process_is_an_error():
     with pytest.raises(ChildProcessError, match="one of 2 processes died"):
         list(map_ordered(die_at_five, range(20), 2))
 
 
-def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+def test_processes_exit_with_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, time\n"

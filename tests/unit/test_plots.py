@@ -1,4 +1,4 @@
-"""Figures: drawn from report.json alone, not blank, and readable: no label over another."""
+"""Figures are drawn from report.json alone, are not blank, and have no label over another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.evaluation.figures import draw_attributes, draw_figures, draw_shar
 from pipeline.evaluation.report import build_report
 from pipeline.evaluation.style import DARK, LIGHT, Label, new_figure, place_labels, resolution_colors, to_png
 from pipeline.models.cost import Costs
-from tests.unit.evaluation_cases import COSTS, easy_and_hard, predictions_of
+from tests.unit.evaluation_cases import easy_and_hard, evaluation_of, predictions_of
 
 FIVE = Costs((224, 192, 168, 112, 96), (4.09, 3.0, 2.5, 1.08, 0.75), 0.04)
 
@@ -28,8 +28,7 @@ FIVE = Costs((224, 192, 168, 112, 96), (4.09, 3.0, 2.5, 1.08, 0.75), 0.04)
 def three_resolutions(skill: float = 0.9, references=(), attributes=("height",)) -> dict:
     correct_NR, chosen_N, height_N = easy_and_hard(500, skill)
     return build_report(
-        predictions_of(correct_NR, chosen_N),
-        COSTS,
+        evaluation_of(predictions_of(correct_NR, chosen_N)),
         classes=list("abcd"),
         attributes=dict.fromkeys(attributes, height_N),
         name="three",
@@ -38,13 +37,15 @@ def three_resolutions(skill: float = 0.9, references=(), attributes=("height",))
 
 
 def five_resolutions(spread: float, seed: int = 0) -> dict:
-    """Accuracies from 95 % down to 95 % - spread."""
+    """Return a report with accuracies from 95 % down to 95 % - spread."""
     generator = np.random.default_rng(seed)
     correct_NR = generator.random((800, 1)) < np.linspace(0.95, 0.95 - spread, 5)
     predictions = predictions_of(correct_NR, generator.integers(0, 5, 800), sides=FIVE.resolutions)
     references = [{"label": "others", "top1": 0.93}, {"label": "far away", "top1": 0.2}]
     context = {"dataset": "imagenet100", "references": references}
-    return build_report(predictions, FIVE, classes=list("abcd"), attributes={}, name="five", context=context)
+    return build_report(
+        evaluation_of(predictions, FIVE), classes=list("abcd"), attributes={}, name="five", context=context
+    )
 
 
 REPORTS = {
@@ -66,7 +67,7 @@ def num_colors(pixels: np.ndarray) -> int:
 
 
 def drawn_texts(figure: Figure) -> list[Text]:
-    """Every text that can be seen: matplotlib also keeps ticks outside the limits, which it does not draw."""
+    """Return every visible text; matplotlib also keeps ticks outside the limits, which it does not draw."""
     texts = list(figure.texts)
     for axes in figure.axes:
         texts += [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title]
@@ -117,12 +118,12 @@ def test_no_label_of_the_tradeoff_lies_over_another_or_leaves_the_figure(name):
     (axes,) = figure.axes
     labels = [text for text in axes.texts if text.get_text()]
     named = {text.get_text().split("  ")[0] for text in labels}
-    assert {row["label"] for row in report["rows"] if row["kind"] != "interpolation"} <= named
+    assert {row["label"] for row in report["rows"] if row["kind"] != "envelope"} <= named
     assert_apart(labels)
     assert_inside(labels, axes.get_window_extent())
 
 
-def test_a_reference_far_from_the_points_is_left_to_the_table():
+def test_a_reference_far_from_the_points_is_not_drawn():
     texts = " ".join(text.get_text() for text in draw_tradeoff(five_resolutions(0.1), LIGHT).axes[0].texts)
     assert "others  93.0 %" in texts
     assert "far away" not in texts
@@ -142,14 +143,18 @@ def test_one_resolution_has_no_shares():
     costs = Costs((96,), (0.9,), 0.0)
     predictions = predictions_of(np.arange(60)[:, None] % 2 > 0, np.zeros(60, np.int64), sides=(96,))
     report = build_report(
-        predictions, costs, classes=list("abcd"), attributes={"height": range(60)}, name="one", context={}
+        evaluation_of(predictions, costs),
+        classes=list("abcd"),
+        attributes={"height": range(60)},
+        name="one",
+        context={},
     )
     figures = draw_figures(report, LIGHT)
     assert list(figures) == ["tradeoff", "attribute"]
     assert num_colors(pixels_of(figures["tradeoff"])) > 50
 
 
-def test_labels_keep_off_each_other_and_off_lines_where_there_is_room():
+def test_labels_avoid_each_other_and_lines_if_there_is_room():
     figure = new_figure(6, 4, LIGHT)
     axes = figure.add_axes((0.1, 0.1, 0.85, 0.85))
     axes.set_xlim(0, 1)
@@ -164,7 +169,7 @@ def test_labels_keep_off_each_other_and_off_lines_where_there_is_room():
     assert not any(box.y0 < level < box.y1 for box in boxes)
 
 
-def test_resolutions_have_different_colours_in_a_fixed_order():
+def test_resolutions_have_different_colors_in_a_fixed_order():
     for count in range(1, 7):
         assert len(set(resolution_colors(count))) == count
     assert resolution_colors(5)[0] == resolution_colors(3)[0] == resolution_colors(1)[0]
@@ -174,7 +179,7 @@ def test_a_png_holds_no_date():
     assert b"Software" not in to_png(new_figure(1, 1, LIGHT))
 
 
-def test_the_figures_leave_matplotlibs_global_state_alone():
+def test_the_figures_do_not_import_pyplot():
     program = "import sys, pipeline.evaluation.figures; print('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)

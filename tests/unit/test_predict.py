@@ -29,7 +29,7 @@ def pictures(tmp_path):
 
 
 def ran(monkeypatch, *arguments: object) -> str | int | None:
-    """Exit code of `python -m jobs.predict ARGUMENTS`."""
+    """Returns the exit code of `python -m jobs.predict ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
     try:
         run_job(predict.main)
@@ -43,7 +43,7 @@ def test_folders_are_searched_and_files_taken_as_given(pictures):
     assert [path.name for path in found] == ["notes.txt", "a.JPEG", "b.jpg", "c.jpg"]
 
 
-def test_everything_that_is_missing_is_named_together(tmp_path):
+def test_all_missing_paths_are_named_together(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"(?s)empty holds no \.jpg.*absent\.jpg does not exist"):
         predict.find_images([tmp_path / "empty", tmp_path / "absent.jpg"])
@@ -91,11 +91,11 @@ def test_an_unknown_model_is_one_message(registry, pictures, monkeypatch, capsys
         (["--out", "results", "b.jpg"], "--out takes one folder of images"),
         (["--out", "results", "--json", "."], "no --json"),
         (["--out", "results", ".", "."], "--out takes one folder of images"),
-        (["--files-per-part", "8", "."], "--files-per-part is for --out"),
+        (["--files-per-part", "8", "."], "--files-per-part needs --out"),
         (["--files-per-part", "0", "--out", "results", "."], "--files-per-part is 0; give 1 or more"),
     ],
 )
-def test_what_does_not_fit_out_is_refused_before_anything_is_loaded(pictures, monkeypatch, capsys, arguments, message):
+def test_arguments_that_conflict_with_out_are_refused_first(pictures, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(pictures)
     assert ran(monkeypatch, "--model", "models:/drnet@champion", *arguments) == 2
     assert message in capsys.readouterr().err

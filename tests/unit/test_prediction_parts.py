@@ -1,4 +1,4 @@
-"""The output folder of a large prediction: the list, its parts, and what a resume is refused for."""
+"""The output folder of a large prediction: the list, its parts, and refused resumes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plan_of(digest: str, **changed) -> Plan:
     return replace(plan, **changed)
 
 
-def test_images_are_found_in_a_fixed_order_and_nothing_hangs_or_loops(images):
+def test_images_are_found_in_a_fixed_order_without_hanging_or_looping(images):
     assert list(walk_images(images)) == LISTED
     found = sorted(path for path in images.rglob("*") if path.suffix in (".png", ".JPEG", ".jpg"))
     assert [str(path.relative_to(images)) for path in found if path.is_file()] == LISTED
@@ -57,7 +57,7 @@ def test_parts_are_cut_from_the_list_and_read_back_from_it(images, output):
     assert plan_of(digest).num_parts == len(parts)
     exact, same = output.list_files(images, 3)
     assert [part.num_files for part in exact] == [3, 3]
-    assert same == digest, "it does not depend on the parts"
+    assert same == digest, "the digest does not depend on the parts"
 
 
 def test_an_empty_folder_has_no_parts(tmp_path, output):
@@ -65,7 +65,7 @@ def test_an_empty_folder_has_no_parts(tmp_path, output):
     assert output.list_files(tmp_path / "empty", 4)[0] == []
 
 
-def test_a_written_part_is_missing_no_more_and_leaves_nothing_else(images, output):
+def test_a_written_part_is_no_longer_missing_and_leaves_no_partial_file(images, output):
     parts, digest = output.list_files(images, 4)
     output.agree(plan_of(digest))
     assert output.missing(parts) == parts
@@ -78,7 +78,7 @@ def test_a_written_part_is_missing_no_more_and_leaves_nothing_else(images, outpu
     assert not list(output.path.glob(".*"))
 
 
-def test_another_plan_is_refused_and_says_all_that_differs(images, output):
+def test_another_plan_is_refused_with_all_differences(images, output):
     _, digest = output.list_files(images, 4)
     output.agree(plan_of(digest))
     (images / "new.jpg").touch()
@@ -86,7 +86,7 @@ def test_another_plan_is_refused_and_says_all_that_differs(images, output):
     changed = plan_of(other, num_files=7, model="models:/drnet/2")
     with pytest.raises(ValueError, match=r"(?s)model: models:/drnet/1 -> models:/drnet/2.*num_files: 6 -> 7.*sha256: "):
         output.agree(changed)
-    assert output.list_file.read_bytes().count(b"\0") == 6, "the list is the one of the results"
+    assert output.list_file.read_bytes().count(b"\0") == 6, "the list still belongs to the results"
     (images / "new.jpg").unlink()
     _, again = output.list_files(images, 4)
     output.agree(plan_of(again))
@@ -103,7 +103,7 @@ def test_parts_without_a_plan_and_a_damaged_plan_are_refused(images, output):
         output.agree(plan_of(digest))
 
 
-def test_every_part_has_the_same_types_whatever_is_missing(tmp_path, output):
+def test_every_part_has_the_same_types_whatever_is_null(tmp_path, output):
     nothing = dict.fromkeys(COLUMNS) | {"file": "b.jpg", "error": "not a JPEG", "gflops": 0.0}
     tables = [rows_table(rows, COLUMNS) for rows in ([ROW], [nothing], [])]
     assert len({table.schema for table in tables}) == 1

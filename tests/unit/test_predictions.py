@@ -1,4 +1,4 @@
-"""Collecting, merging and storing the logits of every validation image."""
+"""Tests of collecting, merging and storing the logits of every validation image."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batches_of(model: DRNet, sizes: list[int], seed: int = 0) -> list[SimpleName
 
 
 def random_predictions(indices: list[int], R: int = 2, K: int = 3) -> Predictions:
-    """Values are functions of the index, so that a part can be recognised after a merge."""
+    """Return predictions whose values depend on the index, so that a part can be recognized after a merge."""
     logits = np.array([np.random.default_rng(abs(index)).normal(size=(R, K)) for index in indices], np.float32)
     predictor = np.array([np.random.default_rng(1000 + index).normal(size=R) for index in indices], np.float32)
     return Predictions(
@@ -82,7 +82,7 @@ def test_collect_skips_empty_batches(model):
     )
 
 
-def test_collect_leaves_every_training_flag_and_buffer_as_it_was(model):
+def test_collect_restores_every_training_flag_and_changes_no_buffer(model):
     model.train()
     model.backbone.eval()
     flags = [layer.training for layer in model.modules()]
@@ -136,16 +136,16 @@ def test_merge_sorts_by_index():
         ([[0, 1], [1, 2]], None, "1 of 3 images are predicted more than once, the first: 1"),
         ([[0, 1], [3]], None, "1 of 4 images are missing, the first: 2"),
         ([[0, 1]], 4, "2 of 4 images are missing, the first: 2, 3"),
-        ([[0, 1, 2]], 2, "name image 2, but the validation set has indices 0 to 1"),
-        ([[-1, 0]], None, "name image -1"),
+        ([[0, 1, 2]], 2, "contain image 2, but the validation set has indices 0 to 1"),
+        ([[-1, 0]], None, "contain image -1"),
     ],
 )
-def test_merge_refuses_what_is_not_each_image_once(parts, num_images, message):
+def test_merge_rejects_missing_repeated_and_unknown_images(parts, num_images, message):
     with pytest.raises(ValueError, match=message):
         merge([random_predictions(indices) for indices in parts], num_images)
 
 
-def test_merge_refuses_different_models():
+def test_merge_rejects_different_models():
     with pytest.raises(ValueError, match=r"different models.*\[64, 32\] px with 3 classes.*\[96, 64, 32\] px"):
         merge([random_predictions([0]), random_predictions([1], R=3)])
     with pytest.raises(ValueError, match=r"with 3 classes.*with 4 classes"):
@@ -161,7 +161,7 @@ def test_save_and_load_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "pickle", "other arrays", "other format"])
-def test_load_names_the_file_that_is_not_whole(tmp_path, damage):
+def test_load_names_the_damaged_file(tmp_path, damage):
     path = tmp_path / "predictions.npz"
     random_predictions(list(range(50))).save(path)
     if damage == "truncated":
@@ -209,7 +209,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", ["logits_NRK", "predictor_logits_NR"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_refused_with_the_image_named(name, value):
+def test_logits_that_are_not_finite_are_rejected_with_the_image(name, value):
     given = arrays()
     given[name][2, 1] = value
     with pytest.raises(ValueError, match=f"{name} is NaN or infinite for 1 images, the first at index 12"):
@@ -217,14 +217,14 @@ def test_logits_that_are_not_finite_are_refused_with_the_image_named(name, value
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_labels_outside_the_classes_are_refused(label):
+def test_labels_outside_the_classes_are_rejected(label):
     given = arrays()
     given["labels_N"][1] = label
     with pytest.raises(ValueError, match="expected 0 to 2"):
         Predictions((64, 32), **given)
 
 
-def test_shapes_and_dtypes_that_do_not_fit_are_all_named():
+def test_all_wrong_shapes_and_dtypes_are_named():
     given = arrays()
     given["indices_N"] = given["indices_N"][:3]
     given["predictor_logits_NR"] = given["predictor_logits_NR"].astype(np.float64)

@@ -64,7 +64,7 @@ def test_betons_hold_every_image_with_its_label(tmp_path, source):
 
 
 def test_result_does_not_depend_on_the_number_of_processes(tmp_path):
-    # More images than one chunk for each process, one of them bad, some of them encoded again.
+    # More than one chunk per process; one image is bad, and some are encoded again.
     source = write_class_folders(tmp_path / "source", {"a": 150, "b": 150})
     (source / "a" / "bad.jpg").write_bytes(b"no image")
     for folder, processes in (("one", 1), ("three", 3)):
@@ -90,7 +90,7 @@ def test_an_even_sample_of_many_images_is_counted(count):
     assert not any(len(chunk.counted) for chunk in counted_chunks(refs, count_pixels=False))
 
 
-def test_doing_it_again_does_nothing_and_reads_no_image(tmp_path, source, monkeypatch):
+def test_preparing_again_reads_no_image(tmp_path, source, monkeypatch):
     first = prepared(tmp_path / "out", source)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr("datasets.prepare.convert.read_bytes", lambda ref: pytest.fail("an image was read"))
@@ -100,13 +100,13 @@ def test_doing_it_again_does_nothing_and_reads_no_image(tmp_path, source, monkey
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_the_same_images_elsewhere_are_the_same(tmp_path, source, monkeypatch):
+def test_the_same_images_in_another_folder_are_unchanged(tmp_path, source, monkeypatch):
     prepared(tmp_path / "out", source)
     betons = {name: data for name, data in contents(tmp_path / "out").items() if name != "manifest.json"}
     copy = tmp_path / "copy"
     shutil.copytree(source, copy, copy_function=shutil.copyfile)
     assert prepared(tmp_path / "out", copy).unchanged
-    # The new times are noted, so the next time is quick again.
+    # The new times are stored, so the next check is quick again.
     monkeypatch.setattr("datasets.prepare.prepare.map_ordered", lambda *_: pytest.fail("contents were compared"))
     assert prepared(tmp_path / "out", copy).unchanged
     assert {name: data for name, data in contents(tmp_path / "out").items() if name != "manifest.json"} == betons
@@ -136,7 +136,7 @@ def test_changed_images_are_named(tmp_path, source):
     assert prepared(tmp_path / "out", source).unchanged
 
 
-def test_a_changed_image_of_equal_size_is_found_by_its_content(tmp_path, source):
+def test_a_changed_image_of_the_same_size_is_found_by_its_content(tmp_path, source):
     prepared(tmp_path / "out", source)
     one = source / "eel" / "002.jpg"
     data = bytearray(one.read_bytes())
@@ -215,11 +215,11 @@ def test_a_failed_force_leaves_what_was_there(tmp_path, source):
     assert contents(tmp_path / "out") == before
 
 
-def test_half_written_folders_are_explained_and_leftovers_cleared(tmp_path, source):
+def test_incomplete_folders_are_explained_and_leftovers_removed(tmp_path, source):
     out = tmp_path / "out"
     prepared(out, source)
     (out / "manifest.json").unlink()
-    with pytest.raises(BetonError, match="cut short"):
+    with pytest.raises(BetonError, match="was interrupted"):
         prepared(out, source)
     (out / ".partial").mkdir()
     (out / ".partial" / "train.beton").write_bytes(b"half")
@@ -227,7 +227,7 @@ def test_half_written_folders_are_explained_and_leftovers_cleared(tmp_path, sour
     assert not (out / ".partial").exists()
 
 
-def test_a_tampered_beton_is_not_taken_for_prepared(tmp_path, source):
+def test_a_changed_beton_is_not_accepted(tmp_path, source):
     prepared(tmp_path / "out", source)
     path = beton_path(tmp_path / "out", "train")
     path.write_bytes(path.read_bytes()[:-24])
@@ -235,7 +235,7 @@ def test_a_tampered_beton_is_not_taken_for_prepared(tmp_path, source):
         prepared(tmp_path / "out", source)
 
 
-def test_two_preparations_of_one_folder_do_not_meet(tmp_path, source):
+def test_a_second_preparation_of_a_folder_is_refused(tmp_path, source):
     (tmp_path / "out").mkdir()
     descriptor = os.open(tmp_path / "out" / LOCK, os.O_RDWR | os.O_CREAT)
     try:
@@ -247,10 +247,10 @@ def test_two_preparations_of_one_folder_do_not_meet(tmp_path, source):
     assert not prepared(tmp_path / "out", source).unchanged
 
 
-def test_too_little_space_is_noticed_before_writing(tmp_path, source, monkeypatch):
+def test_too_little_space_is_an_error_before_writing(tmp_path, source, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match=r"0\.0 GB free, about .* GB are needed"):
+    with pytest.raises(OSError, match=r"0\.0 GB free, but about .* GB are needed"):
         prepared(tmp_path / "out", source)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -277,7 +277,7 @@ def test_bad_members_of_tars_are_named(tmp_path, monkeypatch):
     official_tars(tmp_path)
     tar = tmp_path / "ILSVRC2012_img_val.tar"
     data = tar.read_bytes()
-    # The first image is of a class that is not asked for.
+    # The first image has a class that is not requested.
     start = data.index(b"\xff\xd8\xff", data.index(b"ILSVRC2012_val_00000002"))
     tar.write_bytes(data[: start + 400] + bytes(100) + data[start + 500 :])
     with pytest.raises(BadImagesError, match=r"ILSVRC2012_img_val\.tar \(member val/n\d+/ILSVRC2012_val_\d+\.JPEG\)"):
@@ -302,7 +302,7 @@ def test_glyphs_are_drawn_and_their_heights_kept_in_beton_order(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, source, monkeypatch, capsys):
-    """Run `python -m jobs.prepare` on a configuration for the image folder; returns what it printed."""
+    """Return a function that runs `python -m jobs.prepare` on an image folder and returns its output."""
     config = tmp_path / "config.yaml"
     data = {"dataset": "imagefolder", "source": str(source), "folder": str(tmp_path / "out"), "num_processes": 1}
     config.write_text(json.dumps({"name": "test", "data": data, "stages": {"backbone": {"epochs": 1}}}))
@@ -320,7 +320,7 @@ def test_job_prints_what_it_did(run, tmp_path):
     assert "24 images in" in first
     assert "images/s" in first
     assert "cat, dog, eel" in first
-    assert "licence: that of your images" in first
+    assert "license: that of your images" in first
     assert "nothing to do" in run("data.max_side=40")
     with pytest.raises(ChangedInputsError, match=r"data\.max_side: 40 -> 30"):
         run("data.max_side=30")
@@ -329,17 +329,17 @@ def test_job_prints_what_it_did(run, tmp_path):
 
 def test_job_verifies_every_byte(run, tmp_path):
     run()
-    assert "every byte is as it was prepared" in run("--verify")
+    assert "every byte matches the manifest" in run("--verify")
     path = beton_path(tmp_path / "out", "train")
     data = bytearray(path.read_bytes())
     data[int(read_layout(path).allocations["ptr"][0]) - 300] ^= 1  # where no image is
     path.write_bytes(data)
     assert "nothing to do" in run()
-    with pytest.raises(BetonError, match=r"train\.beton is damaged: SHA-256"):
+    with pytest.raises(BetonError, match=r"train\.beton is damaged: its SHA-256"):
         run("--verify")
 
 
-def test_job_goes_on_after_ctrl_c(run, source, tmp_path, monkeypatch):
+def test_job_resumes_after_ctrl_c(run, source, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.prepare.build.SECONDS_BETWEEN_WRITES", 0.0)
     for number in range(100):
         (source / "cat" / f"more-{number}.jpg").write_bytes(jpeg(seed=5_000 + number))
@@ -350,7 +350,7 @@ def test_job_goes_on_after_ctrl_c(run, source, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "map_ordered", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on where it stopped"):
+        with pytest.raises(KeyboardInterrupt, match="rerun the same command to resume"):
             run()
     assert "60 images in" in (printed := run())
     assert "after 64 that were done before" in printed

@@ -1,4 +1,4 @@
-"""Both sides of the benchmark of `prepare` do their work, again and again, and leave nothing."""
+"""Both sides of bench prepare can be measured repeatedly and leave no files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_side_prepares_all_images(name, max_side, images, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_elongation_is_the_usual_one(images, tmp_path):
+def test_elongation_is_the_median(images, tmp_path):
     assert elongation(images) == 64 / 48
     for number, (width, height) in enumerate([(40, 20), (20, 40), (90, 30)]):
         (tmp_path / "a").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The alias of a real registry: who gets it, why, and how it comes back."""
+"""The alias of a real registry: promotion, its reasons, and rollback."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from pipeline.tracking.store import TrackingError
 from tests.unit.tracking_fixtures import evaluated, finish_run, fresh_store, make_config, make_model
 
 N = 2000
-# What each version gets wrong of N images, and its GFLOPs: the first, a worse, a cheaper, a dearer one.
+# Each version's errors among N images, and its GFLOPs: the first, a worse, a cheaper, a more expensive one.
 VERSIONS = {"1": (range(100), 1.0), "2": (range(200), 1.0), "3": (range(2, 101), 0.9), "4": (range(50), 1.1)}
 
 
 class Registry:
-    """One finished run that was evaluated to four versions; `config` names another alias for every test."""
+    """One finished run with four evaluations, so four versions; every test has its own alias."""
 
     def __init__(self, folder: Path, store: str):
         self.folder, self.store, self.client = folder, store, MlflowClient(store)
@@ -55,7 +55,7 @@ class Registry:
             evaluated(self.run, report, ~np.isin(np.arange(N), wrong), gflops)
 
     def with_alias(self, alias: str, *versions: str) -> Config:
-        """A configuration with an alias of its own, which was given to `versions` one after another."""
+        """Returns a configuration with its own alias, which `versions` got one after another."""
         before = None
         for number in versions:
             move(self.client, "drnet", alias, before, number, FIRST if before is None else PROMOTED, "for the test")
@@ -78,7 +78,7 @@ def test_registering_sets_an_alias_once_and_never_moves_it(registry):
     assert (entry["version"], entry["how"]) == ("1", FIRST)
 
 
-def test_a_better_one_is_promoted_and_its_tags_say_why(registry):
+def test_a_better_version_is_promoted_and_its_tags_say_why(registry):
     config = registry.with_alias("better", "1")
     decision = promote(config, "3", Bounds())
     assert decision.objections == []
@@ -90,7 +90,7 @@ def test_a_better_one_is_promoted_and_its_tags_say_why(registry):
     assert [entry["how"] for entry in history(registry.client, "drnet", "better")] == [FIRST, PROMOTED]
 
 
-def test_a_worse_one_is_refused_and_its_tags_say_why(registry):
+def test_a_worse_version_is_refused_and_its_tags_say_why(registry):
     config = registry.with_alias("worse", "1")
     decision = promote(config, "2", Bounds())
     assert "less accurate: -5.00" in decision.objections[0]
@@ -100,11 +100,11 @@ def test_a_worse_one_is_refused_and_its_tags_say_why(registry):
     assert registry.at("worse") == "2"
 
 
-def test_a_dearer_one_needs_leave(registry):
-    config = registry.with_alias("dearer", "1")
+def test_a_more_expensive_version_needs_a_bound(registry):
+    config = registry.with_alias("expensive", "1")
     assert "10 % more GFLOPs" in promote(config, "4", Bounds(max_gflops_increase=9)).objections[0]
     assert promote(config, "4", Bounds(max_gflops_increase=11)).objections == []
-    assert registry.at("dearer") == "4"
+    assert registry.at("expensive") == "4"
 
 
 def test_a_rollback_goes_back_step_by_step(registry):
@@ -112,7 +112,7 @@ def test_a_rollback_goes_back_step_by_step(registry):
     assert roll_back(config) == ("3", "4")
     assert registry.at("back") == "3"
     assert roll_back(config) == ("1", "3")
-    with pytest.raises(TrackingError, match="version 1 of drnet is the first to have the alias 'back'"):
+    with pytest.raises(TrackingError, match="version 1 of drnet is the first with the alias 'back'"):
         roll_back(config)
     assert registry.at("back") == "1"
     entries = history(registry.client, "drnet", "back")
@@ -120,32 +120,32 @@ def test_a_rollback_goes_back_step_by_step(registry):
     assert [entry["how"] for entry in entries][-2:] == [ROLLED_BACK, ROLLED_BACK]
 
 
-def test_after_a_rollback_the_next_promotion_comes_back_to_where_it_began(registry):
+def test_a_promotion_after_a_rollback_can_be_rolled_back(registry):
     config = registry.with_alias("again", "1", "4")
     roll_back(config)
     promote(config, "3", Bounds())
     assert roll_back(config) == ("1", "3")
 
 
-def test_a_move_by_other_means_is_noticed_and_can_be_undone(registry):
+def test_a_move_outside_this_project_is_detected_and_can_be_undone(registry):
     config = registry.with_alias("outside", "1")
     registry.client.set_registered_model_alias("drnet", "outside", "4")
     assert roll_back(config) == ("1", "4")
     assert [entry["how"] for entry in history(registry.client, "drnet", "outside")] == [FIRST, OUTSIDE, ROLLED_BACK]
 
 
-def test_of_two_promotions_at_once_the_later_is_told(registry):
-    """Both have looked at the champion; the other one moves it first."""
+def test_the_later_of_two_simultaneous_promotions_fails(registry):
+    """Both have read the champion; the other one moves it first."""
     registry.with_alias("race", "1")
     seen = weigh(registry.client, "drnet", "race", "3", Bounds())
     move(registry.client, "drnet", "race", "1", "4", PROMOTED, "the other")
-    with pytest.raises(TrackingError, match="moved meanwhile, from version 1 to version 4; run the command again"):
+    with pytest.raises(TrackingError, match="moved in the meantime, from version 1 to version 4; rerun the command"):
         move(registry.client, "drnet", "race", seen.champion, "3", PROMOTED, "late")
     assert registry.at("race") == "4"
 
 
 def test_a_version_without_answers_cannot_be_compared(registry):
-    """As one that was registered before answers were kept."""
+    """Such as a version from before answers were kept."""
     source = registry.client.get_model_version("drnet", "1")
     bare = registry.client.create_logged_model(registry.client.get_run(source.run_id).info.experiment_id, "drnet")
     registry.client.create_registered_model("bare")
@@ -154,11 +154,14 @@ def test_a_version_without_answers_cannot_be_compared(registry):
     registry.client.set_registered_model_alias("bare", "champion", number)
     config = make_config(registry.folder, **registry.tree, registry={"name": "bare"})
     added = register_model(config, registry.run, *registry.files)
-    with pytest.raises(TrackingError, match=r"1 says not which images it gets right.*register its run again"):
+    with pytest.raises(
+        TrackingError,
+        match=r"version 1 has no answers\.npz: an older jobs\.register created it\. Register its run again",
+    ):
         promote(config, added.version, Bounds())
 
 
-def test_nothing_to_promote_over(registry):
+def test_an_alias_that_does_not_exist_cannot_be_promoted_or_rolled_back(registry):
     config = make_config(registry.folder, **registry.tree, registry={"alias": "nobody"})
     with pytest.raises(TrackingError, match=r"no version of drnet has the alias 'nobody'; jobs\.register without"):
         promote(config, "1", Bounds())
@@ -173,7 +176,7 @@ def test_nothing_to_promote_over(registry):
         ([("1", FIRST), ("2", PROMOTED), ("1", PROMOTED)], ["1", "2", "1"]),
         ([("1", FIRST), ("2", PROMOTED), ("3", PROMOTED), ("1", ROLLED_BACK)], ["1"]),
         ([("1", FIRST), ("2", PROMOTED), ("1", ROLLED_BACK), ("3", PROMOTED)], ["1", "3"]),
-        # The history is kept to a length, so what was rolled back to may have left it.
+        # The history has a maximum length, so the version that was rolled back to may no longer be in it.
         ([("5", PROMOTED), ("4", ROLLED_BACK)], ["5", "4"]),
     ],
 )

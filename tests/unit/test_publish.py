@@ -1,4 +1,4 @@
-"""Who may write into a folder of data."""
+"""Only one process at a time writes into a folder of data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets.files import exclusive
 NUM_THREADS, TURNS = 6, 40
 
 
-def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
+def test_one_process_writes_at_a_time_and_the_lock_is_removed(tmp_path: Path) -> None:
     folder, inside, most = tmp_path / "data", [0], [0]
     together = Barrier(NUM_THREADS)
 
@@ -34,7 +34,7 @@ def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_whoever_will_not_wait_is_told(tmp_path: Path) -> None:
+def test_a_locked_folder_is_an_error_without_waiting(tmp_path: Path) -> None:
     with exclusive(tmp_path), pytest.raises(OSError, match="is being prepared by another process"), exclusive(tmp_path):
         pass
     with exclusive(tmp_path):

@@ -34,7 +34,7 @@ from tests.unit.tracking_fixtures import (
 
 
 class Finished:
-    """A run that has finished, and its model in a registry of its own."""
+    """A finished run with its model in a fresh registry."""
 
     def __init__(self, folder: Path, factory: pytest.TempPathFactory):
         self.store = fresh_store(folder, factory)
@@ -42,7 +42,7 @@ class Finished:
         self.folder = folder / "runs" / "small"
         self.model: DRNet = make_model(self.config)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", "")  # the configuration is to be enough
+            patch.setenv("MLFLOW_TRACKING_URI", "")  # the configuration must suffice
             self.files = finish_run(self.config, self.folder, self.model)
             self.registered: RegisteredModel = register_model(self.config, self.folder, *self.files)
 
@@ -65,7 +65,7 @@ def with_registry(config: Config, **fields: str) -> Config:
     return config.model_copy(update={"registry": config.registry.model_copy(update=fields)})
 
 
-def test_a_version_says_what_it_is_worth_and_where_it_comes_from(finished):
+def test_a_version_has_its_accuracy_cost_and_origin_as_tags(finished):
     version = version_of(finished)
     assert (str(version.version), version.status) == ("1", "READY")
     assert version.tags["accuracy"] == "0.937500"
@@ -78,7 +78,7 @@ def test_a_version_says_what_it_is_worth_and_where_it_comes_from(finished):
     assert finished.registered.uri == "models:/drnet/1"
 
 
-def test_a_version_holds_the_backbone_as_it_was_trained(finished):
+def test_a_version_holds_the_trained_backbone(finished):
     found = registered_backbone("models:/drnet@champion")
     expected = load_backbone(finished.files[0])
     assert found.origin == "models:/drnet@champion"
@@ -102,14 +102,14 @@ def test_signature_example_and_exact_requirements(finished):
     assert all("==" in line and "+" not in line for line in requirements)
 
 
-def test_who_loads_a_model_says_how_it_runs(finished):
+def test_loading_a_model_can_choose_how_it_runs(finished):
     config = {"device": "cpu", "precision": "bfloat16"}
     model = mlflow.pyfunc.load_model("models:/drnet@champion", model_config=config)
     placement = model.unwrap_python_model().classifier.network.placement
     assert (placement.device, placement.precision, placement.compiled) == ("cpu", "bfloat16", False)
 
 
-def test_the_same_model_is_not_put_in_twice_but_takes_another_alias(finished):
+def test_the_same_model_is_not_registered_twice_but_takes_another_alias(finished):
     again = register_model(with_registry(finished.config, alias="second"), finished.folder, *finished.files)
     assert (again.version, again.is_new) == ("1", False)
     assert {str(version_of(finished, alias).version) for alias in ("second", "champion")} == {"1"}
@@ -127,11 +127,13 @@ def test_another_evaluation_is_another_version_and_the_alias_stays(finished, tmp
     assert str(MlflowClient(finished.store).get_model_version_by_alias("other", "champion").version) == "1"
 
 
-def test_a_report_that_is_not_of_the_predictions_is_refused(finished, tmp_path):
+def test_a_report_that_does_not_match_the_predictions_is_refused(finished, tmp_path):
     report = json.loads(finished.files[1].read_text())
     report["headline"]["top1"] = 0.5
     (tmp_path / "report.json").write_text(json.dumps(report))
-    with pytest.raises(ValueError, match=r"says top-1 0\.500000, but .*predictions\.npz 0\.937500.*jobs\.evaluate"):
+    with pytest.raises(
+        ValueError, match=r"states top-1 0\.500000, but .*predictions\.npz gives 0\.937500.*jobs\.evaluate"
+    ):
         register_model(finished.config, finished.folder, finished.files[0], tmp_path / "report.json")
 
 
@@ -147,12 +149,12 @@ def test_a_run_without_a_trained_predictor_is_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize("alias", ["latest", "v1", "V22", "a b", "", "a/b"])
-def test_an_alias_that_mlflow_refuses_is_refused_before_any_work(finished, alias):
-    with pytest.raises(TrackingError, match="cannot be an alias"):
+def test_an_alias_that_mlflow_refuses_is_refused_first(finished, alias):
+    with pytest.raises(TrackingError, match=r"registry\.alias .* is not allowed"):
         register_model(with_registry(finished.config, alias=alias), finished.folder, *finished.files)
 
 
-def test_a_server_that_is_away_leaves_everything_as_it_was(finished, monkeypatch):
+def test_nothing_is_registered_while_the_server_is_down(finished, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TrackingError, match="nothing was registered"):
@@ -162,18 +164,18 @@ def test_a_server_that_is_away_leaves_everything_as_it_was(finished, monkeypatch
 @pytest.mark.parametrize(
     ("model_uri", "message"),
     [
-        ("models:/nobody@champion", r"no model is named 'nobody' \(there are: drnet"),
+        ("models:/nobody@champion", r"no model is named 'nobody' \(registered: drnet"),
         ("models:/drnet@nobody", r"has no alias 'nobody' \(it has: champion"),
         ("models:/drnet/77", r"has no version '77' \(it has: 1\)"),
         ("models:/", "MLflow at sqlite"),
     ],
 )
-def test_an_unknown_model_is_answered_with_those_there_are(finished, model_uri, message):
+def test_an_unknown_model_is_refused_with_the_known_ones(finished, model_uri, message):
     with pytest.raises(TrackingError, match=message):
         open_model(model_uri)
 
 
-def test_a_registry_that_was_never_made_is_not_made_by_looking(tmp_path, monkeypatch):
+def test_looking_for_a_model_does_not_create_a_registry(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'absent.db'}")
     with pytest.raises(TrackingError, match=r"absent\.db does not exist.*jobs\.register"):
         open_model("models:/drnet@champion")

@@ -1,4 +1,4 @@
-"""datasets/remote.py: files at any address, errors that help, and no secret in any of them."""
+"""Files at remote addresses: helpful errors without secrets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.s3_server import S3Server
 
 @pytest.fixture(params=["file", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path) -> str:
-    """An address where nothing is yet."""
+    """An address without any files."""
     if request.param == "file":
         return (tmp_path / "deep" / "folder").as_uri()
     return request.getfixturevalue("s3").address(f"{tmp_path.name}/folder")
 
 
-def test_a_file_comes_back_from_any_byte_on(uri: str) -> None:
+def test_a_file_can_be_read_from_any_byte(uri: str) -> None:
     remote = open_remote(uri)
     content = bytes(range(256)) * (CHUNK_BYTES // 128)
     remote.write("some.file", [content[:1000], content[1000:]])
@@ -29,7 +29,7 @@ def test_a_file_comes_back_from_any_byte_on(uri: str) -> None:
     assert list(remote.chunks("some.file", len(content))) == []
 
 
-def test_a_file_that_is_not_there(uri: str) -> None:
+def test_a_missing_file(uri: str) -> None:
     remote = open_remote(uri)
     assert remote.read("no.file") is None
     assert remote.size("no.file") is None
@@ -40,7 +40,7 @@ def test_a_file_that_is_not_there(uri: str) -> None:
 @pytest.mark.parametrize(
     "uri", ["ftp://host/folder", "some/folder", "", "s3:///folder", "file:///", "s3://bucket/folder?nonsense=1"]
 )
-def test_what_is_no_address_is_refused(uri: str) -> None:
+def test_invalid_addresses_are_refused(uri: str) -> None:
     with pytest.raises(ValueError, match="give s3://BUCKET/FOLDER") as caught:
         open_remote(uri)
     assert uri.partition("?")[0] in str(caught.value)
@@ -48,7 +48,7 @@ def test_what_is_no_address_is_refused(uri: str) -> None:
 
 def test_a_missing_bucket_and_missing_rights_are_explained(s3: S3Server) -> None:
     nowhere = s3.address("folder").replace("bucket", "nowhere")
-    with pytest.raises(BetonError, match=r"s3://nowhere/folder.* holds no prepared data .* check the address"):
+    with pytest.raises(BetonError, match=r"s3://nowhere/folder.* has no prepared data .* check the address"):
         remote_manifest(nowhere)
     with pytest.raises(OSError, match=r"s3://nowhere/folder.*: a\.file cannot be written: .*NO_SUCH_BUCKET"):
         open_remote(nowhere).write("a.file", [b"content"])

@@ -1,4 +1,4 @@
-"""The constants of docs/scaling.md that this code decides."""
+"""docs/scaling.md: the constants that this code determines."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,15 +31,15 @@ def itself(point: Point) -> Point:
 
 
 @given(POINTS)
-def test_the_front_is_what_none_dominates(points: list[Point]):
+def test_the_front_holds_the_points_that_no_other_dominates(points: list[Point]):
     front = pareto(points, itself)
     assert set(front) == {one for one in points if not any(dominates(other, one) for other in points)}
     assert [cost for _, cost in front] == sorted({cost for _, cost in front}), "cheapest first, each cost once"
 
 
 @given(POINTS)
-def test_the_hypervolume_is_the_area_counted_by_cells(points: list[Point]):
-    """The slow reference: unit cells between the reference (0, 7) and what a point covers."""
+def test_the_hypervolume_equals_the_area_counted_in_cells(points: list[Point]):
+    """The slow reference counts the unit cells that a point covers from the reference (0, 7) on."""
     cells = sum(
         any(value >= row + 1 and cost <= column for value, cost in points) for row in range(7) for column in range(7)
     )
@@ -46,7 +47,7 @@ def test_the_hypervolume_is_the_area_counted_by_cells(points: list[Point]):
 
 
 @given(POINTS, st.integers(1, 4))
-def test_a_spread_is_some_of_the_front(points: list[Point], count: int):
+def test_a_spread_is_a_part_of_the_front(points: list[Point], count: int):
     front, taken = pareto(points, itself), spread(points, itself, count)
     assert len(taken) == min(count, len(front))
     assert set(taken) <= set(front)
@@ -56,20 +57,20 @@ def test_a_spread_is_some_of_the_front(points: list[Point], count: int):
 def test_a_spread_keeps_the_knee_first_and_then_the_most_accurate():
     points = [(0.70, 1.0), (0.95, 1.2), (0.955, 2.0), (0.96, 4.0)]
     assert spread(points, itself, 1) == [(0.95, 1.2)]
-    assert spread(points, itself, 2) == [(0.95, 1.2), (0.96, 4.0)], "then the most accurate, flat as that end may be"
+    assert spread(points, itself, 2) == [(0.95, 1.2), (0.96, 4.0)], "then the most accurate, even if that end is flat"
 
 
 def test_the_choice_by_budget_and_by_accuracy():
     points = [(0.90, 1.0), (0.95, 2.0), (0.96, 3.0), (0.96, 2.9)]
     assert choose(points, itself, budget_gflops=2.5) == (0.95, 2.0)
-    assert choose(points, itself, budget_gflops=9.0) == (0.96, 2.9), "of equally accurate ones the cheapest"
+    assert choose(points, itself, budget_gflops=9.0) == (0.96, 2.9), "the cheapest of equally accurate ones"
     assert choose(points, itself, lowest_accuracy=0.955) == (0.96, 2.9)
     assert choose(points, itself, budget_gflops=2.5, lowest_accuracy=0.90) == (0.90, 1.0)
     assert choose(points, itself, budget_gflops=0.5) is None
     assert choose([], itself) is None
 
 
-def test_above_a_budget_a_percent_costs_a_point():
+def test_each_percent_above_a_budget_costs_a_point():
     assert budget_score({"accuracy_routed": 0.9, "gflops_routed": 1.0}, 2.0) == 0.9
     assert budget_score({"accuracy_routed": 0.9, "gflops_routed": 2.2}, 2.0) == pytest.approx(0.8)
 
@@ -87,17 +88,17 @@ def test_an_alias_names_its_budget(search: dict[str, float], alias: str):
     assert budget_alias(config_of(Path(), **search).search) == alias
 
 
-def test_means_over_seeds_have_intervals_that_cover():
-    """Of 400 draws of images and seeds, about 95 % of the intervals hold the truth."""
-    generator, held = np.random.default_rng(0), 0
+def test_intervals_of_means_over_seeds_cover_the_truth():
+    """About 95 % of the intervals of 400 draws of images and seeds contain the true value."""
+    generator, covered = np.random.default_rng(0), 0
     for _ in range(400):
         seeds_S1 = generator.normal(0.8, 0.02, (8, 1))
         estimate = mean_over_seeds((generator.random((8, 400)) < seeds_S1).astype(float))
-        held += estimate.low <= 0.8 <= estimate.high
-    assert 0.90 <= held / 400 <= 0.99
+        covered += estimate.low <= 0.8 <= estimate.high
+    assert 0.90 <= covered / 400 <= 0.99
 
 
-def test_a_summary_is_over_seeds_and_its_difference_over_shared_images():
+def test_a_summary_covers_all_seeds_and_a_difference_the_shared_ones():
     first, second = candidate_of(), candidate_of(kernel=5)
     records = [record_of(first, 0.9, seed) for seed in (0, 1)] + [record_of(second, 0.1, seed) for seed in (0, 1, 2)]
     records.append(record_of(candidate_of(kernel=3), outcome="diverged", choices=""))
@@ -116,10 +117,7 @@ def test_a_summary_is_over_seeds_and_its_difference_over_shared_images():
 
 
 def test_records_are_found_again_with_their_weights(tmp_path: Path):
-    import torch
-
-    records, record = Records(tmp_path / "trials"), record_of(candidate_of(), lr := 0.3)
-    assert lr == 0.3
+    records, record = Records(tmp_path / "trials"), record_of(candidate_of(), 0.3)
     assert records.find("context", record.candidate, 0) is None
     records.write(record, {"weight": torch.ones(2)})
     records.write(record_of(candidate_of(kernel=5), outcome="collapsed", reason="all to 48 px"))
@@ -131,12 +129,12 @@ def test_records_are_found_again_with_their_weights(tmp_path: Path):
     assert records.read("another") == []
 
 
-def test_a_damaged_record_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_record_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     records = Records(tmp_path)
     records.write(record_of(candidate_of()))
     (tmp_path / "torn.json").write_text('{"format": 1, "cont')
     assert len(records.read("context")) == 1
-    assert "torn.json is no record of a trial" in caplog.text
+    assert "torn.json is not a record of a trial" in caplog.text
 
 
 def test_choices_survive_as_letters():

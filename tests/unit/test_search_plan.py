@@ -1,4 +1,4 @@
-"""Which trial comes next: the plan of a search, without Ray's cluster, and what is wrong before its first trial."""
+"""The order of a search's trials, without Ray's cluster, and the checks before the first trial."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from datasets.beton import TRAIN, VALIDATION, load_manifest
+from datasets.beton import load_manifest
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import ConfigError
@@ -24,23 +24,13 @@ from pipeline.models.drnet import build_drnet
 from pipeline.search.checks import check_search, describe_search, trials_at_once
 from pipeline.search.records import Record, SearchFolder
 from pipeline.search.space import Candidate, input_sizes, paper_candidates, predictor_gflops, space_of
-from pipeline.search.trial import num_crops
-from pipeline.search.tuner import (
-    EPOCH,
-    SCORE,
-    PatientASHA,
-    SearchSettings,
-    TrialSearcher,
-    trial_data,
-    tune_trial,
-)
+from pipeline.search.trial import EPOCH, SCORE, SearchSettings, table_crops, trial_data, tune_trial
+from pipeline.search.tuner import PatientASHA, TrialSearcher
 from pipeline.training.assembly import open_loader
 from pipeline.training.checkpoint import load_model, save_model
 from pipeline.training.logit_table import TableKey, fill_table
 from pipeline.training.objectives import Forward
 from tests.search_cases import BACKBONE_GFLOPS, config_of, record_of
-
-Told = list[Record]
 
 
 def settings_of(folder: Path, **search: Any) -> SearchSettings:
@@ -48,7 +38,7 @@ def settings_of(folder: Path, **search: Any) -> SearchSettings:
     return SearchSettings(config, SearchFolder.of(config), "digest", "context", cpus=1)
 
 
-def test_a_trial_without_a_score_neither_stops_nor_ends_a_search_by_budget() -> None:
+def test_asha_ignores_a_trial_without_a_score() -> None:
     scheduler = PatientASHA(time_attr=EPOCH, metric=SCORE, mode="max", max_t=4, grace_period=1)
     drawn = SimpleNamespace(trial_id="a", config={"to_the_end": False}, status=Trial.RUNNING)
     scheduler.on_trial_add(None, drawn)
@@ -57,7 +47,7 @@ def test_a_trial_without_a_score_neither_stops_nor_ends_a_search_by_budget() -> 
     scheduler.on_trial_complete(None, drawn, diverged)
 
 
-def plan_of(settings: SearchSettings, told: Told | None = None, num_drawn: int = 3) -> TrialSearcher:
+def searcher_of(settings: SearchSettings, ended: list[Record] | None = None, num_drawn: int = 3) -> TrialSearcher:
     config = settings.config
     fixed = list(paper_candidates(config).values())
 
@@ -66,20 +56,20 @@ def plan_of(settings: SearchSettings, told: Told | None = None, num_drawn: int =
         return [*fixed, *([best.candidate] if best.candidate not in fixed else [])]
 
     space = space_of(config, BACKBONE_GFLOPS)
-    return TrialSearcher(settings, space, fixed, num_drawn, finalists, (told if told is not None else []).append)
+    return TrialSearcher(settings, space, fixed, num_drawn, finalists, (ended if ended is not None else []).append)
 
 
 def run_to_the_end(
-    plan: TrialSearcher,
+    searcher: TrialSearcher,
     settings: SearchSettings,
     trial: Callable[[Candidate, int], Record | None],
     stop_after: int = 999,
 ) -> list[tuple[Candidate, int]]:
-    """What Tune does, two trials at once; returns what was tried."""
+    """Run two trials at once, as Tune does; return the trials in their order."""
     tried: list[tuple[Candidate, int]] = []
     running: list[str] = []
     while len(tried) < stop_after:
-        suggested = plan.suggest(f"trial-{len(tried)}")
+        suggested = searcher.suggest(f"trial-{len(tried)}")
         if suggested == Searcher.FINISHED:
             assert not running
             return tried
@@ -93,73 +83,75 @@ def run_to_the_end(
             record = trial(candidate, seed)
             if record is not None:
                 settings.records.write(record)
-            plan.on_trial_complete(ended, {"accuracy": 1.0, "gflops": 1.0} if record else None, error=record is None)
+            searcher.on_trial_complete(
+                ended, {"accuracy": 1.0, "gflops": 1.0} if record else None, error=record is None
+            )
     return tried
 
 
 def finished(candidate: Candidate, seed: int) -> Record:
-    """Wider ones are better and dearer."""
+    """A record in which wider predictors are better and more expensive."""
     return record_of(candidate, min(1.0, 2 * candidate.width + 0.1 * len(candidate.blocks)), seed)
 
 
-def test_the_papers_four_come_first_then_what_is_drawn_then_the_seeds_of_the_best(tmp_path: Path) -> None:
-    settings, told = settings_of(tmp_path), []
-    plan = plan_of(settings, told)
-    assert not plan.is_over
-    pickle.dumps(plan)  # as Ray Tune does, for a restore that is never made
-    tried = run_to_the_end(plan, settings, finished)
+def test_the_papers_four_come_first_then_drawn_ones_then_the_seeds_of_the_best(tmp_path: Path) -> None:
+    settings, records = settings_of(tmp_path), []
+    searcher = searcher_of(settings, records)
+    assert not searcher.is_over
+    pickle.dumps(searcher)  # as Ray Tune does
+    tried = run_to_the_end(searcher, settings, finished)
     fixed = list(paper_candidates(settings.config).values())
     assert [candidate for candidate, _ in tried[:4]] == fixed
     assert [seed for _, seed in tried] == [0] * 7 + [1] * (len(tried) - 7)
     assert {candidate for candidate, seed in tried if seed == 1} >= set(fixed)
-    assert len(set(tried)) == len(tried) == len(told) == plan.num_done
-    assert plan.is_over
+    assert len(set(tried)) == len(tried) == len(records) == searcher.num_done
+    assert searcher.is_over
 
 
-def test_whatever_was_finished_is_not_tried_again(tmp_path: Path) -> None:
+def test_finished_trials_are_not_repeated(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
-    before = run_to_the_end(plan_of(settings), settings, finished, stop_after=6)
+    before = run_to_the_end(searcher_of(settings), settings, finished, stop_after=6)
     done = {(record.candidate, record.seed) for record in settings.records.read("context")}
-    plan = plan_of(settings)
-    assert plan.num_done == len(done)
-    after = run_to_the_end(plan, settings, finished)
+    searcher = searcher_of(settings)
+    assert searcher.num_done == len(done)
+    after = run_to_the_end(searcher, settings, finished)
     assert not done & set(after)
-    assert set(before) - done <= {*after} | {*before}, "what was cut off may be drawn differently"
+    assert set(before) - done <= {*after} | {*before}, "an unfinished candidate may not be drawn again"
     drawn = {candidate for candidate, seed in done | set(after) if seed == 0}
     assert len(drawn) == 4 + 3
-    assert plan_of(settings).is_over
-    assert run_to_the_end(plan_of(settings), settings, finished) == []
+    assert searcher_of(settings).is_over
+    assert run_to_the_end(searcher_of(settings), settings, finished) == []
 
 
-def test_more_trials_can_be_asked_for_later(tmp_path: Path) -> None:
+def test_a_later_search_can_ask_for_more_trials(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
-    run_to_the_end(plan_of(settings), settings, finished)
-    more = plan_of(settings, num_drawn=5)
+    run_to_the_end(searcher_of(settings), settings, finished)
+    more = searcher_of(settings, num_drawn=5)
     assert not more.is_over
     assert len([seed for _, seed in run_to_the_end(more, settings, finished) if seed == 0]) == 2
 
 
 def test_records_of_another_backbone_are_not_counted(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
-    run_to_the_end(plan_of(settings), settings, finished)
+    run_to_the_end(searcher_of(settings), settings, finished)
     other = replace(settings, context="another")
-    assert plan_of(other).num_done == 0
+    assert searcher_of(other).num_done == 0
     assert settings.records.read("another") == []
 
 
-def test_a_trial_whose_process_died_is_recorded_and_tried_again_by_the_next_sitting(tmp_path: Path) -> None:
-    settings, told = settings_of(tmp_path), []
+def test_a_trial_whose_process_died_is_recorded_and_tried_again_after_a_restart(tmp_path: Path) -> None:
+    settings, records = settings_of(tmp_path), []
     first = paper_candidates(settings.config)[1]
-    plan = plan_of(settings, told)
-    run_to_the_end(plan, settings, lambda one, seed: None if one == first else finished(one, seed))
-    died = [record for record in told if record.outcome == "failed"]
+    searcher = searcher_of(settings, records)
+    run_to_the_end(searcher, settings, lambda one, seed: None if one == first else finished(one, seed))
+    died = [record for record in records if record.outcome == "failed"]
     assert {(record.candidate, record.seed) for record in died} == {(first, 0), (first, 1)}
-    assert "its process died, 3 times" in (died[0].reason or "")
-    assert plan.is_over
-    assert set(run_to_the_end(plan_of(settings), settings, finished)) == {(first, 0), (first, 1)}
+    assert "its process died 3 times" in (died[0].reason or "")
+    assert searcher.is_over
+    assert set(run_to_the_end(searcher_of(settings), settings, finished)) == {(first, 0), (first, 1)}
 
 
-def test_a_trial_that_diverged_is_final_and_tells_the_sampler_nothing(tmp_path: Path) -> None:
+def test_a_diverged_trial_is_final_and_unknown_to_the_sampler(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
 
     def diverging(candidate: Candidate, seed: int) -> Record:
@@ -168,51 +160,51 @@ def test_a_trial_that_diverged_is_final_and_tells_the_sampler_nothing(tmp_path: 
         nothing: dict[str, Any] = {"accuracy": None, "gflops": None, "shares": (), "choices": ""}
         return record_of(candidate, 0.5, seed, outcome="diverged", reason="too fast", **nothing)
 
-    run_to_the_end(plan_of(settings), settings, diverging)
-    assert plan_of(settings).is_over
+    run_to_the_end(searcher_of(settings), settings, diverging)
+    assert searcher_of(settings).is_over
 
 
-def test_too_dear_predictors_are_not_tried_and_a_small_space_is_used_up(tmp_path: Path) -> None:
+def test_too_expensive_predictors_are_not_tried_and_a_small_space_ends(tmp_path: Path) -> None:
     space = {"blocks": [[1]], "kernel": [3], "stem_stride": [4], "input_size": [16, 24], "width": [0.125, 0.125]}
     settings = settings_of(tmp_path, space=space, num_trials=9)
-    tried = run_to_the_end(plan_of(settings, num_drawn=9), settings, finished)
+    tried = run_to_the_end(searcher_of(settings, num_drawn=9), settings, finished)
     assert len({candidate for candidate, _ in tried}) == 4 + 2
     smaller = space_of(settings.config, BACKBONE_GFLOPS).candidate({"blocks": "1", "input_size": 16, "kernel": 3})
-    dearest = 1.01 * predictor_gflops(replace(smaller, stem_stride=4))
-    cheap = settings_of(tmp_path / "cheap", space=space | {"max_gflops": dearest})
-    tried = run_to_the_end(plan_of(cheap), cheap, finished)
+    limit = 1.01 * predictor_gflops(replace(smaller, stem_stride=4))
+    cheap = settings_of(tmp_path / "cheap", space=space | {"max_gflops": limit})
+    tried = run_to_the_end(searcher_of(cheap), cheap, finished)
     fixed = set(paper_candidates(cheap.config).values())
     assert {candidate.input_size for candidate, _ in tried if candidate not in fixed} == {16}
 
 
-def test_the_papers_preset_tries_the_four_alone(tmp_path: Path) -> None:
+def test_the_paper_preset_tries_only_the_four(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, preset="paper")
-    tried = run_to_the_end(plan_of(settings), settings, finished)
+    tried = run_to_the_end(searcher_of(settings), settings, finished)
     assert len(tried) == 8
     assert {candidate for candidate, _ in tried} == set(paper_candidates(settings.config).values())
 
 
-def test_with_a_budget_what_asha_stops_is_recorded(tmp_path: Path) -> None:
-    settings, told = settings_of(tmp_path, objective="budget", budget_gflops=0.003), []
-    plan = plan_of(settings, told)
+def test_a_trial_that_asha_stops_is_recorded(tmp_path: Path) -> None:
+    settings, records = settings_of(tmp_path, objective="budget", budget_gflops=0.003), []
+    searcher = searcher_of(settings, records)
     fixed = paper_candidates(settings.config).values()
     for number in range(5):
-        suggested = plan.suggest(str(number))
+        suggested = searcher.suggest(str(number))
         assert isinstance(suggested, dict)
         candidate = Candidate.parse(suggested["candidate"])
         assert suggested["to_the_end"] == (candidate in fixed)
         if candidate in fixed:
             settings.records.write(finished(candidate, 0))
-            plan.on_trial_complete(str(number), {"accuracy": 0.9, "gflops": 0.001})
+            searcher.on_trial_complete(str(number), {"accuracy": 0.9, "gflops": 0.001})
         else:
-            plan.on_trial_complete(str(number), {"accuracy": 0.5, "gflops": 0.002, "epoch": 1, "score": 0.5})
-    assert (told[-1].outcome, told[-1].epochs, told[-1].accuracy) == ("stopped", 1, 0.5)
-    assert told[-1].reason == "worse than others after 1 epochs"
+            searcher.on_trial_complete(str(number), {"accuracy": 0.5, "gflops": 0.002, "epoch": 1, "score": 0.5})
+    assert (records[-1].outcome, records[-1].epochs, records[-1].accuracy) == ("stopped", 1, 0.5)
+    assert records[-1].reason == "worse than others after 1 epochs"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Prepared images, and a backbone as it is made."""
+    """Prepared images and an untrained backbone."""
     config = config_of(tmp_path_factory.mktemp("search"))
     glyphs = GlyphSettings(num_train=40, num_validation=20, image_size=64)
     prepare("glyphs", config.data.folder, glyphs=glyphs, num_processes=1, show_progress=False)
@@ -227,26 +219,26 @@ def with_search(config: Config, **changed: Any) -> Config:
     return config.model_copy(update={"search": config.search.model_copy(update=changed)})
 
 
-def test_a_search_without_problems_knows_its_space(trained: Config) -> None:
+def test_a_valid_search_passes_its_checks(trained: Config) -> None:
     checked = check_search(trained)
     assert checked.space.base == Candidate.of(trained.model.predictor, trained.stages.predictor)
     assert checked.backbone.classes == tuple("BCDEFGHKRS")
 
 
-def test_every_problem_is_told_together(trained: Config, tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(trained: Config, tmp_path: Path) -> None:
     wrong = with_search(trained, backbone=str(tmp_path), budget_gflops=1e-6, cpus_per_trial=10_000)
     wrong = wrong.model_copy(update={"stages": wrong.stages.model_copy(update={"joint": None})})
     with pytest.raises(ConfigError) as caught:
         check_search(wrong)
-    told = "\n".join(caught.value.problems)
+    found = "\n".join(caught.value.problems)
     for expected in ("stages.joint is missing", "no trained model", "budget_gflops is 1e-06", "need 10000 CPUs"):
-        assert expected in told
+        assert expected in found
     without = trained.model_copy(update={"stages": trained.stages.model_copy(update={"predictor": None})})
     with pytest.raises(ConfigError, match=r"stages\.predictor is missing"):
         check_search(without)
 
 
-def test_a_table_of_another_checkpoint_is_told_before_the_first_trial(trained: Config, tmp_path: Path) -> None:
+def test_a_table_of_another_checkpoint_is_reported_before_the_first_trial(trained: Config, tmp_path: Path) -> None:
     fill(with_search(trained), tmp_path / "tables")
     check_search(with_search(trained, tables=tmp_path / "tables"))
     manifest = load_manifest(trained.data.folder)
@@ -258,17 +250,17 @@ def test_a_table_of_another_checkpoint_is_told_before_the_first_trial(trained: C
 
 def fill(config: Config, folder: Path) -> None:
     model, manifest = load_model(RunFolder.of(config).model).model, load_manifest(config.data.folder)
-    for split, views in ((TRAIN, range(num_crops(config))), (VALIDATION, range(1))):
+    for split, crop_epochs in table_crops(config).items():
         key = TableKey.of(model, config, manifest, split)
         backbone_logits = Forward(model, key.precision).frozen_backbone
         loader = open_loader(config, split, input_sizes(config))
-        fill_table(folder, key, views, loader, backbone_logits, device=next(model.parameters()).device, tell=print)
+        fill_table(
+            folder, key, crop_epochs, loader, backbone_logits, device=next(model.parameters()).device, tell=print
+        )
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_node_sets_up_once_and_an_error_in_a_trial_is_in_its_record(
-    trained: Config, tmp_path: Path, cached: bool
-) -> None:
+def test_a_process_sets_up_once_and_records_the_error_of_a_trial(trained: Config, tmp_path: Path, cached: bool) -> None:
     config = with_search(trained, cache_gb=1.0 if cached else 0.0, node_folder=tmp_path / "node")
     folder = SearchFolder(tmp_path / "search")
     fill(config, folder.tables)
@@ -280,15 +272,17 @@ def test_a_node_sets_up_once_and_an_error_in_a_trial_is_in_its_record(
     assert bool(list((tmp_path / "node").rglob("*.npy"))) is True
     assert bool(list((tmp_path / "node" / "decoded").rglob("*.npy"))) is cached
     candidate = paper_candidates(config)[3]
+    reported: list[dict[str, Any]] = []
     broken = {"candidate": {**candidate.described(), "input_size": 17}, "seed": 0}
     with pytest.raises(Exception, match="17"):
-        tune_trial(broken, settings)
+        tune_trial(broken, settings, reported.append)
+    assert reported == []
     (record,) = settings.records.read("context")
     assert record.outcome == "failed"
     assert "17" in (record.reason or "")
 
 
-def test_a_dry_run_says_what_would_be_done(trained: Config) -> None:
+def test_a_dry_run_describes_the_search(trained: Config) -> None:
     text = describe_search(trained)
     assert "blocks: 0, 1, 1-1" in text
     assert "trials: 7 with one seed, and 5 more for the finalists' other seeds: 12" in text
@@ -297,7 +291,7 @@ def test_a_dry_run_says_what_would_be_done(trained: Config) -> None:
     assert not SearchFolder.of(trained).path.exists()
 
 
-def test_trials_at_once_are_what_the_scarcest_resource_allows() -> None:
+def test_the_scarcest_resource_limits_the_trials_at_once() -> None:
     search = config_of(Path()).search
     assert trials_at_once(search, {"CPU": 16, "GPU": 1}, {"CPU": 1, "GPU": 0.25}) == 4
     assert trials_at_once(search, {"CPU": 3}, {"CPU": 1}) == 3

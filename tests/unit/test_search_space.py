@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.load import ConfigError, load_config, parse_config
+from pipeline.config.load import ConfigError, drift, load_config, parse_config
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import build_drnet
 from pipeline.search.space import (
@@ -27,7 +27,7 @@ def problems_of(**search: Any) -> str:
     return "\n".join(space_problems(config, space, BACKBONE_GFLOPS))
 
 
-def test_presets_vary_what_they_say():
+def test_presets_vary_their_parameters():
     spaces = {
         preset: space_of(config_of(Path(), preset=preset), BACKBONE_GFLOPS) for preset in ("paper", "size", "full")
     }
@@ -38,10 +38,12 @@ def test_presets_vary_what_they_say():
     alpha = spaces["full"].parameters["alpha_gflops"]
     assert isinstance(alpha, Range)
     assert (alpha.low, alpha.high) == pytest.approx((0.00145, 0.00355))
-    assert spaces["size"].max_gflops == pytest.approx(0.003), "what the cheapest saves against the dearest"
+    assert spaces["size"].max_gflops == pytest.approx(0.003), (
+        "the difference between the cheapest and the most expensive resolution"
+    )
 
 
-def test_the_papers_four_keep_the_configurations_size_and_recipe():
+def test_the_papers_four_use_the_configurations_size_and_recipe():
     found = paper_candidates(config_of(Path()))
     assert [(c.blocks, c.kernel, c.stem_stride) for c in found.values()] == [
         ((1, 1, 1, 1), 7, 2),
@@ -53,7 +55,7 @@ def test_the_papers_four_keep_the_configurations_size_and_recipe():
 
 
 @pytest.mark.parametrize(("width", "drawn"), [([0.2, 1.0], 0.21), ([0.3, 0.31], 0.3)])
-def test_a_width_that_rounding_takes_out_of_its_range_is_in_the_space(width: list[float], drawn: float):
+def test_a_width_that_rounding_moves_out_of_its_range_is_in_the_space(width: list[float], drawn: float):
     space = space_of(config_of(Path(), preset="size", space={**SPACE, "width": width}), BACKBONE_GFLOPS)
     values = {"blocks": "1-1", "kernel": 5, "stem_stride": 4, "input_size": 16}
     candidate = space.candidate(values | {"width": drawn})
@@ -63,7 +65,7 @@ def test_a_width_that_rounding_takes_out_of_its_range_is_in_the_space(width: lis
     assert space.candidate(sampled) == candidate
 
 
-def test_a_sampled_value_and_its_candidate_name_each_other():
+def test_sampled_values_and_candidates_convert_into_each_other():
     space = space_of(config_of(Path(), preset="full"), BACKBONE_GFLOPS)
     values = {"blocks": "1-1", "kernel": 5, "stem_stride": 4, "input_size": 16, "width": 0.19}
     values |= {"alpha_gflops": 0.002, "eta": 0.5, "tau": 2.0, "lr": 0.1}
@@ -71,12 +73,12 @@ def test_a_sampled_value_and_its_candidate_name_each_other():
     assert (candidate.blocks, candidate.width, candidate.tau) == ((1, 1), 0.1875, 2.0)
     assert space.sampled(candidate) == values | {"width": 0.1875}
     assert space.candidate(space.sampled(candidate) or {}) == candidate
-    assert space.sampled(candidate_of(kernel=7)) is None, "7 is no choice there"
+    assert space.sampled(candidate_of(kernel=7)) is None, "7 is not one of the choices"
     size = space_of(config_of(Path(), preset="size"), BACKBONE_GFLOPS)
-    assert size.sampled(candidate) is None, "its recipe is not the configuration's"
+    assert size.sampled(candidate) is None, "its recipe differs from the configuration's"
 
 
-def test_a_candidates_cost_is_that_of_the_network_that_is_built():
+def test_a_candidates_cost_is_that_of_its_network():
     config = config_of(Path())
     for candidate in (*paper_candidates(config).values(), candidate_of(blocks=[2, 0], kernel=5, width=0.25)):
         costs = measure_costs(build_drnet(candidate.model(config.model), 3, (0.5,) * 3, (0.5,) * 3))
@@ -97,7 +99,7 @@ def test_the_cheapest_of_a_space_is_the_cheapest_of_all_its_corners():
     assert space.allows(candidate_of())
 
 
-def test_inputs_are_decoded_at_every_size_that_may_be_asked_for():
+def test_inputs_are_decoded_at_every_size_that_a_candidate_may_use():
     assert input_sizes(config_of(Path())) == (24, 16)
     assert input_sizes(config_of(Path(), preset="paper")) == (24,)
 
@@ -113,29 +115,27 @@ def test_inputs_are_decoded_at_every_size_that_may_be_asked_for():
         ({"max_gflops": 1e-6}, "raise it, or allow smaller widths"),
     ],
 )
-def test_an_empty_or_contradictory_space_is_told(changed: dict[str, Any], expected: str):
+def test_an_empty_or_contradictory_space_is_reported(changed: dict[str, Any], expected: str):
     assert expected in problems_of(space=SPACE | changed)
 
 
-def test_all_problems_of_a_space_are_told_together():
+def test_all_problems_of_a_space_are_reported_together():
     found = problems_of(space=SPACE | {"kernel": [], "width": [0.5, 0.25]})
     assert "kernel is empty" in found
     assert "search.space.width" in found
 
 
-def test_a_budget_that_nothing_reaches_is_told():
+def test_a_budget_that_no_candidate_reaches_is_reported():
     assert "budget_gflops is 0.0005, but no candidate costs less than 0.00100" in problems_of(budget_gflops=0.0005)
     assert problems_of(budget_gflops=0.003) == ""
     assert "so give search.budget_gflops" in problems_of(objective="budget")
 
 
-def test_what_search_says_may_change_between_sittings_of_a_training(tmp_path: Path):
-    from pipeline.config.load import drift
-
+def test_the_search_section_may_change_before_a_run_resumes(tmp_path: Path):
     assert drift(config_of(tmp_path), config_of(tmp_path, num_trials=7)) == []
 
 
-def test_an_impossible_value_is_refused_with_its_key():
+def test_an_invalid_value_is_rejected_with_its_key():
     tree = config_of(Path()).model_dump(mode="json")
     tree["search"] |= {"preset": "huge", "seeds": 0}
     with pytest.raises(ConfigError, match=r"search\.preset(.|\n)*search\.seeds"):

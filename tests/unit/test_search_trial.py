@@ -1,4 +1,4 @@
-"""A trial is the predictor stage of a run, bit for bit; and where its backbone comes from."""
+"""A trial equals the predictor stage of a run, bit for bit; and where its backbone comes from."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ import torch
 
 from datasets.beton import TRAIN, VALIDATION, beton_path
 from datasets.loading.decoded import DecodedCrops, Ordered, Reader
+from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, build_configured
-from pipeline.search.source import (
-    backbone_path,
-    backbone_problems,
-    load_backbone,
-    model_with_backbone,
-)
+from pipeline.search.source import backbone_path, backbone_problems, load_backbone, model_with_backbone
 from pipeline.search.space import Candidate
-from pipeline.search.trial import TrialData, build_model, run_trial
+from pipeline.search.trial import TrialData, build_model, run_trial, table_crops
 from pipeline.training.checkpoint import TrainingState, save_model
 from pipeline.training.logit_table import LogitTable, TableKey, copy_table
 from pipeline.training.loop import open_stage_data, train
@@ -34,7 +30,7 @@ SEED = 0
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of the predictor stage whose tables are there."""
+    """A run of the predictor stage whose tables exist."""
     folder = tmp_path_factory.mktemp("trial")
     run, _ = run_of(config_of(write_data(folder), num_crops=2), folder / "tables")
     open_stage_data(run, stage_of(run.config), 0)
@@ -51,12 +47,12 @@ def candidate_of(run: Run, **changed: Any) -> Candidate:
 
 
 def trial_data(run: Run, folder: Path, reader: Callable[[str], Reader] | None = None) -> TrialData:
-    """On tables that were copied away from the run's."""
+    """Trial data on copies of the run's tables."""
     tables = {}
-    for split, views in ((TRAIN, range(2)), (VALIDATION, range(1))):
+    for split, crop_epochs in table_crops(run.config).items():
         key = TableKey.of(run.model, run.config, MANIFEST, split)
-        copy_table(run.tables, folder, key, views)
-        tables[split] = LogitTable(folder, key, views)
+        copy_table(run.tables, folder, key, crop_epochs)
+        tables[split] = LogitTable(folder, key, crop_epochs)
     readers = {split: (reader or (lambda split: loader_of(run.config, split)))(split) for split in tables}
     return TrialData(
         config=run.config,
@@ -78,7 +74,7 @@ def data(run: Run, tmp_path_factory: pytest.TempPathFactory) -> TrialData:
     return trial_data(run, tmp_path_factory.mktemp("copied"))
 
 
-def test_a_trial_is_the_predictor_stage_of_a_run_bit_for_bit(run: Run, data: TrialData) -> None:
+def test_a_trial_equals_the_predictor_stage_of_a_run_bit_for_bit(run: Run, data: TrialData) -> None:
     record, weights = run_trial(data, candidate_of(run), SEED)
     torch.manual_seed(SEED)
     predictor = build_configured(run.config.model.predictor, 2)
@@ -96,23 +92,23 @@ def test_a_trial_is_the_predictor_stage_of_a_run_bit_for_bit(run: Run, data: Tri
     assert record.chosen_N.tolist().count(0) / 11 == pytest.approx(record.shares[0])
 
 
-def test_decoded_views_make_the_same_trial(run: Run, data: TrialData, tmp_path: Path) -> None:
+def test_decoded_crops_give_the_same_trial(run: Run, data: TrialData, tmp_path: Path) -> None:
     def decoded(split: str) -> Reader:
         beton = beton_path(run.config.data.folder, split)
-        views = DecodedCrops(tmp_path / "decoded", beton, {"split": split}, range(2), (24,))
-        views.fill(loader_of(run.config, split))
-        return views
+        crops = DecodedCrops(tmp_path / "decoded", beton, {"split": split}, range(2), (24,))
+        crops.fill(loader_of(run.config, split))
+        return crops
 
     with_loader, weights = run_trial(data, candidate_of(run), SEED)
-    with_views, others = run_trial(trial_data(run, tmp_path / "tables", decoded), candidate_of(run), SEED)
+    with_crops, others = run_trial(trial_data(run, tmp_path / "tables", decoded), candidate_of(run), SEED)
     assert weights is not None
     assert others is not None
     assert all(torch.equal(weights[key], others[key]) for key in weights)
-    assert with_loader.choices == with_views.choices
+    assert with_loader.choices == with_crops.choices
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_a_trial_lays_memory_out_as_a_run_does(run: Run, data: TrialData, channels_last: bool) -> None:
+def test_a_trial_uses_the_memory_layout_of_a_run(run: Run, data: TrialData, channels_last: bool) -> None:
     training = run.config.training.model_copy(update={"channels_last": channels_last})
     model, _ = build_model(data, run.config.model_copy(update={"training": training}), SEED)
     weight = next(weight for weight in model.predictor.parameters() if weight.ndim == 4)
@@ -120,7 +116,7 @@ def test_a_trial_lays_memory_out_as_a_run_does(run: Run, data: TrialData, channe
     assert model.memory_format == (torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def test_seeds_and_candidates_differ_and_neither_depends_on_the_trial_before(run: Run, data: TrialData) -> None:
+def test_seeds_and_candidates_differ_and_do_not_depend_on_the_trial_before(run: Run, data: TrialData) -> None:
     first, weights = run_trial(data, candidate_of(run), SEED)
     _, other_seed = run_trial(data, candidate_of(run), SEED + 1)
     larger, _ = run_trial(data, candidate_of(run, blocks=[2, 1], lr=0.01), SEED)
@@ -157,13 +153,13 @@ def test_a_collapsed_trial_is_recorded_with_its_reason(run: Run, data: TrialData
     assert record.shares == (1.0, 0.0)
 
 
-def test_every_epoch_is_told_where_somebody_looks_on(run: Run, data: TrialData) -> None:
-    told: list[tuple[int, float]] = []
+def test_every_epoch_is_evaluated_and_reported_if_asked(run: Run, data: TrialData) -> None:
+    reported: list[tuple[int, float]] = []
     record, _ = run_trial(
-        data, candidate_of(run), SEED, lambda done, values: told.append((done, values["gflops_routed"]))
+        data, candidate_of(run), SEED, lambda done, values: reported.append((done, values["gflops_routed"]))
     )
-    assert [done for done, _ in told] == [1, 2, 3]
-    assert told[-1][1] == record.gflops
+    assert [done for done, _ in reported] == [1, 2, 3]
+    assert reported[-1][1] == record.gflops
 
 
 def save_trained(run: Run, path: Path) -> Path:
@@ -188,18 +184,29 @@ def test_a_backbone_comes_from_a_run_a_model_or_a_checkpoint(run: Run, tmp_path:
         ):
             assert torch.equal(value, expected), key
         keys = [TableKey.of(one, config, MANIFEST, TRAIN).digest for one in (model, run.model)]
-        assert keys[0] == keys[1], "and so its table is found"
+        assert keys[0] == keys[1], "so its table is found"
 
 
-def test_a_backbone_that_does_not_fit_is_told_in_every_respect(run: Run, tmp_path: Path) -> None:
+def test_the_backbone_of_a_run_is_the_one_from_before_its_joint_stage(run: Run, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / run.config.name)
+    folder.path.mkdir()
+    cluster = run.config.cluster.model_copy(update={"storage": tmp_path})
+    own = run.config.model_copy(update={"cluster": cluster})
+    named = own.model_copy(update={"search": own.search.model_copy(update={"backbone": str(folder.path)})})
+    for expected in (folder.model, folder.backbone):  # one after the other is written
+        save_trained(run, expected)
+        assert [backbone_path(config) for config in (own, named)] == [expected] * 2
+
+
+def test_every_misfit_of_a_backbone_is_reported(run: Run, tmp_path: Path) -> None:
     trained = load_backbone(save_trained(run, tmp_path / "model.pt"))
     other = run.config.model_copy(
         update={"model": run.config.model.model_copy(update={"resolutions": (64, 32), "backbone_width": 1.0})}
     )
     problems = "\n".join(backbone_problems(trained, other, manifest_of(5, 5, 3)))
-    assert "resolutions [48, 32], model.resolutions is [64, 32]" in problems
+    assert "resolutions [48, 32], but model.resolutions is [64, 32]" in problems
     assert "backbone_width" in problems
-    assert "knows 7 classes (0, 1, 2, ...), the data" in problems
+    assert "knows 7 classes (0, 1, 2, ...), but the data" in problems
     misfit = replace(trained, state={"network.fc.bias": torch.zeros(7)})
     with pytest.raises(ValueError, match="is not a small_resnet"):
         model_with_backbone(misfit, run.config, NUM_CLASSES)
@@ -207,7 +214,7 @@ def test_a_backbone_that_does_not_fit_is_told_in_every_respect(run: Run, tmp_pat
     assert "trained on other data" in "\n".join(backbone_problems(of_state, run.config, MANIFEST))
 
 
-def test_without_a_trained_backbone_it_says_what_to_do(run: Run, tmp_path: Path) -> None:
+def test_without_a_trained_backbone_the_error_says_what_to_do(run: Run, tmp_path: Path) -> None:
     cluster = run.config.cluster.model_copy(update={"storage": tmp_path})
     config = run.config.model_copy(update={"cluster": cluster})
     with pytest.raises(ValueError, match=r"no trained model at .*model\.pt; train it first"):

@@ -1,4 +1,4 @@
-"""The table over seeds."""
+"""Tests of the table over several seeds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def seed_reports() -> list[dict]:
     return found
 
 
-def test_seeds_are_summarised_by_mean_and_spread():
+def test_seeds_are_summarized_by_mean_and_spread():
     reports = seed_reports()
     summary = summarize_seeds(reports)
-    gains = [report["comparisons"]["interpolation"]["difference_points"] for report in reports]
+    gains = [report["comparisons"]["envelope"]["difference_points"] for report in reports]
     found = summary["summary"]["gain_over_line_points"]
     assert found["mean"] == pytest.approx(sum(gains) / 3)
     assert found["std"] == pytest.approx((sum((gain - found["mean"]) ** 2 for gain in gains) / 2) ** 0.5)
@@ -42,7 +42,7 @@ def test_one_seed_has_no_spread():
     assert "±" not in seeds_markdown(summary)
 
 
-def test_reports_of_different_runs_are_not_summarised():
+def test_reports_of_different_runs_are_rejected():
     other = report_of(*PERFECT, context=CONTEXT | {"dataset": "elpv"})
     with pytest.raises(ValueError, match=r"different runs.*elpv.*glyphs"):
         summarize_seeds([*seed_reports(), other])

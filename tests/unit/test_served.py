@@ -1,4 +1,4 @@
-"""A registered model behind MLflow's own server, asked as docs/inference.md says."""
+"""A registered model behind MLflow's server, used as docs/inference.md documents it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def environment(store) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def port(environment, tmp_path_factory):
-    """Of a server that was started by the documented command."""
+    """The port of a server that the documented command started."""
     number, folder = free_port(), tmp_path_factory.mktemp("served")
     command = documented("bash")[0].replace(DOCUMENTED_PORT, str(number))
     with (folder / "serve.log").open("wb") as output:
@@ -68,7 +68,7 @@ def model(store, monkeypatch):
 
 
 def documented(language: str) -> list[str]:
-    """The page's blocks of code in a language."""
+    """Returns the page's code blocks in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -100,7 +100,7 @@ def test_python_as_documented(port, photo, model, environment, tmp_path):
     assert "class " in ran([sys.executable, "-c", in_process], tmp_path, environment)
 
 
-def test_what_is_bad_has_its_reason_and_the_server_lives(port, model):
+def test_bad_images_have_a_reason_and_the_server_lives(port, model):
     files = [jpeg(60, 50, seed=1), b"hello", jpeg(60, 50, seed=2), jpeg(60, 50)[:400], b""]
     rows = predictions(port, files)
     expected = model.predict(pd.DataFrame({"image": files}))
@@ -117,7 +117,7 @@ def test_what_is_bad_has_its_reason_and_the_server_lives(port, model):
     assert predictions(port, files[:1])[0]["label"] == rows[0]["label"]
 
 
-def test_many_clients_at_once_get_their_own_answers(port, model):
+def test_many_concurrent_clients_get_their_own_answers(port, model):
     files = [jpeg(60, 50, seed=seed) for seed in range(16)] + [b"hello"]
     expected = model.predict(pd.DataFrame({"image": files}))
     with ThreadPoolExecutor(16) as clients:

@@ -26,7 +26,7 @@ from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE
 from pipeline.serving.runtime.programs import META_FILE, PREDICTOR_FILE, load_program, split
 from pipeline.training.checkpoint import load_model, save_model
 from tests.unit.pictures import encoded, jpeg
-from tests.unit.test_routed_images import BAD, centre_crops
+from tests.unit.test_runtime_images import BAD, center_crops
 from tests.unit.tracking_fixtures import make_config, make_model, random_crops, routed_logits
 
 
@@ -79,7 +79,7 @@ def test_the_stored_files_import_nothing_of_this_project():
 
 
 @pytest.mark.parametrize("name", ["small_resnet", "resnet18", "mobilenet_v2", "densenet121"])
-def test_a_folded_network_answers_as_the_unfolded_at_every_resolution(name):
+def test_a_folded_network_equals_the_unfolded_one_at_every_resolution(name):
     torch.manual_seed(1)
     backbone = build_backbone(name, 7, 2).eval()
     for layer in backbone.modules():
@@ -95,8 +95,8 @@ def test_a_folded_network_answers_as_the_unfolded_at_every_resolution(name):
             scale = expected.abs().max().item()
             torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4 * scale)
             left = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-            assert bool(left) == (name == "densenet121"), "there most batch norms come before a convolution"
-    assert any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules()), "the original is as it was"
+            assert bool(left) == (name == "densenet121"), "in densenet most batch norms come before a convolution"
+    assert any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules()), "the original must not change"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 41])
@@ -108,7 +108,7 @@ def test_predictions_are_those_of_the_trained_model(model, network, count):
     assert torch.equal(routed.logits_NK.argmax(dim=1), logits_NK.argmax(dim=1))
     torch.testing.assert_close(routed.logits_NK, logits_NK, rtol=1e-4, atol=1e-4)
     if count == 41:
-        assert set(choice_N.tolist()) == {0, 1}, "the images must be routed differently, or this shows nothing"
+        assert set(choice_N.tolist()) == {0, 1}, "the images must use both resolutions, or this test shows nothing"
 
 
 def test_each_resolution_has_its_own_batch_norm(model, network):
@@ -157,7 +157,7 @@ def test_a_program_with_a_pickle_in_it_is_refused(programs, tmp_path, kind):
         load_program(altered)
 
 
-def test_the_budget_moves_images_along_their_costs(model, network):
+def test_a_budget_bias_moves_images_to_other_costs(model, network):
     logits_NR = network.predictor_logits(random_crops(model, 41)[model.predictor_size])
     assert torch.equal(network.choose(logits_NR), logits_NR.argmax(dim=1))
     at_bias = [network.choose(logits_NR, bias) for bias in (-1e6, -0.05, 0, 0.05, 1e6)]
@@ -175,7 +175,7 @@ def test_the_same_call_gives_the_same_bits(model, network):
     assert torch.equal(first.logits_NK, second.logits_NK)
 
 
-def test_bfloat16_is_near(model, programs, network):
+def test_bfloat16_is_close(model, programs, network):
     crops = random_crops(model, 41)
     rough = RoutedNetwork(programs, Placement(device="cpu", precision="bfloat16"))
     exact_NK, rough_NK = network.logits(0, crops[48]), rough.logits(0, crops[48])
@@ -185,8 +185,8 @@ def test_bfloat16_is_near(model, programs, network):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by what torch's own compiler imports
-def test_a_compiled_network_answers_alike(model, programs, network):
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by imports of torch's compiler
+def test_a_compiled_network_gives_the_same_logits(model, programs, network):
     crops = random_crops(model, 9)
     compiled = RoutedNetwork(programs, Placement(device="cpu", compiled=True)).classify(crops)
     torch.testing.assert_close(compiled.logits_NK, network.classify(crops).logits_NK, rtol=1e-3, atol=1e-3)
@@ -196,7 +196,7 @@ def test_a_compiled_network_answers_alike(model, programs, network):
     ("count", "side", "sizes"),
     [(1, 224, [1]), (16, 224, [16]), (21, 224, [11, 10]), (64, 112, [64]), (2, 1000, [1, 1])],
 )
-def test_a_cpu_runs_equal_parts_of_as_many_pixels(count, side, sizes):
+def test_a_cpu_runs_equal_parts_of_limited_size(count, side, sizes):
     images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(count, side, side, 3)
     assert [len(part) for part in split(images, torch.device("cpu"))] == sizes
     assert [len(part) for part in split(images, torch.device("cuda"))] == [count]
@@ -222,13 +222,13 @@ def test_bad_images_do_not_fail_the_others(served):
     assert only_bad["error"].notna().all()
 
 
-def test_rows_say_what_was_found_and_what_it_cost(served, model, programs):
+def test_rows_hold_the_answer_and_its_cost(served, model, programs):
     files = [jpeg(60, 50, seed=seed) for seed in range(12)]
     rows = served.predict(None, frame(files))
     meta = json.loads((programs / META_FILE).read_text())
     assert meta["relative_costs"] == [1, 0]
     for row, file in zip(rows.to_dict("records"), files, strict=True):
-        crops = centre_crops(file, model.sides, 0.875)
+        crops = center_crops(file, model.sides, 0.875)
         logits_NK, choice_N = routed_logits(model, {side: torch.tensor(crop)[None] for side, crop in crops.items()})
         index, choice = int(logits_NK.argmax()), int(choice_N)
         assert (row["class_index"], row["label"]) == (index, "abcde"[index])
@@ -237,7 +237,7 @@ def test_rows_say_what_was_found_and_what_it_cost(served, model, programs):
         assert row["gflops"] == pytest.approx(meta["backbone_gflops"][choice] + meta["predictor_gflops"])
 
 
-def test_the_budget_is_a_parameter_of_a_call(served):
+def test_the_budget_bias_is_a_parameter_of_a_call(served):
     files = [jpeg(60, 50, seed=seed) for seed in range(6)]
     sides = [set(served.predict(None, frame(files), {"budget_bias": bias})["resolution"]) for bias in (-1e6, 1e6)]
     assert sides == [{32}, {48}]
@@ -245,7 +245,7 @@ def test_the_budget_is_a_parameter_of_a_call(served):
         served.predict(None, frame(files), {"budget_bias": float("nan")})
 
 
-def test_crops_are_taken_as_they_are(served, model):
+def test_crops_are_used_unchanged(served, model):
     crops = random_crops(model, 9)[48].numpy()
     rows = served.predict(None, frame(list(crops)), {"budget_bias": 1e6})
     with torch.inference_mode():
@@ -283,14 +283,14 @@ def test_ten_thousand_images_in_a_call(served):
     assert all(rows["class_index"][start : start + 10].tolist() == first for start in range(0, 10_008, 12))
 
 
-def test_the_server_has_threads_for_many_requests_at_once(monkeypatch):
+def test_the_server_has_threads_for_many_concurrent_requests(monkeypatch):
     monkeypatch.setattr(asyncio, "to_thread", asyncio.to_thread)  # to be restored
     together = threading.Barrier(pyfunc.REQUESTS_AT_ONCE)
 
     async def serve() -> None:
         await asyncio.gather(*(asyncio.to_thread(together.wait, 60) for _ in range(pyfunc.REQUESTS_AT_ONCE)))
 
-    pyfunc.widen_server()  # before there is a loop, as where MLflow's server loads the model
+    pyfunc.widen_server()  # before a loop exists, as when MLflow's server loads the model
     asyncio.run(serve())
 
 

@@ -92,7 +92,7 @@ def test_classes_without_images_are_all_named():
     index = ImageIndex(["a", "b", "c"], {"train": refs(1, 1), "validation": refs(3, 1)[1:]})
     with pytest.raises(SourceError, match=r"2 of 3 classes have no train images: b, c\n1 of 3 .* validation images: a"):
         checked(index)
-    with pytest.raises(SourceError, match="one class only"):
+    with pytest.raises(SourceError, match="only one class"):
         checked(ImageIndex(["a"], {"train": refs(1, 1)}))
 
 
@@ -102,12 +102,12 @@ def test_long_lists_are_cut():
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "labels.csv", "notes.TXT", "._001.jpg", "desktop.ini"])
-def test_companions_of_images_are_ignored(name):
+def test_files_that_accompany_images_are_ignored(name):
     assert is_ignored(name)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "a.heic", "a.zip", "a", "a.jpg.part"])
-def test_anything_else_has_to_be_an_image(name):
+def test_any_other_file_must_be_an_image(name):
     assert not is_ignored(name)
 
 
@@ -136,7 +136,7 @@ def test_train_and_validation_folders_are_found(tmp_path, name):
     assert names(index.splits["validation"]) == {"validation/a/000.jpg", "validation/b/000.jpg"}
 
 
-def test_validation_may_lie_elsewhere(tmp_path):
+def test_the_validation_folder_may_be_elsewhere(tmp_path):
     write_class_folders(tmp_path / "one", {"a": 2, "b": 3})
     write_class_folders(tmp_path / "two", {"a": 1, "b": 1})
     index = scan(tmp_path / "one", tmp_path / "two").read_index()
@@ -144,7 +144,7 @@ def test_validation_may_lie_elsewhere(tmp_path):
     assert scan(tmp_path / "one", None).read_index().splits["validation"][0].path.startswith(str(tmp_path / "one"))
 
 
-def test_train_alone_is_split(tmp_path):
+def test_a_train_folder_without_validation_is_split(tmp_path):
     write_class_folders(tmp_path / "train", {"a": 4, "b": 4})
     index = scan(tmp_path).read_index()
     assert {split: len(images) for split, images in index.splits.items()} == {"train": 6, "validation": 2}
@@ -155,7 +155,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert scan(tmp_path).read_index().classes == ["plane", "train"]
 
 
-def test_images_per_class_leaves_validation_alone(tmp_path):
+def test_images_per_class_does_not_limit_validation(tmp_path):
     write_class_folders(tmp_path, {"a": 8, "b": 8})
     whole, some = scan(tmp_path).read_index(), scan(tmp_path, per_class=3).read_index()
     assert len(some.splits["train"]) == 6
@@ -184,7 +184,7 @@ def make(root, *files):
     [
         (["notes.txt"], "holds no class folders"),
         (["a/notes.txt", "b/notes.txt"], "hold no images"),
-        (["a/1.jpg", "a/2.jpg"], "one class only"),
+        (["a/1.jpg", "a/2.jpg"], "only one class"),
         (["a/1.jpg", "a/2.jpg", "b/notes.txt"], "no train images: b"),
         (["a/x/1.jpg", "b/y/2.jpg", "b/3.jpg"], "class folders in .* hold folders: a/x, b/y"),
         (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "b/1.jpg is alone in its class"),
@@ -193,7 +193,7 @@ def make(root, *files):
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "validation/a/1.jpg"], "both val and validation"),
     ],
 )
-def test_folders_that_make_no_sense_are_explained(tmp_path, files, message):
+def test_unusable_folders_are_explained(tmp_path, files, message):
     make(tmp_path, *files)
     with pytest.raises(SourceError, match=message):
         scan(tmp_path).read_index()
@@ -207,7 +207,7 @@ def test_missing_folders_are_explained(tmp_path):
         scan(tmp_path, tmp_path / "nowhere")
 
 
-def test_state_sees_every_change_and_only_changes(tmp_path):
+def test_state_changes_with_every_change_and_only_then(tmp_path):
     write_class_folders(tmp_path, {"a": 3, "b": 3})
     state = scan(tmp_path).state
     assert scan(tmp_path).state == state

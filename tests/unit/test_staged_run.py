@@ -1,4 +1,4 @@
-"""data.uri from the configuration to the worker: checked by the driver, staged by every node, the same on all."""
+"""data.uri: the driver checks it, every node downloads it, and every worker refuses other data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config_of(tmp_path: Path, uri: str | None) -> Config:
     )
 
 
-def test_the_driver_needs_the_manifest_alone(remote: Path, tmp_path: Path) -> None:
+def test_the_driver_reads_only_the_manifest(remote: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, remote.as_uri())
     manifest, _ = check_config(config)
     assert manifest == load_manifest(remote)
@@ -55,26 +55,26 @@ def test_the_driver_needs_the_manifest_alone(remote: Path, tmp_path: Path) -> No
     assert not config.data.folder.exists()
 
 
-def test_an_address_without_data_is_told_before_ray_is_asked(tmp_path: Path) -> None:
+def test_an_address_without_data_is_refused_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.uri: file:///.*nothing holds no prepared data"):
         check_config(config_of(tmp_path, (tmp_path / "nothing").as_uri()))
 
 
-def test_a_worker_stages_and_refuses_other_data_than_the_drivers(remote: Path, tmp_path: Path) -> None:
+def test_a_worker_downloads_the_drivers_data_and_refuses_other_data(remote: Path, tmp_path: Path) -> None:
     config, manifest = config_of(tmp_path, remote.as_uri()), load_manifest(remote)
     lines: list[str] = []
-    for _ in range(2):  # the second worker of the node finds the data there
+    for _ in range(2):  # the node's second worker finds the data
         assert data_of_node(config.data, manifest.digest, lines.append) == manifest
-    assert lines[0].startswith(f"staging {config.data.folder}: ")
+    assert lines[0].startswith(f"downloading to {config.data.folder}: ")
 
-    with pytest.raises(ValueError, match=rf"holds other data \(digest {manifest.digest}\) than the driver"):
+    with pytest.raises(ValueError, match=rf"holds other data \(digest {manifest.digest}\) than the driver's"):
         data_of_node(config.data, "0" * 32, print)
     here = config_of(tmp_path, None)
     with pytest.raises(ValueError, match="holds other data"):
         data_of_node(here.data, "0" * 32, print)
 
 
-def test_one_machine_appends_to_the_progress_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_one_node_appends_to_the_progress_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     event_writer(None)("on another node")
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == "on another node\n"
@@ -82,7 +82,7 @@ def test_one_machine_appends_to_the_progress_file(tmp_path: Path, capsys: pytest
     assert json.loads((tmp_path / "progress.jsonl").read_text())["message"] == "on the first"
 
 
-def test_what_is_kept_of_a_configuration_holds_no_secret(tmp_path: Path) -> None:
+def test_a_stored_configuration_holds_no_secret(tmp_path: Path) -> None:
     config = config_of(tmp_path, "s3://KEY:secret@bucket/folder")
     assert config.data.uri == "s3://KEY:secret@bucket/folder"
     assert config.model_dump(mode="json")["data"]["uri"] == "s3://KEY:***@bucket/folder"

@@ -17,6 +17,8 @@ from pipeline.training.optim import build_optimizer
 from tests.small import COSTS_R, batch_of, small_model
 
 JOINT = JointStage(epochs=1, alpha_gflops=1.5, eta=0.5)
+KINDS = ("frozen", "all", "routed")
+JOINTS = [JOINT.model_copy(update={"norm_statistics": kind}) for kind in KINDS]
 
 
 def gradients(model: DRNet) -> dict[str, torch.Tensor]:
@@ -26,8 +28,15 @@ def gradients(model: DRNet) -> dict[str, torch.Tensor]:
     }
 
 
-def naive_joint_loss(model: DRNet, batch: StepBatch) -> torch.Tensor:
-    """Every image at every resolution with gradient: trained statistics for those that chose it, running ones else."""
+def naive_joint_loss(model: DRNet, batch: StepBatch, kind: str) -> torch.Tensor:
+    """Every image at every resolution with gradient.
+
+    Batch norm uses the running statistics, but for the images that chose the resolution with `routed`: the batch's.
+    """
+    if kind == "all":
+        with torch.no_grad():
+            for index in range(3):
+                model.backbone.train()(model.normalize(batch.images[model.resolutions[index]]), index)
     model.predictor.train()
     choice_NR = objectives.straight_through_choice(model.predictor_logits(batch.images), batch.gumbel_NR, JOINT.tau)
     chosen_N = choice_NR.detach().argmax(1)
@@ -35,7 +44,7 @@ def naive_joint_loss(model: DRNet, batch: StepBatch) -> torch.Tensor:
     for index, side in enumerate(model.resolutions):
         mine = chosen_N == index
         valued_NK = model.backbone.eval() and model.static_logits(batch.images, index)
-        if mine.sum() >= 2:
+        if mine.sum() >= 2 and kind == "routed":
             model.backbone.train()
             valued_NK = valued_NK.index_copy(
                 0, mine.nonzero().squeeze(1), model.static_logits({side: batch.images[side][mine]}, index)
@@ -48,11 +57,12 @@ def naive_joint_loss(model: DRNet, batch: StepBatch) -> torch.Tensor:
     return nn.functional.cross_entropy(output_NK, batch.labels_N) + JOINT.eta * penalty
 
 
-def test_joint_step_is_exact_against_running_everything_with_gradient() -> None:
+@pytest.mark.parametrize("joint", JOINTS, ids=KINDS)
+def test_joint_step_is_exact_against_running_everything_with_gradient(joint: JointStage) -> None:
     model, batch = small_model(), batch_of(16)
     reference = copy.deepcopy(model)
-    naive_joint_loss(reference, batch).backward()
-    sums = build_objective(model, JOINT, COSTS_R)(batch)
+    naive_joint_loss(reference, batch, joint.norm_statistics).backward()
+    sums = build_objective(model, joint, COSTS_R)(batch)
     expected = gradients(reference)
     shares = [sums[f"share_{index}"].item() for index in range(3)]
     assert sorted(shares) != shares or min(shares) > 0, "the batch must use several resolutions for this test to tell"
@@ -62,7 +72,32 @@ def test_joint_step_is_exact_against_running_everything_with_gradient() -> None:
         torch.testing.assert_close(buffer, other, msg=name)
 
 
-def test_only_a_resolutions_own_images_move_its_statistics() -> None:
+def test_a_joint_step_with_frozen_statistics_leaves_their_bits_and_trains_scale_and_shift() -> None:
+    model, batch = small_model(), batch_of(16)
+    before = copy.deepcopy(model.backbone.state_dict())
+    objective, optimizer = build_objective(model, JOINT, COSTS_R), build_optimizer(model, JOINT)
+    for _ in range(2):
+        objective(batch)
+        optimizer.step()
+    moved = {name for name, value in model.backbone.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any("running" in name or "num_batches" in name for name in moved)
+    assert {name.rpartition(".")[2] for name in moved if ".norms." in name} == {"weight", "bias"}
+
+
+def test_frozen_statistics_leave_dropout_on() -> None:
+    model, batch = small_model(), batch_of(16)
+    model.backbone.network.pool = nn.Sequential(model.backbone.network.pool, nn.Dropout(0.5))
+    seen: list[tuple[bool, int]] = []
+    model.backbone.network.pool[1].register_forward_pre_hook(
+        lambda layer, inputs: seen.append((layer.training, len(inputs[0])))
+    )
+    build_objective(model, JOINT, COSTS_R)(batch)
+    assert sum(count for training, count in seen if training) == 16
+    assert sum(count for training, count in seen if not training) == 32
+
+
+@pytest.mark.parametrize("joint", JOINTS, ids=KINDS)
+def test_which_images_move_the_statistics_of_a_resolution(joint: JointStage) -> None:
     model, batch = small_model(), batch_of(16)
     with torch.no_grad():
         model.predictor(torch.zeros(2, 3, 32, 32))
@@ -70,15 +105,17 @@ def test_only_a_resolutions_own_images_move_its_statistics() -> None:
         fc.weight.zero_()
         fc.bias.copy_(torch.tensor([50.0, -50.0, -50.0]))  # everything chooses resolution 0
     before = copy.deepcopy(model)
-    build_objective(model, JOINT, COSTS_R)(batch)
+    build_objective(model, joint, COSTS_R)(batch)
     norms = [module for module in model.modules() if isinstance(module, ResolutionBatchNorm2d)]
     old_norms = [module for module in before.modules() if isinstance(module, ResolutionBatchNorm2d)]
     assert norms
+    expected = {"frozen": [False, False, False], "all": [True, True, True], "routed": [True, False, False]}
     for norm, old in zip(norms, old_norms, strict=True):
-        assert not torch.equal(norm.norms[0].running_mean, old.norms[0].running_mean)
-        for index in (1, 2):
-            assert torch.equal(norm.norms[index].running_mean, old.norms[index].running_mean)
-            assert torch.equal(norm.norms[index].num_batches_tracked, old.norms[index].num_batches_tracked)
+        pairs = list(zip(norm.norms, old.norms, strict=True))
+        moved = [not torch.equal(new.running_mean, before.running_mean) for new, before in pairs]
+        counted = [int(new.num_batches_tracked) - int(before.num_batches_tracked) for new, before in pairs]
+        assert moved == expected[joint.norm_statistics]
+        assert counted == moved, "a batch counts once"
 
 
 def test_backbone_step_sums_the_losses_of_all_resolutions() -> None:
@@ -151,7 +188,7 @@ def test_gradient_at_the_predictor_is_that_of_the_papers_loss(alpha: float) -> N
         BackboneStage(epochs=1, mixup_alpha=1.0),
         BackboneStage(epochs=1, cutmix_alpha=1.0),
         PredictorStage(epochs=1, alpha_gflops=1.5),
-        JOINT,
+        *JOINTS,
     ],
 )
 @pytest.mark.parametrize("count", [0, 1])
@@ -169,7 +206,7 @@ def test_a_rank_may_hold_no_image_or_one(stage: BackboneStage, count: int) -> No
         BackboneStage(epochs=1, mixup_alpha=1.0),
         BackboneStage(epochs=1, cutmix_alpha=1.0),
         PredictorStage(epochs=1, alpha_gflops=1.5, eta=1.0),
-        JOINT,
+        *JOINTS,
     ],
 )
 @pytest.mark.parametrize(("count", "num_slices"), [(16, 3), (5, 5), (2, 4), (0, 3)])
@@ -222,8 +259,7 @@ def test_a_step_in_bfloat16_is_that_in_float32_to_its_rounding(stage: BackboneSt
 
 def test_the_backbone_sees_a_slice_at_a_time_and_the_predictor_the_batch() -> None:
     model, seen = small_model(), {"backbone": [], "predictor": []}
-    for name in seen:
-        module = model.get_submodule(name)
+    for name, module in (("backbone", model.backbone), ("predictor", model.predictor.stem)):
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(len(inputs[0])))
     build_objective(model, BackboneStage(epochs=1), COSTS_R)(dataclasses.replace(batch_of(16), num_slices=5))
     assert seen == {"backbone": [3] * 12 + [4] * 3, "predictor": []}

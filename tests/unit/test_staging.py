@@ -1,4 +1,4 @@
-"""datasets/staging.py: betons brought from a remote address, once a node, and never half."""
+"""Downloads of betons from a remote address: once per node, and never incomplete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.pictures import write_class_folders
 
 FILES = ["manifest.json", "train.beton", "validation.beton"]
 
-# Stages argv[1] into argv[2]; having told a line with argv[3] in it, waits until its input ends.
+# Downloads argv[1] to argv[2]; after a line that contains argv[3], waits until its input ends.
 CHILD = """
 import sys
 from pathlib import Path
@@ -43,7 +43,7 @@ staging.download_dataset(sys.argv[1], Path(sys.argv[2]), tell=tell)
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two prepared folders with the same classes and counts, of different images."""
+    """Two prepared folders with the same classes and counts, but different images."""
     root = tmp_path_factory.mktemp("prepared")
     for seed in (0, 1):
         source = write_class_folders(root / f"source-{seed}", {"cat": 5, "dog": 5}, seed=10 * seed)
@@ -53,7 +53,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def remote(tmp_path: Path, prepared: tuple[Path, Path]) -> Path:
-    """A copy of the first prepared folder, to be staged from `remote.as_uri()`."""
+    """A copy of the first prepared folder, to download from `remote.as_uri()`."""
     return put(prepared[0], tmp_path / "remote")
 
 
@@ -78,14 +78,14 @@ def betons_and_manifest(folder: Path) -> dict[str, bytes]:
 
 
 def spoil(path: Path, start: int = 0, end: int | None = None) -> None:
-    """Other bytes, as many."""
+    """Replace a file by as many other bytes."""
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\xee" * ((end or path.stat().st_size) - start))
 
 
 def flip_one_bit(path: Path) -> None:
-    """Between the last image and the table, where only the hash of the whole file shows it."""
+    """Change a byte between the last image and the table, which only the hash of the whole file detects."""
     layout = read_layout(path)
     position = layout.size_bytes - layout.allocations.nbytes - 1
     data = bytearray(path.read_bytes())
@@ -99,7 +99,7 @@ def partial(folder: Path, split: str) -> Path:
 
 @pytest.fixture
 def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a process that stages; whatever is left of it is killed."""
+    """Start a process that downloads, and kill it at the end."""
     started = []
 
     def start(uri: str, folder: Path, pause: str) -> subprocess.Popen[str]:
@@ -114,14 +114,14 @@ def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-def told(process: subprocess.Popen[str], words: str) -> str:
+def wait_for(process: subprocess.Popen[str], words: str) -> str:
     """Read until a line with `words` in it."""
     assert process.stdout is not None
     return next(line for line in process.stdout if words in line)
 
 
 @pytest.mark.parametrize("kind", ["file", "s3"])
-def test_what_is_uploaded_and_staged_is_what_was_prepared(
+def test_an_uploaded_and_downloaded_folder_equals_the_prepared_one(
     kind: str, tmp_path: Path, prepared: tuple[Path, Path], node: Path, request: pytest.FixtureRequest
 ) -> None:
     there = tmp_path / "deep" / "remote"
@@ -142,7 +142,7 @@ def test_what_is_uploaded_and_staged_is_what_was_prepared(
     assert lines == [f"{uri} holds this data already; nothing to do"]
 
 
-def test_processes_that_ask_at_once_download_once(
+def test_concurrent_processes_download_once(
     s3: S3Server, tmp_path: Path, prepared: tuple[Path, Path], node: Path, child
 ) -> None:
     uri = s3.address("at-once")
@@ -152,10 +152,10 @@ def test_processes_that_ask_at_once_download_once(
     alone = [line for line in s3.requests() if "GET /bucket/at-once/" in line and ".beton" in line]
 
     first = child(uri, node, pause=" left")
-    told(first, " left")  # in the middle of the first beton
+    wait_for(first, " left")  # in the middle of the first beton
     others = [child(uri, node, pause="never") for _ in range(2)]
     for process in others:
-        told(process, "waiting")
+        wait_for(process, "waiting")
     first.communicate()
     for process in others:
         assert process.communicate()[0] == "", "found it done, and did nothing"
@@ -166,11 +166,9 @@ def test_processes_that_ask_at_once_download_once(
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
 
-def test_a_killed_download_goes_on_where_it_stopped(
-    remote: Path, prepared: tuple[Path, Path], node: Path, child
-) -> None:
+def test_a_killed_download_resumes(remote: Path, prepared: tuple[Path, Path], node: Path, child) -> None:
     process = child(remote.as_uri(), node, pause=" left")
-    told(process, " left")
+    wait_for(process, " left")
     process.kill()
     process.wait()
     left, lock = sorted(node.iterdir(), reverse=True)
@@ -187,7 +185,7 @@ def test_a_killed_download_goes_on_where_it_stopped(
     assert sorted(contents(node)) == sorted([*FILES, STAGED])
 
 
-def test_who_waited_takes_what_is_there_then(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_a_process_that_waited_uses_the_current_data(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     node.mkdir()
     other = os.open(node / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -202,7 +200,7 @@ def test_who_waited_takes_what_is_there_then(remote: Path, prepared: tuple[Path,
 
 
 @pytest.mark.parametrize("size", [1000, CHUNK_BYTES + 5, 1 << 26])
-def test_a_partial_file_that_does_not_fit_is_given_up(
+def test_a_partial_file_that_does_not_match_is_discarded(
     size: int, s3: S3Server, prepared: tuple[Path, Path], node: Path
 ) -> None:
     uri = s3.address(f"partial-{size}")
@@ -217,7 +215,7 @@ def test_a_partial_file_that_does_not_fit_is_given_up(
     assert sorted(contents(node)) == sorted([*FILES, STAGED])
 
 
-def test_a_process_that_dies_among_the_renames_costs_no_download(
+def test_a_process_that_dies_while_renaming_costs_no_download(
     remote: Path, prepared: tuple[Path, Path], node: Path
 ) -> None:
     download_dataset(remote.as_uri(), node)
@@ -231,7 +229,7 @@ def test_a_process_that_dies_among_the_renames_costs_no_download(
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
 
-def test_a_beton_without_a_manifest_is_looked_at_in_full(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_a_beton_without_a_manifest_is_compared_in_full(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     download_dataset(remote.as_uri(), node)
     (node / "manifest.json").unlink()
     flip_one_bit(node / "train.beton")
@@ -241,7 +239,7 @@ def test_a_beton_without_a_manifest_is_looked_at_in_full(remote: Path, prepared:
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
 
-def test_only_what_is_damaged_is_staged_again(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_only_damaged_betons_are_downloaded_again(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     download_dataset(remote.as_uri(), node)
     (node / "train.beton").write_bytes((node / "train.beton").read_bytes()[:-24])
     spoil(remote / "validation.beton")
@@ -251,7 +249,7 @@ def test_only_what_is_damaged_is_staged_again(remote: Path, prepared: tuple[Path
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
 
 
-def test_a_beton_that_is_not_its_manifests_is_refused(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_a_beton_not_matching_its_manifest_is_refused(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     flip_one_bit(remote / "train.beton")
     with pytest.raises(BetonError, match=r"train\.beton of file:///.*remote has SHA-256 .* or is damaged"):
         download_dataset(remote.as_uri(), node)
@@ -282,7 +280,7 @@ def test_a_beton_that_changes_while_it_is_read_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "manifest.json").unlink(), r"holds no prepared data .*--upload"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"has no prepared data .*--upload"),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json of file:///.* is damaged"),
         (
             lambda folder: (folder / "train.beton").unlink(),
@@ -291,7 +289,7 @@ def test_a_beton_that_changes_while_it_is_read_is_refused(
         (lambda folder: (folder / "train.beton").write_bytes(b"cut"), r"a train\.beton of 3 bytes, its manifest says"),
     ],
 )
-def test_half_a_remote_folder_is_refused(change, message: str, remote: Path, node: Path) -> None:
+def test_an_incomplete_remote_folder_is_refused(change, message: str, remote: Path, node: Path) -> None:
     change(remote)
     with pytest.raises(BetonError, match=message):
         download_dataset(remote.as_uri(), node)
@@ -306,20 +304,20 @@ def test_a_manifest_cannot_lead_out_of_the_folder(remote: Path, node: Path) -> N
         download_dataset(remote.as_uri(), node)
 
 
-def test_too_little_space_is_noticed_before_the_first_byte(
+def test_too_little_space_is_an_error_before_the_first_byte(
     remote: Path, node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.mkdir()
     usage = shutil.disk_usage(node)._replace(free=2_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: usage)
-        with pytest.raises(OSError, match=r"node has 2\.0 MB free, 33\.\d MB of file:///.* are still to come"):
+        with pytest.raises(OSError, match=r"node has 2\.0 MB free, but 33\.\d MB of file:///.* are left to download"):
             download_dataset(remote.as_uri(), node)
         assert contents(node) == {}
     download_dataset(remote.as_uri(), node)
 
 
-def test_changed_data_is_staged_again_and_said(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_changed_data_is_downloaded_again_and_reported(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     download_dataset(remote.as_uri(), node)
     before, after = (load_manifest(folder).digest for folder in prepared)
     put(prepared[1], remote)
@@ -331,12 +329,12 @@ def test_changed_data_is_staged_again_and_said(remote: Path, prepared: tuple[Pat
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
-def test_a_part_can_be_staged_alone(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_one_split_can_be_downloaded_alone(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     manifest = download_dataset(remote.as_uri(), node, splits=[VALIDATION])
     assert sorted(contents(node)) == ["manifest.json", STAGED, "validation.beton"]
     assert download_dataset(remote.as_uri(), node) == manifest
 
-    # Both have betons of one size: what is left of the old data must not pass for the new.
+    # Both have betons of the same size: the old beton must not be taken for the new one.
     put(prepared[1], remote)
     download_dataset(remote.as_uri(), node, splits=[VALIDATION])
     assert sorted(contents(node)) == ["manifest.json", STAGED, "validation.beton"]
@@ -344,7 +342,7 @@ def test_a_part_can_be_staged_alone(remote: Path, prepared: tuple[Path, Path], n
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
-def test_what_was_prepared_here_is_never_replaced(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_data_prepared_here_is_never_replaced(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     put(prepared[1], node)
     before = contents(node)
     with pytest.raises(BetonError, match=r"prepared here.* choose another data\.folder, set data\.uri=null"):
@@ -352,12 +350,12 @@ def test_what_was_prepared_here_is_never_replaced(remote: Path, prepared: tuple[
     assert contents(node) == before
 
     (node / "manifest.json").unlink()
-    with pytest.raises(BetonError, match="its preparation was cut short"):
+    with pytest.raises(BetonError, match="its preparation was interrupted"):
         download_dataset(remote.as_uri(), node)
     assert contents(node) == {name: data for name, data in before.items() if name != "manifest.json"}
 
 
-def test_what_was_staged_and_then_prepared_here_is_not_replaced(
+def test_downloaded_data_that_was_prepared_again_is_not_replaced(
     remote: Path, prepared: tuple[Path, Path], node: Path
 ) -> None:
     download_dataset(remote.as_uri(), node)
@@ -367,7 +365,7 @@ def test_what_was_staged_and_then_prepared_here_is_not_replaced(
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
-def test_the_same_data_prepared_here_is_used_as_it_is(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
+def test_the_same_data_prepared_here_is_used(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     put(prepared[0], node)
     lines: list[str] = []
     download_dataset(remote.as_uri(), node, tell=lines.append)
@@ -380,18 +378,18 @@ def test_the_same_data_prepared_here_is_used_as_it_is(remote: Path, prepared: tu
     assert (node / "train.beton").read_bytes() == b"cut"
 
 
-def test_an_upload_replaces_no_other_data_and_spreads_no_damage(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_upload_replaces_no_other_data_and_refuses_damage(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     there = tmp_path / "there"
     damaged = put(prepared[0], tmp_path / "damaged")
     flip_one_bit(damaged / "validation.beton")
-    with pytest.raises(BetonError, match=r"validation\.beton is damaged: SHA-256"):
+    with pytest.raises(BetonError, match=r"validation\.beton is damaged: its SHA-256"):
         upload(damaged, there.as_uri())
     assert sorted(contents(there)) == ["train.beton", "validation.beton"]
-    with pytest.raises(BetonError, match="holds no prepared data"):
+    with pytest.raises(BetonError, match="has no prepared data"):
         remote_manifest(there.as_uri())
 
     upload(prepared[0], there.as_uri())
     assert contents(there) == betons_and_manifest(prepared[0])
-    with pytest.raises(BetonError, match="upload to another address, or remove what is there"):
+    with pytest.raises(BetonError, match="upload to another address, or remove the data there"):
         upload(prepared[1], there.as_uri())
     assert contents(there) == betons_and_manifest(prepared[0])

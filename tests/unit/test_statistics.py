@@ -1,7 +1,8 @@
-"""Intervals, tests, baselines and the budget curve against slow references that loop over images."""
+"""Intervals, tests, baselines and the budget curve match slow references that loop over images."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,21 +11,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.budget import biased_choice, budget_curve
-from pipeline.evaluation.report import compare, interpolation_accuracy, table_rows
+from pipeline.evaluation.comparison import Stated, compare, table_rows
 from pipeline.evaluation.statistics import (
     MAX_BINS,
     accuracy,
+    balanced_accuracy,
+    bootstrap_means,
     by_attribute,
-    line_accuracy,
-    line_neighbours,
+    envelope,
     mcnemar_p,
     oracle_choice,
     paired_difference,
     percentile_interval,
-    resample,
     shares,
 )
 from pipeline.models.cost import Costs
+from pipeline.policies.calibrate import ALL
+from pipeline.policies.route import Routed
 from tests.unit.evaluation_cases import COSTS, easy_and_hard
 
 Z = 1.959963984540054
@@ -32,7 +35,7 @@ Z = 1.959963984540054
 
 @st.composite
 def evaluations(draw) -> tuple[np.ndarray, np.ndarray, Costs]:
-    """correct (N, R), predictor logits (N, R) with ties, and costs in any order."""
+    """Draw correct (N, R), predictor logits (N, R) with ties, and costs in any order."""
     N, R = draw(st.integers(1, 30)), draw(st.integers(2, 5))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     gflops = tuple(generator.permutation(np.arange(1, R + 1) * 0.25).tolist())
@@ -43,10 +46,10 @@ def evaluations(draw) -> tuple[np.ndarray, np.ndarray, Costs]:
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (7, 10), (981, 1000), (10, 10)])
 def test_accuracy_has_wilsons_interval(right, n):
     share = right / n
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     margin = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     found = accuracy(right, n)
-    assert (found.value, found.low, found.high) == pytest.approx((share, centre - margin, centre + margin), abs=1e-12)
+    assert (found.value, found.low, found.high) == pytest.approx((share, center - margin, center + margin), abs=1e-12)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 5), (3, 9), (12, 12), (40, 21)])
@@ -70,7 +73,7 @@ def test_paired_difference_is_antisymmetric_and_inside_minus_one_to_one():
     assert paired_difference(2, 0, 2).high == 1
 
 
-def test_paired_difference_covers_the_truth_as_often_as_it_says():
+def test_the_interval_of_a_paired_difference_has_95_percent_coverage():
     generator = np.random.default_rng(0)
     probabilities, n = (0.03, 0.06, 0.91), 300
     draws = generator.multinomial(n, probabilities, size=3000)
@@ -104,42 +107,54 @@ def test_no_choice_is_more_accurate_than_the_oracle_and_none_as_accurate_is_chea
             assert gflops[choice_N].sum() >= gflops[oracle_N].sum() - 1e-9
 
 
-def test_the_line_joins_the_neighbouring_static_resolutions():
-    gflops, static_R = (0.9, 0.1, 0.4), np.array([0.9, 0.5, 0.8])
-    at = np.array([0.1, 0.25, 0.4, 0.65, 0.9, 1.5, 0.05])
-    expected = [0.5, 0.65, 0.8, 0.85, 0.9, 0.9, 0.5]
-    np.testing.assert_allclose(line_accuracy(gflops, np.tile(static_R, (len(at), 1)), at), expected)
-    lower, upper, weight = line_neighbours(gflops, np.array([0.65]))
-    assert (lower[0], upper[0]) == (2, 0)
-    assert weight[0] == pytest.approx(0.5)
+def test_the_envelope_is_the_upper_hull_of_the_static_points():
+    costs_S, accuracy_S = np.array([0.9, 0.1, 0.4, 0.5]), np.array([0.9, 0.5, 0.8, 0.6])
+    at = np.array([0.1, 0.25, 0.4, 0.5, 0.65, 0.9, 1.5, 0.05])
+    expected = [0.5, 0.65, 0.8, 0.82, 0.85, 0.9, 0.9, 0.5]
+    found, (lower, upper, weight) = envelope(costs_S, np.tile(accuracy_S, (len(at), 1)), at)
+    np.testing.assert_allclose(found, expected)
+    assert (lower[4], upper[4]) == (2, 0)
+    assert weight[4] == pytest.approx(0.5)
 
 
-def test_the_line_of_equal_costs_is_finite():
-    assert line_accuracy((0.4, 0.4, 0.1), np.array([[0.9, 0.8, 0.5]]), np.array([0.4]))[0] in (0.8, 0.9)
+def test_a_dip_in_one_resolution_does_not_lower_the_envelope():
+    """Joining neighbors only would make a coin that avoids the bad middle resolution look like a gain."""
+    costs_S, accuracy_S = np.array([0.1, 0.4, 0.9]), np.array([0.8, 0.2, 0.9])
+    found, _ = envelope(costs_S, accuracy_S[None], np.array([0.5]))
+    assert found[0] == pytest.approx(0.85)
 
 
-def test_the_bootstrap_over_patterns_agrees_with_drawing_images():
+def test_points_of_equal_cost_give_the_better_one():
+    assert envelope(np.array([0.4, 0.4, 0.1]), np.array([[0.9, 0.8, 0.5]]), np.array([0.4]))[0][0] == 0.9
+
+
+def test_the_bootstrap_over_equal_rows_agrees_with_drawing_images():
     correct_NR, chosen_N, _ = easy_and_hard(300, skill=0.7)
-    found = resample(correct_NR, chosen_N, seed=1)
+    routed_N = correct_NR[np.arange(300), chosen_N]
+    columns = np.column_stack([correct_NR, routed_N, np.eye(3)[chosen_N]]).astype(float)
+    means_BC = bootstrap_means(columns, seed=1)
     generator = np.random.default_rng(2)
     images = generator.integers(0, 300, (4000, 300))
-    routed_B = correct_NR[images, chosen_N[images]].mean(axis=1)
-    static_BR = correct_NR[images].mean(axis=1)
-    shares_BR = (chosen_N[images][:, :, None] == np.arange(3)).mean(axis=1)
-    gain_B = routed_B - (shares_BR * static_BR).sum(axis=1)
-    ours_B = found.routed_B - (found.shares_BR * found.static_BR).sum(axis=1)
-    for ours, slow in [(found.routed_B, routed_B), (ours_B, gain_B), (found.static_BR[:, 2], static_BR[:, 2])]:
-        assert ours.mean() == pytest.approx(slow.mean(), abs=2e-3)
-        assert ours.std() == pytest.approx(slow.std(), rel=0.06)
-    np.testing.assert_allclose(found.shares_BR.sum(axis=1), 1)
+    slow_BC = columns[images].mean(axis=1)
+    for column in range(columns.shape[1]):
+        assert means_BC[:, column].mean() == pytest.approx(slow_BC[:, column].mean(), abs=3e-3)
+        assert means_BC[:, column].std() == pytest.approx(slow_BC[:, column].std(), rel=0.06)
+    np.testing.assert_allclose(means_BC[:, 4:].sum(axis=1), 1)
 
 
 def test_the_bootstrap_depends_on_the_seed_alone():
-    correct_NR, chosen_N, _ = easy_and_hard(200)
+    correct_NR, _, _ = easy_and_hard(200)
+    values_NC = correct_NR.astype(float)
     order = np.random.default_rng(3).permutation(200)
-    one, other = resample(correct_NR, chosen_N, 5), resample(correct_NR[order], chosen_N[order], 5)
-    np.testing.assert_array_equal(one.routed_B, other.routed_B)
-    assert not np.array_equal(one.routed_B, resample(correct_NR, chosen_N, 6).routed_B)
+    one = bootstrap_means(values_NC, 5)
+    np.testing.assert_array_equal(one, bootstrap_means(values_NC[order], 5))
+    assert not np.array_equal(one, bootstrap_means(values_NC, 6))
+
+
+def test_balanced_accuracy_is_the_mean_over_the_classes():
+    labels_N = np.array([0] * 90 + [2] * 10)
+    assert balanced_accuracy(labels_N == 0, labels_N) == 0.5
+    assert balanced_accuracy(np.ones(100, bool), labels_N) == 1.0
 
 
 def test_the_percentile_interval_holds_95_percent():
@@ -147,10 +162,15 @@ def test_the_percentile_interval_holds_95_percent():
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.025, 0.975))
 
 
-def rows_of(correct_NR: np.ndarray, chosen_N: np.ndarray, costs: Costs) -> tuple[dict, dict]:
-    oracle_N, resampled = oracle_choice(correct_NR, costs.backbone_gflops), resample(correct_NR, chosen_N)
-    rows = table_rows(correct_NR, chosen_N, oracle_N, costs, resampled)
-    return {row["id"]: row for row in rows}, compare(correct_NR, chosen_N, oracle_N, costs, resampled, rows)
+def rows_of(correct_NR: np.ndarray, chosen_N: np.ndarray, costs: Costs, **changed) -> tuple[dict, dict]:
+    """Return rows and comparisons where each image runs once, at the chosen resolution, after a predictor."""
+    ran_NR = chosen_N[:, None] == np.arange(correct_NR.shape[1])
+    routed = {ALL: Routed(ran_NR, chosen_N, np.ones(len(chosen_N), bool))}
+    labels_N = np.arange(len(chosen_N)) % 4
+    stated = Stated(labels_N, correct_NR, None, "before joint", routed, costs)
+    stated = dataclasses.replace(stated, **changed)
+    rows = table_rows(stated, {ALL: "routed"} | {kind: kind for kind in stated.routed if kind != ALL})
+    return {row["id"]: row for row in rows}, compare(stated, rows)
 
 
 def test_every_row_equals_a_loop_over_the_images():
@@ -163,7 +183,6 @@ def test_every_row_equals_a_loop_over_the_images():
         spent += COSTS.backbone_gflops[chosen_N[n]]
         expected_random += sum(share[j] * int(correct_NR[n, j]) for j in range(3))
     assert rows["routed"]["top1"] == right / 400
-    assert rows["routed"]["backbone_gflops"] == pytest.approx(spent / 400)
     assert rows["routed"]["mean_gflops"] == pytest.approx(spent / 400 + 0.03)
     assert rows["random"]["top1"] == pytest.approx(expected_random / 400)
     assert rows["random"]["mean_gflops"] == rows["routed"]["mean_gflops"]
@@ -179,51 +198,60 @@ def test_every_row_equals_a_loop_over_the_images():
         assert found["low_points"] < found["difference_points"] < found["high_points"]
 
 
-def test_the_interpolation_row_costs_what_the_routed_network_costs():
+def test_the_envelope_row_costs_what_the_routed_network_costs():
     correct_NR, chosen_N, _ = easy_and_hard(400)
     rows, compared = rows_of(correct_NR, chosen_N, COSTS)
-    line, routed = rows["interpolation"], rows["routed"]
+    line, routed = rows["envelope"], rows["routed"]
     assert line["mean_gflops"] == pytest.approx(routed["mean_gflops"])
-    weight = (routed["mean_gflops"] - 0.4) / 0.5 if routed["mean_gflops"] > 0.4 else (routed["mean_gflops"] - 0.1) / 0.3
-    low, high = (64, 96) if routed["mean_gflops"] > 0.4 else (32, 64)
-    expected = (1 - weight) * rows[f"static-{low}"]["top1"] + weight * rows[f"static-{high}"]["top1"]
+    static = np.array([rows[f"static-{side}"]["top1"] for side in COSTS.resolutions])
+    (expected,), _ = envelope(np.array(COSTS.backbone), static[None], np.array([routed["mean_gflops"]]))
     assert line["top1"] == pytest.approx(expected)
-    assert line["label"] == f"line, static {low} to {high} px"
-    gain = compared["interpolation"]
+    assert line["label"].startswith("envelope, static ")
+    gain = compared["envelope"]
     assert gain["difference_points"] == pytest.approx(100 * (routed["top1"] - expected))
     assert gain["low_points"] < gain["difference_points"] < gain["high_points"]
     assert line["top1_low"] < line["top1"] < line["top1_high"]
 
 
-def test_the_line_ends_at_the_dearest_static_resolution():
+def test_the_envelope_ends_at_the_most_expensive_static_resolution():
     correct_NR, _, _ = easy_and_hard(200)
     rows, compared = rows_of(correct_NR, np.zeros(200, np.int64), COSTS)
-    assert rows["interpolation"]["label"] == "static 96 px"
-    assert rows["interpolation"]["shares"] == [1, 0, 0]
-    assert rows["interpolation"]["mean_gflops"] == 0.9 < rows["routed"]["mean_gflops"]
-    assert compared["interpolation"]["difference_points"] == 0
+    assert rows["envelope"]["label"] == "static 96 px"
+    assert rows["envelope"]["mean_gflops"] == 0.9 < rows["routed"]["mean_gflops"]
+    assert compared["envelope"]["difference_points"] == 0
 
 
-def test_the_lines_interval_lets_cost_and_accuracy_vary_together():
+def test_the_network_before_the_joint_stage_counts_as_static_too():
     correct_NR, chosen_N, _ = easy_and_hard(300)
-    resampled = resample(correct_NR, chosen_N)
-    found = interpolation_accuracy(resampled, COSTS)
-    for b in range(5):
-        cost = sum(share * c for share, c in zip(resampled.shares_BR[b], COSTS.backbone_gflops, strict=True)) + 0.03
-        expected = np.interp(cost, [0.1, 0.4, 0.9], resampled.static_BR[b][::-1])
-        assert found[b] == pytest.approx(expected)
+    rows, compared = rows_of(correct_NR, chosen_N, COSTS, other_NR=np.ones((300, 3), bool))
+    assert rows["other-96"]["label"] == "static 96 px before joint"
+    assert (rows["other-32"]["top1"], rows["other-32"]["mean_gflops"]) == (1.0, 0.1)
+    assert rows["envelope"]["top1"] == 1.0
+    assert compared["other-64"]["difference_points"] < 0
+
+
+def test_a_cascade_pays_for_every_pass():
+    correct_NR, chosen_N, _ = easy_and_hard(300)
+    predictor = Routed(chosen_N[:, None] == np.arange(3), chosen_N, np.ones(300, bool))
+    cascade = Routed(np.arange(3) >= chosen_N[:, None], chosen_N, np.zeros(300, bool))
+    rows, compared = rows_of(correct_NR, chosen_N, COSTS, routed={ALL: predictor, "cascade": cascade})
+    paid = np.array([1.4, 0.5, 0.1])[chosen_N].mean()
+    assert rows["policy-cascade"]["mean_gflops"] == pytest.approx(paid)
+    assert rows["policy-cascade"]["top1"] == rows["routed"]["top1"]
+    assert compared["policy-cascade"]["difference_points"] == 0
+    assert compared["policy-cascade"]["gflops_ratio"] == pytest.approx(rows["routed"]["mean_gflops"] / paid)
 
 
 def test_one_resolution_has_its_static_row_alone():
     costs = Costs((96,), (0.9,), 0.03)
     correct_N1, zeros = np.array([[True], [False]]), np.zeros(2, np.int64)
-    rows = table_rows(correct_N1, zeros, zeros, costs, resample(correct_N1, zeros))
+    rows = table_rows(Stated(zeros, correct_N1, None, "", {}, costs), {})
     assert [(row["id"], row["top1"], row["mean_gflops"]) for row in rows] == [("static-96", 0.5, 0.9)]
 
 
 @settings(deadline=None, max_examples=60)
 @given(evaluations())
-def test_every_point_of_the_budget_curve_is_what_its_bias_reaches(evaluation):
+def test_every_point_of_the_budget_curve_matches_its_bias(evaluation):
     correct_NR, logits_NR, costs = evaluation
     rows, gflops = np.arange(len(correct_NR)), np.array(costs.backbone_gflops)
     for point in budget_curve(logits_NR, correct_NR, costs, max_points=1000):
@@ -245,11 +273,11 @@ def test_every_point_of_the_budget_curve_is_what_its_bias_reaches(evaluation):
 
 @settings(deadline=None, max_examples=60)
 @given(evaluations(), st.floats(-40, 40))
-def test_no_bias_reaches_a_trade_that_the_budget_curve_lacks(evaluation, bias):
+def test_no_bias_reaches_a_point_that_the_budget_curve_lacks(evaluation, bias):
     correct_NR, logits_NR, costs = evaluation
     biased_NR = logits_NR.astype(np.float64) + bias * np.array(costs.relative)
     ordered_NR = np.sort(biased_NR, axis=1)
-    assume((ordered_NR[:, -1] - ordered_NR[:, -2]).min() > 1e-9)  # at a tie either choice is right
+    assume((ordered_NR[:, -1] - ordered_NR[:, -2]).min() > 1e-9)  # at a tie either choice is valid
     choice_N = biased_NR.argmax(axis=1)
     trade = (correct_NR[np.arange(len(choice_N)), choice_N].mean(), *shares(choice_N, correct_NR.shape[1]))
     curve = budget_curve(logits_NR, correct_NR, costs, max_points=1000)
@@ -257,7 +285,7 @@ def test_no_bias_reaches_a_trade_that_the_budget_curve_lacks(evaluation, bias):
     assert np.isclose(reachable, trade).all(axis=1).any()
 
 
-def test_the_budget_curve_runs_from_cheapest_to_dearest_through_the_routed_network():
+def test_the_budget_curve_runs_from_cheapest_to_most_expensive_through_the_routed_network():
     correct_NR, chosen_N, _ = easy_and_hard(500, skill=0.8)
     logits_NR = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32) + 2 * np.eye(3)[chosen_N]
     logits_NR = logits_NR.astype(np.float32)
@@ -273,7 +301,7 @@ def test_the_budget_curve_runs_from_cheapest_to_dearest_through_the_routed_netwo
     assert here["shares"] == pytest.approx(shares(routed_N, 3).tolist())
 
 
-def test_a_predictor_without_opinion_has_the_ends_alone():
+def test_equal_predictor_logits_give_only_the_ends_of_the_curve():
     curve = budget_curve(np.zeros((4, 2), np.float32), np.ones((4, 2), bool), Costs((64, 32), (0.4, 0.1), 0.0))
     assert [point["shares"] for point in curve] == [[0, 1], [1, 0]]
     assert curve[1]["budget_bias"] == 0

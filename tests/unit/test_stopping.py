@@ -1,4 +1,4 @@
-"""pipeline/cluster/stopping.py: SIGTERM asks a run to stop, a second one or a job's patience ends it at once."""
+"""pipeline/cluster/stopping.py: SIGTERM requests a stop; a second one, or the end of a job's time, ends it at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_first_signal_asks_and_the_second_ends(folder: RunFolder) -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_exits(folder: RunFolder) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stoppable(folder):
         assert not is_stop_asked(folder)
@@ -40,21 +40,21 @@ def test_the_first_signal_asks_and_the_second_ends(folder: RunFolder) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_next_sitting_is_not_stopped_by_the_last_ones_signal(folder: RunFolder) -> None:
+def test_the_next_attempt_ignores_the_signal_of_the_last(folder: RunFolder) -> None:
     with stoppable(folder):
         sigterm()
     with stoppable(folder):
         assert not is_stop_asked(folder)
 
 
-def test_a_job_that_is_killed_soon_ends_at_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_without_time_to_stop_ends_at_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JOB_VARIABLE, "{}")
     assert patience() == 0
     with stoppable(folder), pytest.raises(SystemExit):
         sigterm()
 
 
-def test_a_jobs_patience_comes_to_an_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_exits_when_its_time_is_over(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JOB_VARIABLE, "{}")
     monkeypatch.setenv(WAIT_VARIABLE, "10.05")
     with stoppable(folder):
@@ -64,7 +64,7 @@ def test_a_jobs_patience_comes_to_an_end(folder: RunFolder, monkeypatch: pytest.
             threading.Event().wait(60)
 
 
-def test_a_signal_after_the_end_is_the_callers_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timer_is_cleared_afterwards(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JOB_VARIABLE, "{}")
     monkeypatch.setenv(WAIT_VARIABLE, "60")
     with stoppable(folder):
@@ -72,7 +72,7 @@ def test_a_signal_after_the_end_is_the_callers_again(folder: RunFolder, monkeypa
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_in_another_thread_nothing_can_be_asked(folder: RunFolder) -> None:
+def test_another_thread_sets_no_handlers(folder: RunFolder) -> None:
     def body() -> None:
         with stoppable(folder):
             seen.append(is_stop_asked(folder))
@@ -86,5 +86,5 @@ def test_in_another_thread_nothing_can_be_asked(folder: RunFolder) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_folder_without_the_file_asks_nothing(folder: RunFolder) -> None:
+def test_a_folder_without_the_file_requests_no_stop(folder: RunFolder) -> None:
     assert not is_stop_asked(folder)

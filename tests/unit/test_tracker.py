@@ -18,7 +18,7 @@ from tests.unit.tracking_fixtures import free_port, fresh_store, make_config, ma
 
 @pytest.fixture
 def store(tmp_path, tmp_path_factory, monkeypatch) -> str:
-    """A store of its own, which is what MLFLOW_TRACKING_URI names."""
+    """A fresh store that MLFLOW_TRACKING_URI names."""
     uri = fresh_store(tmp_path, tmp_path_factory)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
@@ -49,7 +49,7 @@ def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
 
 
 def log(handle: RunHandle, *entries: tuple[str | None, dict[str, float], int]) -> None:
-    """What rank 0 does, then the driver: everything is at the server afterwards."""
+    """Log as rank 0 does; afterwards the server has everything."""
     logger = RunLogger(handle)
     for entry in entries:
         logger.metrics(*entry)
@@ -71,7 +71,7 @@ def test_a_relative_store_is_the_same_from_every_working_folder(tmp_path, monkey
     assert tracking_uri() == f"sqlite:///{PROJECT_FOLDER / 'elsewhere' / 'mlflow.db'}"
 
 
-def test_an_address_of_no_known_kind_is_refused_without_its_password(monkeypatch):
+def test_an_unknown_kind_of_address_is_refused_without_showing_its_password(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "ftp://user:secret@host/x")
     with pytest.raises(TrackingError, match=r"ftp://user:\*\*\*@host/x.*sqlite:///FILE") as raised:
         tracking_uri()
@@ -105,7 +105,7 @@ def test_git_tags_are_empty_outside_a_repository(tmp_path):
     assert runs.git_tags(tmp_path) == {}
 
 
-def test_restarts_find_the_same_run(opened, tmp_path, folder):
+def test_a_restart_finds_the_same_run(opened, tmp_path, folder):
     log(opened, ("backbone", {"loss": 1.0}, 1))
     again = open_run(make_config(tmp_path), folder, make_manifest())
     log(again, ("backbone", {"loss": 0.5}, 2))
@@ -127,7 +127,7 @@ def test_stages_are_children_that_end_when_the_next_begins(opened):
     assert client.get_run(opened.run_id).data.metrics == {"best": 0.9}
 
 
-def test_a_closed_run_is_finished_with_its_report_and_a_resumed_one_runs(opened, tmp_path, folder):
+def test_a_closed_run_has_its_report_and_a_resumed_one_is_running(opened, tmp_path, folder):
     client = MlflowClient(opened.uri)
     report = folder / "report"
     report.mkdir()
@@ -145,7 +145,7 @@ def test_a_closed_run_is_finished_with_its_report_and_a_resumed_one_runs(opened,
     assert [client.get_run(run_id).info.status for run_id in everything] == ["FINISHED", "FINISHED"]
 
 
-def test_a_report_that_was_not_sent_is_found_where_its_run_was_moved(opened, tmp_path, folder, monkeypatch):
+def test_a_report_that_was_not_sent_is_uploaded_after_its_run_was_moved(opened, tmp_path, folder, monkeypatch):
     report = folder / "report"
     report.mkdir()
     (report / "report.json").write_text("{}")
@@ -166,7 +166,7 @@ def test_values_that_are_not_finite_arrive(opened):
     assert low[1] < -1e308
 
 
-def test_what_was_logged_before_a_restart_is_not_logged_again(opened):
+def test_values_from_before_a_restart_are_not_logged_again(opened):
     log(opened, ("backbone", {"loss": 1.0, "nan": math.nan, "images_per_second": 100.0}, 1))
     log(opened, ("backbone", {"loss": 1.0, "nan": math.nan, "images_per_second": 90.0}, 1))
     run_id = stage_ids(opened)["backbone"]
@@ -191,7 +191,7 @@ def test_more_values_than_a_request_may_hold(opened):
     assert len(MlflowClient(opened.uri).get_run(opened.run_id).data.metrics) == 2300
 
 
-def test_a_record_that_mlflow_never_accepts_is_left_out_alone(opened, caplog):
+def test_only_a_record_that_mlflow_never_accepts_is_skipped(opened, caplog):
     with caplog.at_level(logging.WARNING):
         log(opened, (None, {"before": 1.0}, 1), (None, {"not$allowed": 1.0}, 1), (None, {"after": 1.0}, 1))
         replay_pending = Journal(opened.folder).num_pending(opened.uri)
@@ -200,7 +200,7 @@ def test_a_record_that_mlflow_never_accepts_is_left_out_alone(opened, caplog):
     assert replay_pending == 0
 
 
-def test_a_run_deleted_meanwhile_keeps_its_values_for_the_next_start(opened, tmp_path, folder, caplog):
+def test_a_run_that_is_deleted_during_training_keeps_its_values_for_the_next_start(opened, tmp_path, folder, caplog):
     log(opened, (None, {"first": 1.0}, 1))
     MlflowClient(opened.uri).delete_run(opened.run_id)
     with caplog.at_level(logging.WARNING):
@@ -243,7 +243,7 @@ def test_a_folder_that_was_never_tracked_cannot_be_replayed(store, tmp_path, fol
         Description.load(folder)
 
 
-def test_a_server_that_is_away_from_start_to_end_costs_a_warning_and_no_value(
+def test_a_server_that_is_down_all_the_time_causes_one_warning_and_loses_no_value(
     store,
     tmp_path,
     folder,
@@ -272,7 +272,7 @@ def test_a_server_that_is_away_from_start_to_end_costs_a_warning_and_no_value(
     assert run.info.start_time == Description.load(folder).started_ms
 
 
-def test_a_journal_that_cannot_be_written_ends_nothing(opened, folder, caplog):
+def test_training_survives_a_journal_that_cannot_be_written(opened, folder, caplog):
     logger = RunLogger(opened)
     (folder / JOURNAL_FILE).unlink()
     (folder / JOURNAL_FILE).mkdir()
@@ -292,14 +292,14 @@ def test_system_metrics_are_recorded_by_node(opened, monkeypatch):
     assert 0 <= client.get_run(opened.run_id).data.metrics[key] <= 100
 
 
-def test_a_stage_of_the_journal_needs_no_configuration(opened, tmp_path, folder):
+def test_a_stage_in_the_journal_needs_no_configuration(opened, tmp_path, folder):
     Journal(folder).append(metrics_record("another", {"loss": 1.0}, 1, since_ms=1000))
     replay(make_config(tmp_path), folder)
     child = MlflowClient(opened.uri).get_run(stage_ids(opened)["another"])
     assert child.info.start_time == 1000
 
 
-def test_what_a_stage_is_run_with_is_kept_with_it_however_often_it_is_told(opened):
+def test_the_parameters_of_a_stage_can_be_logged_again(opened):
     for _ in range(2):
         logger = RunLogger(opened)
         logger.params("trial 1", {"width": 0.25, "blocks": [1, 1]})

@@ -1,4 +1,4 @@
-"""Preparations that are killed, interrupted or fed with changing files, and what the next one makes of it."""
+"""Preparations that are killed or interrupted, or whose files change; and how the next one resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.pictures import jpeg, write_class_folders
 ROOT = Path(__file__).resolve().parents[2]
 NUM_CHUNKS = 5 + 2
 
-# Prepares and, as the chunk of this number is asked for, dies as suddenly as without power.
+# Prepares, and kills itself when the chunk of the given number is requested.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -44,7 +44,7 @@ prepare("imagefolder", Path(out), source=Path(source), **options)
 
 
 class Counted:
-    """Converts in this process; `chunks` says how many, `before` and `after` are called around the first of them."""
+    """Converts in this process; `chunks` limits their number; `before` and `after` are called around the first."""
 
     def __init__(self, before: Callable[[], object] = int, after: Callable[[], object] = int):
         self.chunks, self.before, self.after = 0, before, after
@@ -62,7 +62,7 @@ class Counted:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images that are kept, resized and bad: five chunks to train on and two to validate on."""
+    """Images that are kept, resized and bad: five training chunks and two validation chunks."""
     source = write_class_folders(tmp_path_factory.mktemp("images") / "source", {"a": 190, "b": 190})
     for number in range(0, 190, 3):
         (source / "a" / f"{number:03d}.jpg").write_bytes(jpeg(90, 70, seed=number))
@@ -80,7 +80,7 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture
 def killed(images: Path, tmp_path: Path) -> Path:
-    """What is left of a preparation that was killed after three chunks."""
+    """The files of a preparation that was killed after three chunks."""
     return kill_at(3, images, tmp_path / "out")
 
 
@@ -107,7 +107,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("number", "num_adopted"), [(1, 64), (4, 256), (5, 305), (6, 305 + 64)])
-def test_a_killed_preparation_is_gone_on_with(number, num_adopted, images, undisturbed, tmp_path):
+def test_a_killed_preparation_is_resumed(number, num_adopted, images, undisturbed, tmp_path):
     out, counted = kill_at(number, images, tmp_path / "out"), Counted()
     assert sorted(path.name for path in out.iterdir()) == [LOCK, ".partial"]
     done = prepared(out, images, counted)
@@ -117,7 +117,7 @@ def test_a_killed_preparation_is_gone_on_with(number, num_adopted, images, undis
     verify_betons(out, full=True)
 
 
-def test_it_may_be_killed_again_and_processes_may_take_over(images, undisturbed, killed):
+def test_a_preparation_killed_twice_is_resumed_by_processes(images, undisturbed, killed):
     kill_at(2, images, killed)
     prepare("imagefolder", killed, source=images, max_side=60, on_bad_image="skip", num_processes=2)
     assert contents(killed) == undisturbed
@@ -126,14 +126,14 @@ def test_it_may_be_killed_again_and_processes_may_take_over(images, undisturbed,
 @pytest.mark.parametrize(
     "options", [{"max_side": 50}, {"jpeg_quality": 80}, {"split_seed": 3}, {"images_per_class": 150}]
 )
-def test_other_settings_begin_anew(options, images, tmp_path):
+def test_other_settings_start_over(options, images, tmp_path):
     out = kill_at(6, images, tmp_path / "out")
     assert prepared(out, images, Counted(), **options).num_adopted == 0
     prepared(tmp_path / "other", images, Counted(), **options)
     assert contents(out) == contents(tmp_path / "other")
 
 
-def test_changed_images_begin_anew(tmp_path):
+def test_changed_images_start_over(tmp_path):
     source = write_class_folders(tmp_path / "source", {"a": 120, "b": 120})
     out = kill_at(2, source, tmp_path / "out")
     (source / "a" / "007.jpg").write_bytes(jpeg(seed=4711))
@@ -176,7 +176,7 @@ def garble_the_journal(unfinished: Path) -> None:
         (garble_the_journal, NUM_CHUNKS),
     ],
 )
-def test_damaged_leftovers_are_noticed(damage, num_converted, images, undisturbed, killed):
+def test_damaged_leftovers_are_detected(damage, num_converted, images, undisturbed, killed):
     damage(killed / ".partial")
     counted = Counted()
     prepared(killed, images, counted)
@@ -184,7 +184,7 @@ def test_damaged_leftovers_are_noticed(damage, num_converted, images, undisturbe
     assert contents(killed) == undisturbed
 
 
-def test_ctrl_c_keeps_what_is_done(images, undisturbed, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_finished_work(images, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.prepare.build.SECONDS_BETWEEN_WRITES", 0.0)
 
     def interrupted(function: Callable, work: Iterable, /) -> Generator:
@@ -201,13 +201,13 @@ def test_ctrl_c_keeps_what_is_done(images, undisturbed, tmp_path, monkeypatch):
     assert contents(tmp_path) == undisturbed
 
 
-def test_a_preparation_killed_while_it_was_published_is_no_damaged_one(images, undisturbed, killed):
+def test_a_preparation_killed_while_publishing_is_resumed(images, undisturbed, killed):
     (killed / "train.beton").write_bytes(b"published, but not yet its manifest")
     prepared(killed, images, Counted())
     assert contents(killed) == undisturbed
 
 
-def test_what_is_left_counts_as_space_but_not_its_holes(images, undisturbed, killed, monkeypatch):
+def test_leftovers_count_as_space_without_their_holes(images, undisturbed, killed, monkeypatch):
     left = sum(512 * path.stat().st_blocks for path in (killed / ".partial").iterdir())
     needed = sum(min(path.stat().st_size, 2 * 60**2) for path in images.rglob("*.jpg"))
     assert left < needed < sum(path.stat().st_size for path in (killed / ".partial").iterdir())
@@ -220,18 +220,18 @@ def test_what_is_left_counts_as_space_but_not_its_holes(images, undisturbed, kil
     assert contents(killed) == undisturbed
 
 
-def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
+def test_a_file_that_changes_during_preparation_is_refused(tmp_path):
     source = write_class_folders(tmp_path / "source", {"a": 8, "b": 8})
     for path in source.rglob("*.jpg"):
         os.utime(path, ns=(1, 1))
     changed = Counted(after=lambda: [os.utime(path, ns=(2, 2)) for path in source.glob("a/*")])
-    with pytest.raises(SourceError, match=r"a/\d+\.jpg changed while it was prepared; run again"):
+    with pytest.raises(SourceError, match=r"a/\d+\.jpg changed while it was prepared; rerun"):
         prepared(tmp_path / "out", source, changed)
     assert list((tmp_path / "out").iterdir()) == []
     prepared(tmp_path / "out", source, Counted())
 
 
-def test_a_source_that_another_machine_cannot_read_is_no_bad_image(tmp_path):
+def test_a_source_that_another_machine_cannot_read_is_an_error(tmp_path):
     source = write_class_folders(tmp_path / "source", {"a": 8, "b": 8})
     elsewhere = tmp_path / "elsewhere"
     unseen = Counted(before=lambda: source.rename(elsewhere), after=lambda: elsewhere.rename(source))

@@ -1,4 +1,4 @@
-"""What the tests of pipeline/tracking share: a store of their own, a run that has finished, a wait."""
+"""Shared by the tests of pipeline/tracking: a fresh store, a finished run, a wait."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.evaluation_cases import predictions_of
 
 
 def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
-    """Address of a new SQLite store; its tables are made once a session, which takes seconds, and copied."""
+    """Returns the address of a new SQLite store; creating the tables takes seconds, so they are copied."""
     template = factory.getbasetemp() / "mlflow-template.db"
     if not template.exists():
         MlflowClient(f"sqlite:///{template}").search_experiments()
@@ -37,7 +37,7 @@ def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
 
 
 def make_config(tmp_path: Path, **sections: dict) -> Config:
-    """A small configuration with all three stages; `sections` are laid over it."""
+    """Returns a small configuration with all three stages; `sections` override it."""
     tree: dict[str, Any] = {
         "name": "small",
         "data": {"dataset": "glyphs", "folder": str(tmp_path / "data")},
@@ -78,7 +78,7 @@ def make_manifest() -> Manifest:
 
 
 def make_model(config: Config, num_classes: int = 5) -> DRNet:
-    """A network with random weights, whose batch norms differ and whose predictor chooses now this, now that."""
+    """Returns a network with random weights, different batch norms, and a predictor that uses both resolutions."""
     torch.manual_seed(3)
     model = build_drnet(config.model, num_classes, (0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
     for layer in model.modules():
@@ -92,7 +92,7 @@ def make_model(config: Config, num_classes: int = 5) -> DRNet:
 
 
 def finish_run(config: Config, folder: Path, model: DRNet) -> tuple[Path, Path]:
-    """What training leaves in a run's folder and in MLflow; returns model.pt and report.json."""
+    """Write what training leaves in a run's folder and in MLflow; returns model.pt and report.json."""
     close_run(open_run(config, folder, make_manifest()), "FINISHED")
     classes = [f"class {index}" for index in range(model.static_logits(zeros(model), 0).shape[1])]
     save_model(folder / "model.pt", model, config, classes=classes)
@@ -101,7 +101,7 @@ def finish_run(config: Config, folder: Path, model: DRNet) -> tuple[Path, Path]:
 
 
 def evaluated(folder: Path, report: Path, right_N: np.ndarray, mean_gflops: float = 0.0123) -> Path:
-    """What an evaluation leaves, where the routed network is right at the images that `right_N` says."""
+    """Write what an evaluation leaves when the routed network classifies the images of `right_N` correctly."""
     correct_NR = np.stack([right_N, right_N], axis=1)
     predictions = predictions_of(correct_NR, np.arange(len(right_N)) % 2, num_classes=5, sides=(48, 32))
     predictions.save(RunFolder(folder).predictions)
@@ -116,7 +116,7 @@ def zeros(model: DRNet) -> dict[int, torch.Tensor]:
 
 
 def random_crops(model: DRNet, count: int) -> dict[int, torch.Tensor]:
-    """Images of different brightness and grain, uint8 (count, side, side, 3) at every side."""
+    """Returns images of different brightness and grain, uint8 (count, side, side, 3) at every side."""
     generator = torch.Generator().manual_seed(5)
     brightness = torch.rand(count, 1, 1, 1, generator=generator)
     return {
@@ -126,7 +126,7 @@ def random_crops(model: DRNet, count: int) -> dict[int, torch.Tensor]:
 
 
 def routed_logits(model: DRNet, crops: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K) at the chosen resolution and the choice (N,): every resolution is run, then one is picked."""
+    """Returns logits (N, K) at the chosen resolution and the choice (N,), by running every resolution."""
     with torch.inference_mode():
         choice_N = model.predictor_logits(crops).argmax(dim=1)
         logits_NRK = torch.stack([model.static_logits(crops, j) for j in range(len(model.resolutions))], dim=1)
@@ -136,7 +136,7 @@ def routed_logits(model: DRNet, crops: dict[int, torch.Tensor]) -> tuple[torch.T
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline, f"waited 120 s in vain until {what}"
+        assert time.monotonic() < deadline, f"timed out after 120 s, waiting until {what}"
         time.sleep(0.05)
 
 
@@ -147,7 +147,7 @@ def free_port() -> int:
 
 
 def registered_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Address of a new store with the model `drnet@champion`."""
+    """Returns the address of a new store with the model `drnet@champion`."""
     folder = tmp_path_factory.mktemp("registry")
     config = make_config(folder)
     with pytest.MonkeyPatch.context() as patch:

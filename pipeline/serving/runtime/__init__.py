@@ -1,6 +1,6 @@
-"""What runs a registered model. It is stored with each and loaded from there, so it imports nothing of this project.
+"""The code that runs a registered model. It is stored with each model, so it imports nothing else of this project.
 
-Inside, imports are relative: here it is pipeline.serving.runtime, beside a model it has a name of that model alone.
+Start with classifier.py. Imports inside are relative, because each loaded model has its own copy under its own name.
 """
 
 from .classifier import Answer as Answer

@@ -1,4 +1,4 @@
-"""Image files in, an answer for each in order: decoded on threads, run in batches that calls share."""
+"""Classifies image files: decodes them on threads and runs them in batches that calls share."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ _Item = tuple[float, Tensor, Future[Tensor]]
 
 
 class ProgramQueue:
-    """One thread that runs programs; images wait at the program that they are for, whichever call they are of.
+    """One thread that runs programs on the images of all calls; each program has its own queue of images.
 
-    It never waits for more while there is something to run, so an image alone is answered as fast as it can be. While a
-    program runs, images of other calls gather, and the fullest batch goes next, unless an image has been passed over
-    for `patience_seconds`.
+    It runs whatever is there instead of waiting for more, so a lone image is answered at once. While a program runs,
+    images of other calls gather. The fullest batch runs next, unless an image has waited for `patience_seconds`.
 
     Args:
-        programs: (n, ...) -> (n, ...), row by row, for any n >= 1. The first goes before the others: it is the
-            predictor, whose answers fill their batches.
-        batch_sizes: for each program, images that are run at once at most.
-        patience_seconds: the latency that an image may be held for, so that batches are fuller.
+        programs: (n, ...) -> (n, ...), row by row, for any n >= 1. The first has priority: it is the predictor, whose
+            answers fill the other batches.
+        batch_sizes: the most images that each program runs at once.
+        patience_seconds: how long an image may wait for fuller batches to run first.
     """
 
     def __init__(self, programs: Sequence[Program], batch_sizes: Sequence[int], patience_seconds: float):
@@ -45,7 +44,7 @@ class ProgramQueue:
         self._thread.start()
 
     def submit(self, program: int, images: Sequence[Tensor]) -> list[Future[Tensor]]:
-        """Let `programs[program]` be run on each of the images, which have one shape; returns a future row for each.
+        """Queue images of one shape for `programs[program]`; returns a future row for each.
 
         Raises:
             RuntimeError: the queue is closed.
@@ -60,7 +59,7 @@ class ProgramQueue:
         return futures
 
     def close(self) -> None:
-        """Run what waits, and end the thread."""
+        """Run what is queued and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -71,7 +70,7 @@ class ProgramQueue:
             program, images, futures = batch
             try:
                 rows = self._programs[program](torch.stack(images))
-            except Exception as error:  # whatever it is, it is the callers'
+            except Exception as error:  # any error belongs to the callers
                 for future in futures:
                     future.set_exception(error)
             else:
@@ -79,7 +78,7 @@ class ProgramQueue:
                     future.set_result(row)
 
     def _next_batch(self) -> tuple[int, list[Tensor], list[Future[Tensor]]] | None:
-        """Wait for a batch; None when the queue is closed and empty."""
+        """Wait for a batch; returns None when the queue is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or any(self._waiting))
             heads = {k: (len(items), items[0][0]) for k, items in enumerate(self._waiting) if items}
@@ -92,11 +91,11 @@ class ProgramQueue:
 
 
 def next_program(heads: Mapping[int, tuple[int, float]], late: float) -> int:
-    """Which program to run: the one with the longest wait that began before `late`, else 0, else the fullest.
+    """Returns the program to run next: the one with the oldest image from before `late`, else 0, else the fullest.
 
     Args:
-        heads: of each program that something waits for, how many images, and since when the oldest.
-        late: on the same clock.
+        heads: for each program with waiting images, their number and when the oldest arrived.
+        late: a time on the same clock.
     """
     waited_long = [(since, program) for program, (_, since) in heads.items() if since <= late]
     if waited_long:
@@ -110,37 +109,37 @@ PATIENCE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of one image: all but `error`, or `error` alone and no cost."""
+    """The answer for one image: everything but `error`, or only `error` and no cost."""
 
     class_index: int | None = None
     label: str | None = None
     probability: float | None = None
-    """of the class, 0 to 1"""
+    """The probability of the class, 0 to 1."""
     resolution: int | None = None
-    """that it was run at, pixels"""
+    """The resolution at which the image ran, pixels."""
     gflops: float = 0.0
-    """multiply-adds / 1e9, predictor included"""
+    """Multiply-adds / 1e9, predictor included."""
     error: str | None = None
 
 
 @dataclass
 class _Image:
-    """One image on its way through."""
+    """The state of one image that is being classified."""
 
     picture: Picture | None = None
     crop: Tensor | None = None
-    """uint8 (S, S, 3) at the side that is needed next"""
+    """The crop that is needed next, uint8 (S, S, 3)."""
     choice: int = 0
     logits: Future[Tensor] | None = None
     error: str | None = None
 
 
 class Classifier:
-    """Runs a network over the images of any number of calls at once, from any thread.
+    """Runs a network on the images of any number of concurrent calls, from any thread.
 
     Args:
-        network: handed over; nothing else may run it meanwhile.
-        num_threads: that decode; None is one for each CPU of the process.
+        network: nothing else may run it at the same time.
+        num_threads: the number of decoding threads; None is one for each CPU of the process.
         patience_seconds: see ProgramQueue.
     """
 
@@ -153,18 +152,18 @@ class Classifier:
         if network.is_routed:
             programs, sides = [network.predictor_logits, *programs], [network.predictor_size, *sides]
         self._first_backbone = len(programs) - len(network.resolutions)
-        # No more than run at once anyway: whoever waits for the first ones goes on while the others run.
+        # No larger than what runs at once anyway, so that the first results return while the others run.
         batch_sizes = [images_at_once(side, network.device) for side in sides]
         self._queue = ProgramQueue(programs, batch_sizes, patience_seconds)
         self._decoders = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), "decoder")
 
     def close(self) -> None:
-        """End the threads; no call may be under way."""
+        """End the threads. No call may be running."""
         self._decoders.shutdown()
         self._queue.close()
 
     def classify(self, images: Sequence[Any], budget_bias: float = 0.0) -> Iterator[Answer]:
-        """Yield an answer for each image, in order; any number of images takes the memory of 2 * IMAGES_AT_ONCE.
+        """Yield an answer for each image, in order; any number of images needs the memory of 2 * IMAGES_AT_ONCE.
 
         Args:
             images: each the bytes of a JPEG or PNG file, or a square crop, uint8 (S, S, 3).
@@ -172,14 +171,14 @@ class Classifier:
         """
         running: list[_Image] = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
-            # These are decoded while those before them run.
+            # These are decoded while the previous ones run.
             begun = self._begin(images[start : start + IMAGES_AT_ONCE], budget_bias)
             yield from self._answers(running)
             running = begun
         yield from self._answers(running)
 
     def _begin(self, images: Sequence[Any], budget_bias: float) -> list[_Image]:
-        """Decode, choose, and hand each image to the queue at its resolution."""
+        """Decode the images, choose their resolutions, and queue them."""
         begun = self._on_threads(self._opened, images)
         sound = [image for image in begun if image.error is None]
         if self.network.is_routed and sound:

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to its centred square at one side, decoded no larger than that side needs."""
+"""Turns the bytes of an image file into centered square crops."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OVERSAMPLING = 1.25
 """pixels a side of a decode at a fraction, for each of the crop: it cuts off detail that a resize fades out"""
 _KEPT_PIXELS = 500_000
 
-# Pillow warns of odd metadata, which is no reason to refuse an image, and of sizes, which are refused here.
+# Pillow warns about odd metadata, which is no reason to refuse an image, and about sizes, which are checked here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImageError(ValueError):
-    """An image cannot be used; the message is the reason."""
+    """An image cannot be used; the message says why."""
 
 
 class Picture:
@@ -122,7 +122,7 @@ def _from_crop(crop: NDArray[Any]) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; as it is where the metadata is damaged, since the pixels are sound."""
+    """Returns the image turned by its EXIF orientation; unchanged if the metadata is damaged."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # another parser of arbitrary bytes
@@ -130,12 +130,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Greyscale and CMYK are converted, 16 bits are scaled to 8, alpha is composed over white: as in preparation."""
+    """Convert gray and CMYK to RGB, 16 bits to 8, and compose alpha over white: as preparation does."""
     if image.mode.startswith("I"):
         pixels_HW = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((pixels_HW + 128) // 257).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, colours)
+        colors = image.convert("RGBA")
+        white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, colors)
     return image.convert("RGB")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 WARM_UPS = 2
-"""passes before one is recorded, which choose algorithms and allocate their workspaces"""
+"""Passes before a recording, which choose algorithms and allocate their workspaces."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class _Recording:
 
 
 class GraphedProgram:
-    """`program` for batches of any size, each filled up to one of few sizes, which are recorded when first needed.
+    """Runs a program on batches of any size: each is padded to one of few sizes, recorded as a graph at first use.
 
     Args:
-        program: uint8 (n, S, S, 3) -> (n, K), row by row, on the device, always the same kernels for the same n.
+        program: uint8 (n, S, S, 3) -> (n, K), row by row, on the device, with the same kernels for the same n.
 
-    A recording takes some passes' time and, as all of a program share their memory, little more than a pass's memory.
+    A recording takes the time of a few passes. All recordings of a program share memory, so they need little more than
+    one pass.
     """
 
     def __init__(self, program: Callable[[Tensor], Tensor], device: torch.device):
@@ -41,7 +42,7 @@ class GraphedProgram:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (n, K) on the device, not waited for, of images (n, S, S, 3) in pinned memory."""
+        """Returns logits (n, K) on the device, without waiting, for images (n, S, S, 3) in pinned memory."""
         size = filled_size(len(images))
         with torch.cuda.device(self._device):
             if size not in self._recordings:
@@ -67,7 +68,7 @@ class GraphedProgram:
 
 
 def filled_size(count: int) -> int:
-    """The next size with at most 4 significant bits: at most an eighth more than `count`."""
+    """Returns the next size with at most 4 significant bits: at most an eighth more than `count`."""
     step = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // step) * step
 
@@ -75,23 +76,23 @@ def filled_size(count: int) -> int:
 META_FILE, PREDICTOR_FILE, BACKBONE_FILE = "meta.json", "predictor.pt2", "backbone_{side}.pt2"
 PRECISIONS = ("float32", "bfloat16")
 BATCH_LIMIT = 256
-"""images of one batch; a GPU runs them at once"""
+"""Images in one batch; a GPU runs them at once."""
 _PIXELS_AT_ONCE = 16 * 224 * 224
 CPU = torch.device("cpu")
 Program = Callable[[Tensor], Tensor]
-"""uint8 (n, S, S, 3) -> float32 logits (n, K), for any n >= 1"""
+"""A function of uint8 (n, S, S, 3) that returns float32 logits (n, K), for any n >= 1."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how programs run."""
+    """The device and the way programs run."""
 
     device: str = "auto"
-    """cpu, cuda or cuda:NUMBER; auto is a GPU where there is one"""
+    """The device: cpu, cuda or cuda:NUMBER; auto uses a GPU if there is one."""
     precision: str = "float32"
-    """bfloat16 runs convolutions and matrix products in it (torch.autocast)"""
+    """The precision: float32, or bfloat16 for convolutions and matrix products (torch.autocast)."""
     compiled: bool = False
-    """through torch.compile: minutes at the first images, faster from then on"""
+    """Whether to use torch.compile: the first images take minutes, later ones less time."""
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -102,23 +103,23 @@ class Placement:
 
 @dataclass(frozen=True)
 class Routed:
-    """What `RoutedNetwork.classify` finds for N images."""
+    """The result of `RoutedNetwork.classify` for N images."""
 
     logits_NK: Tensor
     choice_N: Tensor
-    """index of the resolution that each image was run at"""
+    """The index of the resolution at which each image ran."""
 
 
 class RoutedNetwork:
-    """The programs in a folder, loaded and placed. Not for two threads at once.
+    """Runs the exported programs of a folder. Not thread-safe.
 
-    Nothing random is in it: the same images in the same call give the same bits.
+    It is deterministic: the same images in the same call give the same bits.
 
     Args:
-        folder: holds meta.json, a backbone_SIDE.pt2 for each resolution and, for more than one, predictor.pt2.
+        folder: holds meta.json, a backbone_SIDE.pt2 for each resolution and, with several, predictor.pt2.
 
     Raises:
-        ValueError: a program holds a pickle, which could run anything when loaded.
+        ValueError: a program holds a pickle, which could run any code when it is loaded.
     """
 
     def __init__(self, folder: Path, placement: Placement | None = None):
@@ -136,27 +137,27 @@ class RoutedNetwork:
 
     @property
     def is_routed(self) -> bool:
-        """There is more than one resolution, and so a predictor."""
+        """Whether there are several resolutions, and so a predictor."""
         return self._predictor is not None
 
     @property
     def first_side(self) -> int:
-        """Side of the images that a choice is made from, pixels."""
+        """Side in pixels of the images that the resolution is chosen from."""
         return self.predictor_size if self.is_routed else self.resolutions[0]
 
     def predictor_logits(self, images: Tensor) -> Tensor:
-        """Logits (N, R) over the candidates for uint8 (N, S, S, 3), S the predictor's side."""
+        """Returns logits (N, R) over the resolutions for uint8 (N, S, S, 3), S the predictor's side."""
         assert self._predictor is not None
         return self._run(self._predictor, images).cpu()
 
     def logits(self, index: int, images: Tensor) -> Tensor:
-        """Class logits (N, K) at candidate `index` for uint8 (N, S, S, 3), S its side."""
+        """Returns class logits (N, K) at resolution `index` for uint8 (N, S, S, 3), S its side."""
         return self._run(self._backbones[index], images).cpu()
 
     def choose(self, logits_NR: Tensor, budget_bias: float = 0.0) -> Tensor:
-        """argmax_j(logits_j + budget_bias * c_j), int64 (N,); c_j is j's cost, 0 for the cheapest to 1.
+        """Returns argmax_j(logits_j + budget_bias * c_j), int64 (N,); c_j is j's cost, from 0 (cheapest) to 1.
 
-        A bias above 0 spends more, below 0 less; 0 is the network as it was trained. The first of equals is taken.
+        A bias above 0 spends more, below 0 less; 0 is the network as it was trained. Ties take the first resolution.
 
         Raises:
             ValueError: the bias is not finite.
@@ -169,7 +170,7 @@ class RoutedNetwork:
         """Choose each image's resolution from the whole batch, then run each group of equal choice once.
 
         Args:
-            crops: side -> uint8 (N, side, side, 3), the same N images at each side that is needed.
+            crops: side -> uint8 (N, side, side, 3), the same N images at every side.
         """
         choice_N = torch.zeros(len(crops[self.first_side]), dtype=torch.int64)
         if self.is_routed:
@@ -180,12 +181,12 @@ class RoutedNetwork:
             if len(group):
                 started.append((group, self._run(self._backbones[index], crops[side][group])))
         logits_NK = torch.empty(len(choice_N), len(self.classes))
-        for group, logits in started:  # a GPU is at work meanwhile
+        for group, logits in started:  # copied while a GPU computes the next group
             logits_NK[group] = logits.cpu()
         return Routed(logits_NK, choice_N)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """In which a network's layers compute as they do here."""
+        """Returns the context in which layers compute with this precision."""
         if self.placement.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
@@ -204,7 +205,7 @@ class RoutedNetwork:
 
     @torch.inference_mode()
     def _run(self, program: Program, images: Tensor) -> Tensor:
-        """float32 logits, where they are computed, of uint8 images on the CPU; a GPU is not waited for."""
+        """Returns float32 logits on the device for uint8 images on the CPU, without waiting for a GPU."""
         parts = split(images, self.device)
         if self.device.type == "cuda":
             parts = [part.pin_memory() for part in parts]
@@ -212,22 +213,22 @@ class RoutedNetwork:
 
 
 def images_at_once(side: int, device: torch.device) -> int:
-    """How many images of `side` pixels run fastest together.
+    """Returns how many images of `side` pixels run fastest together.
 
-    On a CPU activations of all of them are to stay near its caches: 16 images of 224 px, so 64 of 112 px.
+    On a CPU their activations should fit its caches: 16 images of 224 px, so 64 of 112 px.
     """
     return max(1, _PIXELS_AT_ONCE // side**2) if device.type == "cpu" else BATCH_LIMIT
 
 
 def split(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """Equal parts of images (N, S, S, 3), each of at most `images_at_once`."""
+    """Split images (N, S, S, 3) into equal parts of at most `images_at_once` images."""
     return images.chunk(-(-len(images) // images_at_once(images.shape[1], device)))
 
 
 def load_program(path: Path, device: torch.device = CPU) -> nn.Module:
-    """Load a `torch.export` program that holds no pickle, as a callable; raises ValueError for one that does.
+    """Load a `torch.export` program as a callable; raises ValueError if it holds a pickle.
 
-    Its weights alone could be moved later: the program itself asserts where its tensors are.
+    It is moved to the device here, because the program asserts the device of its tensors.
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -237,5 +238,5 @@ def load_program(path: Path, device: torch.device = CPU) -> nn.Module:
                 entries = json.loads(archive.read(member))["config"].values()
                 pickled = any(entry["use_pickle"] for entry in entries)
             if pickled and member.file_size:
-                raise ValueError(f"{path} holds pickled objects ({member.filename}), which this model never has")
+                raise ValueError(f"{path} holds pickled objects ({member.filename}), which jobs.register never writes")
     return move_to_device_pass(torch.export.load(path), str(device)).module()

@@ -13,7 +13,7 @@ TIMEOUT = 60
 
 
 class Recorded:
-    """A program that adds a number to its images; it keeps the sizes of its batches and can be held up."""
+    """A program that adds a number to its images, records its batch sizes and can be blocked."""
 
     def __init__(self, number: int):
         self.number = number
@@ -40,16 +40,16 @@ def results(rows: list[Future[Tensor]]) -> list[float]:
     ("heads", "expected"),
     [
         ({1: (3, 10.0), 2: (9, 11.0)}, 2),  # the fullest
-        ({0: (1, 12.0), 1: (3, 10.0), 2: (9, 11.0)}, 0),  # the predictor before any
-        ({0: (1, 12.0), 1: (1, 4.9), 2: (9, 11.0)}, 1),  # passed over for too long
-        ({0: (1, 4.0), 1: (1, 4.9), 2: (9, 3.0)}, 2),  # and of those the longest
+        ({0: (1, 12.0), 1: (3, 10.0), 2: (9, 11.0)}, 0),  # the predictor has priority
+        ({0: (1, 12.0), 1: (1, 4.9), 2: (9, 11.0)}, 1),  # it has waited too long
+        ({0: (1, 4.0), 1: (1, 4.9), 2: (9, 3.0)}, 2),  # of those, the oldest
     ],
 )
 def test_which_program_runs_next(heads, expected):
     assert next_program(heads, late=5.0) == expected
 
 
-def test_images_of_many_calls_run_in_one_batch_and_come_back_in_order():
+def test_images_of_many_calls_share_a_batch_and_return_in_order():
     program = Recorded(100)
     program.may_go.clear()
     queue = ProgramQueue([program], [4], patience_seconds=TIMEOUT)
@@ -62,7 +62,7 @@ def test_images_of_many_calls_run_in_one_batch_and_come_back_in_order():
     queue.close()
 
 
-def test_the_fuller_batch_goes_first_and_the_emptier_is_held():
+def test_the_fuller_batch_runs_first():
     busy, fuller, emptier, order = Recorded(0), Recorded(1), Recorded(2), []
     busy.may_go.clear()
     queue = ProgramQueue([busy, emptier, fuller], [8, 8, 8], patience_seconds=TIMEOUT)
@@ -77,7 +77,7 @@ def test_the_fuller_batch_goes_first_and_the_emptier_is_held():
     assert order == ["full", "held"]
 
 
-def test_a_failing_program_fails_its_images_and_no_others():
+def test_a_failing_program_fails_only_its_own_images():
     def failing(images: Tensor) -> Tensor:
         raise MemoryError("no memory for the images")
 
@@ -90,7 +90,7 @@ def test_a_failing_program_fails_its_images_and_no_others():
     queue.close()
 
 
-def test_closing_answers_what_waits_and_takes_no_more():
+def test_closing_answers_queued_images_and_refuses_new_ones():
     program = Recorded(1)
     program.may_go.clear()
     queue = ProgramQueue([program], [2], patience_seconds=TIMEOUT)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
-from pipeline.serving.runtime import images as routed_images
+from pipeline.serving.runtime import images as runtime_images
 from pipeline.serving.runtime.images import MAX_BYTES, BadImageError, Picture, dct_fraction
 from tests.betons import jpeg_bytes, photograph, write_images
 from tests.unit.pictures import encoded, jpeg, png_bomb, smooth_rgb
@@ -29,12 +29,12 @@ BAD = {
 
 
 def decode(file: bytes) -> Image.Image:
-    """The whole image, as a picture decodes it for a side as large as the image."""
+    """Returns the whole image, decoded at full size."""
     return Picture(file, 1.0)._decoded(100_000)
 
 
-def centre_crops(image: object, sides: tuple[int, ...], fraction: float) -> dict[int, NDArray[np.uint8]]:
-    """Each side on its own, so from the smallest decode that suffices for it."""
+def center_crops(image: object, sides: tuple[int, ...], fraction: float) -> dict[int, NDArray[np.uint8]]:
+    """Returns the crop at each side."""
     return {side: Picture(image, fraction).crop(side) for side in sides}
 
 
@@ -45,7 +45,7 @@ def test_the_crops_are_the_loaders(tmp_path):
     with closing(MultiResolutionLoader(beton, sides, 3, crop=CenterCrop(fraction), shuffle=False)) as loader:
         (loaded,) = [{side: batch.images[side].clone() for side in sides} for batch in loader.epoch(0)]
     for index, image in enumerate(images):
-        crops = centre_crops(jpeg_bytes(image), sides, fraction)
+        crops = center_crops(jpeg_bytes(image), sides, fraction)
         for side in sides:
             assert crops[side].shape == (side, side, 3)
             # The loader interpolates chroma once, Pillow twice, and each may decode at a fraction of the size.
@@ -75,7 +75,7 @@ def test_a_decode_serves_every_side_that_it_is_fine_enough_for():
 
 
 def test_a_large_decode_is_not_kept(monkeypatch):
-    monkeypatch.setattr(routed_images, "_KEPT_PIXELS", 1000)
+    monkeypatch.setattr(runtime_images, "_KEPT_PIXELS", 1000)
     file = jpeg_bytes(photograph(400, 300, seed=4))
     picture = Picture(file, 0.875)
     again = [picture.crop(side) for side in (64, 200)]
@@ -98,7 +98,7 @@ def test_every_orientation_is_turned_upright_at_any_decode(orientation):
         assert np.abs(Picture(file, 1.0).crop(side).astype(int) - expected).mean() < 3
 
 
-def test_odd_kinds_of_files_become_upright_rgb():
+def test_unusual_files_become_upright_rgb():
     rgb = Image.fromarray(smooth_rgb(40, 20))
     pixels = np.asarray(rgb).astype(int)
     grey = Image.fromarray(np.linspace(0, 255, 800).astype(np.uint8).reshape(20, 40))
@@ -142,7 +142,7 @@ def test_a_file_of_too_many_bytes_is_refused():
         Picture(b"\xff" * (MAX_BYTES + 1), 0.875)
 
 
-def test_an_array_is_a_crop_and_is_taken_whole():
+def test_an_array_is_a_crop_and_is_used_whole():
     crop = smooth_rgb(48, 48)
     assert np.array_equal(Picture(crop, 0.875).crop(48), crop)
     smaller = Image.fromarray(crop).resize((32, 32), Image.Resampling.BILINEAR)

@@ -1,0 +1,309 @@
+"""Each way to spend a cost as one row, on the images that results are stated on, and the routed network against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pipeline.evaluation.statistics import (
+    Estimate,
+    accuracy,
+    balanced_accuracy,
+    bootstrap_means,
+    envelope,
+    mcnemar_p,
+    oracle_choice,
+    paired_difference,
+    percentile_interval,
+    shares,
+)
+from pipeline.models.cost import Costs
+from pipeline.policies.calibrate import ALL
+from pipeline.policies.route import Routed
+
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Stated:
+    """What N images say, none of which a policy was fitted on.
+
+    Attributes:
+        labels_N: true classes, int64.
+        correct_NR: whether each resolution is right, bool.
+        other_NR: the same of another network that could have been deployed, such as the one from before the joint
+            stage; None if there is none.
+        other_name: what is said of that network: "before joint".
+        routed: kind of policy or ALL -> what it does with these images; empty with one resolution.
+    """
+
+    labels_N: np.ndarray
+    correct_NR: np.ndarray
+    other_NR: np.ndarray | None
+    other_name: str
+    routed: Mapping[str, Routed]
+    costs: Costs
+
+    @property
+    def is_routed(self) -> bool:
+        return bool(self.routed)
+
+    @cached_property
+    def oracle_N(self) -> np.ndarray:
+        """The cheapest resolution at which each image is right, else the cheapest, int64."""
+        return oracle_choice(self.correct_NR, self.costs.backbone)
+
+    def static_columns(self) -> list[tuple[str, str, int, np.ndarray]]:
+        """(id, label, index of the resolution, whether each image is right) of every static network."""
+        found = [
+            (f"static-{side}", f"static {side} px", index, self.correct_NR[:, index])
+            for index, side in enumerate(self.costs.resolutions)
+        ]
+        if self.other_NR is not None:
+            found += [
+                (f"other-{side}", f"static {side} px {self.other_name}", index, self.other_NR[:, index])
+                for index, side in enumerate(self.costs.resolutions)
+            ]
+        return found
+
+
+def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the rows of the report's table.
+
+    Each has `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its method),
+    `balanced_top1` (mean over the classes), `mean_gflops`, `mean_cost` (in the unit of the costs, by which rows are
+    compared) and `shares` (of the answers, per resolution).
+
+    Kinds: `static` and `other` (one per resolution, of the network and of the other one), `routed` (the chosen
+    policy), `policy` (the best policy of each other kind that costs no more), `random` (the same answers' shares drawn
+    without looking at the images), `envelope` (the upper concave envelope of all static points at the routed cost: the
+    best that mixing static networks at random reaches) and `oracle` (the cheapest resolution that is right).
+
+    Args:
+        labels: what each kind of policy, and ALL, is called.
+    """
+    N, R = stated.correct_NR.shape
+    costs = stated.costs
+    rows = static_rows(stated.correct_NR, costs, stated.labels_N)
+    if stated.other_NR is not None:
+        rows += [
+            row
+            | {
+                "id": row["id"].replace("static", "other"),
+                "kind": "other",
+                "label": f"{row['label']} {stated.other_name}",
+            }
+            for row in static_rows(stated.other_NR, costs, stated.labels_N)
+        ]
+    if not stated.is_routed:
+        return rows
+    for kind, routed in stated.routed.items():
+        name, what = ("routed", "routed") if kind == ALL else (f"policy-{kind}", "policy")
+        row = answered_row(name, what, labels[kind], routed.correct_N(stated.correct_NR), stated.labels_N)
+        rows.append(row | _routed_cost(routed, costs) | {"policy": kind if kind != ALL else None})
+    routed = stated.routed[ALL]
+    spent, resampled = _routed_cost(routed, costs), _Resampled.of(stated)
+    shares_R = shares(routed.last_N, R)
+    random = percentile_interval(stated.correct_NR.mean(axis=0) @ shares_R, resampled.random_B)
+    static_costs, accuracies = _static_points(stated)
+    best, mixture = envelope(static_costs, accuracies[None], np.array([spent["mean_cost"]]))
+    line = percentile_interval(best[0], resampled.envelope_B)
+    lower, upper, weight = (values[0] for values in mixture)
+    names = [label for _, label, _, _ in stated.static_columns()]
+    label = names[upper] if weight == 1 else f"envelope, {names[lower]} to {names[upper].removeprefix('static ')}"
+    cost = [(1 - weight) * values[lower] + weight * values[upper] for values in (static_costs, _static_gflops(stated))]
+    return [
+        *rows,
+        result_row("random", "random", "random, same shares", N, random, "bootstrap")
+        | spent
+        | {"shares": shares_R.tolist()},
+        result_row("envelope", "envelope", label, N, line, "bootstrap") | _cost(*cost, np.zeros(R)),
+        oracle_row(stated.correct_NR, stated.oracle_N, costs, stated.labels_N),
+    ]
+
+
+def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the routed network minus every other row, by that row's id, on the same images.
+
+    Each has `difference_points`, `low_points`, `high_points`, `interval` (its method), `cost_ratio` and `gflops_ratio`
+    (the routed network's over the other's). Against a network with one answer for each image also `only_routed_right`,
+    `only_other_right` and `mcnemar_p` (exact, two-sided); null against the two mixtures.
+    """
+    by_id = {row["id"]: row for row in rows}
+    routed, resampled = by_id["routed"], _Resampled.of(stated)
+    routed_N = stated.routed[ALL].correct_N(stated.correct_NR)
+    answers = {name: correct_N for name, _, _, correct_N in stated.static_columns()}
+    answers |= {
+        f"policy-{kind}": other.correct_N(stated.correct_NR) for kind, other in stated.routed.items() if kind != ALL
+    }
+    answers["oracle"] = _at(stated.correct_NR, stated.oracle_N)
+    found: dict[str, dict[str, Any]] = {}
+    for other, other_N in answers.items():
+        only_routed, only_other = int((routed_N & ~other_N).sum()), int((~routed_N & other_N).sum())
+        difference = paired_difference(only_routed, only_other, len(routed_N))
+        found[other] = difference_row(difference, "bonett-price", routed, by_id[other]) | {
+            "only_routed_right": only_routed,
+            "only_other_right": only_other,
+            "mcnemar_p": mcnemar_p(only_routed, only_other),
+        }
+    for other, other_B in (("random", resampled.random_B), ("envelope", resampled.envelope_B)):
+        gain = percentile_interval(routed["top1"] - by_id[other]["top1"], resampled.routed_B - other_B)
+        found[other] = difference_row(gain, "bootstrap", routed, by_id[other]) | dict.fromkeys(
+            ("only_routed_right", "only_other_right", "mcnemar_p")
+        )
+    return {row["id"]: found[row["id"]] for row in rows if row["id"] in found}
+
+
+def curve_points(curve: Sequence[Routed], correct_NR: np.ndarray, costs: Costs) -> list[dict[str, float]]:
+    """Return what policies of rising cost reach: `mean_cost`, `mean_gflops`, `top1`, `top1_low`, `top1_high`."""
+    points = []
+    for routed in curve:
+        top1 = accuracy(int(routed.correct_N(correct_NR).sum()), len(correct_NR))
+        spent = _routed_cost(routed, costs)
+        points.append(
+            {"mean_cost": spent["mean_cost"], "mean_gflops": spent["mean_gflops"]}
+            | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high}
+        )
+    return [point for place, point in enumerate(points) if place == 0 or point != points[place - 1]]
+
+
+def class_table(stated: Stated, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return, for each class with an image, `name`, `n`, `static_top1` (per resolution), `routed_top1` and `shares`."""
+    found = []
+    routed_N = stated.routed[ALL].correct_N(stated.correct_NR) if stated.is_routed else None
+    for label in np.unique(stated.labels_N):
+        inside_N = stated.labels_N == label
+        row = {
+            "name": classes[label],
+            "n": int(inside_N.sum()),
+            "static_top1": stated.correct_NR[inside_N].mean(axis=0).tolist(),
+        }
+        if routed_N is not None:
+            last_N = stated.routed[ALL].last_N[inside_N]
+            row |= {
+                "routed_top1": float(routed_N[inside_N].mean()),
+                "shares": shares(last_N, stated.correct_NR.shape[1]).tolist(),
+            }
+        found.append(row)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Resampled:
+    """Accuracies of B bootstrap resamples of the images, (B,) each."""
+
+    routed_B: np.ndarray
+    random_B: np.ndarray
+    envelope_B: np.ndarray
+
+    @classmethod
+    def of(cls, stated: Stated) -> _Resampled:
+        R, routed = len(stated.costs.resolutions), stated.routed[ALL]
+        statics = np.column_stack([correct_N for *_, correct_N in stated.static_columns()])
+        columns = [
+            statics,
+            routed.correct_N(stated.correct_NR),
+            np.eye(R)[routed.last_N],
+            routed.cost_N(stated.costs),
+        ]
+        means_BC = bootstrap_means(np.column_stack(columns).astype(np.float64), BOOTSTRAP_SEED)
+        num_static = statics.shape[1]
+        static_BS, routed_B, cost_B = means_BC[:, :num_static], means_BC[:, num_static], means_BC[:, -1]
+        shares_BR = means_BC[:, num_static + 1 : -1]
+        random_B = (shares_BR * static_BS[:, :R]).sum(axis=1)
+        return cls(routed_B, random_B, envelope(_static_points(stated)[0], static_BS, cost_B)[0])
+
+
+def _static_points(stated: Stated) -> tuple[np.ndarray, np.ndarray]:
+    """Costs and accuracies of all static networks, (S,) each."""
+    columns = stated.static_columns()
+    costs_S = np.array([stated.costs.backbone[index] for _, _, index, _ in columns])
+    return costs_S, np.array([correct_N.mean() for *_, correct_N in columns])
+
+
+def _static_gflops(stated: Stated) -> np.ndarray:
+    return np.array([stated.costs.backbone_gflops[index] for _, _, index, _ in stated.static_columns()])
+
+
+def _at(correct_NR: np.ndarray, choice_N: np.ndarray) -> np.ndarray:
+    return correct_NR[np.arange(len(choice_N)), choice_N]
+
+
+def static_rows(correct_NR: np.ndarray, costs: Costs, labels_N: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """Return the rows of kind `static`; without labels there is no balanced accuracy."""
+    identity = np.eye(correct_NR.shape[1])
+    return [
+        answered_row(f"static-{side}", "static", f"static {side} px", correct_NR[:, j], labels_N)
+        | {"resolution": side}
+        | mean_costs(identity[j], costs, with_predictor=False)
+        for j, side in enumerate(costs.resolutions)
+    ]
+
+
+def oracle_row(
+    correct_NR: np.ndarray, oracle_N: np.ndarray, costs: Costs, labels_N: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Return the row of kind `oracle`."""
+    row = answered_row("oracle", "oracle", "oracle", _at(correct_NR, oracle_N), labels_N)
+    return row | mean_costs(shares(oracle_N, correct_NR.shape[1]), costs, with_predictor=False)
+
+
+def answered_row(
+    name: str, kind: str, label: str, correct_N: np.ndarray, labels_N: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Return the row of a network that gives each image one answer, without its cost."""
+    row = result_row(name, kind, label, len(correct_N), accuracy(int(correct_N.sum()), len(correct_N)), "wilson")
+    return row if labels_N is None else row | {"balanced_top1": balanced_accuracy(correct_N, labels_N)}
+
+
+def result_row(name: str, kind: str, label: str, n: int, top1: Estimate, interval: str) -> dict[str, Any]:
+    """Return a row of `table_rows` without its cost and its balanced accuracy."""
+    return {
+        "id": name,
+        "kind": kind,
+        "label": label,
+        "resolution": None,
+        "n": n,
+        "top1": float(top1.value),
+        "top1_low": top1.low,
+        "top1_high": top1.high,
+        "interval": interval,
+        "balanced_top1": None,
+    }
+
+
+def mean_costs(shares_R: Sequence[float] | np.ndarray, costs: Costs, with_predictor: bool) -> dict[str, Any]:
+    """Return the cost of a row whose images run once each, from the shares of the resolutions."""
+    shares_list = [float(share) for share in shares_R]
+    return _cost(costs.mean(shares_list, with_predictor), costs.mean_gflops(shares_list, with_predictor), shares_R)
+
+
+def _cost(mean_cost: float, mean_gflops: float, shares_R: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    return {
+        "mean_cost": float(mean_cost),
+        "mean_gflops": float(mean_gflops),
+        "shares": [float(share) for share in shares_R],
+    }
+
+
+def _routed_cost(routed: Routed, costs: Costs) -> dict[str, Any]:
+    cost, gflops = float(routed.cost_N(costs).mean()), float(routed.gflops_N(costs).mean())
+    return _cost(cost, gflops, shares(routed.last_N, len(costs.resolutions)))
+
+
+def difference_row(
+    difference: Estimate, interval: str, routed: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return one of the differences of `compare`, without its tests."""
+    return {
+        "difference_points": 100 * float(difference.value),
+        "low_points": 100 * difference.low,
+        "high_points": 100 * difference.high,
+        "interval": interval,
+        "cost_ratio": routed["mean_cost"] / other["mean_cost"],
+        "gflops_ratio": routed["mean_gflops"] / other["mean_gflops"],
+    }

@@ -1,0 +1,61 @@
+"""Whether the joint stage helped: the model from before it against the model from after it, at one cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.evaluation.budget import biased_choice, fit_bias
+from pipeline.evaluation.predictions import Predictions
+from pipeline.models.cost import Costs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Top-1 of two models, as fractions, at the same mean cost of the backbone or less, in `unit`."""
+
+    top1_before: float
+    top1_after: float
+    cost: float
+    unit: str
+
+    @property
+    def is_after(self) -> bool:
+        """Whether the model from after the joint stage is at least as good."""
+        return self.top1_after >= self.top1_before
+
+    def __str__(self) -> str:
+        unit = "GFLOPs" if self.unit == "gflops" else "ms"
+        return (
+            f"the model from {'after' if self.is_after else 'before'} it is kept: at {self.cost:.4g} {unit} of the "
+            f"backbone, {100 * self.top1_after:.2f} % of the validation images are right after it and "
+            f"{100 * self.top1_before:.2f} % before it"
+        )
+
+
+def better(before: Predictions, after: Predictions, costs: Costs, mask_N: np.ndarray | None = None) -> Comparison:
+    """Compare the routed accuracy of two models of the same images at the mean cost of the cheaper one.
+
+    A bias on its predictor's logits brings the more expensive one down to that cost.
+
+    Args:
+        before, after: as `merge` gives them, so that images are in the same order.
+        mask_N: which images are compared, bool; None is all.
+
+    Raises:
+        ValueError: the predictions are for other images, or none is compared.
+    """
+    if not np.array_equal(before.indices_N, after.indices_N) or before.resolutions != after.resolutions:
+        raise ValueError("the predictions before and after the joint stage are for other images or resolutions")
+    rows = np.flatnonzero(np.ones(before.num_images, bool) if mask_N is None else mask_N)
+    if len(rows) == 0:
+        raise ValueError("there is no image to compare the models before and after the joint stage on")
+    cost_R = np.asarray(costs.backbone)
+    cost = min(float(cost_R[each.chosen_N[rows]].mean()) for each in (before, after))
+    top1 = []
+    for each in (before, after):
+        logits_NR = each.predictor_logits_NR[rows]
+        choice_N = biased_choice(logits_NR, costs, fit_bias(logits_NR, costs, cost))
+        top1.append(float(each.correct_NR[rows, choice_N].mean()))
+    return Comparison(*top1, cost=cost, unit=costs.unit)

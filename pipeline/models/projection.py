@@ -1,0 +1,49 @@
+"""Strided 1x1 convolutions of few channels, without the CPU kernel that corrupts memory."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+MIN_CHANNELS = 16
+"""Input channels from which on oneDNN's own strided kernel is sound."""
+
+
+class NarrowProjection(nn.Conv2d):
+    """A strided 1x1 convolution that drops the pixels which the stride skips, then runs with stride 1.
+
+    In torch 2.13 oneDNN's backward pass of such a convolution writes outside its memory on a CPU with several threads
+    (float32, channels_last, fewer than MIN_CHANNELS input channels), and the process dies by SIGSEGV or SIGBUS.
+    Result, parameters and multiply-adds are those of nn.Conv2d.
+    """
+
+    @classmethod
+    def of(cls, convolution: nn.Conv2d) -> Self:
+        """The same layer with the same parameters."""
+        layer = cls(convolution.in_channels, convolution.out_channels, 1, groups=convolution.groups, device="meta")
+        layer.stride, layer._parameters = convolution.stride, convolution._parameters
+        return layer.train(convolution.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features (N, C', ceil(H / stride), ceil(W / stride)) of (N, C, H, W)."""
+        rows, columns = (int(step) for step in self.stride)
+        return functional.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias, groups=self.groups)
+
+
+def avoid_unsafe_projections(module: nn.Module) -> None:
+    """Replace every strided 1x1 convolution of few channels inside `module`, in place, by a NarrowProjection."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.Conv2d) and _is_unsafe(child):
+                setattr(parent, name, NarrowProjection.of(child))
+
+
+def _is_unsafe(convolution: nn.Conv2d) -> bool:
+    return (
+        convolution.kernel_size == (1, 1)
+        and convolution.stride != (1, 1)
+        and convolution.padding in ((0, 0), "valid")
+        and convolution.in_channels < MIN_CHANNELS
+    )

@@ -1,0 +1,235 @@
+"""Fits policies: every chain of resolutions with every threshold of a grid, and the front of what they reach.
+
+Confidence cascades: Berestizshevsky and Even 2018; Streeter 2018 (arXiv 1802.07697). The images that a policy is fitted
+on must not be those that its accuracy is stated on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from pipeline.policies.route import Images
+from pipeline.serving.runtime.policy import ALWAYS, NEVER, Policy, first_resolution, predictor_policy, static_policy
+
+KINDS = ("static", "cascade", "predictor", "predictor+cascade")
+MAX_MEMBERS = 4
+"""resolutions that one cascade may run"""
+GRID = {1: 400, 2: 64, 3: 24}
+"""thresholds that are tried for each member, by how many thresholds a policy has: quantiles of the confidence"""
+START_BIASES = 25
+"""biases of the predictor that a predictor+cascade is tried with"""
+FRONT_POINTS = 60
+"""most points of a front"""
+
+
+@dataclass(frozen=True)
+class FittedPolicy:
+    """A policy with what it reached on the images that it was fitted on.
+
+    Attributes:
+        cost: mean of one image, in the unit of the costs, predictor included where it runs.
+        accuracy: expected, a fraction of 1 (see expected_correctness).
+    """
+
+    policy: Policy
+    cost: float
+    accuracy: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitting:
+    """The images of a fit, and what is computed of them once.
+
+    Attributes:
+        worth_NR: the weight of each image times the probability that its answer is right. Thresholds are swept on it
+            rather than on right and wrong answers: those pick up the luck of single images near a threshold.
+        order: indices of the resolutions, cheapest first.
+    """
+
+    images: Images
+    worth_NR: np.ndarray
+    order: tuple[int, ...]
+
+
+def expected_correctness(images: Images) -> np.ndarray:
+    """The probability that each answer is right, by a logistic regression on all resolutions' confidences (N, R)."""
+    confidence_NR = images.confidence_NR.astype(np.float64)
+    logits_NR = np.log(confidence_NR.clip(1e-6)) - np.log((1 - confidence_NR).clip(1e-6))
+    features_NF = np.column_stack([np.ones(len(logits_NR)), logits_NR, logits_NR**2 / 10])
+    return np.column_stack([_logistic(features_NF, correct_N, images.weights_N) for correct_N in images.correct_NR.T])
+
+
+def _logistic(features_NF: np.ndarray, targets_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
+    """Fitted probabilities (N,) of a logistic regression with a ridge penalty of 1 on all but the first feature."""
+    ridge_F = np.append(0.0, np.ones(features_NF.shape[1] - 1))
+
+    def loss(weights_F: np.ndarray) -> tuple[float, np.ndarray]:
+        scores_N = features_NF @ weights_F
+        value = weights_N @ (np.logaddexp(0, scores_N) - targets_N * scores_N) + 0.5 * ridge_F @ weights_F**2
+        gradient_F = features_NF.T @ (weights_N * (expit(scores_N) - targets_N)) + ridge_F * weights_F
+        return float(value), gradient_F
+
+    found = minimize(loss, np.zeros(features_NF.shape[1]), jac=True)
+    return expit(features_NF @ found.x)
+
+
+def fit_policies(images: Images, kinds: Sequence[str] = KINDS) -> list[FittedPolicy]:
+    """The front of all policies of the given kinds: each costs more than the one before, and is more accurate.
+
+    Returns:
+        At most FRONT_POINTS policies, cheapest first. The first is the cheapest policy of all, the last the most
+        accurate one. Empty where there are no policies of these kinds, as without a predictor.
+    """
+    worth_NR = images.weights_N[:, None] * expected_correctness(images)
+    order = tuple(int(index) for index in np.argsort(images.costs.backbone, kind="stable"))
+    fitting = _Fitting(images, worth_NR, order)
+    return thin(front([point for kind in kinds for point in _candidates(fitting, kind)]))
+
+
+def front(points: Sequence[FittedPolicy]) -> list[FittedPolicy]:
+    """The points that no other beats in both accuracy and cost, cheapest first."""
+    kept: list[FittedPolicy] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.accuracy)):
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return kept
+
+
+def thin(points: Sequence[FittedPolicy], most: int = FRONT_POINTS) -> list[FittedPolicy]:
+    """About `most` points of a front, evenly spaced in accuracy, with both ends."""
+    if len(points) <= most:
+        return list(points)
+    accuracies = np.array([point.accuracy for point in points])
+    wanted = np.linspace(accuracies[0], accuracies[-1], most)
+    return [points[place] for place in np.unique(np.searchsorted(accuracies, wanted).clip(0, len(points) - 1))]
+
+
+def _candidates(fitting: _Fitting, kind: str) -> Iterator[FittedPolicy]:
+    order, costs = fitting.order, fitting.images.costs
+    has_predictor = fitting.images.predictor_logits_NR is not None and len(order) > 1
+    if kind == "static":
+        for index in order:
+            yield FittedPolicy(static_policy(index), costs.backbone[index], float(fitting.worth_NR[:, index].mean()))
+    elif kind == "cascade":
+        for length in range(2, min(MAX_MEMBERS, len(order)) + 1):
+            for members in itertools.combinations(order, length):
+                yield from _swept(fitting, members, np.full(len(fitting.images), members[0]), None)
+    elif kind == "predictor" and has_predictor:
+        for bias in _biases(fitting.images, 4 * START_BIASES):
+            start_N = _starts(fitting.images, order, bias)
+            cost = float(np.asarray(costs.backbone)[start_N].mean()) + costs.predictor
+            worth_N = fitting.worth_NR[np.arange(len(start_N)), start_N]
+            yield FittedPolicy(predictor_policy(order, bias), cost, float(worth_N.mean()))
+    elif kind == "predictor+cascade" and has_predictor and len(order) <= MAX_MEMBERS:
+        for bias in _biases(fitting.images, START_BIASES):
+            yield from _swept(fitting, order, _starts(fitting.images, order, bias), bias)
+
+
+def _biases(images: Images, count: int) -> list[float]:
+    """Biases at which the predictor's mean cost runs from the cheapest to the most expensive resolution, and 0."""
+    logits_NR, relative_R = images.predictor_logits_NR, np.asarray(images.costs.relative)
+    assert logits_NR is not None
+    switches = [
+        (logits_NR[:, i] - logits_NR[:, j]) / (relative_R[j] - relative_R[i])
+        for i, j in itertools.permutations(range(len(relative_R)), 2)
+        if relative_R[j] > relative_R[i]
+    ]
+    quantiles = np.quantile(np.concatenate(switches), np.linspace(0.0, 1.0, count))
+    return np.unique(np.append(quantiles, 0.0)).tolist()
+
+
+def _starts(images: Images, members: Sequence[int], bias: float) -> np.ndarray:
+    """The resolution that the predictor chooses for each image, as `first_resolution` does."""
+    assert images.predictor_logits_NR is not None
+    logits, relative_R = torch.from_numpy(images.predictor_logits_NR), torch.tensor(images.costs.relative)
+    return first_resolution(predictor_policy(members, bias), logits, relative_R, len(images)).numpy()
+
+
+def _swept(
+    fitting: _Fitting, members: tuple[int, ...], start_N: np.ndarray, start_bias: float | None
+) -> Iterator[FittedPolicy]:
+    """The front over a grid of thresholds of one chain.
+
+    With bin b_k of an image's confidence at member k and threshold t_k on the bins' edges, an image that starts at s
+    stops at member k when b_s < t_s, ..., b_(k-1) < t_(k-1) and b_k >= t_k. So accuracy and cost at all thresholds at
+    once are cumulative sums of histograms over (b_s, ..., b_k).
+    """
+    images, num_thresholds = fitting.images, len(members) - 1
+    columns = images.confidence_NR[:, list(members[:-1])].T
+    edges = [_edges(column_N, GRID[num_thresholds]) for column_N in columns]
+    bins = [np.searchsorted(edge, column_N, side="right") for edge, column_N in zip(edges, columns, strict=True)]
+    sizes = [len(edge) + 2 for edge in edges]  # thresholds: below all bins, between each two, above all
+    accuracy, cost = np.zeros(sizes), np.zeros(sizes)
+    for first in range(len(members)):
+        starts_N = start_N == members[first]
+        paid = 0.0
+        for last in range(first, len(members)):
+            paid += images.costs.backbone[members[last]]
+            axes = range(first, min(last + 1, num_thresholds))
+            shape = [size if axis in axes else 1 for axis, size in enumerate(sizes)]
+            reached = [bins[axis][starts_N] for axis in axes]
+            worth_N = fitting.worth_NR[starts_N, members[last]]
+            for total, values_N in ((accuracy, worth_N), (cost, np.full(len(worth_N), paid))):
+                num_bins = [sizes[axis] - 1 for axis in axes]
+                total += _stopped(reached, num_bins, values_N, last < num_thresholds).reshape(shape)
+    accuracy, cost = accuracy.ravel() / len(images), cost.ravel() / len(images)
+    if start_bias is not None:
+        cost = cost + images.costs.predictor
+    for place in _front_places(cost, accuracy):
+        chosen = np.unravel_index(place, sizes)
+        values = tuple(_threshold(edge, int(at)) for edge, at in zip(edges, chosen, strict=True))
+        if start_bias is None and ALWAYS in values:
+            continue  # a shorter chain
+        yield FittedPolicy(Policy(members, values, start_bias), float(cost[place]), float(accuracy[place]))
+
+
+def _edges(values_N: np.ndarray, count: int) -> np.ndarray:
+    """Inner edges of at most `count` bins with about as many values in each."""
+    return np.unique(np.quantile(values_N, np.linspace(0, 1, count + 1)[1:-1]))
+
+
+def _threshold(edges: np.ndarray, place: int) -> float:
+    """The confidence from which the bins `place` and above begin."""
+    if place == 0:
+        return ALWAYS
+    return float(edges[place - 1]) if place <= len(edges) else NEVER
+
+
+def _stopped(bins: Sequence[np.ndarray], num_bins: Sequence[int], values_N: np.ndarray, stops: bool) -> np.ndarray:
+    """Sums of values by thresholds, (num_bins + 1, ...), over the images that stop at the last of some members.
+
+    They are below the threshold at every member before, and above it at the last one, where that has a threshold.
+
+    Args:
+        bins: of each image's confidence, for every member that has a threshold.
+        stops: whether the last of the members has one.
+    """
+    if not bins:
+        return np.array(values_N.sum())
+    flat = np.ravel_multi_index([*bins], [*num_bins])
+    sums = np.bincount(flat, values_N, minlength=int(np.prod(num_bins))).reshape(num_bins)
+    for axis in range(len(num_bins)):
+        below = np.cumsum(sums, axis=axis)
+        below = np.concatenate([np.zeros_like(np.take(below, [0], axis=axis)), below], axis=axis)
+        is_last = stops and axis == len(num_bins) - 1
+        sums = np.take(below, [-1], axis=axis) - below if is_last else below
+    return sums
+
+
+def _front_places(cost: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
+    """Places of the points that no other beats in both."""
+    order = np.lexsort((-accuracy, cost))
+    best = np.maximum.accumulate(accuracy[order])
+    better = np.concatenate([[True], accuracy[order][1:] > best[:-1]])
+    return order[better]

@@ -1,0 +1,97 @@
+"""Which model a run keeps: the one from before the joint stage, or the one from after it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.budget import biased_choice, fit_bias
+from pipeline.evaluation.joint import better
+from pipeline.evaluation.predictions import Predictions
+from pipeline.models.cost import Costs, Latency
+
+COSTS = Costs((96, 64, 32), (9.0, 4.0, 1.0), 0.5)
+MILLISECONDS = Costs((96, 64, 32), (9.0, 4.0, 1.0), 0.5, Latency((3.0, 1.5, 1.0), 0.1, 1, "float32", "CPU", 1, "2"))
+N = 400
+
+
+def random_predictions(seed: int, top1_R: tuple[float, ...] = (0.9, 0.8, 0.6)) -> Predictions:
+    generator = np.random.default_rng(seed)
+    labels_N = generator.integers(0, 5, N)
+    answers_NR = np.where(generator.random((N, 3)) < top1_R, labels_N[:, None], (labels_N[:, None] + 1) % 5)
+    logits_NRK = np.eye(5, dtype=np.float32)[answers_NR]
+    logits_NR = generator.normal(size=(N, 3)).astype(np.float32)
+    return Predictions(COSTS.resolutions, labels_N, np.arange(N), logits_NRK, logits_NR)
+
+
+def cost_of(predictions: Predictions, costs: Costs, bias: float) -> float:
+    return float(np.asarray(costs.backbone)[biased_choice(predictions.predictor_logits_NR, costs, bias)].mean())
+
+
+@pytest.mark.parametrize("costs", [COSTS, MILLISECONDS])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.8])
+def test_the_bias_is_the_one_with_the_highest_cost_within_the_target(costs: Costs, share: float) -> None:
+    predictions = random_predictions(0)
+    low, high = min(costs.backbone), max(costs.backbone)
+    target = low + share * (high - low)
+    found = cost_of(predictions, costs, fit_bias(predictions.predictor_logits_NR, costs, target))
+    assert target * 0.99 < found <= target
+    tried = (cost_of(predictions, costs, bias) for bias in np.linspace(-10, 10, 4001))
+    assert found >= max(cost for cost in tried if cost <= target)
+
+
+def test_a_target_that_is_met_or_out_of_reach_needs_no_search() -> None:
+    predictions = random_predictions(0)
+    logits_NR = predictions.predictor_logits_NR
+    assert fit_bias(logits_NR, COSTS, cost_of(predictions, COSTS, 0.0)) == 0.0
+    assert cost_of(predictions, COSTS, fit_bias(logits_NR, COSTS, 0.5)) == 1.0
+    assert cost_of(predictions, COSTS, fit_bias(logits_NR, COSTS, 99.0)) == 9.0
+
+
+def test_images_that_all_switch_at_once_stay_within_the_target() -> None:
+    logits_NR = np.tile(np.array([[0.0, 1.0, 0.0]], np.float32), (50, 1))
+    assert fit_bias(logits_NR, COSTS, 5.0) == 0.0
+
+
+def test_the_more_accurate_model_at_the_cost_of_the_cheaper_one_is_kept() -> None:
+    before, after = random_predictions(1), random_predictions(1, top1_R=(0.5, 0.4, 0.3))
+    worse = better(before, after, COSTS)
+    assert not worse.is_after
+    assert worse.top1_before == before.correct_NR[np.arange(N), before.chosen_N].mean()
+    assert "the model from before it is kept" in str(worse)
+    assert better(after, before, COSTS).is_after
+    assert better(before, before, COSTS).is_after, "without a difference the run ends as it was configured"
+
+
+def test_a_model_that_is_right_more_often_only_because_it_costs_more_is_not_better() -> None:
+    before = random_predictions(2)
+    dearer_NR = (before.predictor_logits_NR + 3 * np.asarray(COSTS.relative)).astype(np.float32)
+    after = Predictions(before.resolutions, before.labels_N, before.indices_N, before.logits_NRK, dearer_NR)
+    routed = [float(each.correct_NR[np.arange(N), each.chosen_N].mean()) for each in (before, after)]
+    assert routed[1] > routed[0] + 0.05
+    found = better(before, after, COSTS)
+    assert found.cost == pytest.approx(cost_of(before, COSTS, 0.0))
+    assert found.top1_after == pytest.approx(found.top1_before, abs=2 / N)
+
+
+def test_only_the_images_of_the_mask_are_compared() -> None:
+    good, bad = random_predictions(3), random_predictions(3, top1_R=(0.1, 0.1, 0.1))
+    first = np.arange(N) < N // 2
+    mixed = Predictions(
+        good.resolutions,
+        good.labels_N,
+        good.indices_N,
+        np.where(first[:, None, None], good.logits_NRK, bad.logits_NRK),
+        good.predictor_logits_NR,
+    )
+    assert better(mixed, good, COSTS, first).top1_before == better(mixed, good, COSTS, first).top1_after
+    assert better(good, mixed, COSTS, ~first).top1_after < better(good, mixed, COSTS, ~first).top1_before
+    with pytest.raises(ValueError, match="no image"):
+        better(good, bad, COSTS, np.zeros(N, bool))
+
+
+def test_predictions_of_other_images_are_refused() -> None:
+    one = random_predictions(4)
+    other = Predictions(one.resolutions, one.labels_N, one.indices_N + 1, one.logits_NRK, one.predictor_logits_NR)
+    with pytest.raises(ValueError, match="other images"):
+        better(one, other, COSTS)
