@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
 
 from datasets.remote import HIDDEN, redacted
 from pipeline.config.schema import REGISTERED, Config
+from pipeline.config.sqlite import sqlite_path
 
 UNPACKED_IN = "working_dir_files"
 """Ray's name for the folder that it unpacks packages in."""
@@ -25,12 +25,6 @@ NOT_IN_PACKAGE = (
 def job_package(folder: Path) -> Path | None:
     """Return the unpacked package that contains `folder`, or None."""
     return next((place for place in (folder, *folder.parents) if place.parent.name == UNPACKED_IN), None)
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a SQLite address as it is written, absolute or relative; None for another address."""
-    prefix = "sqlite:///"
-    return Path(unquote(uri.removeprefix(prefix).partition("?")[0])) if uri.startswith(prefix) else None
 
 
 def package_problems(config: Config, package: Path, *, preparing: bool = False) -> Iterator[str]:
@@ -49,8 +43,8 @@ def package_problems(config: Config, package: Path, *, preparing: bool = False) 
                 f"the job ends. Give an absolute path outside it, such as {key}=/shared/{path.name}"
             )
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    store = sqlite_path(uri or "")
-    if not preparing and store and _is_in(store, package):
+    store = sqlite_path(uri) if uri and not preparing else None
+    if store and _is_in(store, package):
         yield (
             f"the MLflow store {uri} is in the package of this Ray job, which is deleted when the job ends. Set "
             "tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:////ABSOLUTE/PATH"

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from datasets.remote import redacted
 from pipeline.config.explain import explain, explain_yaml, shown
-from pipeline.config.job_package import NOT_IN_PACKAGE, job_package, sqlite_path
+from pipeline.config.job_package import NOT_IN_PACKAGE, job_package
 from pipeline.config.schema import Config, ModelConfig, PredictorStage, RoutedStage, Section
+from pipeline.config.sqlite import sqlite_path
 from pipeline.config.yaml_tree import field_name, field_of, is_optional, is_text, read_yaml, section_of
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
