@@ -30,6 +30,7 @@ from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
 from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
+from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.load import drift, parse_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
@@ -67,9 +68,12 @@ def train_run(config: Config) -> RunResult:
         replay(config, folder.path)
         return RunResult(folder, json.loads(folder.report_json.read_text()), already_finished=True)
     manifest, costs = check_config(config)
+    inputs = run_inputs(config, manifest.digest)
+    refuse_other_inputs(folder, inputs)
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_driver(folder.driver_lock):
         write_whole(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        keep_inputs(folder, inputs)
         download_validation_split(config)
         with ray_cluster(), sigterm_as_sigint(), tracked_run(config, folder.path, folder.report, manifest) as tracking:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
@@ -96,6 +100,7 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
     load_model(folder.model)
     config = config if cost is None else config.model_copy(update={"cost": cost})
     manifest, costs = check_config(config)
+    refuse_other_inputs(folder, run_inputs(config, manifest.digest))
     download_validation_split(config)
     with only_driver(folder.driver_lock), ray_cluster():
         settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)

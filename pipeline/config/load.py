@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = PROJECT_FOLDER / "jobs" / "configs"
 
 # Fields that may change when a run resumes: they say where it runs and when it stops, not what it computes.
+# The last group says where its inputs are. Their content is compared instead (pipeline/config/inputs.py).
 FREE_TO_CHANGE = (
     "cluster.",
     "tracking.",
@@ -31,6 +32,14 @@ FREE_TO_CHANGE = (
     "loader.num_threads",
     "loader.batches_ahead",
     "training.max_loss",
+    "data.folder",
+    "data.uri",
+    "data.source",
+    "data.validation_source",
+    "model.weights",
+    "stages.backbone.init_from",
+    "stages.predictor.init_from",
+    "stages.joint.init_from",
 )
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -124,7 +133,11 @@ def with_absolute_paths(section: AnySection) -> AnySection:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return `key: old -> new` for every field in which two configurations differ."""
-    before, after = dict(flattened(old.model_dump(mode="json"))), dict(flattened(new.model_dump(mode="json")))
+    return value_differences(dict(flattened(old.model_dump(mode="json"))), dict(flattened(new.model_dump(mode="json"))))
+
+
+def value_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every key in which two mappings differ."""
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
