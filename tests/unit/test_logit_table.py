@@ -178,10 +178,10 @@ def test_a_damaged_file_is_noticed_and_computed_anew(fill: Fill, damage, key: Ta
     ("changed", "named"),
     [
         ({"data": "other"}, "data is '"),
-        ({"seed": 1}, r"crop is \{'seed': 0, .*, wanted is \{'seed': 1"),
+        ({"seed": 1}, r"crop is \{'seed': 0, .*, expected \{'seed': 1"),
         ({"crop_scale": (0.5, 1.0)}, "crop is "),
         ({"flip": False}, "crop is "),
-        ({"precision": "bfloat16"}, "precision is 'float32', wanted is 'bfloat16'"),
+        ({"precision": "bfloat16"}, "precision is 'float32', expected 'bfloat16'"),
         ({"weights": 2}, "backbone is '"),
     ],
     ids=str,
@@ -204,7 +204,7 @@ def test_a_table_of_something_else_is_refused_and_says_of_what(
     wanted = TableKey.of(model, other, manifest, TRAIN)
     with pytest.raises(TableError, match=named) as error:
         LogitTable(tmp_path, replace(wanted, chunk_samples=8), VIEWS)
-    assert str(error.value).count("wanted is") == 1
+    assert str(error.value).count("expected") == 1
 
 
 def test_the_key_depends_on_the_normalisation(config: Config, key: TableKey) -> None:
@@ -214,12 +214,12 @@ def test_the_key_depends_on_the_normalisation(config: Config, key: TableKey) -> 
 
 
 def test_an_empty_folder_and_a_wrong_table_json_are_told_apart(fill: Fill, key: TableKey, tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="no table is there"):
+    with pytest.raises(TableError, match="No table is there"):
         LogitTable(tmp_path / "empty", key, VIEWS)
     fill()
     path = tmp_path / key.digest / "table.json"
     path.write_text(path.read_text().replace("float32", "bfloat16"))
-    with pytest.raises(TableError, match="precision is 'bfloat16', wanted is 'float32'"):
+    with pytest.raises(TableError, match="precision is 'bfloat16', expected 'float32'"):
         LogitTable(tmp_path, key, VIEWS)
     path.write_text("{")
     with pytest.raises(TableError, match=r"its table\.json is damaged"):
@@ -232,7 +232,7 @@ def test_only_what_the_table_was_opened_for_is_read(
 ) -> None:
     fill()
     with pytest.raises(
-        ValueError, match=rf"opened for crops of the epochs \[2, 5\], and has samples 0 to {NUM_TRAIN - 1}"
+        ValueError, match=rf"opened for crops of the epochs \[2, 5\] and has samples 0 to {NUM_TRAIN - 1}"
     ):
         LogitTable(tmp_path, key, VIEWS).logits(crop_epoch, torch.tensor([index]))
 

@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained() -> None:
     assert "stage backbone, epoch 1 of 2, step 2 of 3: loss nan, gradient norm nan" in message
     batch = list(run_of(config_of(), recorder).train.epoch(0))[1]
     assert str(sorted(batch.indices.tolist())) in message
-    assert "The last checkpoint, from before it: checkpoint_0000_000001_backbone" in message
+    assert "The last checkpoint before it: checkpoint_0000_000001_backbone" in message
     for advice in ("stages.backbone.lr", "warmup_epochs", "clip_grad_norm", "precision", "max_loss"):
         assert advice in message
     assert [state.name for state in recorder.states] == ["checkpoint_0000_000001_backbone"]
