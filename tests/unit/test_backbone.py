@@ -29,7 +29,7 @@ def backbone() -> ResolutionBackbone:
 
 
 def save_plain(path: Path, num_classes: int, seed: int = 7, name: str = "resnet18") -> dict[str, torch.Tensor]:
-    """A state-dict file of torchvision's model whose batch norms hold something else than their defaults."""
+    """Save a state dict of torchvision's model with batch norms that differ from their defaults."""
     torch.manual_seed(seed)
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     network.train()(images(2, 64))
@@ -87,7 +87,7 @@ def test_state_dict_round_trip_holds_every_private_norm_once(backbone: Resolutio
 
 
 def test_switching_resolution_reaches_a_compiled_network(backbone: ResolutionBackbone):
-    """Compiled code must not keep the norms that were active when it was traced."""
+    """Compiled code must not stay with the norms that were active during tracing."""
     reference, compiled = copy.deepcopy(backbone), torch.compile(copy.deepcopy(backbone), backend="eager")
     for step, index in enumerate((0, 1, 0, 1)):
         batch = images(2, (32, 48)[index], seed=step)
@@ -144,7 +144,7 @@ def test_weights_file_reaches_every_private_norm(tmp_path: Path):
         assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
-def test_classifier_of_other_classes_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_classifier_of_other_classes_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     state = save_plain(tmp_path / "weights.pt", num_classes=11)
     with caplog.at_level(logging.WARNING):
         network = build_backbone("resnet18", 5, 2, weights=str(tmp_path / "weights.pt")).at(1)
