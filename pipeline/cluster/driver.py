@@ -79,7 +79,7 @@ def train_run(config: Config) -> RunResult:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
             checkpoint = _fit(config, folder.path, settings)
             costs = _measured(config, folder, costs)
-            kept = _collect(checkpoint, config, folder, costs)
+            kept = _collect(checkpoint, folder, costs, select_mask(config))
             report = _write_report(config, folder, manifest, costs, {"joint stage": kept} if kept else {})
             write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
@@ -133,8 +133,11 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
                 return Path(result.checkpoint.path)
 
 
-def _collect(checkpoint: Path, config: Config, folder: RunFolder, costs: Costs) -> str | None:
+def _collect(checkpoint: Path, folder: RunFolder, costs: Costs, select_N: np.ndarray | None = None) -> str | None:
     """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks.
+
+    Args:
+        select_N: the images on which the model before the joint stage and the one after it are compared; None is all.
 
     Returns:
         Which model the run keeps, if there is one from before the joint stage and one from after it.
@@ -144,9 +147,7 @@ def _collect(checkpoint: Path, config: Config, folder: RunFolder, costs: Costs) 
         before = merged(checkpoint, BEFORE_JOINT)
         before.save(folder.predictions_before_joint)
         predictions.save(folder.predictions_after_joint)
-        (select, _), *folds = split_of(config).parts(sample_checksums(config)[before.indices_N])
-        select_N = np.isin(np.arange(before.num_images), select)
-        kept = better(before, predictions, costs, None if folds else select_N)
+        kept = better(before, predictions, costs, select_N)
         append_event(folder.path, {"message": f"joint stage: {kept}"})
         if not kept.is_after:
             predictions, model = before, folder.before_joint
@@ -214,6 +215,13 @@ def split_of(config: Config) -> Split:
     """Which validation images policies are fitted on, and which are stated."""
     policy = config.policy
     return Split(policy.select_share, policy.cross_fit_below, policy.folds, config.seed)
+
+
+def select_mask(config: Config) -> np.ndarray | None:
+    """Which validation images may be chosen on, bool, in the order of the beton; None is all, where there are few."""
+    checksums_N = sample_checksums(config)
+    (select, _), *folds = split_of(config).parts(checksums_N)
+    return None if folds else np.isin(np.arange(len(checksums_N)), select)
 
 
 def sample_checksums(config: Config) -> np.ndarray:
