@@ -31,7 +31,7 @@ from pipeline.cluster.progress import FAILURES, append_event, followed
 from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
 from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
-from pipeline.config.load import drift, parse_config, with_absolute_paths
+from pipeline.config.load import drift, stored_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.evaluation.joint import better
@@ -255,7 +255,7 @@ def _refuse_drift(folder: RunFolder, config: Config) -> None:
     """Refuse to resume a run with another configuration than it started with."""
     if not folder.config.exists():
         return
-    changed = drift(parse_config(yaml.safe_load(folder.config.read_text()), str(folder.config)), config)
+    changed = drift(stored_config(yaml.safe_load(folder.config.read_text()), config, str(folder.config)), config)
     if changed:
         listing = "\n".join(f"  - {line}" for line in changed)
         raise ValueError(

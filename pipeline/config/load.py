@@ -90,15 +90,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: dict[str, Any], source: str = "the configuration", problems: Sequence[str] = ()) -> Config:
     """Turn a mapping into a checked Config, or raise ConfigError with all its problems."""
     found = list(problems)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        found += explain(error)
-        raise ConfigError(found, source) from None
+    config = _validated(tree, source, found)
     found.extend(_contradictions(config))
     if found:
         raise ConfigError(found, source)
     return config
+
+
+def stored_config(tree: Mapping[str, Any], config: Config, source: str) -> Config:
+    """Return the configuration that a run started with, for `drift`.
+
+    Fields in FREE_TO_CHANGE come from `config`, so that a run whose stored values are refused today can still resume.
+    """
+    ours = config.model_dump(mode="json")
+    places = {name: value for name, value in ours["data"].items() if f"data.{name}" in FREE_TO_CHANGE}
+    sections = {name: value for name, value in ours.items() if f"{name}." in FREE_TO_CHANGE}
+    return _validated({**tree, **sections, "data": {**tree.get("data", {}), **places}}, source, [])
+
+
+def _validated(tree: Mapping[str, Any], source: str, problems: Sequence[str]) -> Config:
+    """Return the configuration of a mapping, or raise ConfigError with `problems` and those of its values."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([*problems, *explain(error)], source) from None
 
 
 def find_config(path: str | Path) -> Path:

@@ -69,8 +69,8 @@ def read_yaml(text: str, annotation: Any) -> tuple[Any, list[str]]:
         return loader.construct_document(node), problems
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or it contains itself") from None
-    except ValueError:  # of int(), the only conversion that can fail
-        raise yaml.YAMLError("it contains a number with more than 4,300 digits") from None
+    except (ValueError, KeyError, AttributeError):  # of an explicit tag, or of int() with more than 4,300 digits
+        raise yaml.YAMLError("it contains a number or a tagged value that cannot be read") from None
     finally:
         loader.dispose()
 

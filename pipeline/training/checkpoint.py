@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from datasets.files import whole_file
-from pipeline.config.load import drift, parse_config
+from pipeline.config.load import drift, stored_config
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
 
@@ -68,7 +68,7 @@ class TrainingState:
 
         Fields that may change before a resume may differ. Data are compared by content, not by place.
         """
-        began_with = parse_config(dict(self.config), "the checkpoint's configuration")
+        began_with = stored_config(self.config, config, "the checkpoint's configuration")
         changed = [line for line in drift(began_with, config) if not line.startswith("data.")]
         if self.data_digest != data_digest:
             changed.append(f"digest of the prepared data: {self.data_digest} -> {data_digest}")

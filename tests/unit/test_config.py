@@ -265,7 +265,10 @@ def test_a_crop_wider_than_high_is_allowed():
         (b"a: 1\n---\nb: 2\n", "found another document. Remove the lines ---"),
         (b"? [a]\n: b\n", "found unhashable key"),
         (b"name: a\x01b\n", "control character 0x1 at position 7"),
-        (b"seed: " + b"9" * 5000, "more than 4,300 digits"),
+        (b"seed: " + b"9" * 5000, "a number or a tagged value that cannot be read"),
+        (b"seed: !!int x", "a number or a tagged value that cannot be read"),
+        (b"seed: !!bool x", "a number or a tagged value that cannot be read"),
+        (b"seed: !!timestamp x", "a number or a tagged value that cannot be read"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, named):

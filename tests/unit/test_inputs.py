@@ -14,7 +14,7 @@ from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.driver import evaluate_run, train_run
 from pipeline.cluster.preflight import check_config
 from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
-from pipeline.config.load import drift, parse_config
+from pipeline.config.load import ConfigError, drift, parse_config, stored_config
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.models.drnet import build_drnet
@@ -75,6 +75,22 @@ def test_places_are_free_to_change_and_settings_are_not(tmp_path: Path) -> None:
         "data.images_per_class",
         "stages.backbone.epochs",
     ]
+
+
+def test_a_run_whose_stored_places_are_refused_today_can_resume(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    tree = config.model_dump(mode="json")
+    tree["cluster"] |= {"storage": "s3://bucket/runs", "num_workers": 3}
+    tree["registry"]["name"] = "a/b"
+    tree["data"] |= {"folder": "file:///data", "source": "~nobody-has-this-name/x"}
+    tree["search"] = {"a field that is gone": 1}
+    with pytest.raises(ConfigError, match=r"has [4-9] problems"):
+        parse_config(tree)
+
+    assert drift(stored_config(tree, config, "the run"), config) == []
+    tree["seed"] = "many"
+    with pytest.raises(ConfigError, match=r"the run has 1 problem:\n  - seed is 'many'\. Give an integer"):
+        stored_config(tree, config, "the run")
 
 
 def test_a_moved_file_is_the_same_input_and_a_changed_one_is_not(tmp_path: Path) -> None:
