@@ -53,7 +53,7 @@ def main() -> None:
         print(f"{folder}: {done.num_images:,} images in {done.seconds:.1f} s ({rate:,.0f} images/s){before}")
     print(summary(done.manifest))
     if done.not_images:
-        print(f"  left out as no images: {counted(done.not_images)}")
+        print(f"  left out {counted(done.not_images)}")
     if args.upload:
         from datasets.staging import upload
 

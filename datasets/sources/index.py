@@ -221,7 +221,8 @@ def listed(names: Sequence[str], limit: int = 10) -> str:
 def counted(skipped: Counter[str]) -> str:
     """Return the number of skipped entries and their kinds in a line, the most frequent kind first."""
     kinds = [f"{kind} ({count:,})" for kind, count in skipped.most_common()]
-    return f"{skipped.total():,}: {listed(kinds)}"
+    entries = "entry that is not an image" if skipped.total() == 1 else "entries that are not images"
+    return f"{skipped.total():,} {entries}: {listed(kinds)}"
 
 
 def is_ignored(name: str) -> bool:

@@ -110,8 +110,11 @@ def test_a_job_prints_and_stores_names_that_are_not_utf_8(
     data = {"dataset": "imagefolder", "source": "source", "folder": "out", "num_processes": 1, "on_bad_image": "skip"}
     Path("config.yaml").write_text(json.dumps({"name": "test", "data": data, "stages": {"backbone": {"epochs": 1}}}))
     monkeypatch.setattr(sys, "argv", ["prepare", "--config", "config.yaml"])
+    Path("source/loose.txt").touch()
     main()
-    assert r"2: b, caf\xe9" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert r"2: b, caf\xe9" in printed
+    assert "left out 1 entry that is not an image: .txt file (1)" in printed
     manifest = load_manifest(Path("out"))
     assert manifest.classes == ["b", r"caf\xe9"]
     assert manifest.skipped == [

@@ -369,4 +369,6 @@ def test_a_walk_lists_images_once_and_counts_the_rest(tmp_path):
         "named pipe": 1,
         "folder that is read under another name": 3,
     }
-    assert counted(walk.skipped).startswith("7: folder that is read under another name (3), ")
+    assert counted(walk.skipped).startswith(
+        "7 entries that are not images: folder that is read under another name (3), "
+    )
