@@ -110,6 +110,24 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
     return RunResult(folder, _write_report(config, folder, manifest, _measured(config, folder, costs)))
 
 
+def calibrate_run(config: Config) -> RunResult:
+    """Fit a finished run's policies again from its stored logits, choose one by the budget, and rewrite the report.
+
+    Raises:
+        ConfigError: as in `train_run`.
+        ValueError: the run has not finished, or no policy meets the budget.
+    """
+    folder = RunFolder.of(config)
+    _refuse_drift(folder, config)
+    if not folder.predictions.exists():
+        raise ValueError(f"{folder.predictions} does not exist; train the run first (python -m jobs.train)")
+    manifest, costs = check_config(config)
+    refuse_other_inputs(folder, run_inputs(config, manifest.digest))
+    download_validation_split(config)
+    with only_driver(folder.driver_lock):
+        return RunResult(folder, _write_report(config, folder, manifest, _measured(config, folder, costs)))
+
+
 def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
     """Return the costs, with the milliseconds that a worker measured if those are the cost."""
     return costs if config.cost == "flops" else replace(costs, latency=Latency.load(folder.latency))
@@ -208,13 +226,17 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
         budget=Budget(highest, None if drop is None else drop / 100),
         split=split_of(config),
         balanced=policy.select_by == "balanced_accuracy",
+        has_predictor=bool(config.stages.predictor or config.stages.joint),
     )
 
 
 def split_of(config: Config) -> Split:
-    """Which validation images policies are fitted on, and which are stated."""
+    """Which validation images policies are fitted on, and which are stated: the same for every run on the same data.
+
+    A split by the run's seed would state one run on images that another one was chosen on.
+    """
     policy = config.policy
-    return Split(policy.select_share, policy.cross_fit_below, policy.folds, config.seed)
+    return Split(policy.select_share, policy.cross_fit_below, policy.folds)
 
 
 def select_mask(config: Config) -> np.ndarray | None:

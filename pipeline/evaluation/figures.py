@@ -365,8 +365,9 @@ def _short(text: str) -> str:
 def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
     """Return PNG bytes by name: tradeoff, budget and shares (several resolutions only), attribute (if there is one)."""
     figures = {"tradeoff": draw_tradeoff(report, theme)}
-    if report["routing"] is not None:
+    if report["budget_curve"]:
         figures["budget"] = draw_budget(report, theme)
+    if report["routing"] is not None:
         figures["shares"] = draw_shares(report, theme)
     if report["attributes"]:
         figures["attribute"] = draw_attributes(report, theme)

@@ -58,12 +58,9 @@ def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
     if report["comparisons"] is not None:
         parts += ["## The routed network against the others", markdown_table(*comparison_table(report))]
         parts += ["## Policies", policy_note(report), markdown_table(*policy_table(report))]
-        parts += [
-            "## Budget curve of the predictor",
-            _figure("budget", figures),
-            BUDGET_NOTE,
-            markdown_table(*budget_table(report)),
-        ]
+        if report["budget_curve"]:
+            parts += ["## Budget curve of the predictor", _figure("budget", figures), BUDGET_NOTE]
+            parts.append(markdown_table(*budget_table(report)))
         parts += ["## Where images end", _figure("shares", figures)]
         parts += [
             "Static top-1 of the images routed to each resolution:",

@@ -181,6 +181,7 @@ class Evaluation:
         budget: by which a policy is chosen.
         split: which images policies are fitted on, and which results are stated on.
         balanced: policies are chosen by the mean accuracy over the classes.
+        has_predictor: the predictor was trained; otherwise no policy uses it.
     """
 
     predictions: Predictions
@@ -191,6 +192,7 @@ class Evaluation:
     budget: Budget = field(default_factory=Budget)
     split: Split = field(default_factory=Split)
     balanced: bool = False
+    has_predictor: bool = True
 
     @cached_property
     def images(self) -> Images:
@@ -198,7 +200,8 @@ class Evaluation:
         labels_N, weights_N = self.predictions.labels_N, None
         if self.balanced:
             weights_N = 1 / np.bincount(labels_N, minlength=self.predictions.num_classes)[labels_N]
-        logits = self.predictions.logits_NRK, labels_N, self.predictions.predictor_logits_NR
+        predictor_NR = self.predictions.predictor_logits_NR if self.has_predictor else None
+        logits = self.predictions.logits_NRK, labels_N, predictor_NR
         return Images.of(*logits, self.costs, weights_N)
 
     @cached_property
@@ -281,7 +284,7 @@ def build_report(
         "comparisons": compare(stated, rows) if stated.is_routed else None,
         "policies": None if calibration is None else _policies(calibration, evaluation, stated),
         "budget_curve": budget_curve(predictions.predictor_logits_NR[stated_M], stated.correct_NR, costs)
-        if stated.is_routed
+        if stated.is_routed and evaluation.has_predictor
         else [],
         "routing": _routing(stated.correct_NR, last_N, stated.oracle_N) if stated.is_routed else None,
         "by_class": class_table(stated, classes),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.evaluation.report import SCHEMA_VERSION
 from pipeline.evaluation.tables import markdown_table, signed
 
 SUMMARIZED = (
@@ -35,6 +36,12 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not reports:
         raise ValueError("there is no report to summarize; give at least one")
+    for report in reports:
+        if report["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"the report of {report['name']} has format {report['schema_version']}; this version reads "
+                f"{SCHEMA_VERSION}. Write it again with jobs.calibrate"
+            )
     kinds = {
         (report["dataset"], tuple(report["resolutions"]), report["n"], report["costs"]["unit"]) for report in reports
     }

@@ -165,15 +165,14 @@ def _digest(*files: Path) -> str:
 
 
 def _refuse_unfit(config: Config, missing: Sequence[Path]) -> None:
+    if [path.name for path in missing] == [ANSWERS_FILE]:
+        raise ValueError(
+            f"{missing[0]} is missing: an older version wrote the report. Run jobs.evaluate, then register"
+        )
     if missing:
         raise ValueError(
             f"the run {config.name} has not finished: {' and '.join(str(path) for path in missing)} missing; "
             "finish it (python -m jobs.train with the same configuration) or choose another run"
-        )
-    if len(config.model.resolutions) > 1 and not (config.stages.predictor or config.stages.joint):
-        raise ValueError(
-            f"the run {config.name} trained no predictor, so its model cannot choose a resolution; "
-            "add stages.predictor or stages.joint to a run that starts from it (init_from)"
         )
 
 

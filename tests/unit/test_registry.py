@@ -149,12 +149,6 @@ def test_a_run_that_has_not_finished_is_named(finished, tmp_path):
         register_model(finished.config, finished.folder, tmp_path / "model.pt", finished.files[1])
 
 
-def test_a_run_without_a_trained_predictor_is_refused(finished, tmp_path):
-    config = make_config(tmp_path, stages={"predictor": None, "joint": None})
-    with pytest.raises(ValueError, match="trained no predictor"):
-        register_model(config, finished.folder, *finished.files)
-
-
 @pytest.mark.parametrize(
     "override", ["registry.alias=latest", "registry.alias=v1", "registry.name=a/b", "registry.name=a:b"]
 )

@@ -348,6 +348,18 @@ def test_a_report_without_images_or_attributes_removes_the_earlier_figures(tmp_p
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
+def test_without_a_trained_predictor_no_policy_uses_it(tmp_path):
+    correct_NR, chosen_N, _ = easy_and_hard(300)
+    keys_N = np.arange(300, dtype=np.uint64)
+    evaluation = Evaluation(predictions_of(correct_NR, chosen_N), COSTS, keys_N, has_predictor=False)
+    report = write_report(
+        tmp_path, evaluation, classes=CLASSES, attributes={}, read_image=None, name="backbone alone", context=CONTEXT
+    )
+    assert {point["kind"] for point in report["policies"]["front"]} <= {"static", "cascade"}
+    assert report["budget_curve"] == []
+    assert Page((tmp_path / "report.html").read_text()).open == []
+
+
 def test_a_report_with_one_resolution_is_written(tmp_path):
     predictions = predictions_of(np.arange(50)[:, None] % 3 > 0, np.zeros(50, np.int64), sides=(96,))
     write_report(
