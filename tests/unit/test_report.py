@@ -18,6 +18,7 @@ from pipeline.models.cost import Costs
 from tests.unit.evaluation_cases import (
     CLASSES,
     CONTEXT,
+    COSTS,
     PERFECT,
     SIDES,
     easy_and_hard,
