@@ -17,6 +17,7 @@ import yaml
 
 from datasets.prepare.prepare import prepare
 from datasets.sources.catalog import imagenet100_ids
+from datasets.sources.index import SourceError
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
 from tests.unit.pictures import jpeg
@@ -75,7 +76,7 @@ def test_safe_calls_pass() -> None:
 
 
 def test_members_of_a_tar_cannot_leave_their_folder(tmp_path: Path) -> None:
-    """Images are read in place and never unpacked, so folders, links and devices of members have no effect."""
+    """Images are read in place and never unpacked, so folders in members' names have no effect. Links are refused."""
     source = tmp_path / "inside" / "source"
     (source / "train").mkdir(parents=True)
     for number, wnid in enumerate(imagenet100_ids()):
@@ -87,16 +88,21 @@ def test_members_of_a_tar_cannot_leave_their_folder(tmp_path: Path) -> None:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-            link = tarfile.TarInfo("link.JPEG")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            archive.addfile(link)
 
     manifest = prepare("imagenet100", tmp_path / "out", source=source, num_processes=1).manifest
 
-    assert manifest.splits["train"].count == 2 * 100, "the links are no images"
+    assert manifest.splits["train"].count == 2 * 100
     assert not list(tmp_path.rglob("escaped.JPEG")) + list(tmp_path.rglob("absolute.JPEG"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "out"]
     assert ".." not in (tmp_path / "out" / "images.jsonl").read_text()
+
+    with tarfile.open(source / "train" / f"{wnid}.tar", "a") as archive:
+        link = tarfile.TarInfo("link.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    with pytest.raises(SourceError, match=r"entries that are not files, such as links: link\.JPEG"):
+        prepare("imagenet100", tmp_path / "linked", source=source, num_processes=1)
+    assert not list(tmp_path.glob("linked/*.beton"))
 
 
 def test_a_configuration_cannot_create_objects(tmp_path: Path) -> None:
