@@ -69,7 +69,10 @@ def explain_death(trace: Path | None) -> str:
         )
     name = next((name for words, name in SIGNALS.items() if words in text.partition("\n")[0]), "a signal")
     frame = _FRAME.search(text)
-    where = f" called from {frame['file']}:{frame['line']} ({frame['function']})" if frame else ""
+    where = ""
+    if frame:
+        file = frame["file"].rpartition("site-packages/")[2]
+        where = f" called from {file}:{frame['line']} ({frame['function']})"
     disk = "a full /dev/shm, a truncated file, " if name == "SIGBUS" else ""
     return (
         f"its process died of {name} in native code{where}, which points to {disk}a bug in a library such as oneDNN, "
