@@ -25,6 +25,7 @@ from pipeline.models.drnet import build_drnet
 from pipeline.serving.export import export_model
 from pipeline.serving.runtime import Classifier, RoutedNetwork
 from pipeline.serving.runtime.images import Picture
+from pipeline.serving.runtime.policy import Policy
 from pipeline.training.checkpoint import LoadedModel
 
 NETWORKS = ("resnet50", "resnet18")
@@ -91,8 +92,8 @@ class FixedMix(RoutedNetwork):
 
     first = 0
 
-    def choose(self, logits_NR: Tensor, budget_bias: float = 0.0) -> Tensor:
-        return (torch.arange(len(logits_NR)) + self.first) % len(self.resolutions)
+    def first_resolution(self, policy: Policy, predictor_logits_NR: Tensor | None, num_images: int) -> Tensor:
+        return (torch.arange(num_images) + self.first) % len(self.resolutions)
 
     def routed(self, crops: Crops, first: int = 0) -> None:
         self.first = first
@@ -100,7 +101,8 @@ class FixedMix(RoutedNetwork):
 
     def all_with_masks(self, crops: Crops) -> Tensor:
         """Run every image at every resolution and mask the answers, as published implementations do."""
-        choice_N = self.choose(self.predictor_logits(crops[self.predictor_size]))
+        predictor_NR = self.predictor_logits(crops[self.predictor_size])
+        choice_N = self.first_resolution(self.default_policy, predictor_NR, len(predictor_NR))
         mask_NR = torch.nn.functional.one_hot(choice_N, len(self.resolutions)).float()
         logits_NRK = torch.stack([self.logits(j, crops[side]) for j, side in enumerate(self.resolutions)], dim=1)
         return (mask_NR[:, :, None] * logits_NRK).sum(dim=1)
@@ -165,7 +167,9 @@ def _bars(prefix: str, network: FixedMix, batch: int, samples: Samples) -> list[
         backbones = [1e3 * statistics.fmean(run) for run in zip(*(p50[f"{s} px"] for s in RESOLUTIONS), strict=True)]
         parts = [backbone + 1e3 * predictor for backbone, predictor in zip(backbones, p50["predictor"], strict=True)]
         return [*rows, against("routed p50, against its parts' p50", "ms", whole, parts)]
-    gflops = statistics.fmean(network.gflops[j % len(RESOLUTIONS)] for j in range(batch))
+    gflops = network.predictor_gflops + statistics.fmean(
+        network.backbone_gflops[j % len(RESOLUTIONS)] for j in range(batch)
+    )
     costs = measure_costs(build_model(prefix.partition(",")[0]).model)
     work = [gflops * r for r in rate["routed"]], [costs.backbone_gflops[0] * r for r in rate[static]]
     return [

@@ -140,7 +140,7 @@ def _opened(
     config = parse_config(
         {
             "name": "bench",
-            "data": {"dataset": load_manifest(Path(data)).dataset, "folder": data, "source": data},
+            "data": {"dataset": load_manifest(Path(data)).dataset, "folder": data, "source": "images"},
             "model": dict(model),
             "training": {"batch_size": batch_size},
             "stages": {STAGE: stage},

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh64_intdigest
 
 from datasets import turbojpeg
-from datasets.files import sync_file
+from datasets.files import DataError, sync_file
 
 VERSION = 2
 PAGE_SIZE = 8 << 20
@@ -31,7 +31,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
-class BetonError(ValueError):
+class BetonError(DataError):
     """A beton or its manifest is missing, incomplete or damaged, or the two do not belong together."""
 
 
@@ -347,7 +347,7 @@ def load_manifest(folder: Path) -> Manifest:
     path = Path(folder) / MANIFEST
     prepare = "run `python -m jobs.prepare --config CONFIG`"
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         if any(beton_path(folder, split).exists() for split in SPLITS):
             raise BetonError(

@@ -1,18 +1,48 @@
-"""Files that are whole or absent, whatever dies while they are written."""
+"""Complete files, locks on folders, and names from disk as text."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
+def shown_name(name: str | os.PathLike[str]) -> str:
+    r"""Return a file name or path as valid Unicode text on one line.
+
+    This is the form in which names are printed and stored (class names, images.jsonl, messages). Bytes that are not
+    UTF-8 become `\xNN`, and control characters and line separators their Python escapes. Other names stay as they are.
+    Two names can have the same form, so files are opened by their original names.
+    """
+    text = valid_text(os.fspath(name))
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char
+        for char in text
+    )
+
+
+def valid_text(text: str) -> str:
+    r"""Return a text with every byte that is not UTF-8 (a surrogate, as Python reads it from disk) as `\xNN`."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class DataError(ValueError):
+    """An error in data or names that the user can fix; the message is valid Unicode text."""
+
+    def __init__(self, message: str):
+        super().__init__(valid_text(message))
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place, flushed to disk, when the body ends well."""
+    """Open a file to write that replaces `path`, synced to disk, when the body ends without an error."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -21,24 +51,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)  # on a disk that is full, it would keep it full
+        partial.unlink(missing_ok=True)  # on a full disk, it would use the space that is left
         raise
     sync_folder(path.parent)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write `content` by `whole_file`."""
+    """Write `content` with `whole_file`."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder last."""
+    """Sync the renames in a folder to disk."""
     sync_file(folder)
 
 
 def sync_file(path: Path) -> None:
-    """Make what was written to a file last, by whomever."""
+    """Sync everything that any process wrote to a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,26 +76,52 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_within(inner: Path, outer: Path) -> bool:
+    """Whether `inner` is `outer` or is inside it, after following links; neither has to exist."""
+    inner, outer = inner.resolve(), outer.resolve()
+    if inner.is_relative_to(outer):
+        return True
+    # The same folder can have two paths, for example by a bind mount.
+    return outer.exists() and any(path.exists() and path.samefile(outer) for path in (inner, *inner.parents))
+
+
+def overlap(one: Path, other: Path) -> str:
+    """Return "is", "is inside" or "contains" for how folder `one` relates to folder `other`; "" if they are separate.
+
+    Use it to refuse a folder for results (data.folder, runs, MLflow's files, uploads) inside a folder that is read, and
+    the reverse, before anything is created. Links are followed, and neither folder has to exist.
+    """
+    inside, contains = is_within(one, other), is_within(other, one)
+    return "is" if inside and contains else "is inside" if inside else "contains" if contains else ""
+
+
 LOCK = ".lock"
-"""file in a folder: whoever holds its lock writes there"""
+"""The file in a folder whose lock gives the right to write there."""
 
 
 @contextmanager
 def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Make `folder` and keep other processes that would write its data out.
+    """Create `folder`, and lock out other processes that would write its data.
 
     Args:
-        waiting: called before waiting for another process that is at work; without it, that is an OSError.
+        waiting: called before waiting for another process; without it, another process is an OSError.
+
+    Raises:
+        OSError: another process has the lock, or the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
     while True:
-        # A file that is open for writing: its lock holds on all nodes of an NFS, a folder's lock on its own node alone.
+        # A file opened for writing: on NFS its lock holds on all nodes, but a folder's lock only on its own node.
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _wait_for(descriptor, folder, waiting)
-            if not _is(descriptor, lock):  # whoever had it has removed it; another one may have the new one
-                waiting = waiting and _told_already
+            if not lock_file(descriptor, lock):
+                if waiting is None:
+                    raise OSError(f"{shown_name(folder)} is being prepared by another process; wait for it, or stop it")
+                waiting()
+                waiting = _no_message
+                lock_file(descriptor, lock, wait=True)
+            if not _is(descriptor, lock):  # the process before removed it; another process may have a new one
                 continue
             try:
                 yield
@@ -76,22 +132,48 @@ def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterat
             os.close(descriptor)
 
 
-def _wait_for(descriptor: int, folder: Path, waiting: Callable[[], None] | None) -> None:
+def lock_file(descriptor: int, path: Path, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; return False if another process has the lock and `wait` is false.
+
+    Args:
+        path: the file's path, for messages.
+
+    Raises:
+        OSError: the file system of `path` has no locks, or they do not work.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if waiting is None:
-            raise OSError(f"{folder} is being prepared by another process; wait for it, or end it") from None
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+            return False
+        kind, mount = _file_system(path)
+        raise OSError(
+            error.errno,
+            f"{shown_name(path.parent)} cannot be locked ({os.strerror(error.errno or 0)}): the file system {kind} at "
+            f"{mount} has no working file locks; choose a folder on another file system, or mount this one with locks "
+            "(NFS: start its lock service, or mount it with local_lock=flock if one machine alone writes to it)",
+        ) from None
+    return True
 
 
-def _told_already() -> None:
-    """What is called before waiting once more."""
+def _file_system(path: Path) -> tuple[str, str]:
+    """Return the type and the mount point of the file system of a path."""
+    mounts = {}
+    for line in Path("/proc/self/mounts").read_bytes().splitlines():
+        _, mount, kind, *_ = line.split()
+        unescaped = mount.decode("unicode_escape").encode("latin-1")  # a space is \\040
+        mounts[os.fsdecode(unescaped)] = kind.decode()  # a later mount hides an earlier one
+    path = path.resolve()
+    mount = next(str(parent) for parent in (path, *path.parents) if str(parent) in mounts or parent == parent.parent)
+    return mounts.get(mount, "unknown"), shown_name(mount)
+
+
+def _no_message() -> None:
+    """Does nothing: the caller has been called before waiting already."""
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Whether a path still is the file that was opened."""
+    """Whether a path is still the file that was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

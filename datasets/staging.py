@@ -25,7 +25,7 @@ from datasets.beton import (
     parse_manifest,
     verify_betons,
 )
-from datasets.files import exclusive, sync_folder, write_whole
+from datasets.files import exclusive, shown_name, sync_folder, write_whole
 from datasets.remote import CHUNK_BYTES, RemoteFolder, open_remote
 
 STAGED = "staged.txt"
@@ -63,7 +63,9 @@ def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, 
     _, manifest = _read_manifest(remote)
     if held := _held(folder, manifest, splits):
         return held
-    with exclusive(folder, waiting=lambda: tell(f"{folder}: waiting for another process that writes to it")):
+    with exclusive(
+        folder, waiting=lambda: tell(f"{shown_name(folder)}: waiting for another process that writes to it")
+    ):
         text, manifest = _read_manifest(remote)  # again, because it may have changed during the wait
         if held := _held(folder, manifest, splits):
             return held
@@ -92,7 +94,7 @@ def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
         if all(remote.size(split.file) == split.size_bytes for split in splits):
             tell(f"{remote} already has this data; nothing to do")
             return manifest
-    progress = _Progress(f"uploading {folder}", sum(split.size_bytes for split in splits), tell)
+    progress = _Progress(f"uploading {shown_name(folder)}", sum(split.size_bytes for split in splits), tell)
     for split in splits:
         sha256 = hashlib.sha256()
         remote.write(split.file, _read_file(folder / split.file, sha256, progress))
@@ -102,7 +104,7 @@ def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
                 f"{split.sha256}; prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
             )
     remote.write(MANIFEST, [(folder / MANIFEST).read_bytes()])
-    progress.finish(f"uploaded {folder} to {remote}")
+    progress.finish(f"uploaded {shown_name(folder)} to {remote}")
     return manifest
 
 
@@ -168,7 +170,7 @@ def _download_missing(
             path.unlink()  # from data that is no longer at the address
     if before and before.digest != manifest.digest:
         tell(f"{remote} has changed since it was downloaded (digest {before.digest}, now {manifest.digest})")
-    progress = _Progress(f"downloading to {folder}", _bytes_to_read(remote, folder, wanted, partials), tell)
+    progress = _Progress(f"downloading to {shown_name(folder)}", _bytes_to_read(remote, folder, wanted, partials), tell)
     for name, split in wanted.items():
         _download(remote, split, partials[name], progress, tell)
 
@@ -182,7 +184,7 @@ def _download_missing(
             beton_path(folder, name).unlink(missing_ok=True)  # it would look like the new manifest's
     sync_folder(folder)
     write_whole(folder / MANIFEST, text)
-    progress.finish(f"downloaded {' and '.join(splits)} of {remote} to {folder}")
+    progress.finish(f"downloaded {' and '.join(splits)} of {remote} to {shown_name(folder)}")
 
 
 def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split) -> bool:
@@ -212,8 +214,8 @@ def _bytes_to_read(remote: RemoteFolder, folder: Path, wanted: dict[str, Split],
     free = shutil.disk_usage(folder).free
     if left > free:
         raise OSError(
-            f"{folder} has {_amount(free)} free, but {_amount(left)} of {remote} are left to download; free some "
-            "space, or choose another data.folder"
+            f"{shown_name(folder)} has {_amount(free)} free, but {_amount(left)} of {remote} are left to download; "
+            "free some space, or choose another data.folder"
         )
     return left
 

@@ -83,7 +83,7 @@ def field_reference() -> str:
 
 def reference_page() -> str:
     """Return docs/configuration.md, with a table of fields for each section."""
-    lines = _PAGE_START.splitlines()
+    lines: list[str] = [*_PAGE_START.splitlines()]
     section = None
     for key, kind, default, meaning in describe_fields():
         parent, _, name = key.rpartition(".")

@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.files import shown_name
 from datasets.sources.folders import SUFFIXES, walk_images
+from datasets.sources.index import counted
 from jobs.cli import run_job
 
 
@@ -35,7 +37,8 @@ def main() -> None:
     from pipeline.tracking.registry import open_model
 
     model = open_model(args.model, args.budget_bias)
-    rows = list(classify_files(model, paths, budget_bias=args.budget_bias))
+    answers = classify_files(model, paths, budget_bias=args.budget_bias)
+    rows = [{**row, "file": shown_name(row["file"])} for row in answers]
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     if any(row["error"] for row in rows):
         sys.exit(1)
@@ -57,7 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FOLDER", help="predict on Ray and write Parquet files here; resumes"
     )
     parser.add_argument("--files-per-part", type=int, metavar="N", help="images in each Parquet file")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a JPEG or PNG file, or a folder of them")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="an image file (JPEG, PNG, WebP, BMP, TIFF), or a folder of them",
+    )
     return parser
 
 
@@ -83,14 +92,17 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     problems = []
     for path in paths:
         if path.is_dir():
-            inside = [path / name for name in walk_images(path)]
+            walk = walk_images(path)
+            inside = [path / name for name in walk.files]
             found += inside
+            if walk.skipped:
+                print(f"left out below {shown_name(path)}: {counted(walk.skipped)}", file=sys.stderr)
             if not inside:
-                problems.append(f"{path} holds no {', '.join(SUFFIXES)} file")
-        elif path.exists():
+                problems.append(f"{path} has no {', '.join(SUFFIXES)} file")
+        elif path.is_file():
             found.append(path)
         else:
-            problems.append(f"{path} does not exist")
+            problems.append(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     if problems:
         raise ValueError("\n".join(problems))
     return found

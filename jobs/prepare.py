@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 def main() -> None:
     from datasets.beton import verify_betons
+    from datasets.files import shown_name
     from datasets.prepare.prepare import prepare
     from datasets.sources.glyphs import GlyphSettings
+    from datasets.sources.index import counted
     from jobs.cli import job_config, job_parser
 
     parser = job_parser("prepare", __doc__)
@@ -28,9 +30,10 @@ def main() -> None:
     parser.add_argument("--upload", metavar="ADDRESS", help="upload the prepared folder, for data.uri of other runs")
     args = parser.parse_intermixed_args()
     data = job_config(args, preparing=True).data
+    folder = shown_name(data.folder)
     if args.verify:
         manifest = verify_betons(data.folder, full=True)
-        print(f"{data.folder}: every byte matches the manifest (SHA-256 of {' and '.join(manifest.splits)})")
+        print(f"{folder}: every byte matches the manifest (SHA-256 of {' and '.join(manifest.splits)})")
         return
     arguments = data.model_dump(exclude={"glyphs", "uri"})
     arguments |= {"glyphs": GlyphSettings(**data.glyphs.model_dump()), "force": args.force, "show_progress": True}
@@ -43,12 +46,14 @@ def main() -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; rerun the same command to resume") from None
     if done.unchanged:
-        print(f"{data.folder} is already prepared from these images with these settings; nothing to do")
+        print(f"{folder} is already prepared from these images with these settings; nothing to do")
     else:
         rate = done.num_images / done.seconds
         before = f", after {done.num_adopted:,} that were done before" if done.num_adopted else ""
-        print(f"{data.folder}: {done.num_images:,} images in {done.seconds:.1f} s ({rate:,.0f} images/s){before}")
+        print(f"{folder}: {done.num_images:,} images in {done.seconds:.1f} s ({rate:,.0f} images/s){before}")
     print(summary(done.manifest))
+    if done.not_images:
+        print(f"  left out {counted(done.not_images)}")
     if args.upload:
         from datasets.staging import upload
 
@@ -58,6 +63,7 @@ def main() -> None:
 def summary(manifest: Manifest) -> str:
     """Describe the data set in a few lines: splits, classes, statistics, license."""
     from datasets.beton import SPLITS
+    from datasets.sources.index import listed
 
     lines = []
     for name in SPLITS:
@@ -65,8 +71,7 @@ def summary(manifest: Manifest) -> str:
         fewest, most = min(split.class_counts), max(split.class_counts)
         each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
         lines.append(f"  {name:<11}{split.count:>9,} images, {each} a class, {split.size_bytes / 1e6:,.1f} MB")
-    shown = ", ".join(manifest.classes[:10]) + (", ..." if len(manifest.classes) > 10 else "")
-    lines.append(f"  {'classes':<11}{len(manifest.classes):>9,}: {shown}")
+    lines.append(f"  {'classes':<11}{len(manifest.classes):>9,}: {listed(manifest.classes)}")
     lines += (
         [f"  {'skipped':<11}{len(manifest.skipped):>9,} bad images, listed in the manifest"] if manifest.skipped else []
     )

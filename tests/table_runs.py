@@ -23,7 +23,7 @@ MANIFEST = manifest_of(NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES)
 
 
 def write_data(folder: Path) -> Path:
-    """Two betons of photographs in 7 classes."""
+    """Write two betons of photographs in 7 classes."""
     for split, count in ((TRAIN, NUM_TRAIN), (VALIDATION, NUM_VALIDATION)):
         pictures = [photograph(60 + 4 * index, 130 - 2 * index, seed=index + count) for index in range(count)]
         write_images(beton_path(folder, split), pictures)
@@ -31,12 +31,12 @@ def write_data(folder: Path) -> Path:
 
 
 def config_of(data: Path, **predictor: Any) -> Config:
-    """Predictor alone, three epochs; `predictor` changes its stage."""
+    """Returns a configuration of the predictor stage alone, three epochs; `predictor` changes the stage."""
     stage = {"epochs": 3, "alpha_gflops": 0.003, "eta": 1.0, "lr": 0.05, **predictor}
     return parse_config(
         {
             "name": "run",
-            "data": {"dataset": "imagefolder", "folder": str(data), "source": str(data)},
+            "data": {"dataset": "imagefolder", "folder": str(data), "source": str(data.parent / "images")},
             "model": {
                 "backbone": "small_resnet",
                 "backbone_width": 0.5,
@@ -70,7 +70,7 @@ def loader_of(config: Config, split: str) -> MultiResolutionLoader:
 
 
 def run_of(config: Config, tables: Path) -> tuple[Run, Recorder]:
-    """A run of a new model with fixed weights, and what it will report to."""
+    """Returns a run of a new model with fixed weights, and its reporter."""
     model, recorder = model_of(config), Recorder()
     loaders = loader_of(config, TRAIN), loader_of(config, VALIDATION)
     device, costs = torch.device("cpu"), measure_costs(model)

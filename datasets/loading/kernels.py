@@ -9,16 +9,44 @@ It has three parts: checksums of the stored JPEGs, the box of a crop, and decodi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import math
+import os
+import stat
+import tempfile
 from pathlib import Path
 
 import llvmlite.binding
+import numba
 import numpy as np
 from numba import carray, njit, types
 
 from datasets.loading.order import GOLDEN_RATIO, splitmix64
+
+
+def _ensure_cache() -> None:
+    """Let numba keep compiled code in a temporary folder if it can write neither here nor in the home folder."""
+    try:
+        njit(cache=True)(splitmix64)
+    except RuntimeError:  # "no locator available"
+        # The environment variable also reaches child processes, and numba reads it again before it compiles.
+        os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = _temporary_cache()
+
+
+def _temporary_cache() -> str:
+    """Return a folder that only this user can write, since numba runs the code in it: the same in every process."""
+    folder = Path(tempfile.gettempdir(), f"numba-cache-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        return str(folder)
+    return tempfile.mkdtemp(prefix="numba-cache-")
+
+
+_ensure_cache()
 
 njit_cached = njit(nogil=True, error_model="numpy", cache=True)
 """Decorates functions that Python calls: they are compiled once for each machine and kept on disk."""

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 
 from datasets.beton import TRAIN, BetonWriter, Sample, Split, beton_path, file_sha256
-from datasets.files import sync_file, sync_folder
+from datasets.files import DataError, shown_name, sync_file, sync_folder
 from datasets.parallel import OrderedMap
 from datasets.prepare.convert import (
     IMAGES_IN_STATISTICS,
@@ -130,12 +130,12 @@ class ImageRecord(NamedTuple):
         return json.dumps(self)
 
 
-class BadImagesError(ValueError):
+class BadImagesError(DataError):
     """Some images cannot be used; the message lists them, one a line."""
 
     def __init__(self, bad: Sequence[tuple[str, str]]):
         self.bad = list(bad)
-        lines = "\n".join(f"  {path}: {reason}" for path, reason in self.bad)
+        lines = "\n".join(f"  {shown_name(path)}: {reason}" for path, reason in self.bad)
         super().__init__(
             f"{len(self.bad)} bad image{'s' if len(self.bad) > 1 else ''}; nothing was written:\n{lines}\n"
             "repair or remove them, or set data.on_bad_image=skip to leave them out"
@@ -263,9 +263,14 @@ def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> Non
 
 def _unchanged(ref: ImageRef, modified: int) -> bytes:
     """Read a source file again that was found valid."""
-    data, modified_now = read_stamped(ref)
+    try:
+        data, modified_now = read_stamped(ref)
+    except OSError:  # removed or truncated
+        modified_now = None
     if modified_now != modified:
-        raise SourceError(f"{ref.path} changed while it was prepared; rerun when nothing writes to the source")
+        raise SourceError(
+            f"{shown_name(ref.path)} changed while it was prepared; rerun when nothing writes to the source"
+        )
     return data
 
 
@@ -278,8 +283,8 @@ def _require_no_better_here(ref: ImageRef, outcome: Outcome, node: str) -> None:
     except OSError:
         return
     raise OSError(
-        f"{node} cannot read {ref.path} ({outcome.reason}), but {os.uname().nodename} can; put the source where every "
-        "machine of the cluster can read it under the same path"
+        f"{node} cannot read {shown_name(ref.path)} ({outcome.reason}), but {os.uname().nodename} can; put the source "
+        "where every machine of the cluster can read it under the same path"
     )
 
 
@@ -326,8 +331,8 @@ def _durable_sha256(path: Path) -> str:
 
 
 def _note_bad(built: Built, ref: ImageRef, outcome: Outcome) -> None:
-    inside = not ref.path.endswith(Path(ref.name).name)
-    built.bad.append((f"{ref.path} (member {ref.name})" if inside else ref.path, outcome.reason))
+    in_tar = ref.offset > 0
+    built.bad.append((f"{ref.path} (member {ref.name})" if in_tar else ref.path, outcome.reason))
     built.skipped.append({"path": ref.name, "reason": outcome.reason})
 
 

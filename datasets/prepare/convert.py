@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from PIL import Image, ImageOps, ImageStat
 
 from datasets import turbojpeg
+from datasets.files import valid_text
 from datasets.sources.index import Channels, ImageRef, read_bytes, read_stamped
 from datasets.turbojpeg import ColorSpace, JpegHeader, Plane
 
@@ -392,7 +393,7 @@ def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
             content = content_digest(data)
             image = store_image(data, conversion.max_side, conversion.jpeg_quality, conversion.check_images)
         except (BadImageError, OSError) as error:
-            outcomes.append(Outcome(0, 0, 0, content, "", str(error)))
+            outcomes.append(Outcome(0, 0, 0, content, "", valid_text(str(error))))
             continue
         stored = content
         if image.jpeg is not data:

@@ -7,8 +7,10 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,13 +32,13 @@ from datasets.beton import (
     read_layout,
     verify_betons,
 )
-from datasets.files import exclusive, sync_folder, write_whole
+from datasets.files import DataError, exclusive, overlap, shown_name, sync_folder, write_whole
 from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
 from datasets.prepare.build import JOURNAL, Built, ImageRecord, LeftoversError, build_betons
 from datasets.prepare.convert import Check, Conversion, channel_statistics, chunks, digest_chunk
 from datasets.sources.catalog import Dataset, SourceOptions, find_dataset, glyph_images
 from datasets.sources.glyphs import GENERATOR_VERSION, GlyphSettings, generate, is_generated
-from datasets.sources.index import ImageIndex, Source, listed
+from datasets.sources.index import ImageIndex, Source, SourceError, listed
 
 
 def publish(folder: Path, finished: Path, manifest: Manifest, records: Iterable[ImageRecord]) -> None:
@@ -49,7 +51,7 @@ def publish(folder: Path, finished: Path, manifest: Manifest, records: Iterable[
     write_whole(folder / MANIFEST, manifest.to_json())
 
 
-class ChangedInputsError(ValueError):
+class ChangedInputsError(DataError):
     """The folder was prepared from other images or with other settings."""
 
     def __init__(self, folder: Path, differences: list[str]):
@@ -108,9 +110,9 @@ def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
 def read_records(path: Path) -> list[ImageRecord]:
     """Read the list of source images that is stored beside the betons; raise BetonError if it is damaged."""
     try:
-        with path.open() as lines:
+        with path.open("rb") as lines:
             return [ImageRecord(*json.loads(line)) for line in lines]
-    except (FileNotFoundError, TypeError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         raise BetonError(f"{path} is missing or damaged ({error}); prepare the data again with --force") from None
 
 
@@ -138,11 +140,20 @@ def _image_differences(
             name for name in common if recorded[name].class_name != index.classes[found[name][1].label]
         ],
     }
+    alike = _alike({*kinds["added"], *kinds["removed"]})
     return [
-        f"{len(names)} image{'s' if len(names) > 1 else ''} {kind}: {listed(names)}"
+        f"{len(names)} image{'s' if len(names) > 1 else ''} {kind}: "
+        + listed([ascii(name) if name in alike else name for name in names])
         for kind, names in kinds.items()
         if names
     ]
+
+
+def _alike(names: Iterable[str]) -> set[str]:
+    """Return the names that differ from another one only in their Unicode form, so that they look the same."""
+    names = list(names)
+    forms = Counter(unicodedata.normalize("NFC", name) for name in names)
+    return {name for name in names if forms[unicodedata.normalize("NFC", name)] > 1}
 
 
 PARTIAL = ".partial"
@@ -157,6 +168,7 @@ class Prepared:
         unchanged: there was nothing to do.
         num_images: images that were read in `seconds`.
         num_adopted: further images that an interrupted preparation had already converted.
+        not_images: how many entries of the source are not images, by kind.
     """
 
     manifest: Manifest
@@ -164,6 +176,7 @@ class Prepared:
     num_images: int
     seconds: float
     num_adopted: int = 0
+    not_images: Counter[str] = field(default_factory=Counter)
 
 
 def prepare(
@@ -217,18 +230,33 @@ def prepare(
         split_seed=split_seed,
         glyphs=glyphs or GlyphSettings(),
     )
+    if "source" in entry.uses:
+        _require_separate(
+            folder, [("data.source", options.source), ("data.validation_source", options.validation_source)]
+        )
     conversion = Conversion(max_side, jpeg_quality, check_images)
     processes = num_processes or available_cpus()
+    settings, images = _settings(entry, options, conversion), entry.scan(options)
+    _require_separate(folder, [("a folder of data.source", path) for path in images.folders])
+    inputs = Inputs(dataset, settings, images, skip_bad=on_bad_image == "skip")
     with exclusive(folder):
-        settings = _settings(entry, options, conversion)
-        inputs = Inputs(dataset, settings, entry.scan(options), skip_bad=on_bad_image == "skip")
         if not force and _holds_data(folder):
-            return Prepared(_confirmed(folder, inputs, processes, show_progress), True, 0, 0.0)
+            manifest = _confirmed(folder, inputs, processes, show_progress)
+            return Prepared(manifest, True, 0, 0.0, not_images=images.skipped)
         if dataset == "glyphs":
             _draw_glyphs(options, processes, show_progress)
         if map_chunks is None or dataset == "glyphs":  # glyphs are drawn on this machine
             map_chunks = partial(map_ordered, num_processes=processes)
         return _build(entry, options, conversion, inputs, map_chunks, show_progress)
+
+
+def _require_separate(folder: Path, sources: Sequence[tuple[str, Path | None]]) -> None:
+    """Raise SourceError if the prepared folder and a source overlap: its own files would be read as images."""
+    for name, source in sources:
+        if source is not None and (relation := overlap(folder, source)):
+            raise SourceError(
+                f"data.folder {folder} {relation} {name} {source}; choose a data.folder outside the source"
+            )
 
 
 def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) -> dict[str, Any]:
@@ -311,7 +339,8 @@ def _build(
     publish(folder, unfinished, manifest, built.records)
     _write_samples(folder, manifest)
     shutil.rmtree(unfinished)
-    return Prepared(manifest, False, num_images - built.num_adopted, time.perf_counter() - start, built.num_adopted)
+    seconds, num_read = time.perf_counter() - start, num_images - built.num_adopted
+    return Prepared(manifest, False, num_read, seconds, built.num_adopted, inputs.images.skipped)
 
 
 def _write_samples(folder: Path, manifest: Manifest) -> None:
@@ -322,7 +351,8 @@ def _write_samples(folder: Path, manifest: Manifest) -> None:
     beton = beton_path(folder, VALIDATION)
     labels = read_layout(beton).metadata["label"]
     for index in range(min(NUM_SAMPLES, len(labels))):
-        name = re.sub(r"[^\w-]", "_", manifest.classes[int(labels[index])])
+        # A file name has at most 255 bytes, and a character up to 4.
+        name = re.sub(r"[^\w-]", "_", manifest.classes[int(labels[index])])[:50]
         (samples / f"{index}-{name}.jpg").write_bytes(read_jpeg(beton, index))
 
 
@@ -336,8 +366,8 @@ def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> N
     free = shutil.disk_usage(folder).free + left_over
     if needed > free:
         raise OSError(
-            f"{folder} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed; free some space, or "
-            "choose another data.folder"
+            f"{shown_name(folder)} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed; "
+            "free some space, or choose another data.folder"
         )
 
 

@@ -44,7 +44,7 @@ def scan_elpv(folder: Path, validation_fraction: float, images_per_class: int | 
     labels = folder / "labels.csv"
     if not labels.is_file():
         raise SourceError(f"{labels} does not exist")
-    rows = [_parse(labels, line) for line in labels.read_text().splitlines() if line.strip()]
+    rows = [_parse(labels, line) for line in labels.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
     paths = {name: folder / name for name, _, _ in rows}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         raise SourceError(f"{labels} lists {len(missing)} images that do not exist: {listed(missing)}")
@@ -62,7 +62,7 @@ def scan_elpv(folder: Path, validation_fraction: float, images_per_class: int | 
         splits = {"train": choose(train, images_per_class, seed), "validation": validation}
         return checked(ImageIndex(CLASSES, splits, ("defect_probability",)))
 
-    return Source(state_of([*sizes.items(), ("labels.csv", labels.stat())]), read_index)
+    return Source(state_of([*sizes.items(), ("labels.csv", labels.stat())]), read_index, [folder])
 
 
 def _parse(labels: Path, line: str) -> tuple[str, float, str]:

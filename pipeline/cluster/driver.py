@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ import torch
 import yaml
 
 from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg, read_layout
-from datasets.files import write_whole
+from datasets.files import lock_file, write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import DamagedCheckpointError, repair_snapshot
@@ -31,7 +30,8 @@ from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
 from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
-from pipeline.config.load import drift, parse_config, with_absolute_paths
+from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
+from pipeline.config.load import drift, stored_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.evaluation.joint import better
@@ -68,15 +68,18 @@ def train_run(config: Config) -> RunResult:
         replay(config, folder.path)
         return RunResult(folder, json.loads(folder.report_json.read_text()), already_finished=True)
     manifest, costs = check_config(config)
+    inputs = run_inputs(config, manifest.digest)
+    refuse_other_inputs(folder, inputs)
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_driver(folder.driver_lock):
         write_whole(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        keep_inputs(folder, inputs)
         download_validation_split(config)
         with ray_cluster(), sigterm_as_sigint(), tracked_run(config, folder.path, folder.report, manifest) as tracking:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
             checkpoint = _fit(config, folder.path, settings)
             costs = _measured(config, folder, costs)
-            kept = _collect(checkpoint, config, folder, costs)
+            kept = _collect(checkpoint, folder, costs, select_mask(config))
             report = _write_report(config, folder, manifest, costs, {"joint stage": kept} if kept else {})
             write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
@@ -97,6 +100,7 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
     load_model(folder.model)
     config = config if cost is None else config.model_copy(update={"cost": cost})
     manifest, costs = check_config(config)
+    refuse_other_inputs(folder, run_inputs(config, manifest.digest))
     download_validation_split(config)
     with only_driver(folder.driver_lock), ray_cluster():
         settings = WorkerSettings(config, folder.path, manifest.digest, None, evaluate_model=folder.model)
@@ -129,8 +133,11 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
                 return Path(result.checkpoint.path)
 
 
-def _collect(checkpoint: Path, config: Config, folder: RunFolder, costs: Costs) -> str | None:
+def _collect(checkpoint: Path, folder: RunFolder, costs: Costs, select_N: np.ndarray | None = None) -> str | None:
     """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks.
+
+    Args:
+        select_N: the images on which the model before the joint stage and the one after it are compared; None is all.
 
     Returns:
         Which model the run keeps, if there is one from before the joint stage and one from after it.
@@ -140,9 +147,7 @@ def _collect(checkpoint: Path, config: Config, folder: RunFolder, costs: Costs) 
         before = merged(checkpoint, BEFORE_JOINT)
         before.save(folder.predictions_before_joint)
         predictions.save(folder.predictions_after_joint)
-        (select, _), *folds = split_of(config).parts(sample_checksums(config)[before.indices_N])
-        select_N = np.isin(np.arange(before.num_images), select)
-        kept = better(before, predictions, costs, None if folds else select_N)
+        kept = better(before, predictions, costs, select_N)
         append_event(folder.path, {"message": f"joint stage: {kept}"})
         if not kept.is_after:
             predictions, model = before, folder.before_joint
@@ -212,6 +217,13 @@ def split_of(config: Config) -> Split:
     return Split(policy.select_share, policy.cross_fit_below, policy.folds, config.seed)
 
 
+def select_mask(config: Config) -> np.ndarray | None:
+    """Which validation images may be chosen on, bool, in the order of the beton; None is all, where there are few."""
+    checksums_N = sample_checksums(config)
+    (select, _), *folds = split_of(config).parts(checksums_N)
+    return None if folds else np.isin(np.arange(len(checksums_N)), select)
+
+
 def sample_checksums(config: Config) -> np.ndarray:
     """The checksum of every validation image, uint64, in the order of the beton."""
     return read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
@@ -232,12 +244,10 @@ def environment() -> dict[str, str]:
 def only_driver(lock: Path) -> Iterator[None]:
     """Keep a second driver out of the folder of `lock`; the lock ends with the process, even if it is killed."""
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock_file(file.fileno(), lock):
             raise ValueError(
                 f"another driver is at work on {lock.parent}; wait for it, stop it, or give this run another name"
-            ) from None
+            )
         yield
 
 
@@ -245,7 +255,7 @@ def _refuse_drift(folder: RunFolder, config: Config) -> None:
     """Refuse to resume a run with another configuration than it started with."""
     if not folder.config.exists():
         return
-    changed = drift(parse_config(yaml.safe_load(folder.config.read_text()), str(folder.config)), config)
+    changed = drift(stored_config(yaml.safe_load(folder.config.read_text()), config, str(folder.config)), config)
     if changed:
         listing = "\n".join(f"  - {line}" for line in changed)
         raise ValueError(

@@ -19,9 +19,10 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from datasets.files import exclusive, sync_file, sync_folder, write_whole
+from datasets.files import exclusive, shown_name, sync_file, sync_folder, write_whole
 from datasets.parallel import progress_bar
-from datasets.sources.folders import walk_images
+from datasets.sources.folders import SUFFIXES, walk_images
+from datasets.sources.index import counted
 from pipeline.cluster.connection import ray_cluster
 from pipeline.serving.predict import classify_files
 from pipeline.serving.pyfunc import OUTPUT_COLUMNS
@@ -104,7 +105,8 @@ class OutputFolder:
         digest, parts = hashlib.sha256(), []
         start, offset, count = 0, 0, 0
         with self._new_list.open("wb") as file:
-            for name in walk_images(folder):
+            walk = walk_images(folder)
+            for name in walk.files:
                 line = os.fsencode(name) + _SEPARATOR
                 file.write(line)
                 digest.update(line)
@@ -114,6 +116,8 @@ class OutputFolder:
                     start, count = offset, 0
         if count:
             parts.append(Part(len(parts), start, offset, count))
+        if walk.skipped:
+            print(f"left out below {shown_name(folder)}: {counted(walk.skipped)}")
         return parts, digest.hexdigest()
 
     def agree(self, plan: Plan) -> None:
@@ -165,7 +169,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
     types = {"Int64": pa.int64(), "Float64": pa.float64(), "string": pa.string()}
     schema = pa.schema({"file": pa.string()} | {name: types[kind] for name, kind in columns.items()})
     # A name that is not UTF-8 can be on a disk, but not in Parquet.
-    readable = [{**row, "file": os.fsencode(row["file"]).decode("utf-8", "backslashreplace")} for row in rows]
+    readable = [{**row, "file": shown_name(row["file"])} for row in rows]
     return pa.Table.from_pylist(readable, schema)
 
 
@@ -218,7 +222,7 @@ def predict_folder(
         output.remove_partial()
         parts, digest = output.list_files(folder.absolute(), files_per_part)
         if not parts:
-            raise ValueError(f"{folder} holds no JPEG or PNG file")
+            raise ValueError(f"{folder} has no {', '.join(SUFFIXES)} file")
         num_files = sum(part.num_files for part in parts)
         output.agree(Plan(model.uri, model.uuid, budget_bias, files_per_part, num_files, digest))
         missing = output.missing(parts)

@@ -74,8 +74,12 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
 
 
 def _store_problems(config: Config) -> Iterator[str]:
-    """Yield a problem if MLflow's SQLite file cannot be written, which MLflow would retry for minutes."""
-    file = sqlite_file(tracking_uri(config))
+    """Yield a problem if MLflow's address is invalid, or its SQLite file not writable: MLflow retries for minutes."""
+    try:
+        file = sqlite_file(tracking_uri(config))
+    except ValueError as error:
+        yield f"tracking.uri: {error}"
+        return
     if file is None:
         return
     folder = next(path for path in file.parents if path.exists())

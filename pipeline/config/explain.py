@@ -28,17 +28,26 @@ def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterat
         yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
 
 
+_YAML_HINTS = {
+    "'\\t'": "Indent with spaces, not tabs",
+    "mapping values are not allowed": "Check the indentation, and put text that contains ': ' in quotes",
+    "expected ',' or": "Close every bracket, and put text that contains ': ' or ', ' in quotes",
+    "unexpected end of stream": "Close every quote",
+    "cannot start any token": "Put text that starts with a special character in quotes",
+    "could not determine a constructor": "Tags (!) are not allowed",
+    "another document": "Remove the lines ---",
+}
+
+
 def explain_yaml(error: yaml.YAMLError) -> str:
     """Say for users what is wrong with YAML text, and where."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark, problem = error.problem_mark, error.problem or error.context or ""
-        hints = {
-            "'\\t'": ". Indent with spaces, not tabs",
-            "mapping values are not allowed": ". Put text that contains ': ' in quotes",
-            "could not determine a constructor": ". Tags (!) are not allowed",
-        }
-        hint = next((hint for part, hint in hints.items() if part in problem), "")
-        return f"not YAML (line {mark.line + 1}, column {mark.column + 1}): {problem}{hint}"
+        mark, problem, start = error.problem_mark, error.problem or "", error.context_mark
+        if problem.startswith("but "):
+            problem = f"{error.context}, {problem}"
+        since = f", in the part that starts in line {start.line + 1}" if start and start.line < mark.line else ""
+        hint = next((f". {hint}" for part, hint in _YAML_HINTS.items() if part in problem), "")
+        return f"not YAML (line {mark.line + 1}, column {mark.column + 1}{since}): {problem}{hint}"
     if isinstance(error, ReaderError):
         return f"not YAML: it contains the control character {error.character:#x} at position {error.position}"
     return f"not YAML: {error}"
@@ -78,6 +87,8 @@ def _explain_item(key: str, annotation: Any, item: Mapping[str, Any]) -> str:
         return f"{key} is missing"
     if kind == "no_target":
         return f"{key}.alpha_gflops is missing (alpha_milliseconds if cost is milliseconds)"
+    if not key:
+        return f"the key {shown(item['input'])} is not text in UTF-8"
     given = f"{key} is {shown(item['input'])}"
     if kind == "value_error":
         return f"{given}: {context['error']}"
@@ -88,6 +99,7 @@ def _explain_item(key: str, annotation: Any, item: Mapping[str, Any]) -> str:
         "too_short": f"at least {_count(context.get('min_length'))}",
         "too_long": f"at most {_count(context.get('max_length'))}",
         "string_too_short": "some text",
+        "string_unicode": "text in UTF-8",
         "string_too_long": "at most {max_length} characters",
         "greater_than": "more than {gt:g}",
         "greater_than_equal": "at least {ge:g}",
@@ -100,15 +112,22 @@ def _explain_item(key: str, annotation: Any, item: Mapping[str, Any]) -> str:
 
 def _explain_unknown(key: str) -> str:
     """Say which keys an unknown one may stand for."""
-    valid = [name for name, *_ in describe_fields()]
+    fields = [name for name, *_ in describe_fields()]
     section, _, last = key.rpartition(".")
     parent = section_of(field_of(Config, section) if section else Config)
     if parent and field_name(parent, last) != last:
         return f"{key} is the old name of {field_name(parent, last)}, which is given too. Remove one of them"
-    sections = sorted({name.rsplit(".", depth)[0] for name in valid for depth in range(1, 1 + name.count("."))})
-    near = difflib.get_close_matches(key, valid + sections, n=3, cutoff=0.5)
-    siblings = ", ".join(sorted(parent.model_fields)) if parent else ""
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Allowed keys: {siblings}"
+    if ":" in last:
+        return f"{key} is not a known key. Write a space after the colon"
+    siblings = sorted(parent.model_fields) if parent else []
+    sections = sorted({name.rsplit(".", depth)[0] for name in fields for depth in range(1, 1 + name.count("."))})
+    prefix = f"{section}." if section else ""
+    near = (
+        [f"{prefix}{name}" for name in difflib.get_close_matches(last, siblings, n=3, cutoff=0.7)]
+        or [name for name in fields if name.rpartition(".")[2] == last]
+        or difflib.get_close_matches(key, fields + sections, n=3, cutoff=0.7)
+    )
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Allowed keys: {', '.join(siblings)}"
     return f"{key} is not a known key. {hint}"
 
 

@@ -43,8 +43,8 @@ def package_problems(config: Config, package: Path, *, preparing: bool = False) 
                 f"the job ends. Give an absolute path outside it, such as {key}=/shared/{path.name}"
             )
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    store = sqlite_path(uri or "")
-    if not preparing and store and _is_in(store, package):
+    store = sqlite_path(uri) if uri and not preparing else None
+    if store and _is_in(store, package):
         yield (
             f"the MLflow store {uri} is in the package of this Ray job, which is deleted when the job ends. Set "
             "tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:////ABSOLUTE/PATH"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from datasets.files import is_within
 from datasets.remote import redacted
 from pipeline.config.explain import explain, explain_yaml, shown
 from pipeline.config.job_package import NOT_IN_PACKAGE, job_package
@@ -21,6 +21,7 @@ PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = PROJECT_FOLDER / "jobs" / "configs"
 
 # Fields that may change when a run resumes: they say where it runs and when it stops, not what it computes.
+# The last group says where its inputs are. Their content is compared instead (pipeline/config/inputs.py).
 FREE_TO_CHANGE = (
     "cluster.",
     "tracking.",
@@ -31,6 +32,14 @@ FREE_TO_CHANGE = (
     "loader.num_threads",
     "loader.batches_ahead",
     "training.max_loss",
+    "data.folder",
+    "data.uri",
+    "data.source",
+    "data.validation_source",
+    "model.weights",
+    "stages.backbone.init_from",
+    "stages.predictor.init_from",
+    "stages.joint.init_from",
 )
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -81,15 +90,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: dict[str, Any], source: str = "the configuration", problems: Sequence[str] = ()) -> Config:
     """Turn a mapping into a checked Config, or raise ConfigError with all its problems."""
     found = list(problems)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        found += explain(error)
-        raise ConfigError(found, source) from None
+    config = _validated(tree, source, found)
     found.extend(_contradictions(config))
     if found:
         raise ConfigError(found, source)
     return config
+
+
+def stored_config(tree: Mapping[str, Any], config: Config, source: str) -> Config:
+    """Return the configuration that a run started with, for `drift`.
+
+    Fields in FREE_TO_CHANGE come from `config`, so that a run whose stored values are refused today can still resume.
+    """
+    ours = config.model_dump(mode="json")
+    places = {name: value for name, value in ours["data"].items() if f"data.{name}" in FREE_TO_CHANGE}
+    sections = {name: value for name, value in ours.items() if f"{name}." in FREE_TO_CHANGE}
+    return _validated({**tree, **sections, "data": {**tree.get("data", {}), **places}}, source, [])
+
+
+def _validated(tree: Mapping[str, Any], source: str, problems: Sequence[str]) -> Config:
+    """Return the configuration of a mapping, or raise ConfigError with `problems` and those of its values."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([*problems, *explain(error)], source) from None
 
 
 def find_config(path: str | Path) -> Path:
@@ -124,7 +148,11 @@ def with_absolute_paths(section: AnySection) -> AnySection:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return `key: old -> new` for every field in which two configurations differ."""
-    before, after = dict(flattened(old.model_dump(mode="json"))), dict(flattened(new.model_dump(mode="json")))
+    return value_differences(dict(flattened(old.model_dump(mode="json"))), dict(flattened(new.model_dump(mode="json"))))
+
+
+def value_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every key in which two mappings differ."""
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
@@ -211,7 +239,7 @@ def _place_problems(config: Config) -> Iterator[str]:
     for key in ("source", "validation_source"):
         source = getattr(config.data, key)
         for name, place in places.items():
-            if source and place and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(source)):
+            if source and place and is_within(Path(place), Path(source)):
                 yield (
                     f"{name}, {place}, is inside data.{key} {source}, so its files could be taken for original images. "
                     "Give a folder outside it"

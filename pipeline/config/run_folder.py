@@ -24,6 +24,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def inputs(self) -> Path:
+        """The digests of the data and files that the run started from (pipeline/config/inputs.py)."""
+        return self.path / "inputs.json"
+
+    @property
     def model(self) -> Path:
         """The trained model."""
         return self.path / "model.pt"
@@ -55,12 +60,12 @@ class RunFolder:
 
     @property
     def predictions_before_joint(self) -> Path:
-        """The same of the model from before the joint stage, where there is such a stage."""
+        """The logits of the model before the joint stage, if there is one."""
         return self.path / "predictions-before-joint.npz"
 
     @property
     def predictions_after_joint(self) -> Path:
-        """The same of the model from after it."""
+        """The logits of the model after the joint stage."""
         return self.path / "predictions-after-joint.npz"
 
     @property

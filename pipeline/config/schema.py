@@ -277,7 +277,7 @@ class RoutedStage(Stage):
 
     @property
     def target(self) -> float | None:
-        """The target in the run's unit of cost, where there is one."""
+        """The target in the run's unit of cost, or None."""
         return self.alpha_milliseconds if self.alpha_gflops is None else self.alpha_gflops
 
     @property
@@ -296,8 +296,8 @@ class PredictorStage(RoutedStage):
     """Trains the predictor alone; the backbone is frozen."""
 
     objective: Literal["gumbel", "correctness"] = "gumbel"
-    """gumbel: choices with Gumbel noise, as the paper trains; correctness: how probably each resolution is right, from
-    which a budget chooses afterwards: alpha is optional, eta and tau are not used, and no stages.joint may follow"""
+    """gumbel: learn choices with Gumbel noise, as in the paper. correctness: learn how likely each resolution is right,
+    so that a budget chooses later; alpha is optional, eta and tau are not used, and stages.joint must be null."""
     logits: Literal["table", "live"] = "table"
     """table: compute the frozen backbone's logits once and keep them as float16. live: run it in every step."""
     num_crops: Positive | None = Field(None, validation_alias=AliasChoices("num_crops", "views"))

@@ -69,8 +69,8 @@ def read_yaml(text: str, annotation: Any) -> tuple[Any, list[str]]:
         return loader.construct_document(node), problems
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or it contains itself") from None
-    except ValueError as error:  # such as a number that Python cannot read
-        raise yaml.YAMLError(str(error)) from None
+    except (ValueError, KeyError, AttributeError):  # of an explicit tag, or of int() with more than 4,300 digits
+        raise yaml.YAMLError("it contains a number or a tagged value that cannot be read") from None
     finally:
         loader.dispose()
 
@@ -101,10 +101,11 @@ class _Preparation:
                 if name_node.tag == _MERGE:
                     yield from self.of(child, annotation, key)
                     continue
+                inner = None
                 if isinstance(name_node, yaml.ScalarNode):
                     name_node.tag, name_node.value = _STR, field_name(section, name) if section else name
                     given.setdefault(name_node.value, []).append((name, name_node.start_mark.line + 1))
-                inner = section.model_fields.get(name_node.value) if section else None
+                    inner = section.model_fields.get(name_node.value) if section else None
                 yield from self.of(child, inner and inner.annotation, f"{key}.{name_node.value}")
             for name, places in given.items():
                 if len(places) > 1:

@@ -59,9 +59,9 @@ def budget_curve(
 
 
 def fit_bias(predictor_logits_NR: np.ndarray, costs: Costs, target: float) -> float:
-    """The budget_bias with the highest mean cost that is not above `target`, or with the lowest there is.
+    """Find the budget_bias with the highest mean cost that is not above `target`, or with the lowest if all are above.
 
-    Exact, also where the bias is added in float32: biases whose neighbours that cannot tell apart are left out.
+    Exact, also where the bias is added in float32: it skips biases that rounding would move past a switch.
 
     Args:
         target: of the backbone alone, in `costs.unit`.
@@ -84,7 +84,7 @@ def fit_bias(predictor_logits_NR: np.ndarray, costs: Costs, target: float) -> fl
 def _survives_float32(
     logits_NR: np.ndarray, bias_E: np.ndarray, bias_T: np.ndarray, gflops_R: np.ndarray
 ) -> np.ndarray:
-    """(T,): whether a state between two switches is wide enough for its bias to be rounded to float32."""
+    """Returns whether each state between two switches (T,) is wide enough for a bias in float32."""
     steps = np.diff(np.unique(gflops_R))
     if len(steps) == 0:
         return np.ones(len(bias_T), bool)
@@ -94,7 +94,7 @@ def _survives_float32(
 
 
 def _counts(start_N: np.ndarray, before_E: np.ndarray, after_E: np.ndarray, R: int) -> np.ndarray:
-    """(1 + E, R): images at each resolution before the first switch and after each one, int64."""
+    """Returns the images at each resolution before the first switch and after each one, int64 (1 + E, R)."""
     moves_ER = np.eye(R, dtype=np.int64)[after_E] - np.eye(R, dtype=np.int64)[before_E]
     return np.concatenate([np.zeros((1, R), np.int64), moves_ER.cumsum(axis=0)]) + np.bincount(start_N, minlength=R)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from datasets.files import whole_file
-from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.statistics import CONFIDENCE, Estimate, mcnemar_p, paired_difference
 from pipeline.evaluation.tables import gflops, p_value, percent
 
@@ -27,7 +26,7 @@ class Answers:
     Args:
         data_digest: digest of the prepared data that holds the images.
         indices_N: each image's position in the validation beton, int64, ascending.
-        right_N: whether the answer at the chosen resolution is correct, bool.
+        right_N: whether the answer of the deployed policy is correct, bool.
         mean_gflops: mean GFLOPs of an image, predictor included.
     """
 
@@ -35,12 +34,6 @@ class Answers:
     indices_N: np.ndarray
     right_N: np.ndarray
     mean_gflops: float
-
-    @classmethod
-    def of(cls, predictions: Predictions, data_digest: str, mean_gflops: float) -> Answers:
-        right_N = predictions.correct_NR[np.arange(predictions.num_images), predictions.chosen_N]
-        order_N = np.argsort(predictions.indices_N)
-        return cls(data_digest, predictions.indices_N[order_N], right_N[order_N], mean_gflops)
 
     @property
     def top1(self) -> float:

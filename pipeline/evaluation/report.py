@@ -16,6 +16,7 @@ from datasets.files import write_whole
 from pipeline.evaluation.budget import budget_curve
 from pipeline.evaluation.comparison import BOOTSTRAP_SEED, Stated, class_table, compare, curve_points, table_rows
 from pipeline.evaluation.figures import Tile, draw_figures, draw_gallery, pick_tiles
+from pipeline.evaluation.gate import Answers
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.render import render_html, render_markdown
 from pipeline.evaluation.statistics import COLLAPSED_SHARE, CONFIDENCE, RESAMPLES, by_attribute
@@ -24,7 +25,7 @@ from pipeline.evaluation.tables import cost_words, gflops, percent, signed
 from pipeline.models.cost import Costs, Latency
 from pipeline.policies.calibrate import ALL, Budget, Calibration, Split, calibrate
 from pipeline.policies.fit import FittedPolicy
-from pipeline.policies.route import Images
+from pipeline.policies.route import Images, route
 from pipeline.serving.runtime.policy import Policy
 
 
@@ -159,6 +160,8 @@ def _p(value: float) -> str:
 
 
 SCHEMA_VERSION = 3
+ANSWERS = "answers.npz"
+"""beside report.json: which of the stated images the deployed policy gets right"""
 FIGURES = ("tradeoff", "budget", "shares", "attribute", "gallery")
 STATIC_KINDS = ("static", "other")
 """kinds of rows that are static networks"""
@@ -190,15 +193,20 @@ class Evaluation:
     balanced: bool = False
 
     @cached_property
-    def calibration(self) -> Calibration | None:
-        """The fitted policies; None with one resolution."""
-        if len(self.costs.resolutions) == 1:
-            return None
+    def images(self) -> Images:
+        """What policies need to know of all validation images."""
         labels_N, weights_N = self.predictions.labels_N, None
         if self.balanced:
             weights_N = 1 / np.bincount(labels_N, minlength=self.predictions.num_classes)[labels_N]
         logits = self.predictions.logits_NRK, labels_N, self.predictions.predictor_logits_NR
-        return calibrate(Images.of(*logits, self.costs, weights_N), self.keys_N, self.budget, self.split)
+        return Images.of(*logits, self.costs, weights_N)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The fitted policies; None with one resolution."""
+        if len(self.costs.resolutions) == 1:
+            return None
+        return calibrate(self.images, self.keys_N, self.budget, self.split)
 
 
 def build_report(
@@ -312,13 +320,15 @@ def _policies(calibration: Calibration, evaluation: Evaluation, stated: Stated) 
 
     `budget` (`cost`, `max_drop`), `num_select` (images that each was fitted on), `folds` (null for two halves),
     `chosen` and `front` (each policy with `kind`, `label`, `members`, `thresholds`, `start_bias`, and on the images of
-    the fit its `cost` and expected `accuracy`), and `curves` (kind -> `comparison.curve_points`, on the stated images).
+    the fit its `cost` and expected `accuracy`; `gflops` is its mean cost on the stated images), and `curves`
+    (kind -> `comparison.curve_points`, on the stated images).
     """
-    resolutions = evaluation.costs.resolutions
+    resolutions, images = evaluation.costs.resolutions, evaluation.images.rows(calibration.stated)
 
     def plain(point: FittedPolicy) -> dict[str, Any]:
         named = {"kind": point.policy.kind, "label": described(point.policy, resolutions)}
         values = point.policy.to_json() | {"cost": point.cost, "accuracy": point.accuracy}
+        values["gflops"] = float(route(point.policy, images).gflops_N(evaluation.costs).mean())
         return named | {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     return {
@@ -345,7 +355,7 @@ def write_report(
     name: str,
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write report.json, report.md, report.html and the figures into `folder`; returns the content of report.json.
+    """Write report.json, answers.npz, the pages and the figures into `folder`; returns the content of report.json.
 
     Each file is complete or absent, and report.json comes last. Figures of an earlier report that this one lacks are
     removed.
@@ -377,9 +387,23 @@ def write_report(
     for figure in FIGURES:
         if f"{figure}.png" not in files:
             (folder / f"{figure}.png").unlink(missing_ok=True)
+    _answers(evaluation, context, report).save(folder / ANSWERS)
     for file, content in files.items():
         write_whole(folder / file, content)
     return report
+
+
+def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping[str, Any]) -> Answers:
+    """Which of the stated images the deployed policy gets right, for the gate between registered models."""
+    predictions, calibration = evaluation.predictions, evaluation.calibration
+    if calibration is None:
+        indices_N, correct_N = predictions.indices_N, predictions.correct_NR[:, 0]
+    else:
+        indices_N = predictions.indices_N[calibration.stated]
+        correct_N = calibration.routed[ALL].correct_N(predictions.correct_NR[calibration.stated])
+    order_N = np.argsort(indices_N)
+    digest = str(context.get("data digest", ""))
+    return Answers(digest, indices_N[order_N], correct_N[order_N], float(report["headline"]["mean_gflops"]))
 
 
 def _tiles(evaluation: Evaluation, classes: Sequence[str], read_image: Callable[[int], bytes]) -> list[list[Tile]]:

@@ -48,12 +48,12 @@ class SmallResNet(nn.Module):
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """`channels * width`, rounded to a multiple of 8, at least 8."""
+    """Returns `channels * width`, rounded to a multiple of 8, at least 8."""
     return max(8, 8 * round(channels * width / 8))
 
 
 def residual_block(inputs: int, outputs: int, stride: int) -> BasicBlock:
-    """ResNet's two-convolution block, with a 1x1 projection where the shapes differ."""
+    """Returns ResNet's block of two convolutions, with a 1x1 projection where the shapes differ."""
     projection = None
     if stride != 1 or inputs != outputs:
         projection = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -61,18 +61,18 @@ def residual_block(inputs: int, outputs: int, stride: int) -> BasicBlock:
 
 
 def init_convolutions(module: nn.Module) -> None:
-    """He initialisation of every convolution, as in torchvision's ResNet."""
+    """Initialize every convolution as He et al. do, and torchvision's ResNet."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
 def remove_mean(stem: nn.Conv2d) -> None:
-    """Start every filter of a first convolution with zero mean over its window, so that it answers to edges.
+    """Start every filter of a first convolution with zero mean over its window, so that it responds to edges.
 
-    Between images brightness varies far more than anything drawn on them, and random filters pass mostly that on. In
-    short trainings from scratch this start makes the difference: on generated letters at 64 px four epochs ended at
-    57 % of validation images right instead of 27 %. Training is free to bring the mean back.
+    Brightness varies far more between images than what is drawn on them, and random filters mostly pass brightness on.
+    It matters in short trainings from scratch: on generated letters at 64 px, four epochs reached 57 % accuracy with
+    this start and 27 % without. Training may bring the mean back.
     """
     with torch.no_grad():
         stem.weight -= stem.weight.mean(dim=(2, 3), keepdim=True)
@@ -87,19 +87,19 @@ class ResolutionBackbone(nn.Module):
     """One network for R candidate resolutions: convolutions and classifier shared, each batch norm private.
 
     Args:
-        network: a classification network with BatchNorm2d, (N, 3, H, W) -> (N, K); taken over and changed in place.
+        network: a classification network with BatchNorm2d, (N, 3, H, W) -> (N, K); changed in place.
         num_resolutions: R.
     """
 
     def __init__(self, network: nn.Module, num_resolutions: int):
         super().__init__()
         self.num_resolutions = num_resolutions
-        # A plain list: the layers are registered inside `network` and must not appear twice in the state dict.
+        # A plain list: the layers are registered in `network` and must not be in the state dict twice.
         self._norms = make_resolution_aware(network, num_resolutions)
         self.network = network
 
     def forward(self, images: Tensor, resolution_index: int) -> Tensor:
-        """Logits (N, K) of images (N, 3, H, W), normalised with the batch norms of candidate `resolution_index`."""
+        """Logits (N, K) of images (N, 3, H, W), normalized with the batch norms of candidate `resolution_index`."""
         self.select(resolution_index)
         return self.network(images)
 
@@ -116,7 +116,7 @@ class ResolutionBackbone(nn.Module):
             norm.frozen = frozen
 
     def at(self, resolution_index: int) -> nn.Module:
-        """An independent copy of the network with the plain BatchNorm2d of one candidate, for export and cost."""
+        """Returns a separate copy of the network with one candidate's plain BatchNorm2d, for export and cost."""
         self.select(resolution_index)
         network = copy.deepcopy(self.network)
         keep_resolution(network, resolution_index)
@@ -171,16 +171,15 @@ def _torchvision(name: str, num_classes: int, width: float) -> nn.Module:
 
 
 GRAPHS_PER_RESOLUTION = 16
-"""that torch.compile may make: some 4 kinds of passes, for sizes 0, 1, the first one and any"""
+"""How many graphs torch.compile may make: about 4 kinds of passes, each for sizes 0, 1, the first one and any."""
 
 
 def compile_backbone(backbone: ResolutionBackbone, backend: str | Callable = "inductor") -> None:
-    """Have torch.compile run the backbone's passes.
+    """Run the backbone's passes with torch.compile.
 
-    Each resolution has graphs of its own, for passes with and without gradient and for both kinds of batch-norm
-    statistics. The size of sub-batches, which changes from step to step, becomes a variable of a graph as soon as a
-    second one is seen. That is more than the 8 graphs that torch allows by default, beyond which it would go on
-    uncompiled.
+    Each resolution has its own graphs, for passes with and without gradient and for both kinds of batch norm
+    statistics. A graph takes sub-batches of any size once it has seen two sizes. That is more than torch's default
+    limit of 8 graphs, beyond which torch runs the network uncompiled.
     """
     limit = GRAPHS_PER_RESOLUTION * backbone.num_resolutions
     backbone.compile(backend=backend, recompile_limit=limit, isolate_recompiles=True)

@@ -1,4 +1,4 @@
-"""What a forward pass costs: multiply-adds (MACs, as in the paper) by torch's own counter, or measured time."""
+"""The cost of a forward pass: multiply-adds (MACs, as in the paper) by torch's own counter, or measured time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pipeline.models.dry_run import meta_forward, meta_images, training_mode
 ROUNDS = 15
 WARM_UP_ROUNDS = 3
 MIN_SECONDS = 0.02
-"""that one timing spans, so that clocks and launches do not matter"""
+"""The shortest timing, so that the clock's resolution and kernel launches do not matter."""
 
 
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of one image in batches of `batch_size`, and where they were measured.
 
-    `backbone_milliseconds` are for the candidate resolutions, largest first. Decoding and resizing are not in them.
+    `backbone_milliseconds` are for the candidate resolutions, largest first. Decoding and resizing are not included.
     """
 
     backbone_milliseconds: tuple[float, ...]
@@ -46,27 +46,27 @@ class Latency:
         )
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, atomically. Its numbers are read back to the last bit."""
+        """Write it as JSON, atomically. `load` reads the same numbers to the last bit."""
         write_whole(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Latency:
-        """Read what `save` wrote; raises ValueError where it is not there or damaged."""
+        """Read what `save` wrote. Raises ValueError where the file is missing or damaged."""
         try:
             content = json.loads(path.read_text())
             return cls(**content | {"backbone_milliseconds": tuple(content["backbone_milliseconds"])})
         except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: the milliseconds of this run were not measured") from None
+            raise ValueError(f"{path} does not exist: this run has not measured its milliseconds") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}); it holds the run's measured costs") from None
+            raise ValueError(f"{path} is damaged ({error}). It holds the costs that the run has measured.") from None
 
 
 def measure_latency(model: DRNet, batch_size: int, precision: str = "float32") -> Latency:
     """Time the predictor and the backbone at every resolution on the model's device.
 
-    Inference mode, batch norm with its running statistics, as many threads as torch has here. The candidates take
-    turns in every round, so that a machine that is slower for a while is slower for all; each figure is the median of
-    ROUNDS rounds. Nothing of the model, and no random state, is changed.
+    Networks run in inference mode with as many threads as torch has here. The candidates take turns in every round, so
+    that a machine that slows down for a while slows all of them; each figure is the median of ROUNDS rounds. The model
+    and the random state do not change.
 
     Args:
         batch_size: images at once.
@@ -95,13 +95,13 @@ def measure_latency(model: DRNet, batch_size: int, precision: str = "float32") -
 
 
 def _repeats(run: Callable[[], object], device: torch.device) -> int:
-    """Warm up; how often `run` is called for one timing."""
+    """Warm up; returns how often to call `run` for one timing."""
     fastest = min(_seconds(run, 1, device) for _ in range(WARM_UP_ROUNDS))
     return max(1, round(MIN_SECONDS / fastest))
 
 
 def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Of one call, over `repeats` of them."""
+    """Returns the seconds of one call, as the mean of `repeats` calls."""
     _finish(device)
     begun = time.perf_counter()
     for _ in range(repeats):
@@ -120,8 +120,7 @@ class Costs:
     """Cost of one image, in GFLOPs (1e9 multiply-adds) and, where it was measured, in milliseconds.
 
     `backbone_gflops[j]` is the backbone's cost at `resolutions[j]`; the predictor's is paid once for every image.
-    Names without a unit are in milliseconds where there is a `latency`, else in GFLOPs: what is decided is decided by
-    those.
+    Names without a unit are in milliseconds where there is a `latency`, else in GFLOPs: decisions use those.
     """
 
     resolutions: tuple[int, ...]
@@ -131,12 +130,12 @@ class Costs:
 
     @property
     def unit(self) -> str:
-        """gflops or milliseconds."""
+        """The unit of the costs that decide: gflops or milliseconds."""
         return "gflops" if self.latency is None else "milliseconds"
 
     @property
     def backbone(self) -> tuple[float, ...]:
-        """(R,): the backbone's cost at each resolution, in `unit`."""
+        """The backbone's cost at each resolution (R,), in `unit`."""
         return self.backbone_gflops if self.latency is None else self.latency.backbone_milliseconds
 
     @property
@@ -145,7 +144,7 @@ class Costs:
         return self.predictor_gflops if self.latency is None else self.latency.predictor_milliseconds
 
     def mean(self, shares_R: Sequence[float], with_predictor: bool = True) -> float:
-        """As `mean_gflops`, in `unit`."""
+        """Mean cost as in `mean_gflops`, in `unit`."""
         return _mean(shares_R, self.backbone, self.predictor if with_predictor else 0.0)
 
     def mean_gflops(self, shares_R: Sequence[float], with_predictor: bool = True) -> float:
@@ -154,21 +153,21 @@ class Costs:
 
     @property
     def relative(self) -> tuple[float, ...]:
-        """(R,): the candidates' GFLOPs on a scale from 0, the cheapest, to 1, the dearest; all 0 where none differs.
+        """The candidates' GFLOPs (R,) on a scale from 0, the lowest, to 1, the highest; all 0 where they are equal.
 
-        Always of GFLOPs: `budget_bias` means the same for a model wherever it runs.
+        GFLOPs even where the unit is milliseconds, so that a `budget_bias` means the same wherever the model runs.
         """
-        cheapest, dearest = min(self.backbone_gflops), max(self.backbone_gflops)
-        return tuple((cost - cheapest) / ((dearest - cheapest) or 1.0) for cost in self.backbone_gflops)
+        low, high = min(self.backbone_gflops), max(self.backbone_gflops)
+        return tuple((cost - low) / ((high - low) or 1.0) for cost in self.backbone_gflops)
 
     @property
     def min_backbone_gflops(self) -> float:
-        """Every image at the cheapest candidate, without the predictor."""
+        """Mean cost of the backbone where every image takes the cheapest candidate."""
         return min(self.backbone_gflops)
 
     @property
     def max_backbone_gflops(self) -> float:
-        """Every image at the dearest candidate, without the predictor."""
+        """Mean cost of the backbone where every image takes the most expensive candidate."""
         return max(self.backbone_gflops)
 
 
@@ -177,10 +176,10 @@ def _mean(shares_R: Sequence[float], costs_R: Sequence[float], more: float) -> f
 
 
 def count_macs(module: nn.Module, *inputs: Any) -> int:
-    """Multiply-adds of `module(*inputs)` in eval mode; nothing is computed and nothing of the module changes.
+    """Count the multiply-adds of `module(*inputs)` in eval mode, without computing it or changing the module.
 
-    Convolutions and matrix products are counted; normalisation, activations and pooling are not, as in the paper.
-    Tensors in `inputs` matter by shape only.
+    Convolutions and matrix products count; normalization, activations and pooling do not, as in the paper. Only the
+    shapes of tensors in `inputs` matter.
     """
     with FlopCounterMode(display=False) as counter:
         meta_forward(module, *inputs)

@@ -1,4 +1,4 @@
-"""The dynamic resolution network: backbone, resolution predictor, and the normalisation of their input."""
+"""The dynamic resolution network: backbone, resolution predictor, and the normalization of their input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.models.predictor import Predictor, build_predictor, predictor_shap
 class DRNet(nn.Module):
     """Backbone and predictor over R candidate resolutions (Zhu et al., NeurIPS 2021).
 
-    It holds no policy: which resolution an image is run at is decided by who calls it.
+    It holds no policy: the caller decides at which resolution an image runs.
 
     Args:
         backbone, predictor: built for `len(resolutions)` candidates.
@@ -53,22 +53,22 @@ class DRNet(nn.Module):
         return tuple(sorted({*self.resolutions, self.predictor_size}, reverse=True))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, 3, H, W), on the model's device.
+        """Returns (x / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, 3, H, W), on the model's device.
 
-        Laid out as `memory_format` says: a convolution takes the layout of its input as well as of its weights.
+        The memory format is `memory_format`: a convolution follows the format of its input as well as of its weights.
         """
         scale = (255 * self.std).reciprocal().view(1, 3, 1, 1)
         bias = (-self.mean / self.std).view(1, 3, 1, 1)
-        # NHWC seen as NCHW is channels_last already: the float copy keeps the layout and is then changed in place.
+        # NHWC viewed as NCHW is channels_last already. The float copy keeps that layout and is changed in place.
         pixels = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
         return pixels.mul_(scale).add_(bias).contiguous(memory_format=self.memory_format)
 
     def predictor_logits(self, images: Mapping[int, Tensor]) -> Tensor:
-        """The predictor's scores (N, R), from `images[predictor_size]`, uint8 (N, S, S, 3)."""
+        """Returns the predictor's scores (N, R), from `images[predictor_size]`, uint8 (N, S, S, 3)."""
         return self.predictor(self.normalize(images[self.predictor_size]))
 
     def static_logits(self, images: Mapping[int, Tensor], resolution_index: int) -> Tensor:
-        """Class logits (N, K) of the whole batch at one candidate, from `images[resolutions[resolution_index]]`."""
+        """Returns class logits (N, K) of the batch at one candidate, from `images[resolutions[resolution_index]]`."""
         return self.backbone(self.normalize(images[self.resolutions[resolution_index]]), resolution_index)
 
 
@@ -93,7 +93,7 @@ def place_model(model: DRNet, device: torch.device, *, channels_last: bool) -> D
 
 
 def build_configured(config: PredictorConfig, num_resolutions: int) -> Predictor:
-    """The predictor that `config` describes; raises ValueError where there is none."""
+    """Build the predictor that `config` describes. Raises ValueError where there is none."""
     shape = predictor_shape(
         config.architecture, blocks=config.blocks, kernel=config.kernel, stem_stride=config.stem_stride
     )

@@ -1,4 +1,4 @@
-"""Passes that compute nothing: shapes on the meta device, and what a training step would keep in memory."""
+"""Forward passes without computation: shapes on the meta device, and the memory that a training step needs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch.func import functional_call
 
 
 def meta_forward(module: nn.Module, *inputs: Any) -> Any:
-    """`module(*inputs)` in eval mode with stand-ins for parameters and buffers; tensors in `inputs` matter by shape."""
+    """Run `module(*inputs)` in eval mode on the meta device, where tensors have shapes and no values."""
     state = {
         name: torch.empty_like(value, device="meta")
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
     on_meta = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
-    # Eager: a first call that is counted would have torch.compile give the module up for good, without a word.
+    # Eager: after a first call on the meta device, torch.compile would silently leave the module uncompiled for good.
     with training_mode(module, False), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return functional_call(module, state, on_meta)
 
 
 def meta_images(side: int) -> Tensor:
-    """One image, (1, 3, side, side), without content."""
+    """Returns one image (1, 3, side, side) without values."""
     return torch.empty(1, 3, side, side, device="meta")
 
 
 @contextmanager
 def training_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Training or eval mode inside; afterwards every layer's own flag is as it was."""
+    """Set training or eval mode for the body; afterwards every layer has its former flag."""
     flags = [(layer, layer.training) for layer in module.modules()]
     module.train(training)
     try:
@@ -58,7 +58,7 @@ class Activations:
 
 
 def measure_activations(module: nn.Module, side: int, *arguments: Any, precision: str = "float32") -> Activations:
-    """What autograd keeps of `module(images, *arguments)` in training mode; the module does not change.
+    """Measure what autograd keeps of `module(images, *arguments)` in training mode; the module does not change.
 
     Args:
         side: of the square images, pixels.
@@ -70,7 +70,7 @@ def measure_activations(module: nn.Module, side: int, *arguments: Any, precision
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of parameters or buffers."""
+    """Returns the bytes of parameters or buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -85,7 +85,7 @@ def _kept_bytes(module: nn.Module, batch: int, side: int, arguments: tuple[Any, 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
-                kept[storage._cdata] = storage  # held, so that its address is not given to another
+                kept[storage._cdata] = storage  # kept alive, so that no other storage gets its address
             return tensor
 
         images = torch.empty(batch, 3, side, side).to(memory_format=torch.channels_last)

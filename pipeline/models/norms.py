@@ -18,13 +18,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ResolutionBatchNorm2d(nn.Module):
-    """R private copies of one BatchNorm2d, of which `active` normalises (Zhu et al., NeurIPS 2021, section 3.3).
+    """R private copies of one BatchNorm2d, of which `active` normalizes (Zhu et al., NeurIPS 2021, section 3.3).
 
-    An activation's statistics move with the input resolution; everything that a batch norm holds (mean, variance,
-    scale, shift) is therefore private, while convolutions and classifier stay shared.
+    An activation's statistics change with the input resolution. So everything in a batch norm (mean, variance, scale,
+    shift) is private to a resolution, while convolutions and classifier are shared.
 
     Args:
-        norm: the layer to copy. With one candidate, it keeps computing exactly what it did.
+        norm: the layer to copy. With one candidate, it computes exactly what it did.
         num_resolutions: R, the number of candidates.
     """
 
@@ -45,7 +45,7 @@ class ResolutionBatchNorm2d(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Normalise (N, C, H, W) with the active copy."""
+        """Normalize (N, C, H, W) with the active copy."""
         norm = self.norms[self.active]
         if self.keeps_statistics:
             return functional_call(norm, {name: value.clone() for name, value in norm.named_buffers()}, features)
@@ -62,7 +62,7 @@ def make_resolution_aware(module: nn.Module, num_resolutions: int) -> list[Resol
         The new layers, in the order of `module.modules()`.
 
     Raises:
-        ValueError: `num_resolutions` is not positive; `module` has no BatchNorm2d inside, or has been through this.
+        ValueError: `num_resolutions` is not positive, or `module` has no BatchNorm2d or is resolution-aware already.
     """
     if num_resolutions < 1:
         raise ValueError(f"num_resolutions is {num_resolutions}; give at least 1")
@@ -84,9 +84,9 @@ def make_resolution_aware(module: nn.Module, num_resolutions: int) -> list[Resol
 
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Forward passes of the body, in training mode too, leave every running statistic inside `module` as it is.
+    """Leave the running statistics inside `module` as they are during the body, in training mode too.
 
-    For a pass that is run a second time: a batch counts once.
+    For a forward pass that is repeated: a batch counts once.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, ResolutionBatchNorm2d)]
     for layer in layers:
@@ -107,22 +107,22 @@ def keep_resolution(module: nn.Module, index: int) -> None:
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d that, in training mode, normalises with statistics over all ranks' values.
+    """A BatchNorm2d that, in training mode, normalizes with statistics over all ranks' values.
 
-    Every rank must run it in the same order, also one that has no image. Gradients of scale and shift are those of
-    the rank's own images, as of any parameter; the input's gradient includes what other ranks' outputs owe to it.
-    Alone, or in inference mode, it is a BatchNorm2d to the last bit.
+    All ranks must run it in the same order, even a rank without images. Gradients of scale and shift come from the
+    rank's own images, as for any parameter; the input's gradient includes its effect on other ranks' outputs. In a
+    single process, or in inference mode, it equals BatchNorm2d to the last bit.
     """
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d) -> SynchronizedBatchNorm2d:
-        """The same layer with the same parameters and buffers, synchronised."""
+        """Returns the synchronized form of a layer, with the same parameters and buffers."""
         layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
         layer._parameters, layer._buffers = norm._parameters, norm._buffers
         return layer.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, H, W); N may be 0 where another rank has images."""
+        """Normalize (N, C, H, W); N may be 0 where another rank has images."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
         count, mean_C, variance_C = _global_statistics(input)
@@ -132,7 +132,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, count: Tensor, mean_C: Tensor, variance_C: Tensor) -> None:
-        """Move the running statistics as BatchNorm2d does, with the unbiased variance."""
+        """Update the running statistics as BatchNorm2d does, with the unbiased variance."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -143,7 +143,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:
-    """Replace every BatchNorm2d inside `module`, in place, by its synchronised form; the state dict stays the same."""
+    """Replace every BatchNorm2d inside `module`, in place, by its synchronized form; the state dict stays the same."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, nn.BatchNorm2d):
@@ -156,10 +156,10 @@ def has_synchronized_norms(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _global_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of values of a channel over all ranks, their mean (C,) and biased variance (C,), float32.
+    """Returns the values per channel over all ranks, their mean (C,) and biased variance (C,), float32.
 
-    Ranks' means and squared deviations are merged by the formula of Chan, Golub and LeVeque (1979): sums of squares
-    would cancel.
+    Ranks' means and squared deviations are merged by the formula of Chan, Golub and LeVeque (1979): a difference
+    of sums of squares would lose precision.
     """
     channels = features.shape[1]
     mine = torch.zeros(2 * channels + 1, device=features.device)
@@ -176,7 +176,7 @@ def _global_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias, with mean and variance functions of x on all ranks."""
+    """Computes (x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance depend on all ranks' x."""
 
     @staticmethod
     def forward(ctx: Any, features, weight, bias, mean_C, variance_C, count, eps):
@@ -185,7 +185,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        """dx = w / sigma * (dy - E[dy] - xhat * E[dy * xhat]), E over all ranks' values (Ioffe and Szegedy, 2015)."""
+        """Computes dx = w / sigma * (dy - E[dy] - xhat * E[dy * xhat]), E over all ranks (Ioffe and Szegedy, 2015)."""
         features, weight, mean_C, inverse_std_C, count = ctx.saved_tensors
         gradient = gradients[0].float()
         normalized = (features.float() - _channels(mean_C)) * _channels(inverse_std_C)
@@ -195,8 +195,8 @@ class _Normalize(torch.autograd.Function):
         dist.all_reduce(sums_2C)
         mean_gradient_C, mean_product_C = sums_2C / count
         scale_C = inverse_std_C if weight is None else inverse_std_C * weight
-        centred = gradient - _channels(mean_gradient_C) - normalized * _channels(mean_product_C)
-        input_gradient = (centred * _channels(scale_C)).to(features.dtype)
+        centered = gradient - _channels(mean_gradient_C) - normalized * _channels(mean_product_C)
+        input_gradient = (centered * _channels(scale_C)).to(features.dtype)
         _, with_weight, with_bias, *_ = ctx.needs_input_grad
         affine = (weight_gradient_C if with_weight else None, bias_gradient_C if with_bias else None)
         return input_gradient, *affine, None, None, None, None
@@ -207,10 +207,11 @@ def _channels(values_C: Tensor) -> Tensor:
 
 
 def fold_batch_norms(network: nn.Module) -> GraphModule:
-    """A copy of `network` in inference mode, without the batch norms whose input is one convolution's output alone.
+    """Returns a copy of `network` in inference mode with batch norms folded into the convolutions before them.
 
-    With w, b of the convolution and mean m, variance v, scale g, shift s of the norm, k = g / sqrt(v + eps): the
-    convolution with weight k * w and bias k * (b - m) + s gives what both gave. A batch norm elsewhere stays.
+    With w, b of the convolution, mean m, variance v, scale g, shift s of the norm and k = g / sqrt(v + eps), a
+    convolution with weight k * w and bias k * (b - m) + s replaces both. A batch norm stays where its input is anything
+    but the output of one convolution that nothing else uses.
     """
     network = copy.deepcopy(network).eval()
     traced = GraphModule(network, _LayerTracer().trace(network))

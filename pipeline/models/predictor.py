@@ -18,16 +18,16 @@ MAX_STAGES = len(_CHANNELS)
 
 @dataclass(frozen=True)
 class PredictorShape:
-    """A point of the family, but for its width and input size.
+    """The shape of a predictor of the family; width and input size are separate.
 
     Attributes:
-        blocks: BasicBlocks of each stage, at most MAX_STAGES stages of 64, 128, 256 and 512 channels. 0 is one plain
-            convolution with stride 2 in their place.
+        blocks: BasicBlocks of each stage, at most MAX_STAGES stages of 64, 128, 256 and 512 channels. 0 stands for one
+            plain convolution with stride 2.
         kernel: side of the stem's and the plain convolutions' kernel, odd.
-        stem_stride: of the stem's convolution, which a max pool of stride 2 follows.
+        stem_stride: stride of the stem's convolution; a max pool of stride 2 follows.
 
     Raises:
-        ValueError: with everything that is wrong.
+        ValueError: lists everything that is wrong.
     """
 
     blocks: tuple[int, ...]
@@ -43,7 +43,7 @@ class PredictorShape:
         if self.stem_stride < 1:
             problems.append(f"stem_stride {self.stem_stride}: give 1 or more")
         if problems:
-            raise ValueError(f"there is no predictor with {'; '.join(problems)}")
+            raise ValueError(f"the predictor cannot be built: {'; '.join(problems)}")
 
 
 ARCHITECTURES = {
@@ -58,7 +58,7 @@ ARCHITECTURES = {
 2. As 1, with the first two blocks only (173 M).
 3. As 2, with a stem of stride 4 (43 M).
 4. 7x7/2 stem, then one convolution of 64 channels (89.9 M). The source does not give that convolution's size; 7x7 with
-   stride 2 is inferred, as the size that gives the cost which the table states.
+   stride 2 is inferred, because it gives the cost in the table.
 """
 
 
@@ -70,7 +70,7 @@ class Predictor(nn.Module):
 
     Args:
         stem, body: convolutional parts, applied in this order.
-        num_features: channels that `body` gives.
+        num_features: channels of the body's output.
         num_resolutions: R.
         dropout: probability of zeroing a pooled feature.
     """
@@ -89,7 +89,7 @@ class Predictor(nn.Module):
         self.register_buffer("gives_probabilities", torch.tensor(False))
         self.register_load_state_dict_pre_hook(_complete_state)
         init_convolutions(self)
-        # Logits near zero: every candidate is drawn equally often at the start, so each one's loss is seen.
+        # Outputs near zero: training draws every candidate equally often at first, and sees the loss of each.
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
@@ -121,10 +121,10 @@ def predictor_shape(
     kernel: int | None = None,
     stem_stride: int | None = None,
 ) -> PredictorShape:
-    """One of the ARCHITECTURES, changed in what is given.
+    """Returns one of the ARCHITECTURES with the given parts changed.
 
     Raises:
-        ValueError: unknown architecture, or there is no such predictor.
+        ValueError: the architecture is unknown, or the shape is impossible.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"predictor architecture {architecture} is not one of 1, 2, 3, 4")
@@ -139,7 +139,7 @@ def predictor_shape(
 def build_predictor(
     shape: PredictorShape, num_resolutions: int, *, width: float = 1.0, dropout: float = 0.2
 ) -> Predictor:
-    """A predictor of the family, from the global random state.
+    """Build a predictor of the family, from the global random state.
 
     Args:
         num_resolutions: R.
@@ -168,7 +168,7 @@ def _body(shape: PredictorShape, channels: Sequence[int]) -> Iterator[nn.Module]
         if count == 0:
             yield from _convolution(inputs, outputs, shape.kernel, stride=2)
         for block in range(count):
-            # The stem has already divided the sides, so the first stage keeps them.
+            # The stem has reduced the sides already, so the first stage keeps them.
             yield residual_block(inputs if block == 0 else outputs, outputs, stride=2 if stage and block == 0 else 1)
         inputs = outputs
 

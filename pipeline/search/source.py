@@ -10,9 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from datasets.beton import Manifest
-from pipeline.config.load import parse_config
 from pipeline.config.run_folder import RunFolder
-from pipeline.config.schema import REGISTERED, Config
+from pipeline.config.schema import REGISTERED, Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.tracking.registry import download_trained
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model
@@ -89,7 +88,7 @@ def load_backbone(path: Path) -> TrainedBackbone:
             state = TrainingState.load(path)
         except ValueError:
             raise no_model from None
-        model = parse_config(dict(state.config), f"the configuration in {path}").model
+        model = ModelConfig.model_validate(state.config["model"])
         return TrainedBackbone(
             origin=str(path),
             state=_backbone_part(state.model),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +33,15 @@ class _FromPixels(nn.Module):
         return self.network(images.permute(0, 3, 1, 2).float() * self.scale + self.bias)
 
 
-def export_model(loaded: LoadedModel, folder: Path) -> None:
+def export_model(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] | None = None) -> None:
     """Write meta.json, a backbone_SIDE.pt2 for each resolution and, with several, predictor.pt2 into `folder`.
 
     The programs take uint8 (N, S, S, 3) for any N >= 1, normalize inside, and hold no pickle. Batch norms are folded
     into the convolutions before them, which saves a pass over memory at every layer. Each resolution has its own batch
     norms, so its program has its own weights: R times the backbone on disk and in memory. `loaded` is on the CPU.
+
+    Args:
+        policies: from `fitted_policies`; None leaves the model with its predictor's own choice.
     """
     model = loaded.model.eval()
     costs = measure_costs(model)
@@ -56,7 +61,26 @@ def export_model(loaded: LoadedModel, folder: Path) -> None:
         "predictor_gflops": costs.predictor_gflops if routed else 0.0,
         "relative_costs": costs.relative,
     }
-    (folder / META_FILE).write_text(json.dumps(meta, indent=1))
+    (folder / META_FILE).write_text(json.dumps(meta | dict(policies or {}), indent=1))
+
+
+def fitted_policies(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a registered model knows of its policies, from the report of its run.
+
+    `policy` is the one that the run's budget chose, `policies` the front that a request may choose from: each with
+    `policy`, and on the images that it was fitted on the mean `gflops` and the `accuracy`.
+    """
+    found = report["policies"]
+    if found is None:
+        return {}
+    keys = ("members", "thresholds", "start_bias")
+    return {
+        "policy": {key: found["chosen"][key] for key in keys},
+        "policies": [
+            {"policy": {key: point[key] for key in keys}, "gflops": point["gflops"], "accuracy": point["accuracy"]}
+            for point in found["front"]
+        ],
+    }
 
 
 def folded(model: DRNet, network: nn.Module) -> nn.Module:

@@ -6,8 +6,10 @@ import io
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -24,12 +26,16 @@ _OUTPUT_TYPES = {"Int64": "long", "Float64": "double", "string": "string"}
 _RUNTIME = Path(runtime.__path__[0])
 
 
-def save_pyfunc(loaded: LoadedModel, folder: Path) -> None:
-    """Write an MLflow model: exported programs, their description, the code that runs them, and pyfunc.py."""
+def save_pyfunc(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] | None = None) -> None:
+    """Write an MLflow model: exported programs, their description, the code that runs them, and pyfunc.py.
+
+    Args:
+        policies: see `export_model`.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         programs = Path(temporary) / pyfunc.FOLDER_ARTIFACT
         programs.mkdir()
-        export_model(loaded, programs)
+        export_model(loaded, programs, policies)
         write_code(programs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # from pandas, about how MLflow reads the example
@@ -58,10 +64,10 @@ def _signature() -> ModelSignature:
     outputs: list[ColSpec | TensorSpec] = [
         ColSpec(_OUTPUT_TYPES[kind], name, required=name == "gflops") for name, kind in pyfunc.OUTPUT_COLUMNS.items()
     ]
-    budget = ParamSpec(pyfunc.BUDGET_PARAM, "double", 0.0)
+    params = ParamSchema([ParamSpec(name, "double", default) for name, default in pyfunc.PARAMS.items()])
     # Base64 text over HTTP. A binary column would let MLflow's server decode it: only in some forms of a request, and
     # with one bad image as the end of the whole request. A string column passes everything on, bytes and arrays too.
-    return ModelSignature(Schema([ColSpec("string", pyfunc.IMAGE_COLUMN)]), Schema(outputs), ParamSchema([budget]))
+    return ModelSignature(Schema([ColSpec("string", pyfunc.IMAGE_COLUMN)]), Schema(outputs), params)
 
 
 def _example(side: int) -> pd.DataFrame:

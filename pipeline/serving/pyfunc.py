@@ -31,11 +31,14 @@ with warnings.catch_warnings():
 FOLDER_ARTIFACT, CODE_FOLDER = "drnet", "routed"
 """The artifact's name, and in it the folder with the copy of runtime/; every registered version has these names."""
 IMAGE_COLUMN, BUDGET_PARAM = "image", "budget_bias"
+PARAMS = {BUDGET_PARAM: 0.0, "budget_gflops": 0.0, "max_accuracy_drop": -1.0}
+"""The parameters of a request with their defaults, which stand for "not given"."""
 OUTPUT_COLUMNS = {
     "class_index": "Int64",
     "label": "string",
     "probability": "Float64",
     "resolution": "Int64",
+    "resolutions": "string",
     "gflops": "Float64",
     "error": "string",
 }
@@ -64,28 +67,43 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
         uint8 array (S, S, 3).
 
         Args:
-            params: `budget_bias` times each resolution's cost, from 0 (cheapest) to 1 (most expensive), is added to the
-                predictor's logits: above 0 spends more, below 0 less, 0 (default) is the network as it was trained.
+            params: at most one of these; without any the model uses the policy that it was registered with.
+                `budget_gflops` takes the most accurate policy whose mean cost is no higher. `max_accuracy_drop` takes
+                the cheapest policy that loses no more points of accuracy against the model's best. `budget_bias` runs
+                each image once, where the predictor chooses: the bias times each resolution's cost, from 0 (cheapest)
+                to 1 (most expensive), is added to its logits, so above 0 spends more and below 0 less.
 
         Returns:
-            A row for each: class_index, label, probability in [0, 1], resolution in pixels, gflops (multiply-adds /
-            1e9, predictor included) and error. An unusable image has nothing but error and gflops 0.
+            A row for each: class_index, label, probability in [0, 1], resolution in pixels (whose answer it is),
+            resolutions (all that ran), gflops (multiply-adds / 1e9 of all of them, with the predictor where it ran)
+            and error. An unusable image has nothing but error and gflops 0.
 
         Raises:
-            MlflowException: budget_bias is not a finite number; MLflow's server answers with status 400.
+            MlflowException: a parameter makes no sense; MLflow's server answers with status 400.
         """
-        budget_bias = (params or {}).get(BUDGET_PARAM)
-        budget_bias = 0.0 if budget_bias is None else budget_bias
-        if not isinstance(budget_bias, int | float) or not math.isfinite(budget_bias):
-            message = f"{BUDGET_PARAM} is {budget_bias!r}; give a finite number"
-            raise mlflow.exceptions.MlflowException.invalid_parameter_value(message)
-        images = model_input[IMAGE_COLUMN].tolist()
-        answers = list(self.classifier.classify(images, budget_bias))
+        try:
+            policy = self.classifier.network.policy_for(**_wishes(params or {}))
+        except ValueError as error:
+            raise mlflow.exceptions.MlflowException.invalid_parameter_value(str(error)) from None
+        answers = list(self.classifier.classify(model_input[IMAGE_COLUMN].tolist(), policy))
         columns = {
             name: pd.array([getattr(answer, name) for answer in answers], dtype=kind)
             for name, kind in OUTPUT_COLUMNS.items()
         }
         return pd.DataFrame(columns)
+
+
+def _wishes(params: dict[str, Any]) -> dict[str, float]:
+    """Returns the parameters that are given; raises ValueError if one is not a finite number."""
+    given = {}
+    for name, default in PARAMS.items():
+        value = params.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}; give a finite number")
+        if value != default:
+            given[name] = float(value)
+    return given
 
 
 def widen_server() -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 
 from datasets.remote import redacted
-from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.evaluation.gate import Answers
-from pipeline.evaluation.predictions import Predictions
 from pipeline.serving import pyfunc
+from pipeline.serving.export import fitted_policies
 from pipeline.serving.package import code_files, save_pyfunc
 from pipeline.tracking.promotion import ANSWERS_FILE, give_first
 from pipeline.tracking.runs import COMMIT_TAG, Description
@@ -68,8 +67,8 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
         ValueError: the run has not finished, its predictor was never trained, or report and predictions do not match.
         TrackingError: the server cannot be reached or refuses.
     """
-    predictions_file = RunFolder(folder).predictions
-    files = (model_file, report_file, predictions_file)
+    answers_file = report_file.with_name(ANSWERS_FILE)
+    files = (model_file, report_file, answers_file)
     _refuse_unfit(config, [path for path in files if not path.is_file()])
     handle = replay(config, folder)
     if handle.run_id is None:
@@ -79,20 +78,26 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
     report, description = json.loads(report_file.read_text()), Description.load(folder)
     tags = _tags(description, report, _digest(*files))
     reached = report["headline"]
-    answers = Answers.of(Predictions.load(predictions_file), description.dataset["digest"], reached["mean_gflops"])
+    answers = replace(Answers.load(answers_file), data_digest=description.dataset["digest"])
     if abs(answers.top1 - reached["top1"]) > 1e-9:
         raise ValueError(
-            f"{report_file} states top-1 {reached['top1']:.6f}, but {predictions_file} gives {answers.top1:.6f}: they "
+            f"{report_file} states top-1 {reached['top1']:.6f}, but {answers_file} gives {answers.top1:.6f}: they "
             "come from different evaluations; run jobs.evaluate"
         )
     mlflow.set_tracking_uri(handle.uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
     with explained(handle.uri):
         client = connect(handle.uri)
-        return _register(client, config, model_file, answers, handle.run_id, tags)
+        return _register(client, config, model_file, answers, fitted_policies(report), handle.run_id, tags)
 
 
 def _register(
-    client: MlflowClient, config: Config, model_file: Path, answers: Answers, run_id: str, tags: dict[str, str]
+    client: MlflowClient,
+    config: Config,
+    model_file: Path,
+    answers: Answers,
+    policies: Mapping[str, Any],
+    run_id: str,
+    tags: dict[str, str],
 ) -> RegisteredModel:
     name, alias = config.registry.name, config.registry.alias
     try:
@@ -108,19 +113,27 @@ def _register(
         ),
         None,
     )
-    number = str(present.version if present else _create_version(client, name, model_file, answers, run_id, tags))
+    number = str(
+        present.version if present else _create_version(client, name, model_file, answers, policies, run_id, tags)
+    )
     champion = give_first(client, name, alias, number)
     return RegisteredModel(name, number, alias, champion, tags, is_new=present is None)
 
 
 def _create_version(
-    client: MlflowClient, name: str, model_file: Path, answers: Answers, run_id: str, tags: Mapping[str, str]
+    client: MlflowClient,
+    name: str,
+    model_file: Path,
+    answers: Answers,
+    policies: Mapping[str, Any],
+    run_id: str,
+    tags: Mapping[str, str],
 ) -> str:
     """Upload the model and its answers as an output of the run, and create a version from them."""
     experiment = client.get_run(run_id).info.experiment_id
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        save_pyfunc(load_model(model_file), folder)
+        save_pyfunc(load_model(model_file), folder, policies)
         shutil.copyfile(model_file, folder / MODEL_FILE)
         answers.save(folder / ANSWERS_FILE)
         logged = client.create_logged_model(experiment, name, run_id, tags=dict(tags))

@@ -1,4 +1,4 @@
-"""What a worker trains with, from its configuration and its place among the workers; knows nothing of Ray."""
+"""Builds a worker's model and loaders from the configuration and the worker's rank, without Ray."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipeline.models.norms import synchronize_batch_norms
 
 
 def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRNet:
-    """The untrained model, the same on every rank."""
+    """Build the untrained model, the same on every rank."""
     torch.manual_seed(config.seed)
     model = build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std)
     return place_model(model, device, channels_last=config.training.channels_last)
 
 
 def equip_for_training(model: DRNet, config: Config) -> None:
-    """Put around the network what only training has: norms over all workers, compiled passes."""
+    """Add to the network what only training has: synchronized batch norms and compiled passes."""
     if config.training.sync_batch_norm:
         synchronize_batch_norms(model)
     if config.training.compile:
@@ -33,12 +33,12 @@ def equip_for_training(model: DRNet, config: Config) -> None:
 def open_loader(
     config: Config, split: str, sides: Collection[int] = (), *, rank: int = 0, world_size: int = 1, num_threads: int = 1
 ) -> MultiResolutionLoader:
-    """A rank's loader of a split, cropped and ordered as the configuration says.
+    """Open a rank's loader of a split, with the crops and the order of the configuration.
 
     Args:
         split: datasets.beton.TRAIN, with random crops in a new order every epoch, or VALIDATION.
-        sides: that are read besides the candidate resolutions and the predictor's input.
-        num_threads: that decode.
+        sides: image sides to read besides the candidate resolutions and the predictor's input.
+        num_threads: threads that decode.
     """
     settings, training = config.loader, split == TRAIN
     augmented = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, settings.flip)
@@ -62,7 +62,7 @@ def open_loader(
 def open_loaders(
     config: Config, rank: int, world_size: int, num_threads: int
 ) -> Iterator[tuple[MultiResolutionLoader, MultiResolutionLoader]]:
-    """A rank's training and validation loaders, closed at the end."""
+    """Open a rank's training and validation loaders, and close them at the end."""
     with ExitStack() as stack:
         train, validation = (
             open_loader(config, split, rank=rank, world_size=world_size, num_threads=num_threads) for split in SPLITS

@@ -1,4 +1,4 @@
-"""What is saved: the state that training goes on from, and the finished model. Both load without pickle."""
+"""What a run saves: the state from which training resumes, and the finished model. Both load without pickle."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from datasets.files import whole_file
-from pipeline.config.load import drift, parse_config
+from pipeline.config.load import drift, stored_config
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet
 
 STATE_FILE = "state.pt"
-"""in the folder of a checkpoint"""
+"""The file in a checkpoint's folder."""
 STATE_FORMAT = 2
 MODEL_FORMAT = 1
 
@@ -26,61 +26,61 @@ class OtherRunError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that differs between two moments of a run, and what it was computed from.
+    """Everything that changes during a run, and the configuration and data that it was computed from.
 
-    Random draws are functions of (seed, epoch, step, rank, sample) and learning rates of progress, so neither is here.
-    Batch norm's running statistics are each rank's own between checkpoints. They are averaged over the ranks *at* every
-    checkpoint, also where nothing fails: so a run that goes on from one and a run that passes it are the same, and
-    checkpoint_steps is part of what a run with several workers computes.
+    Random draws depend on (seed, epoch, step, rank, sample) and learning rates on progress, so they are not stored.
+    Between checkpoints each rank has its own running statistics of batch norm. Every checkpoint averages them over the
+    ranks, even if the run never fails. So a resumed run equals an undisturbed one, and checkpoint_steps is part of what
+    a run with several workers computes.
     """
 
     stage: str
     data_epoch: int
-    """epochs done, over all stages"""
+    """Epochs that are done, over all stages."""
     step: int
-    """steps done of the epoch after those"""
+    """Steps that are done of the epoch after those."""
     model: Mapping[str, Any]
-    """at a stage's end, its result"""
+    """The model; at a stage's end, the stage's result."""
     optimizer: Mapping[str, Any]
     objective: Mapping[str, Any]
-    """what the stage trains beside the model, such as the weights of an ensemble"""
+    """What the stage trains beside the model, such as the weights of an ensemble."""
     averaged: Mapping[str, Any] | None
-    """the moving average of the weights, where the stage has one"""
+    """The moving average of the weights, where the stage has one."""
     meter: Mapping[str, Any]
-    """sums of what the epoch reports, over its steps so far"""
+    """Sums over the epoch's steps so far of what it reports."""
     config: Mapping[str, Any]
     data_digest: str
 
     @classmethod
     def finished(cls, model: DRNet, config: Config, data_digest: str) -> TrainingState:
-        """The state after the last epoch of the last stage."""
+        """Returns the state after the last epoch of the last stage."""
         epochs = sum(stage.epochs for _, stage in config.stages.present())
         described = config.model_dump(mode="json")
         return cls("finished", epochs, 0, model.state_dict(), {}, {}, None, {}, described, data_digest)
 
     @property
     def name(self) -> str:
-        """Names the moment within its run; names of a run sort in its order."""
+        """The name of the moment within its run. Names sort in the order of the run."""
         return f"checkpoint_{self.data_epoch:04d}_{self.step:06d}_{self.stage}"
 
     def refuse_other(self, config: Config, data_digest: str) -> None:
-        """Raise OtherRunError, naming every difference, unless the state is one of this configuration and data.
+        """Raise OtherRunError with every difference, unless the state belongs to this configuration and data.
 
-        What is free to change between sittings may differ. Data are compared by content, not by where they lie.
+        Fields that may change before a resume may differ. Data are compared by content, not by place.
         """
-        began_with = parse_config(dict(self.config), "the checkpoint's configuration")
+        began_with = stored_config(self.config, config, "the checkpoint's configuration")
         changed = [line for line in drift(began_with, config) if not line.startswith("data.")]
         if self.data_digest != data_digest:
             changed.append(f"digest of the prepared data: {self.data_digest} -> {data_digest}")
         if changed:
             listing = "\n".join(f"  - {line}" for line in changed)
             raise OtherRunError(
-                f"the checkpoint {self.name} is of a run with another configuration or other data:\n{listing}\n"
-                "put them back, or start a run with another name (name=...)"
+                f"The checkpoint {self.name} belongs to another configuration or other data:\n{listing}\n"
+                "Change them back, or start a run with another name (name=...)."
             )
 
     def copy(self) -> TrainingState:
-        """The state on the CPU, in memory of its own: training may go on while it is written."""
+        """Returns a copy on the CPU, so that training can continue while the copy is written."""
         return TrainingState(**{field: _copied(getattr(self, field)) for field in self.__dataclass_fields__})
 
     def save(self, path: Path) -> None:
@@ -99,7 +99,7 @@ class TrainingState:
 
 
 def _copied(value: Any) -> Any:
-    """A tree of mappings and lists with every tensor copied to the CPU."""
+    """Returns a tree of mappings and lists with every tensor copied to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -109,7 +109,7 @@ def _copied(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A finished model with what is needed to feed it and to read its answers."""
+    """A finished model, with what its inputs need and what its outputs mean."""
 
     model: DRNet
     config: ModelConfig
@@ -132,10 +132,10 @@ def save_model(path: Path, model: DRNet, config: Config, *, classes: Sequence[st
 
 
 def load_model(path: Path) -> LoadedModel:
-    """Read a model.pt of `save_model`, on the CPU and in inference mode; raises ValueError where it is not one."""
+    """Read a model.pt of `save_model`, on the CPU, in inference mode. Raises ValueError for any other file."""
     content = _load(path, MODEL_FORMAT)
     config = ModelConfig.model_validate(content["config"] | {"weights": None})
-    # The state's own: a stage that began from another model has kept that one's.
+    # From the state: a stage that starts from another model keeps that model's mean and std.
     mean, std = (tuple(content["state"][name].tolist()) for name in ("mean", "std"))
     model = build_drnet(config, len(content["classes"]), mean, std)
     model.load_state_dict(content["state"])
@@ -149,10 +149,10 @@ def _save(content: Mapping[str, Any], path: Path) -> None:
 
 def _load(path: Path, expected: int) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the model.pt or checkpoint of a run")
+        raise ValueError(f"{path} does not exist. Give the model.pt or a checkpoint of a run.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+    except Exception as error:  # torch.load raises a dozen kinds of errors for a damaged file
         raise ValueError(f"{path} is not a readable checkpoint: {str(error) or type(error).__name__}") from error
     if not isinstance(content, dict) or content.get("format") != expected:
         raise ValueError(f"{path} is not a checkpoint of format {expected} of this project")

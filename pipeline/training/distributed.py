@@ -1,8 +1,8 @@
-"""What ranks exchange. Works without a process group too, as a world of one.
+"""What ranks exchange. Without a process group, everything works as for a single rank.
 
-Gradients are reduced here rather than by DistributedDataParallel: a step runs backward several times (once per
-resolution, on sub-batches that may be empty on a rank), and the private batch norms of an unchosen resolution get no
-gradient at all. One flat sum a step is exact in every one of these cases.
+This replaces DistributedDataParallel because a step runs several backward passes (one per resolution, on sub-batches
+that may be empty on a rank), and the private batch norms of an unchosen resolution get no gradient. One flat sum per
+step is exact in all these cases.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of `value` over all ranks, as a new tensor without gradient."""
+    """Returns the sum of `value` over all ranks, as a new tensor without gradient."""
     total = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -36,11 +36,11 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
     """Replace every gradient by its sum over the ranks, in one message for each dtype.
 
-    A parameter without gradient counts as zero, on one rank as on many, so that optimisers treat a resolution that
-    nobody chose in this step the same way everywhere.
+    A parameter without gradient counts as zero, also with a single rank, so that the optimizer treats a resolution
+    that no image chose in the same way on any number of ranks.
 
     Args:
-        loss: this rank's, a scalar that travels in the same message.
+        loss: this rank's loss, a scalar that is summed in the same message.
 
     Returns:
         The sum of `loss` over the ranks, without gradient.
@@ -72,7 +72,7 @@ def average_running_statistics(model: nn.Module) -> None:
 
 
 def gather(value: Value) -> list[Value]:
-    """What each rank gives, rank by rank: small values of any kind that pickle takes."""
+    """Returns every rank's value in the order of the ranks, for small values that pickle takes."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -80,7 +80,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def from_first_rank(value: Value) -> Value:
-    """What rank 0 gives, on all ranks; what the others give does not matter."""
+    """Returns rank 0's value on all ranks."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -91,7 +91,7 @@ def _reduce_in_place(tensors: Sequence[Tensor], operation: dist.ReduceOp.RedOpTy
     """Replace tensors by their sums (or minima, maxima) over the ranks, in one message for each dtype."""
     if world_size() == 1:
         return
-    # In order of appearance, the same on every rank: messages that cross would be taken for one another.
+    # In order of appearance, which is the same on every rank: otherwise messages of different dtypes could be mixed up.
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in alike])

@@ -28,15 +28,15 @@ from pipeline.training.run import Batches
 FORMAT = 1
 TABLE_FILE = "table.json"
 CHUNK_SAMPLES = 1024
-"""samples of a file; what a killed computation loses at most on each rank"""
+"""Samples per file. A killed process loses at most one file's work on each rank."""
 
 
 class TableError(ValueError):
-    """A logit table is missing, incomplete, damaged, or of something else."""
+    """A logit table is missing, incomplete, damaged, or belongs to something else."""
 
 
 class UnfillableTableError(TableError):
-    """A logit table cannot be computed as things are, on any rank: to try again would end the same."""
+    """A logit table cannot be computed. A retry would fail in the same way on every rank."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class TableKey:
     """Everything that a table's logits depend on.
 
     Attributes:
-        backbone: SHA-256 of the backbone's weights and statistics, and of the normalisation of its input.
+        backbone: SHA-256 of the backbone's weights and statistics, and of the normalization of its input.
         data: digest of the prepared data's manifest.
         split: train or validation.
-        crop: what is shown of an image: the settings of the split's crop, and the largest side of the loader, which
-            says how finely JPEGs are decoded.
+        crop: the settings of the split's crop, and the largest side of the loader, on which the scale of JPEG decoding
+            depends.
         resolutions: sides in pixels; axis R.
         num_classes: axis K.
         num_samples: of the split.
         precision: of the forward passes.
-        chunk_samples: samples of a file; the last one may have fewer.
+        chunk_samples: samples per file; the last file may have fewer.
     """
 
     backbone: str
@@ -68,9 +68,9 @@ class TableKey:
 
     @classmethod
     def of(cls, model: DRNet, config: Config, manifest: Manifest, split: str) -> TableKey:
-        """The key of `model`'s logits for a split of the data that `config` loads.
+        """Returns the key of `model`'s logits for a split of the data that `config` loads.
 
-        The validation split is evaluated in float32 and with its central crop, as during training.
+        The validation split uses float32 and the center crop, as evaluation during training does.
         """
         loader = config.loader
         augmentation = {
@@ -93,7 +93,7 @@ class TableKey:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What table.json holds."""
+        """The content of table.json."""
         return {"format": FORMAT, **asdict(self)}
 
     @property
@@ -112,12 +112,12 @@ class TableKey:
         return logits_bytes(self.num_samples, len(self.resolutions), self.num_classes)
 
     def bounds(self, chunk: int) -> tuple[int, int]:
-        """First and one past the last sample of a chunk."""
+        """Returns the first sample of a chunk and the one past its last."""
         return chunk * self.chunk_samples, min((chunk + 1) * self.chunk_samples, self.num_samples)
 
 
 def backbone_digest(model: DRNet) -> str:
-    """SHA-256, in hexadecimal, of all that turns images into class logits, whatever its device and memory format."""
+    """Returns a SHA-256 in hexadecimal of everything that turns images into class logits, for any device and format."""
     digest = hashlib.sha256()
     state = {"mean": model.mean, "std": model.std, **model.backbone.state_dict()}
     for name, value in sorted(state.items()):
@@ -127,20 +127,20 @@ def backbone_digest(model: DRNet) -> str:
 
 
 def logits_bytes(num_images: int, num_resolutions: int, num_classes: int) -> int:
-    """What stored logits take on disk."""
+    """Returns the size of stored logits on disk."""
     return num_images * num_resolutions * num_classes * np.dtype(np.float16).itemsize
 
 
 class LogitTable:
-    """A complete table, to read.
+    """Reads a complete table.
 
     Args:
-        root: folder of tables: that of `fill_table`, or where the table's folder was copied to.
-        key: what the logits have to be of.
-        crop_epochs: those that will be read.
+        root: folder of tables: that of `fill_table`, or one to which the table's folder was copied.
+        key: identifies the table.
+        crop_epochs: the epochs of crops that will be read.
 
     Raises:
-        TableError: there is no table of this key, saying in what others differ, or a crop_epoch is incomplete.
+        TableError: there is no table with this key (with the differences to other tables), or it is incomplete.
     """
 
     def __init__(self, root: Path, key: TableKey, crop_epochs: Sequence[int]):
@@ -152,21 +152,21 @@ class LogitTable:
         self._mapped: tuple[int, dict[int, NDArray[np.float16]]] = (-1, {})
 
     def logits(self, crop_epoch: int, indices_N: Tensor) -> Tensor:
-        """Logits (N, R, K), float32 on the CPU, of samples as `crop_epoch` shows them.
+        """Returns logits (N, R, K), float32 on the CPU, of samples with the crops of `crop_epoch`.
 
-        A file's checksum is verified when the file is first read. Files stay mapped until another `crop_epoch` is read.
+        The first read of a file verifies its checksum. Files stay mapped until another `crop_epoch` is read.
 
         Raises:
             TableError: a file is missing or damaged.
-            ValueError: an epoch or sample that the table was not opened for.
+            ValueError: the table was not opened for the epoch, or has no such sample.
         """
         indices = indices_N.cpu().numpy()
         if crop_epoch not in self._crop_epochs or (
             len(indices) and not 0 <= indices.min() <= indices.max() < self.key.num_samples
         ):
             raise ValueError(
-                f"crops of epoch {crop_epoch}, samples {indices[:5].tolist()}...: this table was opened for crops of "
-                f"the epochs {sorted(self._crop_epochs)}, and has samples 0 to {self.key.num_samples - 1}"
+                f"Crops of epoch {crop_epoch}, samples {indices[:5].tolist()}...: this table was opened for crops of "
+                f"the epochs {sorted(self._crop_epochs)} and has samples 0 to {self.key.num_samples - 1}."
             )
         logits_NRK = np.empty((len(indices), len(self.key.resolutions), self.key.num_classes), np.float16)
         chunk_N, row_N = np.divmod(indices, self.key.chunk_samples)
@@ -176,7 +176,7 @@ class LogitTable:
         return torch.from_numpy(logits_NRK).float()
 
     def _chunk(self, crop_epoch: int, chunk: int) -> NDArray[np.float16]:
-        # Chunks of one epoch of crops at a time: all of them could be more mappings than a process may have.
+        # Only chunks of one epoch of crops: all chunks could be more mappings than a process may have.
         if self._mapped[0] != crop_epoch:
             self._mapped = (crop_epoch, {})
         chunks = self._mapped[1]
@@ -191,8 +191,8 @@ class LogitTable:
         missing = [path for path in expected if path.name not in found]
         if missing:
             raise TableError(
-                f"the logit table in {self.folder} is incomplete: epoch {crop_epoch} lacks {len(missing)} of its "
-                f"{len(expected)} files, the first {missing[0]}; compute the table to its end, or copy it whole"
+                f"The logit table in {self.folder} is incomplete: epoch {crop_epoch} lacks {len(missing)} of its "
+                f"{len(expected)} files, the first {missing[0]}. Finish computing the table, or copy all of it."
             )
 
 
@@ -201,22 +201,22 @@ def _check_key(root: Path, key: TableKey) -> None:
     path = root / key.digest / TABLE_FILE
     if path.is_file():
         if differences := _differences(path, key):
-            raise TableError(f"{path} is not of the key that its folder is named by: {'; '.join(differences)}")
+            raise TableError(f"{path} does not match the name of its folder: {'; '.join(differences)}")
         return
     others = [f"  - {other.parent}: {'; '.join(_differences(other, key))}" for other in root.glob(f"*/{TABLE_FILE}")]
-    found = "\n".join(["the tables there are of something else:", *sorted(others)]) if others else "no table is there"
-    raise TableError(f"{root} has no logit table of this backbone and data ({key.digest}); {found}")
+    found = "\n".join(["Other tables there:", *sorted(others)]) if others else "No table is there."
+    raise TableError(f"{root} has no logit table of this backbone and data ({key.digest}). {found}")
 
 
 def _differences(path: Path, key: TableKey) -> list[str]:
-    """In what a table.json differs from a key, one sentence each."""
+    """Returns the differences between a table.json and a key, one sentence each."""
     try:
         theirs = json.loads(path.read_text())
     except ValueError as error:
         return [f"its {TABLE_FILE} is damaged ({error})"]
     ours = key.content
     return [
-        f"{name} is {theirs.get(name)!r}, wanted is {ours.get(name)!r}"
+        f"{name} is {theirs.get(name)!r}, expected {ours.get(name)!r}"
         for name in sorted({*ours, *theirs})
         if theirs.get(name) != ours.get(name)
     ]
@@ -253,7 +253,7 @@ def map_chunk(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> NDArr
             raise ValueError(f"it holds {logits_NRK.dtype} {logits_NRK.shape} in place of float16 {expected}")
     except (OSError, ValueError) as error:
         raise TableError(
-            f"{path} of the logit table is missing or damaged ({error}); start the run again, which computes it anew"
+            f"{path} of the logit table is missing or damaged ({error}). Resume the run, which computes the file again."
         ) from error
     return logits_NRK
 
@@ -277,10 +277,10 @@ def copy_table(source: Path, target: Path, key: TableKey, crop_epochs: Sequence[
 
 
 BATCH_SAMPLES = 128
-"""samples of a forward pass of the backbone, without gradient"""
+"""Samples in a forward pass of the backbone, without gradient."""
 
 BackboneLogits = Callable[[Mapping[int, Tensor]], Tensor]
-"""images on the backbone's device, {side: uint8 (n, side, side, 3)} -> logits (n, R, K)"""
+"""Maps images on the backbone's device, {side: uint8 (n, side, side, 3)}, to logits (n, R, K)."""
 
 
 def fill_table(
@@ -293,20 +293,19 @@ def fill_table(
     device: torch.device,
     tell: Callable[[str], None],
 ) -> None:
-    """Compute what a table lacks for the crops of some epochs. Every rank must call it.
+    """Compute the missing chunks of a table for the crops of some epochs. Every rank must call it.
 
-    A chunk has one rank that writes it. Chunks that are there and sound are left as they are, damaged ones are
-    computed anew.
+    One rank writes each chunk. Intact chunks stay, damaged ones are computed again.
 
     Args:
         root: folder of tables, the same for every rank.
-        crop_epochs: numbers of the loader's epochs whose crops are shown.
-        loader: of the key's split.
+        crop_epochs: the loader's epochs whose crops are used.
+        loader: loads the key's split.
         backbone_logits: images on `device`, {side: uint8 (n, side, side, 3)}, -> logits (n, R, K).
-        tell: is told about every crop_epoch of which something was missing.
+        tell: called with a line about every crop_epoch of which something was missing.
 
     Raises:
-        UnfillableTableError: on every rank: the disk has no room for what is missing, or a logit is no finite float16.
+        UnfillableTableError: on every rank: the disk has too little space, or a logit is not a finite float16.
     """
     folder, rank, world_size = root / key.digest, distributed.rank(), distributed.world_size()
     folder.mkdir(parents=True, exist_ok=True)
@@ -326,7 +325,7 @@ def fill_table(
     for number, crop_epoch in enumerate(crop_epochs, 1):
         started = time.perf_counter()
         crop_folder(folder, crop_epoch).mkdir(exist_ok=True)
-        # Every rank stays here until the epoch is whole, so none waits for another longer than for one epoch.
+        # All ranks meet at the end of every epoch, so that none waits longer than one epoch for another.
         with _on_every_rank():
             for chunk, logits_NRK in _compute(key, crop_epoch, missing[crop_epoch], loader, backbone_logits, device):
                 write_chunk(chunk_path(folder, crop_epoch, chunk), logits_NRK)
@@ -341,7 +340,7 @@ def fill_table(
 
 @contextmanager
 def _on_every_rank() -> Iterator[None]:
-    """Wait for every rank to reach the end of the body; an UnfillableTableError of one is raised on all."""
+    """Wait until every rank reaches the end of the body. An UnfillableTableError of one rank is raised on all."""
     problem: str | None = None
     try:
         yield
@@ -356,8 +355,8 @@ def _check_room(folder: Path, key: TableKey, num_chunks: int) -> None:
     needed, free = num_chunks * key.crop_bytes // key.num_chunks, shutil.disk_usage(folder).free
     if needed > free:
         raise UnfillableTableError(
-            f"the logit table needs {needed / 1e9:.1f} GB more in {folder}, which has {free / 1e9:.1f} GB free; "
-            "make room, lower stages.predictor.num_crops, or set stages.predictor.logits=live"
+            f"The logit table needs {needed / 1e9:.1f} GB more in {folder}, which has {free / 1e9:.1f} GB free. "
+            "Free some space, lower stages.predictor.num_crops, or set stages.predictor.logits=live."
         )
 
 
@@ -369,7 +368,7 @@ def _compute(
     backbone_logits: BackboneLogits,
     device: torch.device,
 ) -> Iterator[tuple[int, NDArray[np.float16]]]:
-    """Each of the chunks with its logits (n, R, K)."""
+    """Yield each of the chunks with its logits (n, R, K)."""
     batches = {chunk: _batches(*key.bounds(chunk)) for chunk in chunks}
     samples = [indices_N for parts in batches.values() for indices_N in parts]
     with closing(loader.read(crop_epoch, samples, sides=key.resolutions)) as epoch:
@@ -389,9 +388,9 @@ def _answer(key: TableKey, batch: Any, backbone_logits: BackboneLogits, device: 
     if len(unfit):
         row, resolution, _ = unfit[0].tolist()
         raise UnfillableTableError(
-            f"the backbone's logits are infinite, NaN or beyond float16 (65504) for sample {batch.indices[row]} of "
-            f"{key.split} at {key.resolutions[resolution]} px; train the backbone anew with a lower learning rate or "
-            "with clip_grad_norm, or set stages.predictor.logits=live"
+            f"The backbone's logits are infinite, NaN or beyond float16 (65504) for sample {batch.indices[row]} of "
+            f"{key.split} at {key.resolutions[resolution]} px. Train the backbone again with a lower learning rate or "
+            "with clip_grad_norm, or set stages.predictor.logits=live."
         )
     return logits_NRK.cpu().numpy()
 

@@ -1,4 +1,4 @@
-"""The training loop: stages in order, epochs, steps. Knows torch, and nothing of Ray, MLflow or FFCV."""
+"""The training loop: stages in order, epochs, steps. It uses torch, and none of Ray, MLflow and FFCV."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ from pipeline.training.run import (
 def evaluate(
     model: DRNet, batches: Iterable, costs: Costs, backbone_logits: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float]:
-    """Top-1 at each resolution and routed, mean cost (predictor included) and shares. Every rank must call it.
+    """Measure top-1 at each resolution and routed, mean cost (with the predictor) and shares. All ranks must call it.
 
-    `share_SIDE` is how much goes to a resolution, `oracle_share_SIDE` how much would go to the cheapest that is right.
+    `share_SIDE` is the share of images that go to a resolution, `oracle_share_SIDE` the share for which it is the
+    cheapest that is right.
 
     Args:
         batches: this rank's part of the validation images.
@@ -74,14 +75,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class StageData:
-    """The loaders as one stage uses them.
+    """The data of one stage: loaders, crops and logit tables.
 
     Attributes:
         first_epoch: the data_epoch of the stage's first epoch.
-        num_crops: different crops of each training image, taken in turn; those of the stage's epoch e are the crops of
-            data_epoch first_epoch + e mod num_crops.
-        sides: that are decoded; None is all.
-        train_table, validation_table: the frozen backbone's logits; None where it runs.
+        num_crops: different crops of each training image, used in turn: the stage's epoch e has the crops of data_epoch
+            first_epoch + e mod num_crops.
+        sides: image sides to decode; None is all.
+        train_table, validation_table: the frozen backbone's logits; None where the backbone runs.
     """
 
     train: Batches
@@ -93,35 +94,34 @@ class StageData:
     validation_table: LogitTable | None = None
 
     def crop_epoch(self, data_epoch: int) -> int:
-        """The number of the epoch whose crops `data_epoch` shows."""
+        """Returns the number of the epoch whose crops `data_epoch` uses."""
         return self.first_epoch + (data_epoch - self.first_epoch) % self.num_crops
 
     def epoch(self, data_epoch: int, start_step: int = 0) -> Epoch:
-        """Begin a pass over the training images."""
+        """Start a pass over the training images."""
         return self.train.epoch(data_epoch, start_step, crop_epoch=self.crop_epoch(data_epoch), sides=self.sides)
 
     def logits(self, data_epoch: int, indices_N: Tensor) -> Tensor | None:
-        """Stored logits (N, R, K), float32 on the CPU, of samples in an epoch; None where the backbone runs."""
+        """Returns stored logits (N, R, K) of samples, float32 on the CPU; None where the backbone runs."""
         return self.train_table.logits(self.crop_epoch(data_epoch), indices_N) if self.train_table else None
 
     def validation_epoch(self) -> Epoch:
-        """Begin a pass over the validation images."""
+        """Start a pass over the validation images."""
         return self.validation.epoch(0, sides=self.sides)
 
     @property
     def validation_logits(self) -> Callable[[Tensor], Tensor] | None:
-        """Indices (N,) -> stored logits (N, R, K) of validation samples; None where the backbone runs."""
+        """Maps indices (N,) to stored logits (N, R, K) of validation samples; None where the backbone runs."""
         return partial(self.validation_table.logits, 0) if self.validation_table else None
 
 
 def open_stage_data(run: Run, stage: Stage, first_epoch: int) -> StageData:
-    """The data of a stage of `run`, whose model is the one that the stage begins with or goes on from.
+    """Open the data of a stage whose model `run` holds already. Every rank must call it.
 
-    For a predictor stage with `logits: table` this computes what is missing of the logit tables; every rank must call
-    it.
+    For a predictor stage with `logits: table`, this computes the missing parts of the logit tables.
 
     Raises:
-        TableError: from there.
+        TableError: a table cannot be computed.
     """
     live = StageData(run.train, run.validation, first_epoch, stage.epochs)
     if not isinstance(stage, PredictorStage):
@@ -139,7 +139,7 @@ def open_stage_data(run: Run, stage: Stage, first_epoch: int) -> StageData:
 
 
 def _table(run: Run, split: str, loader: Batches, crop_epochs: range) -> LogitTable:
-    """The complete table of a split."""
+    """Returns the complete table of a split, after computing what is missing."""
     key = TableKey.of(run.model, run.config, run.manifest, split)
     backbone_logits = Forward(run.model, key.precision).frozen_backbone
     with run.goodput.inside(TABLE):
@@ -149,7 +149,7 @@ def _table(run: Run, split: str, loader: Batches, crop_epochs: range) -> LogitTa
 
 @dataclass
 class StageState:
-    """What one stage trains with, besides the model."""
+    """Everything that one stage trains with, besides the model."""
 
     stage: Stage
     data: StageData
@@ -159,14 +159,14 @@ class StageState:
     monitor: DivergenceMonitor
     meter: Meter
     phase: str = COMPILE
-    """of the goodput: COMPILE until the process has taken its first step of the stage"""
+    """The goodput's phase: COMPILE until the process has taken its first step of the stage."""
 
 
 def train(run: Run, state: TrainingState | None = None) -> None:
-    """Run all stages of the configuration, or what is left of them after `state`.
+    """Run all stages of the configuration, or what remains of them after `state`.
 
     Raises:
-        OtherRunError: the state is of another configuration or other data.
+        OtherRunError: the state belongs to another configuration or other data.
         DivergedError: a loss, gradient or weight is not finite, or a loss above training.max_loss; on all ranks.
         TableError: a logit table cannot be computed or read.
     """
@@ -180,7 +180,7 @@ def train(run: Run, state: TrainingState | None = None) -> None:
         if state is None or state.data_epoch < end:
             train_stage(run, name, stage, data_epoch, monitor, state)
             state = None
-        # Also after the stage's last checkpoint: the process may have died before it kept the model.
+        # Also on a resume from the stage's last checkpoint: the process may have died before it kept the model.
         if isinstance(stage, BackboneStage) and (state is None or (state.data_epoch, state.step) == (end, 0)):
             run.reporter.keep(AFTER_BACKBONE, run.model)
         data_epoch = end
@@ -199,7 +199,7 @@ def train_stage(
 
     Args:
         data_epoch: the number of epochs of the stages before it.
-        state: where to resume; one of another stage is ignored.
+        state: where to resume; the state of another stage is ignored.
         data: what the stage reads; None opens it.
     """
     run.goodput.enter(SET_UP)
@@ -240,7 +240,7 @@ def prepare_stage(
     state: TrainingState | None = None,
     data: StageData | None = None,
 ) -> StageState:
-    """What a stage trains with: new, or as `state`, which is of this stage, has it. Every rank must call it."""
+    """Build what a stage trains with, or restore it from a `state` of this stage. Every rank must call it."""
     costs_R = torch.tensor(run.costs.backbone, device=run.device)
     objective = build_objective(run.model, stage, costs_R, run.config.training.precision)
     optimizer = build_optimizer(run.model, stage, objective.own)
@@ -256,10 +256,10 @@ def prepare_stage(
 
 
 def train_epoch(run: Run, stage_state: StageState, progress: Progress) -> dict[str, float]:
-    """The steps of one pass over the training images, from `progress.step` on.
+    """Train the steps of one epoch, from `progress.step` on.
 
     Returns:
-        The whole epoch's means; of the steps taken here images/s, seconds, and the share of them spent waiting.
+        Means over the whole epoch, and the speed, seconds and share of waiting of the steps that ran here.
     """
     stage, optimizer, before = stage_state.stage, stage_state.optimizer, run.goodput.seconds
     parameters, checkpoint_steps = list(trained_parameters(optimizer)), run.config.training.checkpoint_steps
@@ -298,7 +298,7 @@ def place(batch, run: Run, data: StageData, progress: Progress) -> StepBatch:
     """Move a loader's batch to the device, look up its stored logits and draw its Gumbel noise.
 
     Args:
-        progress: before the step.
+        progress: the position before the step.
     """
     gumbel_NR = gumbel_noise(run.config.seed, progress.data_epoch, batch.indices, len(run.model.resolutions))
     logits_NRK = data.logits(progress.data_epoch, batch.indices)
@@ -314,13 +314,13 @@ def place(batch, run: Run, data: StageData, progress: Progress) -> StepBatch:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's rate; a group's `lr_scale` multiplies the schedule."""
+    """Set every group's learning rate, scaled by the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradient down to `max_norm`, where there is one; returns the norm that it had."""
+    """Scale the gradient down to `max_norm`, if given; returns its former norm."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -328,7 +328,7 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
 
 
 def validate(run: Run, stage_state: StageState, name: str) -> tuple[dict[str, float], str | None]:
-    """How what the stage would end with now does on the validation images, and a warning where that has collapsed."""
+    """Evaluate the model with which the stage would end now; returns values, and a warning after a collapse."""
     with run.goodput.inside(EVALUATE):
         model = run.model if stage_state.averaged is None else stage_state.averaged.module
         values = evaluate(model, stage_state.data.validation_epoch(), run.costs, stage_state.data.validation_logits)
@@ -339,13 +339,12 @@ def validate(run: Run, stage_state: StageState, name: str) -> tuple[dict[str, fl
 
 
 def fit_offset(run: Run, stage_state: StageState, data_epoch: int) -> dict[str, float]:
-    """Give the predictor the offset with which its choices meet the stage's alpha on the training images.
+    """Set the predictor's offset so that its choices meet the stage's alpha on the training images.
 
-    Training holds the mean cost of noisy choices to alpha; what is used are the choices without noise. Every rank must
-    call it.
+    Training holds the mean cost of noisy choices to alpha, but the model is used without noise. All ranks must call it.
 
     Args:
-        data_epoch: whose crops are shown.
+        data_epoch: the epoch whose crops are used.
 
     Returns:
         `predictor_bias`: the offset is this times the relative costs. Nothing where no alpha asks for savings.
@@ -366,7 +365,7 @@ def fit_offset(run: Run, stage_state: StageState, data_epoch: int) -> dict[str, 
                 scores.append(model.predictor_logits(images).cpu().numpy())
     bias = fit_bias(np.concatenate(distributed.gather(np.concatenate(scores))), run.costs, stage.target)
     if model.predictor.gives_probabilities:
-        bias = min(bias, 0.0)  # nothing is gained by paying for a resolution that is less often right
+        bias = min(bias, 0.0)  # paying for a resolution that is less often right gains nothing
     offset_R = bias * torch.tensor(run.costs.relative)
     for each in (model, *([stage_state.averaged.module] if stage_state.averaged else [])):
         each.predictor.offset_R.copy_(offset_R)
@@ -374,7 +373,7 @@ def fit_offset(run: Run, stage_state: StageState, data_epoch: int) -> dict[str, 
 
 
 def average_over_ranks(run: Run, stage_state: StageState) -> None:
-    """Make what ranks have of their own the same on all of them: running statistics, and sums of the epoch so far."""
+    """Make the ranks' own values the same on all ranks: running statistics, and sums of the epoch so far."""
     distributed.average_running_statistics(run.model)
     if stage_state.averaged is not None:
         distributed.average_running_statistics(stage_state.averaged.module)
@@ -382,7 +381,7 @@ def average_over_ranks(run: Run, stage_state: StageState) -> None:
 
 
 def checkpoint(run: Run, stage_state: StageState, progress: Progress, values: Mapping[str, float]) -> None:
-    """Hand over the state, unless something in it is not finite."""
+    """Report the state as a checkpoint. Raises DivergedError where something in it is not finite."""
     stage_state.monitor.check()
     epochs, step = divmod(progress.data_epoch * progress.steps + progress.step, progress.steps)
     with run.goodput.inside(CHECKPOINT):
@@ -404,7 +403,7 @@ def checkpoint(run: Run, stage_state: StageState, progress: Progress, values: Ma
 
 
 def speed(images: int, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """What `images` took to train on, evaluation and checkpoints left out, by the goodput's seconds around them."""
+    """Compute the training speed from the goodput's seconds before and after, without evaluation and checkpoints."""
     spent = {phase: after[phase] - before[phase] for phase in (COMPILE, DATA_WAIT, STEP)}
     seconds = sum(spent.values())
     return {

@@ -1,4 +1,4 @@
-"""Mixup and cutmix over all resolutions at once: every side of an image shows the same mixture."""
+"""Mixup and cutmix for all resolutions at once: every resolution of an image shows the same mixture."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pipeline.config.schema import BackboneStage
 
 @dataclass(frozen=True)
 class Mixed:
-    """Images that are each a mixture of two, and how much of the first is in them."""
+    """A batch whose images are each a mixture of two."""
 
     images: Mapping[int, Tensor]
-    """side -> uint8 (N, side, side, 3)"""
+    """Maps a side to images, uint8 (N, side, side, 3)."""
     labels_N: Tensor
     partners_N: Tensor
-    """the classes of what was mixed in"""
+    """The classes of the images that were mixed in."""
     share: float
-    """of the image's own class; the partner's is 1 - share"""
+    """The share of the image's own class; the partner's is 1 - share."""
 
     @property
     def dominant_N(self) -> Tensor:
@@ -32,14 +32,14 @@ class Mixed:
         return self.labels_N if self.share >= 0.5 else self.partners_N
 
     def targets(self, num_classes: int) -> Tensor:
-        """Probability of each class, float32 (N, K)."""
+        """Returns the probability of each class, float32 (N, K)."""
         own_NK, partner_NK = (
             functional.one_hot(labels_N, num_classes) for labels_N in (self.labels_N, self.partners_N)
         )
         return self.share * own_NK + (1 - self.share) * partner_NK
 
     def part(self, rows: slice) -> Mixed:
-        """Some of the images."""
+        """Returns the images of these rows."""
         images = {side: pixels[rows] for side, pixels in self.images.items()}
         return replace(self, images=images, labels_N=self.labels_N[rows], partners_N=self.partners_N[rows])
 
@@ -47,21 +47,21 @@ class Mixed:
 class Mixing:
     """Mixes each image of a batch with the one before it, the first with the last.
 
-    Pairs, share and box are drawn once a call, from torch's global generator, and hold for every resolution; where
-    both kinds are on, each call takes one of them. Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019.
+    Each call draws share and box once, from torch's global generator, for all resolutions. Where both mixup and cutmix
+    are on, each call draws one of them. Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019.
 
     Raises:
-        ValueError: neither kind is on.
+        ValueError: mixup and cutmix are both off.
     """
 
     def __init__(self, stage: BackboneStage):
         kinds = ((v2.MixUp, stage.mixup_alpha), (v2.CutMix, stage.cutmix_alpha))
         self.transforms = [kind(alpha=alpha) for kind, alpha in kinds if alpha > 0]
         if not self.transforms:
-            raise ValueError("mixup_alpha and cutmix_alpha are both 0; give one that is above")
+            raise ValueError("mixup_alpha and cutmix_alpha are both 0; set one of them above 0")
 
     def __call__(self, images: Mapping[int, Tensor], labels_N: Tensor) -> Mixed:
-        """Mix images {side: uint8 (N, side, side, 3)} with classes (N,); the images given stay as they are."""
+        """Returns mixtures of images {side: uint8 (N, side, side, 3)} with classes (N,); the inputs do not change."""
         transform = self.transforms[int(torch.randint(len(self.transforms), ()))]
         largest = max(images)
         drawn = transform.make_params([images[largest].permute(0, 3, 1, 2)])
@@ -74,13 +74,13 @@ class Mixing:
 
 
 def _at_scale(drawn: dict[str, Any], scale: float) -> dict[str, Any]:
-    """The parameters that were drawn at the largest side, at another: a box keeps its relative place."""
+    """Scale the parameters drawn for the largest side to another side: a box keeps its relative place."""
     return drawn | {"box": tuple(round(edge * scale) for edge in drawn["box"])} if "box" in drawn else drawn
 
 
 def _mixed(pixels: Tensor, transform: v2.MixUp | v2.CutMix, drawn: dict[str, Any], labels_N: Tensor) -> Tensor:
-    # Blended in float32 and rounded to pixel values again: that is far below the noise of a JPEG, takes a quarter of
-    # the memory, and normalisation, which is affine, stays with the model.
+    # Blended in float32 and rounded to uint8 again: the rounding is far below a JPEG's noise, uint8 takes a quarter of
+    # the memory, and the model normalizes as always.
     inputs = pixels.permute(0, 3, 1, 2)
     blended = transform.transform(inputs.float(), drawn | {"labels": labels_N, "batch_size": len(labels_N)})
     return blended.round().to(torch.uint8).permute(0, 2, 3, 1)

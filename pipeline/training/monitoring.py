@@ -1,4 +1,4 @@
-"""What a run is watched for: goodput, means over an epoch, collapsed routing, diverging losses."""
+"""Watches a run: means over an epoch, collapsed routing, diverging losses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pipeline.training.run import Progress
 
 
 class Meter:
-    """Adds up per-image sums of steps; a mean is the sum over all ranks, divided by the images over all ranks.
+    """Adds up per-image sums of steps. A mean is the sum over all ranks, divided by the images of all ranks.
 
-    `fold` adds the ranks' sums up, after which every rank holds the same totals and none of its own: what a checkpoint
-    within an epoch saves. Means depend on where was folded by rounding alone.
+    `fold` sums over the ranks; afterwards every rank holds the same totals, which a checkpoint within an epoch saves.
+    When it is called changes means by rounding only.
 
     Args:
-        state: of another meter, to go on from.
+        state: the state of another meter, to continue from.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +39,7 @@ class Meter:
         self._images += global_size
 
     def fold(self) -> None:
-        """Add this rank's sums since the last time to the totals over all ranks. Every rank must call it."""
+        """Add all ranks' sums since the last call to the totals. Every rank must call it."""
         if not self._sums:
             return
         added = distributed.sum_over_ranks(torch.stack([value.double() for value in self._sums.values()])).tolist()
@@ -48,25 +48,25 @@ class Meter:
         self._sums = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been folded."""
+        """Returns the totals over all ranks."""
         assert not self._sums, "fold first"
         return {"totals": dict(self._totals), "images": self._images}
 
     def means(self) -> dict[str, float]:
-        """Means over all images of all ranks. Every rank must call it."""
+        """Returns means over all images of all ranks. Every rank must call it."""
         self.fold()
         return {key: value / self._images for key, value in self._totals.items()}
 
 
 def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mapping[str, float]) -> str | None:
-    """What to tell of an epoch in which the predictor collapsed, or None where it did not.
+    """Returns a warning where the predictor has collapsed, else None.
 
-    It has collapsed where one resolution takes more than COLLAPSED_SHARE of the validation images while the oracle,
-    the cheapest resolution that is right, gives that one less.
+    It has collapsed where more than COLLAPSED_SHARE of the validation images go to one resolution, while fewer do by
+    the oracle, which takes the cheapest resolution that is right.
 
     Args:
         name: the stage's name.
-        values: of `evaluate`: `share_SIDE` and `oracle_share_SIDE` for every resolution.
+        values: what `evaluate` returns: `share_SIDE` and `oracle_share_SIDE` for every resolution.
     """
     share, side, cost = max(
         (values[f"share_{side}"], side, cost) for side, cost in zip(costs.resolutions, costs.backbone, strict=True)
@@ -82,7 +82,7 @@ def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mappin
         change = f"Lower {section}.eta ({stage.eta:g}) or raise {key}" if by_noise else f"Raise {section}.{key}"
         change = change if alpha is None else f"{change} ({alpha:g})"
     elif alpha is None:
-        reason = f"for no {key} asks for less"
+        reason = f"because no {key} asks for less"
         change = f"Set {section}.{key}"
     elif cost <= alpha:
         reason = f"whose {said} are within {key} ({alpha:g}), so nothing asks for less"
@@ -100,22 +100,22 @@ def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mappin
 
 
 CHECK_STEPS = 50
-"""steps after which a step's loss is looked at, at the latest"""
+"""The number of steps after which losses are checked at the latest."""
 
 
 class DivergedError(ValueError):
-    """Loss, gradient or weights are beyond repair: with this configuration, going on gives the same again."""
+    """Training diverged. A retry with the same configuration would end in the same way."""
 
 
 class DivergenceMonitor:
-    """Looks at the loss and gradient norm of every step, some steps later.
+    """Checks the loss and gradient norm of every step, some steps later.
 
-    To look at a value on a GPU is to wait for it, so steps are kept and looked at together: every CHECK_STEPS, before
+    Reading a value from a GPU waits for it, so steps are collected and checked together: every CHECK_STEPS, and before
     anything is evaluated or saved. Loss and gradient are sums over the ranks, so every rank raises at the same step.
 
     Args:
-        max_loss: largest mean loss of a step that is not called exploding; None allows every finite one.
-        last_checkpoint: name of the checkpoint that training goes on from.
+        max_loss: largest mean loss of a step that is allowed; None allows every finite one.
+        last_checkpoint: name of the checkpoint from which training resumes.
     """
 
     def __init__(self, max_loss: float | None, last_checkpoint: str | None = None):
@@ -124,20 +124,20 @@ class DivergenceMonitor:
         self._unseen: list[tuple[Progress, Tensor, Tensor]] = []
 
     def step(self, progress: Progress, loss: Tensor, gradient_norm: Tensor, indices_N: Tensor) -> None:
-        """Keep a step: its mean loss and gradient norm over all ranks, and this rank's sample indices.
+        """Collect a step: its mean loss and gradient norm over all ranks, and this rank's sample indices.
 
         Raises:
-            DivergedError: as `check`.
+            DivergedError: as in `check`.
         """
         self._unseen.append((progress, torch.stack([loss, gradient_norm.to(loss)]), indices_N))
         if len(self._unseen) >= CHECK_STEPS:
             self.check()
 
     def check(self) -> None:
-        """Look at every step that was not looked at yet. Every rank must call it.
+        """Check every step since the last call. Every rank must call it.
 
         Raises:
-            DivergedError: naming the first bad step, all ranks' images of it, the last checkpoint and what to change.
+            DivergedError: names the first bad step, its images on all ranks, the last checkpoint and what to change.
         """
         if not self._unseen:
             return
@@ -151,7 +151,7 @@ class DivergenceMonitor:
         self._unseen = []
 
     def check_weights(self, progress: Progress, *modules: nn.Module) -> None:
-        """Look at weights and running statistics, which the last update may have spoilt. Every rank must call it.
+        """Check weights and running statistics after the last update. Every rank must call it.
 
         Raises:
             DivergedError: one of them is not finite.
@@ -164,10 +164,11 @@ class DivergenceMonitor:
     def _message(self, progress: Progress, indices_N: Tensor, found: str) -> str:
         indices = sorted(itertools.chain.from_iterable(distributed.gather(indices_N.tolist())))
         images = f" Its images are those at {indices} of the training data." if indices else ""
+        stage = f"stages.{progress.stage}"
         return (
             f"training diverged in stage {progress.stage}, epoch {progress.epoch + 1} of {progress.epochs}, "
-            f"step {progress.step} of {progress.steps}: {found}.{images} The last checkpoint, from before it: "
-            f"{self.last_checkpoint or 'none'}. To change, in a run of another name: lower stages.{progress.stage}.lr, "
-            "raise its warmup_epochs, set its clip_grad_norm, or take training.precision=float32 where it is bfloat16; "
-            "where such a loss is to be expected, go on with a larger training.max_loss"
+            f"step {progress.step} of {progress.steps}: {found}.{images} The last checkpoint before it: "
+            f"{self.last_checkpoint or 'none'}. Start a run with another name and a lower {stage}.lr, a higher "
+            f"{stage}.warmup_epochs, a {stage}.clip_grad_norm, or training.precision=float32 instead of bfloat16. "
+            "If such a loss is expected, raise training.max_loss and resume."
         )

@@ -1,7 +1,8 @@
-"""What a step of each stage computes: forward, loss, backward. The loop around it is the same for all three.
+"""What a step of each stage computes: forward, loss, backward. The loop around it is the same for all stages.
 
 An objective adds the gradient of its loss, *already divided by the global batch's size*, to the parameters; the loop
-then sums gradients over ranks. So k ranks and one process take the same step, whatever part of a batch a rank holds."""
+then sums gradients over ranks. So k ranks and one process take the same step, however a batch is split.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +29,18 @@ from pipeline.training.optim import cost_target, temperature
 
 
 def gumbel_noise(seed: int, epoch: int, indices_N: Tensor, num_resolutions: int) -> Tensor:
-    """Standard Gumbel noise (N, R), float32 on the CPU, for samples `indices_N` in an epoch."""
+    """Returns standard Gumbel noise (N, R), float32 on the CPU, for samples `indices_N` in an epoch."""
     with np.errstate(over="ignore"):
         key = splitmix64(splitmix64(np.uint64(seed % 2**64)) + np.uint64(epoch))
         sample_N1 = splitmix64(key + indices_N.cpu().numpy().astype(np.uint64) * GOLDEN_RATIO)[:, None]
         bits_NR = splitmix64(sample_N1 + np.arange(1, num_resolutions + 1, dtype=np.uint64) * GOLDEN_RATIO)
-    # 53 random bits, moved off 0 and 1 by half a step so that both logarithms are finite.
+    # 53 random bits, shifted by half a step away from 0 and 1, so that both logarithms are finite.
     uniform_NR = ((bits_NR >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return torch.from_numpy(-np.log(-np.log(uniform_NR))).float()
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Seed of torch's own generator (dropout) for one step, so that it needs no saving."""
+    """Returns the seed of torch's generator (dropout) for one step, so that checkpoints need not hold its state."""
     with np.errstate(over="ignore"):
         value = np.uint64(seed % 2**64)
         for part in (epoch, step, rank):
@@ -48,7 +49,7 @@ def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
 
 
 def straight_through_choice(predictor_logits_NR: Tensor, gumbel_NR: Tensor, tau: float) -> Tensor:
-    """One-hot choices (N, R) with the gradient of the relaxed choice.
+    """Returns one-hot choices (N, R) with the gradient of the relaxed choice.
 
     h = one_hot(argmax_j(log p_j + g_j)); its gradient is that of softmax((log p + g) / tau).
     """
@@ -60,12 +61,12 @@ def straight_through_choice(predictor_logits_NR: Tensor, gumbel_NR: Tensor, tau:
 
 
 def mixed_logits(choice_NR: Tensor, logits_NRK: Tensor) -> Tensor:
-    """The network's output y = sum_j h_j y_j, (N, K)."""
+    """Returns the network's output y = sum_j h_j y_j, (N, K)."""
     return torch.einsum("nr,nrk->nk", choice_NR, logits_NRK)
 
 
 def summed_cross_entropy(logits_NK: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Cross entropy summed over the batch; the caller divides by the global batch's size.
+    """Returns the cross entropy summed over the batch; the caller divides by the global batch's size.
 
     Args:
         targets: classes (N,), or the probability of each class (N, K).
@@ -74,17 +75,17 @@ def summed_cross_entropy(logits_NK: Tensor, targets: Tensor, label_smoothing: fl
 
 
 def summed_distillation(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
-    """KL(p_teacher || p_student) of two sets of logits, summed over the batch; the teacher gets no gradient."""
+    """Returns KL(p_teacher || p_student), summed over the batch; the teacher gets no gradient."""
     log_student_NK = functional.log_softmax(student_NK.float(), dim=1)
     log_teacher_NK = functional.log_softmax(teacher_NK.detach().float(), dim=1)
     return functional.kl_div(log_student_NK, log_teacher_NK, reduction="sum", log_target=True)
 
 
 def cost_penalty(local_cost: Tensor, others_cost: Tensor, costs_R: Tensor, alpha: float) -> Tensor:
-    """L_reg = max(0, (E[F] - alpha) / (C_max - C_min)), with E[F] the mean over the *global* batch.
+    """Computes L_reg = max(0, (E[F] - alpha) / (C_max - C_min)), with E[F] the mean over the *global* batch.
 
     Args:
-        local_cost: this rank's share of E[F], sum_n F_n / N_global, carrying gradient.
+        local_cost: this rank's share of E[F], sum_n F_n / N_global, with gradient.
         others_cost: the other ranks' share, without gradient.
         costs_R: C_j, in GFLOPs or milliseconds.
         alpha: target in the same unit.
@@ -96,10 +97,9 @@ def cost_penalty(local_cost: Tensor, others_cost: Tensor, costs_R: Tensor, alpha
 class Ensemble(nn.Module):
     """Weighted mean of the logits at R resolutions (Wang et al., "Resolution Switchable Networks", ECCV 2020).
 
-    The weights are softmax(scores). They start equal and, where they are learned, follow the cross entropy of the
-    ensemble, whose gradient goes to them alone; the logits come from the students of the same step. This is the
-    paper's multi-resolution ensemble distillation in its plain form, without further losses between two resolutions;
-    temperature 1, as there.
+    The weights are softmax(scores). They start equal; learned weights minimize the ensemble's cross entropy, whose
+    gradient reaches only them. The logits come from the students of the same step. This is the paper's multi-resolution
+    ensemble distillation without losses between pairs of resolutions; the temperature is 1, as in the paper.
 
     Args:
         num_resolutions: R.
@@ -111,11 +111,11 @@ class Ensemble(nn.Module):
         self.scores_R = nn.Parameter(torch.zeros(num_resolutions), requires_grad=learned)
 
     def forward(self, logits_NRK: Tensor) -> Tensor:
-        """The teacher's logits (N, K), with gradient for the scores only."""
+        """Returns the teacher's logits (N, K), with gradient for the scores only."""
         return torch.einsum("r,nrk->nk", self.scores_R.softmax(dim=0), logits_NRK.detach())
 
 
-# A batch norm in training mode needs two values a channel; a lone image at the smallest resolution may leave just one.
+# Batch norm in training mode needs two values per channel; one image at the smallest resolution may have only one.
 MIN_IMAGES_FOR_STATISTICS: int = 2
 
 
@@ -124,28 +124,28 @@ class StepBatch:
     """One rank's part of a global batch, on the model's device."""
 
     images: Mapping[int, Tensor]
-    """side -> uint8 (N, side, side, 3)"""
+    """Maps a side to images, uint8 (N, side, side, 3)."""
     labels_N: Tensor
     gumbel_NR: Tensor
     global_size: int
-    """images of this step over all ranks"""
+    """Images of this step over all ranks."""
     logits_NRK: Tensor | None = None
-    """the frozen backbone's logits, where they are known; then the predictor's input is all that `images` need hold"""
+    """The frozen backbone's logits, where they are stored; then `images` needs only the predictor's input."""
     epoch: float = 0.0
-    """epochs of the stage that are done, for what is annealed; a fraction counts the steps within one"""
+    """Epochs of the stage that are done, for annealed values; a fraction counts the steps within an epoch."""
     num_slices: int = 1
-    """parts that the backbone is trained on one after another, so that it holds the activations of one at a time"""
+    """Slices that the backbone trains on one after another, to hold the activations of one slice at a time."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     def slices(self) -> list[slice]:
-        """The rows of each part: as many parts on every rank, of sizes that differ by at most one, so maybe empty."""
+        """Returns the rows of each slice. Every rank has as many; their sizes differ by at most one and may be 0."""
         bounds = [len(self) * part // self.num_slices for part in range(self.num_slices + 1)]
         return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 
     def part(self, rows: slice) -> StepBatch:
-        """Some of the images, of a global batch that is as large as before."""
+        """Returns the images of these rows as part of the same global batch."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return StepBatch(**{name: _rows_of(value, rows) for name, value in values.items()})
 
@@ -157,14 +157,14 @@ def _rows_of(value: Any, rows: slice) -> Any:
 
 
 Sums = dict[str, Tensor]
-"""Sums over a rank's images of what is reported: loss, correct answers, choices, cost."""
+"""Sums over a rank's images of the reported values: loss, correct answers, choices, cost."""
 
 
 class Objective(ABC):
     """Adds a step's gradient to the parameters and returns what to report.
 
-    `own` holds what the stage trains beside the model: part of the optimiser and of checkpoints, never of a finished
-    model. Most objectives own nothing.
+    `own` holds what the stage trains beside the model. It is part of the optimizer and of checkpoints, not of the
+    finished model. Most objectives own nothing.
     """
 
     own: nn.Module = nn.Module()
@@ -174,7 +174,7 @@ class Objective(ABC):
 
 
 def build_objective(model: DRNet, stage: Stage, costs_R: Tensor, precision: str = "float32") -> Objective:
-    """The objective of a stage; also freezes what the stage does not train.
+    """Build the objective of a stage, and freeze what the stage does not train.
 
     Args:
         costs_R: the backbone's cost at each resolution in the unit of the stage's alpha, on the model's device.
@@ -197,8 +197,8 @@ def build_objective(model: DRNet, stage: Stage, costs_R: Tensor, precision: str 
 class Forward:
     """The model's two forward passes in the run's precision; logits come back as float32.
 
-    Batch norm runs in inference mode for fewer than MIN_IMAGES_FOR_STATISTICS images, and gradients still flow. Where
-    it is synchronised, the images of all ranks count, and every rank must make the same passes in training mode.
+    Batch norm runs in inference mode for fewer than MIN_IMAGES_FOR_STATISTICS images; gradients still flow. With
+    synchronized batch norm the images of all ranks count, and all ranks must make the same passes in training mode.
     """
 
     def __init__(self, model: DRNet, precision: str):
@@ -208,10 +208,10 @@ class Forward:
     def backbone(
         self, images: Mapping[int, Tensor], index: int, *, training: bool, frozen_statistics: bool = False
     ) -> Tensor:
-        """Logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}.
+        """Returns logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}.
 
         Args:
-            frozen_statistics: batch norm uses its running statistics, and leaves them, in training mode too.
+            frozen_statistics: batch norm uses and keeps its running statistics, in training mode too.
         """
         side = self.model.resolutions[index]
         self.model.backbone.freeze_statistics(frozen_statistics)
@@ -221,23 +221,23 @@ class Forward:
 
     @torch.no_grad()
     def frozen_backbone(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Logits (N, R, K) at every resolution, without gradient and with batch norm in inference mode."""
+        """Returns logits (N, R, K) at all resolutions, without gradient and with batch norm in inference mode."""
         indices = range(len(self.model.resolutions))
         return torch.stack([self.backbone(images, index, training=False) for index in indices], dim=1)
 
     def predictor(self, images: Mapping[int, Tensor]) -> Tensor:
-        """The predictor's outputs (N, R), which it is trained on."""
+        """Returns the predictor's outputs (N, R), on which it is trained."""
         inputs = images[self.model.predictor_size]
         self.model.predictor.train(self._has_statistics(inputs))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
             return self.model.predictor.outputs(self.model.normalize(inputs)).float()
 
     def known_logits(self, part: StepBatch) -> Tensor:
-        """The frozen backbone's logits (N, R, K): the batch's stored ones, where it has them."""
+        """Returns the frozen backbone's logits (N, R, K), from the batch where it holds them."""
         return self.frozen_backbone(part.images) if part.logits_NRK is None else part.logits_NRK
 
     def _has_statistics(self, images: Tensor) -> bool:
-        """Whether the images that batch norm sees together are enough for statistics."""
+        """Returns whether batch norm sees enough images for statistics."""
         count = len(images)
         if self.synchronized:
             count = int(distributed.sum_over_ranks(torch.tensor(count, device=images.device)))
@@ -245,7 +245,7 @@ class Forward:
 
 
 class BackboneObjective(Objective):
-    """The losses of all resolutions, summed. Backward runs per slice and resolution: activations of one are held.
+    """The sum of the losses of all resolutions. Backward runs per slice and resolution, to hold one's activations.
 
     With distillation (Wang et al., ECCV 2020): L = sum_j (L_ce(y_j) + weight * KL(p_ensemble || p_j)), and
     L_ce(ensemble) for the ensemble's own weights where they are learned.
@@ -262,7 +262,7 @@ class BackboneObjective(Objective):
 
     def __call__(self, batch: StepBatch) -> Sums:
         mixed: Mixed | None = None
-        if self.mixing is not None:  # once, for all slices: who is mixed with whom does not depend on them
+        if self.mixing is not None:  # once for all slices, so that mixtures do not depend on slicing
             sides = self.forward.model.resolutions
             mixed = self.mixing({side: batch.images[side] for side in sides}, batch.labels_N)
             batch = replace(batch, images=mixed.images, labels_N=mixed.dominant_N)
@@ -272,7 +272,7 @@ class BackboneObjective(Objective):
         return sums
 
     def _train_on(self, part: StepBatch, mixed: Mixed | None) -> Sums:
-        """Forward and backward of a slice; `mixed` is the same slice, where it is of mixtures."""
+        """Run a slice forward and backward; `mixed` holds the slice's mixtures, if any."""
         sides = self.forward.model.resolutions
         sums: Sums = {"loss": torch.zeros((), device=part.labels_N.device)}
         teacher_NK: Tensor | None = None
@@ -297,11 +297,11 @@ class BackboneObjective(Objective):
         return summed_cross_entropy(logits_NK, targets, self.stage.label_smoothing)
 
     def _students(self, images: Mapping[int, Tensor]) -> list[Tensor]:
-        """Logits (N, K) at every resolution, all of which the teacher needs before the first backward.
+        """Returns logits (N, K) at all resolutions, which the teacher needs before the first backward pass.
 
-        The largest keeps its activations; those of the others are computed again in their backward, when the largest's
-        are gone. So the peak is that of the largest alone, for one more forward pass of the smaller ones, which batch
-        norm does not count twice.
+        The largest resolution keeps its activations. The others compute theirs again in the backward pass, when the
+        largest's are gone; batch norm does not count that pass. So peak memory is that of the largest alone, at the
+        price of one more forward pass of the smaller ones.
         """
         backbone = self.forward.model.backbone
         smaller = [
@@ -321,9 +321,9 @@ class BackboneObjective(Objective):
 class RoutedObjective(Objective):
     """The predictor's straight-through choices among the backbone's logits: L = L_ce + eta * L_reg.
 
-    The backbone runs forward and backward slice by slice, and the gradient of the choices is collected; the predictor,
-    which is small, has seen the whole batch and runs backward once. So E[F] is over the global batch, and batch norm in
-    the predictor over the rank's, however the batch is sliced.
+    The backbone runs forward and backward slice by slice, and the gradient of the choices is collected. The predictor,
+    which is small, runs on the rank's whole batch, and backward once. So neither E[F] nor batch norm in the predictor
+    depends on how the batch is sliced.
     """
 
     def __init__(self, forward: Forward, stage: RoutedStage, costs_R: Tensor):
@@ -332,12 +332,12 @@ class RoutedObjective(Objective):
 
     @abstractmethod
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
-        """The backbone's logits (N, R, K) for a slice and the indices that its images chose."""
+        """Returns the backbone's logits (N, R, K) for a slice and the indices that its images chose."""
 
     def __call__(self, batch: StepBatch) -> Sums:
         tau, alpha = temperature(self.stage, batch.epoch), cost_target(self.stage, batch.epoch)
         choice_NR = straight_through_choice(self.forward.predictor(batch.images), batch.gumbel_NR, tau)
-        # The predictor's graph is cut here and run once, at the end.
+        # The graph is cut here; the predictor runs backward once, at the end.
         cut_NR = choice_NR.detach().requires_grad_()
         sums: Sums = {}
         for rows in batch.slices():
@@ -356,7 +356,7 @@ class RoutedObjective(Objective):
 
 
 class PredictorObjective(RoutedObjective):
-    """The predictor alone, on a frozen backbone (inference mode of batch norm, no gradient) or its stored logits."""
+    """Trains the predictor alone, on a frozen backbone (inference mode of batch norm, no gradient) or stored logits."""
 
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
         return self.forward.known_logits(part)
@@ -384,15 +384,16 @@ class CorrectnessObjective(Objective):
 
 
 class JointObjective(RoutedObjective):
-    """Predictor and backbone together.
+    """Trains predictor and backbone together.
 
-    With hard choices the backbone's gradient flows through the chosen resolution only, and the choice's own gradient
-    needs just the values of the others. So each image is trained at its chosen resolution in that resolution's
-    sub-batch, and evaluated at the others without gradient and with batch-norm statistics untouched.
+    With hard choices the backbone's gradient flows through the chosen resolution only, and the gradient of the choice
+    needs only the values at the others. So each image trains at its chosen resolution, in that resolution's sub-batch,
+    and is evaluated at the others without gradient and without an update of batch norm statistics.
 
-    The images that choose a resolution are no fair sample. Statistics of theirs make the resolution worse for all other
-    images, and the predictor learns that it is worse. So the running statistics normalize the sub-batch too, and stay
-    (`frozen`) or first take in the whole batch (`all`); `routed` is the paper's way, the sub-batch's own statistics.
+    The images that choose a resolution are not representative. Their statistics make the resolution worse for all other
+    images, and the predictor learns to avoid it. So running statistics normalize the sub-batch too: they stay as they
+    are (`frozen`), or are first updated from the whole batch (`all`). `routed` uses and collects the sub-batch's own
+    statistics, as the paper does.
     """
 
     def __init__(self, forward: Forward, stage: JointStage, costs_R: Tensor):
@@ -404,15 +405,15 @@ class JointObjective(RoutedObjective):
         return torch.stack([self._logits_at(index, part, chosen_N == index) for index in indices], dim=1)
 
     def _logits_at(self, index: int, part: StepBatch, chosen_N: Tensor) -> Tensor:
-        """Logits (N, K) at one resolution: with gradient for the images that chose it, without for the rest."""
+        """Returns logits (N, K) at one resolution, with gradient for the images that chose it only."""
         side = self.forward.model.resolutions[index]
         images = part.images[side]
-        if self.norm_statistics == "all":  # first: the backward pass of what follows reads the statistics again
+        if self.norm_statistics == "all":  # first, because the backward pass reads the statistics again
             with torch.no_grad():
                 self.forward.backbone({side: images}, index, training=True)
         trained, valued = chosen_N.nonzero().squeeze(1), (~chosen_N).nonzero().squeeze(1)
         logits = []
-        if len(valued):  # first, while the running statistics are still those of the step before
+        if len(valued):  # before the pass that may update the running statistics
             with torch.no_grad():
                 logits.append(self.forward.backbone({side: images[valued]}, index, training=False))
         frozen = self.norm_statistics != "routed"
@@ -423,7 +424,7 @@ class JointObjective(RoutedObjective):
 
 
 def _backward(loss: Tensor, part: StepBatch) -> Tensor:
-    """Add the gradient of a slice's summed loss, over the global batch's size; returns the sum."""
+    """Add the gradient of a slice's summed loss, divided by the global batch's size; returns the sum."""
     (loss / part.global_size).backward()
     return loss.detach()
 

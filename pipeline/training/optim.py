@@ -18,11 +18,11 @@ ONE_CYCLE_END = ONE_CYCLE_START / 10_000
 
 
 def learning_rate(stage: Stage, epoch: float) -> float:
-    """The stage's learning rate after `epoch` epochs (a fraction counts the steps within one).
+    """Returns the stage's learning rate after `epoch` epochs; a fraction counts the steps within an epoch.
 
     Linear warm-up from 0, then either steps (times gamma every step_epochs, counted from the stage's start, as in
     the paper) or a half cosine from the end of the warm-up to zero at the end of the stage. One cycle is a half cosine
-    up during the warm-up and one down after it, between fixed fractions of the peak; the momentum stays as it is.
+    up during the warm-up and one down after it, between fixed fractions of the peak; the momentum is constant.
     """
     if stage.schedule == "one_cycle":
         return stage.lr * _one_cycle(epoch, stage.warmup_epochs, stage.epochs)
@@ -35,41 +35,41 @@ def learning_rate(stage: Stage, epoch: float) -> float:
 
 
 def temperature(stage: RoutedStage, epoch: float) -> float:
-    """The stage's tau after `epoch` epochs."""
+    """Returns the stage's tau after `epoch` epochs."""
     return _annealed(stage.tau_start, stage.tau, stage, epoch)
 
 
 def cost_target(stage: RoutedStage, epoch: float) -> float:
-    """The stage's alpha after `epoch` epochs, in the run's unit of cost."""
+    """Returns the stage's alpha after `epoch` epochs, in the run's unit of cost."""
     return _annealed(stage.alpha_start, stage.alpha, stage, epoch)
 
 
 def _annealed(start: float | None, end: float, stage: RoutedStage, epoch: float) -> float:
-    """Linear from `start` to `end` in the stage's anneal_epochs, and `end` from then on."""
+    """Returns a value that moves linearly from `start` to `end` in anneal_epochs, and is `end` from then on."""
     if start is None:
         return end
     return end + (start - end) * max(0.0, 1 - epoch / (stage.anneal_epochs or stage.epochs))
 
 
 def _one_cycle(epoch: float, rise_epochs: float, epochs: float) -> float:
-    """The rate as a fraction of the peak."""
+    """Returns the rate as a fraction of the peak."""
     if epoch < rise_epochs:
         return _half_cosine(ONE_CYCLE_START, 1.0, epoch / rise_epochs)
     return _half_cosine(1.0, ONE_CYCLE_END, (epoch - rise_epochs) / (epochs - rise_epochs))
 
 
 def _half_cosine(start: float, end: float, done: float) -> float:
-    """From `start` at done = 0 to `end` at done = 1."""
+    """Returns `start` at done = 0, `end` at done = 1, and a half cosine in between."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class MovingAverage(AveragedModel):
     """A copy of `model` that `update_parameters(model)` moves: average = decay * average + (1 - decay) * model.
 
-    The first update copies the model. Batch norms' running statistics are averaged as the weights are: they belong to
-    the activations of the weights that they were measured with, and the average of both lies in the middle of the
-    same window, while the latest statistics beside averaged weights would fit neither. It holds for the resolutions'
-    private statistics one by one: those of a resolution that nobody chose stay, and the average comes to them.
+    The first update copies the model. Running statistics of batch norm are averaged as the weights are: they describe
+    the activations of the weights that they were measured with, so averages of both over the same steps fit together,
+    and the latest statistics would not fit averaged weights. Where no image chooses a resolution, its statistics stay
+    and their average approaches them.
     """
 
     module: DRNet
@@ -84,17 +84,17 @@ def _update(decay: float) -> Callable[[PARAM_LIST, PARAM_LIST, Tensor | int], No
     def update(averaged: PARAM_LIST, current: PARAM_LIST, num_averaged: Tensor | int) -> None:
         if averaged[0].is_floating_point():
             average(averaged, current, num_averaged)
-        else:  # the batch norms' counts of batches have no mean
+        else:  # counts of batches and flags have no mean
             torch._foreach_copy_(averaged, current)
 
     return update
 
 
 def build_optimizer(model: DRNet, stage: Stage, own: nn.Module | None = None) -> torch.optim.Optimizer:
-    """The stage's optimiser over the parameters that it trains; `lr_scale` of a group multiplies the schedule.
+    """Build the stage's optimizer over the parameters that it trains; a group's `lr_scale` multiplies the schedule.
 
     Args:
-        own: the objective's own parameters. They are not decayed: weights of an ensemble have no reason to be equal.
+        own: the objective's own parameters. They have no weight decay, which would pull ensemble weights together.
     """
     predictor_scale = stage.predictor_lr_scale if isinstance(stage, JointStage) else 1.0
     groups = [
@@ -111,7 +111,7 @@ def build_optimizer(model: DRNet, stage: Stage, own: nn.Module | None = None) ->
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    """Every parameter that the optimiser updates, in its order."""
+    """Yield every parameter that the optimizer updates, in its order."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 

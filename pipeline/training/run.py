@@ -1,4 +1,4 @@
-"""What a training run works with: model, data, costs, and whom it reports to."""
+"""What a training run works with: model, data, costs, clock and reporter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.training.checkpoint import OtherRunError, TrainingState
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `epoch` counts within the stage; `data_epoch` over all stages, and keys every random draw."""
+    """The position of a run. `epoch` counts within the stage; `data_epoch` over all stages, and seeds random draws."""
 
     stage: str
     epoch: int
@@ -37,7 +37,7 @@ class Progress:
 
     @property
     def epochs_done(self) -> float:
-        """Epochs of the stage that are done; a fraction counts the steps within one."""
+        """Epochs of the stage that are done; a fraction counts the steps within an epoch."""
         return self.epoch + self.step / self.steps
 
 
@@ -46,18 +46,18 @@ AFTER_BACKBONE, BEFORE_JOINT = "backbone", "before-joint"
 
 
 class Reporter(Protocol):
-    """Where the loop tells what happens; every rank calls it, most of it matters on rank 0 only."""
+    """Receives the loop's progress. Every rank calls it; most of it matters on rank 0 only."""
 
     def step(self, progress: Progress, loss: Tensor) -> None:
-        """A step is done; `loss` is the mean over the global batch, still on the device."""
+        """Report a finished step; `loss` is the mean over the global batch, still on the device."""
         ...
 
     def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
-        """An epoch is done, with what was measured in it."""
+        """Report a finished epoch with its measured values."""
         ...
 
     def message(self, text: str) -> None:
-        """A line for whoever follows the run."""
+        """Report a line of text to the user."""
         ...
 
     def keep(self, name: str, model: DRNet) -> None:
@@ -69,24 +69,24 @@ class Reporter(Protocol):
         ...
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        """Keep the state. It is a view of what trains: who keeps it beyond this call keeps `state.copy()`.
+        """Save the state. It changes as training continues: use `state.copy()` beyond this call.
 
         Args:
-            values: the epoch's, for a checkpoint at its end; empty for one within an epoch.
+            values: the epoch's values at its end; empty within an epoch.
         """
         ...
 
 
 def costs_of_run(model: DRNet, config: Config, file: Path, *, resumed: bool) -> Costs:
-    """GFLOPs, and where the run's cost is milliseconds, those: measured once by rank 0 and kept in `file`.
+    """Measure the costs: GFLOPs and, where the run's cost is milliseconds, those too. Every rank must call it.
 
-    Every rank must call it.
+    Rank 0 measures milliseconds once and stores them in `file`.
 
     Args:
-        resumed: the run has gone on for a while, so its costs are in `file`, or lost.
+        resumed: the run resumes, so `file` must exist.
 
     Raises:
-        OtherRunError: the run's costs are lost, and new ones would be others; on all ranks.
+        OtherRunError: `file` is missing, and new measurements would differ; on all ranks.
     """
     costs = measure_costs(model)
     if config.cost == "flops":
@@ -98,17 +98,17 @@ def costs_of_run(model: DRNet, config: Config, file: Path, *, resumed: bool) -> 
 
 
 def refuse_unreachable(config: Config, costs: Costs) -> None:
-    """Raise ConfigError, on every rank the same, where a stage's alpha cannot be reached with the run's costs."""
+    """Raise ConfigError, on every rank, where a stage's alpha cannot be reached with the run's costs."""
     problems = alpha_problems(config, costs)
     if problems:
         raise ConfigError(problems, f"the run {config.name}")
 
 
 def alpha_problems(config: Config, costs: Costs) -> list[str]:
-    """Each stage whose alpha the candidates cannot reach, or at which the regulariser can never act.
+    """Returns a problem for each stage whose alpha the candidates cannot reach or never exceed.
 
-    Alpha is a target of the backbone's mean cost alone, without the predictor. One in milliseconds can be judged only
-    with costs that were measured.
+    Alpha is a target of the backbone's mean cost, without the predictor. Milliseconds can be checked only with measured
+    costs.
     """
     low, high = min(costs.backbone), max(costs.backbone)
     key, unit = f"alpha_{costs.unit}", "GFLOPs" if costs.latency is None else f"ms ({costs.latency})"
@@ -132,8 +132,8 @@ def alpha_problems(config: Config, costs: Costs) -> list[str]:
 def _latency(model: DRNet, config: Config, file: Path, resumed: bool) -> Latency | ValueError:
     if resumed and not file.exists():
         return OtherRunError(
-            f"{file} is gone, with the milliseconds that the run was trained for so far; measured again they would be "
-            "others. Put it back, or start a run with another name (name=...)"
+            f"{file} with the run's measured milliseconds is missing, and new measurements would differ. Restore the "
+            "file, or start a run with another name (name=...)."
         )
     if not file.exists():
         measure_latency(model, config.cost_batch_size, config.training.precision).save(file)
@@ -155,10 +155,10 @@ SET_UP, TABLE, COMPILE, DATA_WAIT, STEP, EVALUATE, CHECKPOINT = PHASES = (
 
 
 class Goodput:
-    """A clock that is in exactly one phase at any time, so the phases' seconds add up to the whole.
+    """A clock that is in exactly one phase at any time, so the phases' seconds add up to the total.
 
-    It is the time of this process: a GPU works on while the clock is in another phase, and what a stage's first step
-    compiles, allocates or tunes is `compile` with or without torch.compile. It starts in `set_up`.
+    It measures this process: a GPU may still work on an earlier phase. What a stage's first step compiles, allocates or
+    tunes counts as `compile`, with or without torch.compile. The clock starts in `set_up`.
 
     Args:
         now: seconds since some moment.
@@ -175,7 +175,7 @@ class Goodput:
         return MappingProxyType(dict(self._seconds))
 
     def enter(self, phase: str) -> None:
-        """Leave the phase that the clock is in for `phase`, one of PHASES."""
+        """Switch the clock to `phase`, one of PHASES."""
         now = self._now()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
@@ -183,7 +183,7 @@ class Goodput:
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
-        """`phase` for the body, then the phase of before."""
+        """Switch to `phase` for the body, then back."""
         before = self._phase
         self.enter(phase)
         try:
@@ -192,7 +192,7 @@ class Goodput:
             self.enter(before)
 
     def metrics(self) -> dict[str, float]:
-        """`goodput_PHASE_seconds`, and `goodput_PHASE_share` of the total, a fraction of 1."""
+        """Returns `goodput_PHASE_seconds`, and `goodput_PHASE_share` of the total, a fraction of 1."""
         seconds = self.seconds
         total = sum(seconds.values()) or 1.0
         return {f"goodput_{phase}_seconds": value for phase, value in seconds.items()} | {
@@ -201,7 +201,7 @@ class Goodput:
 
 
 class Epoch(Protocol):
-    """One pass over a loader's batches; closing it in the middle is allowed."""
+    """One pass over a loader's batches; it may be closed in the middle."""
 
     def __iter__(self) -> Iterator: ...
 
@@ -211,7 +211,7 @@ class Epoch(Protocol):
 
 
 class Batches(Protocol):
-    """What the loop asks of a loader; datasets.loading.loader.MultiResolutionLoader is one."""
+    """The loader's interface for the loop; datasets.loading.loader.MultiResolutionLoader implements it."""
 
     @property
     def num_samples(self) -> int: ...
@@ -235,7 +235,7 @@ class Run:
     """Everything that a training run works with.
 
     Attributes:
-        manifest: of the prepared data that the loaders read.
+        manifest: describes the prepared data that the loaders read.
         tables: folder of logit tables, the same for every rank.
     """
 

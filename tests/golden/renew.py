@@ -1,7 +1,7 @@
-"""Write the golden curve anew: `python -m tests.golden.renew`.
+"""Rewrite the golden curve: `python -m tests.golden.renew`.
 
-For a change that is meant to change what training computes: say in its commit why the curve moved. It prints the
-largest relative difference to the curve of before.
+Run it after a change that is meant to change what training computes, and say in the commit why the curve moved. It
+prints the largest relative difference to the old curve.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import pytest
 
 from tests.golden.curve import FILE, losses
 
-# Other kernels for the same formulas (NCHW, no oneDNN, AVX2, SSE) moved a loss by at most 3e-7 of it, and weights that
-# started 1e-6 apart by 1.2e-6; from 1e-5 on single ReLUs flip and it is up to 7e-3. The tolerance lies in between, and
-# far below what another formula does: Nesterov momentum instead of plain moved four of the first six losses past it.
+# Other kernels for the same formulas (NCHW, no oneDNN, AVX2, SSE) change a loss by at most 3e-7 of it. Weights that
+# start 1e-6 apart change it by 1.2e-6; from 1e-5 on, single ReLUs flip and change it by up to 7e-3. Another formula
+# changes it more: with Nesterov momentum, four of the first six losses are outside this tolerance.
 RTOL = 1e-3
 
 
@@ -18,4 +18,4 @@ def test_the_losses_of_a_fixed_run_are_the_golden_ones() -> None:
     golden, curve = json.loads(FILE.read_text()), losses()
     assert {stage: len(values) for stage, values in curve.items()} == {"backbone": 6, "predictor": 3, "joint": 3}
     for stage, values in curve.items():
-        assert values == pytest.approx(golden[stage], rel=RTOL), f"{stage}; meant to be? python -m tests.golden.renew"
+        assert values == pytest.approx(golden[stage], rel=RTOL), f"{stage}; intended? Run tests.golden.renew"

@@ -29,11 +29,11 @@ STAGES = {
     "joint all": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0, norm_statistics="all"),
     "joint routed": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0, norm_statistics="routed"),
 }
-# Which of a batch of 5 ranks hold: one of them none, one of them a single image. In two slices, what the ranks together
-# hold of a slice is what one process holds of it.
+# How ranks share a batch of 5: some rank has no image, some has one. In two slices, the ranks together hold the same
+# images of a slice as one process.
 PARTS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2, 3], [4]], 3: [[0, 2, 3], [], [1, 4]]}
-# Batch norm by running statistics, or by the batch's over all ranks: with a rank's own, k ranks differ by design. With
-# running ones, k ranks take k slices, and one process the batch as a whole.
+# Batch norm with running statistics, or with the batch's over all ranks: with a rank's own, k ranks differ by design.
+# With running statistics, k ranks take k slices, and one process takes the whole batch.
 NUM_SLICES: dict[str, int | None] = {"running": None, "synchronized": 1, "synchronized, sliced": 2}
 CASES = [f"{stage} {norm}" for stage in STAGES for norm in NUM_SLICES]
 
@@ -75,7 +75,7 @@ def steps_of(rank: int, world_size: int, norm: str) -> States:
 
 
 def divergence_of(rank: int, world_size: int) -> str:
-    """What a rank says when the last of them, at its second step, has a loss that is not a number."""
+    """Returns a rank's error when the loss of the last rank is NaN in the second step."""
     watch = DivergenceMonitor(max_loss=None, last_checkpoint="checkpoint_x")
     for step in (1, 2, 3):
         loss = torch.tensor(math.nan if (step, rank) == (2, world_size - 1) else 1.0)
@@ -89,7 +89,7 @@ def divergence_of(rank: int, world_size: int) -> str:
 
 
 def costs_on(folder: str) -> list[float]:
-    """The milliseconds that this rank trains with: one rank measures them."""
+    """Returns the milliseconds that this rank trains with; one rank measures them."""
     tree = {"name": "ranks", "cost": "milliseconds", "cost_batch_size": 2, "stages": {"backbone": {"epochs": 1}}}
     config = parse_config(tree | {"data": {"dataset": "glyphs", "folder": folder}})
     costs = costs_of_run(small_model(), config, Path(folder) / "latency.json", resumed=False)
@@ -106,7 +106,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def _plain(name: str) -> str:
-    """The name in the model of what is the moving average's."""
+    """Returns the model's name for an entry of the moving average."""
     return name.removeprefix("averaged.")
 
 
@@ -140,7 +140,7 @@ def test_the_steps_moved_the_weights(case: str) -> None:
 
 
 def test_a_frozen_backbone_keeps_its_bits_on_any_number_of_ranks() -> None:
-    """A logit table is found again by them."""
+    """The key of a logit table depends on them."""
     before = small_model().state_dict()
     for result in (*results_of(1), *results_of(3)):
         for norm in NUM_SLICES:

@@ -17,7 +17,7 @@ from tests.table_runs import config_of, run_of, write_data
 
 
 def train_predictor(data: Path, tables: Path) -> tuple[dict[str, Tensor], list[dict[str, float]], list[str]]:
-    """Two epochs on a new table; the weights after them, what each epoch reported, and what was said of the table."""
+    """Train two epochs on a new table; returns the weights, each epoch's values, and messages about the table."""
     # Batch norm by running statistics: with a rank's own, k ranks differ from one process by design.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objectives, "MIN_IMAGES_FOR_STATISTICS", 1000)
@@ -27,7 +27,7 @@ def train_predictor(data: Path, tables: Path) -> tuple[dict[str, Tensor], list[d
 
 
 def refusal_of(data: Path, tables: Path) -> str:
-    """What is said of a backbone whose logits float16 cannot hold."""
+    """Returns the error for a backbone whose logits do not fit float16."""
     run, _ = run_of(config_of(data), tables)
     with torch.no_grad():
         run.model.backbone.network.fc.bias.fill_(1e5)

@@ -174,7 +174,9 @@ def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(folder: Path
     assert 1 <= values["train_milliseconds_backbone"] <= 3
     assert values["milliseconds_routed"] == pytest.approx(report["headline"]["mean_cost"])
 
-    assert evaluate_run(config).report["rows"] == report["rows"], "a second evaluation gives the same"
+    (folder / "moved").symlink_to(folder / "data")
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"folder": folder / "moved"})})
+    assert evaluate_run(moved).report["rows"] == report["rows"], "the same from where the data are now"
     run.latency.unlink()
     measured = evaluate_run(config, "milliseconds").report["costs"]["latency"]
     assert (measured["batch_size"], measured["device"]) == (4, "the CPU")

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import argparse
 import copy
+import importlib.util
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from pipeline.models.backbone import ResolutionBackbone, SmallResNet, build_backbone
 
@@ -22,7 +29,7 @@ def backbone() -> ResolutionBackbone:
 
 
 def save_plain(path: Path, num_classes: int, seed: int = 7, name: str = "resnet18") -> dict[str, torch.Tensor]:
-    """A state-dict file of torchvision's model whose batch norms hold something else than their defaults."""
+    """Save a state dict of torchvision's model with batch norms that differ from their defaults."""
     torch.manual_seed(seed)
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     network.train()(images(2, 64))
@@ -80,7 +87,7 @@ def test_state_dict_round_trip_holds_every_private_norm_once(backbone: Resolutio
 
 
 def test_switching_resolution_reaches_a_compiled_network(backbone: ResolutionBackbone):
-    """Compiled code must not keep the norms that were active when it was traced."""
+    """Compiled code must not stay with the norms that were active during tracing."""
     reference, compiled = copy.deepcopy(backbone), torch.compile(copy.deepcopy(backbone), backend="eager")
     for step, index in enumerate((0, 1, 0, 1)):
         batch = images(2, (32, 48)[index], seed=step)
@@ -137,7 +144,7 @@ def test_weights_file_reaches_every_private_norm(tmp_path: Path):
         assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
-def test_classifier_of_other_classes_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_classifier_of_other_classes_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     state = save_plain(tmp_path / "weights.pt", num_classes=11)
     with caplog.at_level(logging.WARNING):
         network = build_backbone("resnet18", 5, 2, weights=str(tmp_path / "weights.pt")).at(1)
@@ -155,8 +162,55 @@ def test_weights_without_batch_counters_are_accepted(tmp_path: Path):
     assert torch.equal(network.bn1.running_mean, state["bn1.running_mean"])
 
 
+def averaged_and_compiled(network: nn.Module) -> dict[str, torch.Tensor]:
+    return AveragedModel(torch.compile(nn.DataParallel(network), backend="eager")).state_dict()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda network: nn.DataParallel(network).state_dict(),
+        lambda network: torch.compile(network, backend="eager").state_dict(),
+        averaged_and_compiled,
+        lambda network: {"state_dict": {f"model.{key}": value for key, value in network.state_dict().items()}},
+        lambda network: {"model": network.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        lambda network: {"model_state_dict": network.state_dict(), "optimizer_state_dict": {"lr": 0.1}},
+        lambda network: {"arch": "resnet18", "state_dict_ema": network.state_dict(), "metric": 71.0},
+    ],
+    ids=["DataParallel", "compiled", "averaged", "model.", "model", "model_state_dict", "state_dict_ema"],
+)
+def test_weights_of_wrapped_models_and_training_checkpoints_load(
+    tmp_path: Path, wrap: Callable[[nn.Module], dict[str, Any]]
+):
+    network = torchvision.models.resnet18(num_classes=5)
+    torch.save(wrap(network), tmp_path / "weights.pt")
+    loaded = build_backbone("resnet18", 5, 2, weights=str(tmp_path / "weights.pt")).at(1).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in network.state_dict().items())
+
+
+def test_safetensors_load_where_the_package_is_installed(tmp_path: Path):
+    state, path = SmallResNet(5, 0.5).state_dict(), tmp_path / "weights.safetensors"
+    header, offset = {}, 0
+    for name, value in state.items():
+        size, kind = value.numel() * value.element_size(), "F32" if value.is_floating_point() else "I64"
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    data = b"".join(value.numpy().tobytes() for value in state.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    if importlib.util.find_spec("safetensors") is None:
+        with pytest.raises(ValueError, match=r"need the package safetensors\. Install it"):
+            build_backbone("small_resnet", 5, 2, width=0.5, weights=str(path))
+        return
+    loaded = build_backbone("small_resnet", 5, 2, width=0.5, weights=str(path)).at(1).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        build_backbone("small_resnet", 5, 2, width=0.5, weights=str(path))
+
+
 class _NotAStateDict:
-    """Stands for what only an unsafe load would bring to life."""
+    """An object that only an unsafe load would create."""
 
 
 @pytest.mark.parametrize(
@@ -166,7 +220,11 @@ class _NotAStateDict:
         (b"", "cannot be read"),
         (_NotAStateDict(), "cannot be read"),
         ([1, 2], "not a state dict"),
-        ({"epoch": 3}, "not a state dict"),
+        ({"epoch": 3, "lr": 0.1}, "not a state dict .* has the entries epoch, lr"),
+        ({"format": 1, "state": {}, "classes": []}, "a model or checkpoint of this project.*init_from"),
+        ({"format": 2, "data_epoch": 1, "model": {}}, "a model or checkpoint of this project.*init_from"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 46830571\n", "Git LFS pointer"),
+        (b"\n <!DOCTYPE html>\n<html><body>Not found</body></html>", "a web page, not weights"),
         ({"conv1.weight": torch.zeros(1)}, "do not fit"),
     ],
 )
@@ -191,7 +249,7 @@ def test_weights_of_another_network_are_refused_with_every_kind_of_misfit(tmp_pa
     [
         ("resnet18", "IMAGENET1K_V7", "IMAGENET1K_V1"),
         ("resnet18", "ResNet50_Weights.IMAGENET1K_V2", "ResNet18|IMAGENET1K_V1"),
-        ("resnet18", "missing.pt", "neither a file"),
+        ("resnet18", "missing.pt", "is not a file, and not one of"),
         ("small_resnet", "IMAGENET1K_V1", "no published weights"),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_file_holds_the_state_to_the_bit(states: list[TrainingState], index: i
             assert same, field
 
 
-def test_a_copy_stays_as_it_was_while_training_goes_on(states: list[TrainingState]) -> None:
+def test_a_copy_stays_the_same_while_training_continues(states: list[TrainingState]) -> None:
     state = states[0].copy()
     copied = state.copy()
     weight, momentum = state.model["backbone.network.fc.weight"], state.optimizer["state"][0]["momentum_buffer"]
@@ -66,7 +66,7 @@ def test_a_copy_stays_as_it_was_while_training_goes_on(states: list[TrainingStat
     assert before[1].any()
 
 
-def test_a_state_of_another_configuration_is_refused_by_its_keys(states: list[TrainingState]) -> None:
+def test_a_state_of_another_configuration_is_refused_with_the_changed_keys(states: list[TrainingState]) -> None:
     changed = config_of(training={"batch_size": 6, "accumulate": 2})
     with pytest.raises(OtherRunError) as caught:
         train(run_of(changed, Recorder()), states[0])
@@ -82,7 +82,7 @@ def test_a_state_of_other_data_is_refused_by_the_digest(states: list[TrainingSta
         states[0].refuse_other(config_of(), "ffff")
 
 
-def test_what_is_free_to_change_and_where_the_data_lie_may_differ(states: list[TrainingState]) -> None:
+def test_free_fields_and_the_place_of_the_data_may_differ(states: list[TrainingState]) -> None:
     config = config_of(
         training={"max_loss": 5.0},
         cluster={"max_failures": 9, "storage": "elsewhere"},
@@ -92,7 +92,7 @@ def test_what_is_free_to_change_and_where_the_data_lie_may_differ(states: list[T
     states[0].refuse_other(config, run_of(config, Recorder()).manifest.digest)
 
 
-def test_a_model_is_read_with_the_statistics_that_it_normalises_with(tmp_path: Path) -> None:
+def test_a_model_is_read_with_its_own_mean_and_std(tmp_path: Path) -> None:
     run = run_of(config_of(), Recorder())
     run.model.mean.copy_(torch.tensor([0.125, 0.25, 0.5]))  # of another model, which a stage began from
     save_model(tmp_path / "model.pt", run.model, run.config, classes=run.manifest.classes)

@@ -26,7 +26,7 @@ def warning_of(shares: tuple[float, ...], oracle: tuple[float, ...], stage: Join
     ],
     ids=["middle, within alpha", "middle, above alpha", "largest", "smallest"],
 )
-def test_a_collapse_is_told_with_what_to_change(shares: tuple[float, ...], stage: JointStage, change: str) -> None:
+def test_a_collapse_warning_says_what_to_change(shares: tuple[float, ...], stage: JointStage, change: str) -> None:
     warning = warning_of(shares, (0.2, 0.3, 0.5), stage)
     assert warning is not None
     index = shares.index(max(shares))

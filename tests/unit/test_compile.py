@@ -23,7 +23,7 @@ DISTILLATION = BackboneStage(epochs=1, distillation="learned")
 
 
 def routed(count: int, step: int) -> StepBatch:
-    """A batch whose images are sent to resolutions at random, other ones in every step."""
+    """Returns a batch whose images go to random resolutions, different in every step."""
     generator = torch.Generator().manual_seed(step)
     return dataclasses.replace(batch_of(count), gumbel_NR=3 * torch.randn(count, 3, generator=generator))
 
@@ -37,7 +37,7 @@ def test_sub_batches_of_any_size_share_graphs() -> None:
 
     compiled, plain = small_model(), small_model()
     compile_backbone(compiled.backbone, backend=kept)
-    measure_costs(compiled)  # counts on the compiled network, which must not keep it from being compiled
+    measure_costs(compiled)  # counting on the network must not prevent its compilation
     counts = []
     for _ in range(2):
         for step, count in enumerate((16, 15, 5, 13, 3, 10)):
@@ -53,7 +53,7 @@ def test_sub_batches_of_any_size_share_graphs() -> None:
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by what torch's own compiler imports
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by an import of torch's compiler
 def test_training_compile_gives_the_gradient_of_the_plain_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -77,7 +78,7 @@ def test_the_papers_recipe_is_shipped():
     assert (stages.backbone.epochs, stages.backbone.step_epochs, stages.backbone.warmup_epochs) == (70, 20, 3)
     assert stages.joint is not None
     assert (stages.joint.epochs, stages.joint.step_epochs, stages.joint.eta) == (100, 30, 0.2)
-    assert stages.joint.predictor_lr_scale == 0.1
+    assert (stages.joint.predictor_lr_scale, stages.joint.norm_statistics) == (0.1, "routed")
     assert load_config("imagenet100").model.predictor.architecture == 1
     assert load_config("imagenet100-strong").model.predictor.architecture == 3
 
@@ -136,6 +137,7 @@ def test_the_last_override_wins(file):
     assert load_config(file, ["seed=1", "seed=2"]).seed == 2
 
 
+@settings(deadline=None)
 @given(seed=st.integers(), lr=st.floats(min_value=1e-12, max_value=1e6), epochs=st.integers(1, 10**9))
 def test_overrides_keep_numbers_exact(tmp_path_factory, seed, lr, epochs):
     file = tmp_path_factory.getbasetemp() / "numbers.yaml"
@@ -182,7 +184,9 @@ def test_the_error_names_the_file_and_counts(file):
     [
         ("model.resolution=[64]", "Did you mean model.resolutions"),
         ("clip_grad_norm=1", "Did you mean stages."),
-        ("stages.backbone.alpha_gflops=1", "Did you mean stages.joint.alpha_gflops"),
+        ("stages.backbone.alpha_gflops=1", "Did you mean stages.predictor.alpha_gflops or stages.joint.alpha_gflops"),
+        ("lr=1", "Did you mean stages.backbone.lr or stages.predictor.lr or"),
+        ("stages.backbone.epoch=1", "Did you mean stages.backbone.epochs?"),
         ("zzz=1", "Allowed keys: cluster, cost, cost_batch_size, data, loader, model, name,"),
     ],
 )
@@ -254,6 +258,17 @@ def test_a_crop_wider_than_high_is_allowed():
         (b"name: [1", "not YAML"),
         (b"\xff\xfe\x00", "not UTF-8 text (byte 0xff at position 0)"),
         (b"name: !!python/object/apply:os.getcwd []", "not YAML"),
+        (b"name: a\ndata:\n\tdataset: b\n", "not YAML (line 3, column 1): found character '\\t'"),
+        (b"source: /d/my: photos\n", "line 1, column 14): mapping values are not allowed here. Check the indentation"),
+        (b"data: {folder: d\nname: a\n", "line 2, column 5, in the part that starts in line 1): expected ',' or '}'"),
+        (b"name: 'a\n", "Close every quote"),
+        (b"a: 1\n---\nb: 2\n", "found another document. Remove the lines ---"),
+        (b"? [a]\n: b\n", "found unhashable key"),
+        (b"name: a\x01b\n", "control character 0x1 at position 7"),
+        (b"seed: " + b"9" * 5000, "a number or a tagged value that cannot be read"),
+        (b"seed: !!int x", "a number or a tagged value that cannot be read"),
+        (b"seed: !!bool x", "a number or a tagged value that cannot be read"),
+        (b"seed: !!timestamp x", "a number or a tagged value that cannot be read"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, named):
@@ -278,6 +293,43 @@ def test_a_malformed_override_is_refused(file, override, named):
     (problem,) = problems_of(file, override)
 
     assert named in problem
+
+
+@settings(deadline=None)
+@given(
+    content=st.binary(max_size=80) | st.text("abn:-{}[],&*!|>'\"%@`#?\\ \t\n0.", max_size=60).map(str.encode),
+    override=st.text(max_size=40)
+    | st.builds("{}={}".format, st.sampled_from([key for key, *_ in describe_fields()]), st.text(max_size=20)),
+)
+def test_any_file_and_any_override_is_a_configuration_or_a_config_error(tmp_path_factory, content, override):
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    for text, overrides in ((content, []), (yaml.safe_dump(SMALLEST).encode(), [override])):
+        file.write_bytes(text)
+        with contextlib.suppress(ConfigError):
+            load_config(file, overrides)
+
+
+def test_a_folder_is_no_configuration(file, tmp_path):
+    with pytest.raises(ConfigError, match=r"this is a folder\. Give .*config\.yaml"):
+        find_config(tmp_path)
+
+
+def test_a_union_is_explained_once(file):
+    assert problems_of(file, "search.gpus_per_trial=x") == ["search.gpus_per_trial is 'x'. Give a number or auto"]
+    assert problems_of(file, "search.gpus_per_trial=2") == ["search.gpus_per_trial is 2. Give at most 1 or auto"]
+    assert problems_of(file, "data.max_side=x") == ["data.max_side is 'x'. Give an integer or null"]
+
+
+def test_text_that_is_not_utf_8_is_refused_and_a_path_is_not(file):
+    [name], [key] = problems_of(file, "tracking.experiment=caf\udce9"), problems_of(file, "caf\udce9=1")
+    assert name.endswith("Give text in UTF-8")
+    assert key.endswith("is not text in UTF-8")
+    config = load_config(file, ["data.folder=caf\udce9"])
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_a_missing_space_after_a_colon_is_named(file):
+    assert any("Write a space after the colon" in problem for problem in problems_of(file, "stages.joint={epochs:3}"))
 
 
 def test_a_config_is_found_by_path_and_by_name(file, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.store.artifact.utils.models import _parse_model_uri
 from mlflow.utils.validation import (
@@ -117,6 +117,7 @@ def test_a_switch_accepts_old_and_new_yaml(file: Path, text: str) -> None:
     assert load_config(file, [f"training.compile={text}"]).training.compile is True
 
 
+@settings(deadline=None)
 @given(value=st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.booleans() | st.text())
 def test_a_dumped_value_is_read_back(value: Any) -> None:
     found, problems = read_yaml(yaml.safe_dump({"x": value}), None)
@@ -125,6 +126,7 @@ def test_a_dumped_value_is_read_back(value: Any) -> None:
     assert type(found["x"]) is type(value)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
 def test_any_name_is_a_path(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     file = tmp_path_factory.getbasetemp() / "literal.yaml"
@@ -280,6 +282,7 @@ NAMES = (
 )
 
 
+@settings(deadline=None)
 @given(NAMES)
 def test_mlflow_accepts_every_registry_name_and_alias_that_is_accepted_here(text: str) -> None:
     for key, check in (("name", _validate_model_name), ("alias", _validate_model_alias_name)):
@@ -309,6 +312,7 @@ def test_an_alias_that_mlflow_cannot_use_is_refused(file: Path, alias: str) -> N
     assert problem.startswith("registry.alias is ")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=600))
 def test_mlflow_accepts_every_experiment_name_that_is_accepted_here(text: str) -> None:
     try:

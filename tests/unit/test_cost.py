@@ -83,6 +83,6 @@ def test_images_too_small_for_the_network_are_refused():
         measure_costs(model)
 
 
-def test_relative_costs_run_from_the_cheapest_to_the_dearest():
+def test_relative_costs_run_from_the_lowest_to_the_highest():
     assert Costs((96, 64, 32), (0.9, 0.4, 0.1), 0.03).relative == pytest.approx((1, 0.375, 0))
     assert Costs((96,), (0.9,), 0.03).relative == (0,)

@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import ctypes
 import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from datasets.loading.decode import CenterCrop, Memory, RandomResizedCrop
 from datasets.loading.kernels import LIBRARY, crop_box, crop_boxes, uniform
 from datasets.loading.order import pack_keys
 from tests.betons import jpeg_bytes, photograph
+from tests.unit.test_sources import PERMISSIONS_HOLD
 
 WHOLE = CenterCrop(1.0).parameters()
 
@@ -316,3 +322,32 @@ def test_draws_of_neighbouring_samples_and_epochs_are_unrelated():
         assert np.abs(draws.mean(axis=0) - 0.5).max() < 0.03
         related = np.corrcoef(np.concatenate([draws[:-1], draws[1:]], axis=1).T) - np.eye(8)
         assert np.abs(related).max() < 0.1
+
+
+IMPORT_KERNELS = """
+import os
+from datasets.loading import kernels
+import numpy as np
+assert kernels.crop_boxes(np.zeros(1, np.uint64), np.full((1, 2), 8), (0.0,) * 5 + (1.0,)).tolist() == [[0, 0, 8, 8, 0]]
+print(os.environ["NUMBA_CACHE_DIR"])
+"""
+
+
+def test_compiled_code_is_kept_in_a_temporary_folder_if_nothing_else_can_be_written(tmp_path):
+    project, home, temporary = tmp_path / "project", tmp_path / "home", tmp_path / "tmp"
+    shutil.copytree(Path(kernels.__file__).parents[1], project / "datasets", ignore=shutil.ignore_patterns("*.pyc"))
+    for folder in (project / "datasets" / "loading" / "__pycache__", home, temporary):
+        folder.mkdir(exist_ok=True)
+    for folder in (project, home, *(path for path in project.rglob("*") if path.is_dir())):
+        folder.chmod(0o555)
+    command = [*PERMISSIONS_HOLD, sys.executable, "-c", IMPORT_KERNELS]
+    kept = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    environment = {**kept, "HOME": str(home), "TMPDIR": str(temporary)}
+    for _ in range(2):
+        child = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
+        assert child.stderr == ""
+        assert child.stdout.strip() == str(temporary / f"numba-cache-{os.getuid()}")
+    assert [path.suffix for path in temporary.rglob("*crop_boxes*.nbc")] == [".nbc"]
+    (temporary / f"numba-cache-{os.getuid()}").chmod(0o777)  # another user could have put code there
+    child = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.strip() != str(temporary / f"numba-cache-{os.getuid()}")

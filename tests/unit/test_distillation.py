@@ -26,7 +26,7 @@ def objective_of(model: DRNet, stage: BackboneStage) -> BackboneObjective:
 
 
 def dropout_model() -> DRNet:
-    """With dropout before the classifier, so that a pass that is run again has to draw the same masks."""
+    """A model with dropout before the classifier, so that a repeated pass must draw the same masks."""
     model = small_model()
     network = model.backbone.network
     network.fc = nn.Sequential(nn.Dropout(0.5), network.fc)
@@ -34,7 +34,7 @@ def dropout_model() -> DRNet:
 
 
 def naive_step(model: DRNet, scores_R: Tensor, batch: StepBatch, stage: BackboneStage) -> float:
-    """All graphs at once; sums over classes written out. The resolutions' order is the one that masks are drawn in."""
+    """All graphs at once, with explicit sums over classes. Dropout masks are drawn in the order of the resolutions."""
     model.train()
     logits = {index: model.static_logits(batch.images, index) for index in (1, 2, 0)}
     weights_R = scores_R.exp() / scores_R.exp().sum()
@@ -130,7 +130,7 @@ def test_divergence_is_that_of_the_definition_and_zero_for_equal_logits() -> Non
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that were alive at a time, of tensors that operators made."""
+    """Returns the peak bytes of tensors that operators create."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -92,6 +92,6 @@ def test_a_model_that_cannot_be_built_is_refused(changes: dict[str, Any]):
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), STD), (MEAN, (0.1, 0, 0.1)), (MEAN, (0.1, 0.1))])
-def test_statistics_that_cannot_normalise_are_refused(mean: tuple[float, ...], std: tuple[float, ...]):
+def test_statistics_that_cannot_normalize_are_refused(mean: tuple[float, ...], std: tuple[float, ...]):
     with pytest.raises(ValueError, match="3 values"):
         small_model(mean, std)

@@ -1,4 +1,4 @@
-"""What only a GPU shows; without Ray, MLflow and FFCV: `pytest --noconftest -m gpu tests/unit/test_gpu.py`."""
+"""Tests that need a GPU, without Ray, MLflow and FFCV: `pytest --noconftest -m gpu tests/unit/test_gpu.py`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_bfloat16_on_a_gpu_is_near(programs: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_what_fills_a_recording_up_is_not_in_the_answer() -> None:
+def test_images_that_fill_up_a_recording_are_not_in_the_result() -> None:
     program = GraphedProgram(lambda images: images.float().sum(dim=(1, 2)), torch.device("cuda"))
     for count in (40, 33, 9):
         images = crops(count)[24]

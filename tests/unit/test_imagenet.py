@@ -138,7 +138,27 @@ def tree_and_tar(root):
     write_kaggle_labels(root)
 
 
-LAYOUTS = [official_tars, arranged_tree, kaggle, class_tars_and_unpacked_devkit, tree_and_tar]
+def train_tar_of_folders(root):
+    members = [(f"train/{wnid}/{name}", data) for wnid, files in train_images().items() for name, data in files.items()]
+    write_tar(root / "ILSVRC2012_img_train.tar", members)
+    write_validation_tree(root / "val")
+
+
+def kaggle_with_a_byte_order_mark(root):
+    kaggle(root)
+    labels = root / "LOC_val_solution.csv"
+    labels.write_bytes(b"\xef\xbb\xbf" + labels.read_bytes())
+
+
+LAYOUTS = [
+    train_tar_of_folders,
+    kaggle_with_a_byte_order_mark,
+    official_tars,
+    arranged_tree,
+    kaggle,
+    class_tars_and_unpacked_devkit,
+    tree_and_tar,
+]
 
 
 def scan(root, per_class=None, seed=0):
@@ -188,12 +208,12 @@ def test_all_missing_classes_are_named(tmp_path):
 
 
 def test_missing_parts_are_explained_with_the_layouts(tmp_path):
-    with pytest.raises(SourceError, match=r"is not a folder.*it is read from any of"):
+    with pytest.raises(SourceError, match=r"is not a folder.*these layouts are read"):
         scan(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match=r"no ILSVRC2012 training and no validation images; it is read from any of"):
+    with pytest.raises(SourceError, match=r"no ILSVRC2012 training and no validation images; these layouts are read"):
         scan(tmp_path)
     write_train_tar(tmp_path)
-    with pytest.raises(SourceError, match="holds no ILSVRC2012 validation images"):
+    with pytest.raises(SourceError, match="has no ILSVRC2012 validation images"):
         scan(tmp_path)
 
 
@@ -210,7 +230,7 @@ def test_validation_images_without_ground_truth_are_named(tmp_path):
     write_flat_validation(tmp_path / "val")
     write_devkit(tmp_path)
     (tmp_path / "val" / "ILSVRC2012_val_00000999.JPEG").write_bytes(jpeg())
-    with pytest.raises(SourceError, match=r"does not know .*ILSVRC2012_val_00000999\.JPEG"):
+    with pytest.raises(SourceError, match=r"devkit_t12\.tar\.gz has no class .*ILSVRC2012_val_00000999\.JPEG"):
         scan(tmp_path).read_index()
 
 
@@ -220,7 +240,7 @@ def test_truncated_tars_are_named(tmp_path, name, left):
     official_tars(tmp_path)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * left)])
-    with pytest.raises(SourceError, match=rf"{name}.*fetch it again"):
+    with pytest.raises(SourceError, match=rf"{name}.*download it again"):
         scan(tmp_path).read_index()
 
 
@@ -239,3 +259,56 @@ def test_state_changes_with_tars_and_labels(tmp_path):
         os.utime(name, ns=(1, 1))
         states.append(scan(tmp_path).state)
     assert len(set(states)) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            "ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
+            r"solution\.csv, line 2: the PredictionString of .* is empty",
+        ),
+        ("ImageId,PredictionString\nILSVRC2012_val_00000001\n", r"line 2: there is no ImageId or no PredictionString"),
+        ("id,boxes\nILSVRC2012_val_00000001,n1\n", r"line 2: .*; the columns are id, boxes"),
+    ],
+)
+def test_unusable_kaggle_labels_are_named_with_their_line(tmp_path, rows, message):
+    kaggle(tmp_path)
+    (tmp_path / "LOC_val_solution.csv").write_text(rows)
+    with pytest.raises(SourceError, match=message):
+        scan(tmp_path).read_index()
+
+
+def test_an_unusable_ground_truth_is_named_with_its_line(tmp_path):
+    class_tars_and_unpacked_devkit(tmp_path)
+    truth = tmp_path / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("7\nseven\n")
+    with pytest.raises(SourceError, match=r"line 2 of data/ILSVRC2012_validation_ground_truth\.txt is 'seven'"):
+        scan(tmp_path).read_index()
+
+
+def test_a_train_tar_of_other_things_lists_the_layouts(tmp_path):
+    write_validation_tree(tmp_path / "val")
+    write_tar(tmp_path / "ILSVRC2012_img_train.tar", [("images/1.JPEG", jpeg())])
+    with pytest.raises(SourceError, match=r"(?s)no images of the 3 classes \(it has images/1\.JPEG\); these layouts"):
+        scan(tmp_path).read_index()
+
+
+def test_links_in_tars_are_refused(tmp_path):
+    train_tar_of_folders(tmp_path)
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "a") as archive:
+        link = tarfile.TarInfo(f"train/{CLASSES[0]}/link.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "other.JPEG"
+        archive.addfile(link)
+    with pytest.raises(SourceError, match=r"not files, such as links: train/\w+/link\.JPEG; unpack it"):
+        scan(tmp_path).read_index()
+
+
+def test_a_broken_link_among_flat_validation_images_is_a_bad_image(tmp_path):
+    kaggle(tmp_path)
+    one = sorted((tmp_path / "ILSVRC/Data/CLS-LOC/val").iterdir())[1]
+    one.unlink()
+    one.symlink_to(tmp_path / "nowhere")
+    refs = {ref.path: ref for ref in scan(tmp_path).read_index().splits["validation"]}
+    with pytest.raises(OSError, match=r"it is a link to .*nowhere"):
+        read_bytes(refs[str(one)])

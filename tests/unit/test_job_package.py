@@ -57,6 +57,16 @@ def test_a_path_that_is_deleted_with_the_job_is_refused(package: Path) -> None:
     assert [problem.split()[0] for problem in package_problems(config, package, preparing=True)] == ["data.folder"]
 
 
+@pytest.mark.parametrize(
+    "uri", ["sqlite:///a%20b/mlflow.db?timeout=5", "sqlite:///{package}/100%25.db", "sqlite:///q%3Fx/m.db"]
+)
+def test_a_quoted_sqlite_file_in_the_package_is_refused(package: Path, uri: str) -> None:
+    [problem] = package_problems(config_of(tracking={"uri": uri.format(package=package)}), package)
+    assert "is in the package of this Ray job" in problem
+    beside = f"sqlite:///{package.parent}/mlflow%3F.db"
+    assert list(package_problems(config_of(tracking={"uri": beside}), package)) == []
+
+
 def test_an_absolute_path_into_the_package_is_refused_too(package: Path) -> None:
     [problem] = package_problems(config_of(cluster={"storage": str(package / "runs")}), package)
     assert problem.startswith("cluster.storage")

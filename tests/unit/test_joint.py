@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from pipeline.cluster.driver import _collect
+from pipeline.cluster.worker import PREDICTIONS
+from pipeline.config.run_folder import RunFolder
 from pipeline.evaluation.budget import biased_choice, fit_bias
 from pipeline.evaluation.joint import better
 from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import Costs, Latency
+from pipeline.training.run import BEFORE_JOINT
 
 COSTS = Costs((96, 64, 32), (9.0, 4.0, 1.0), 0.5)
 MILLISECONDS = Costs((96, 64, 32), (9.0, 4.0, 1.0), 0.5, Latency((3.0, 1.5, 1.0), 0.1, 1, "float32", "CPU", 1, "2"))
@@ -95,3 +101,39 @@ def test_predictions_of_other_images_are_refused() -> None:
     other = Predictions(one.resolutions, one.labels_N, one.indices_N + 1, one.logits_NRK, one.predictor_logits_NR)
     with pytest.raises(ValueError, match="other images"):
         better(one, other, COSTS)
+
+
+def write_checkpoint(folder: Path, models: dict[str, Predictions]) -> Path:
+    """Write what two ranks report at a run's end: even and odd images of each model, and the model."""
+    folder.mkdir()
+    (folder / "model.pt").write_bytes(b"after")
+    for name, predictions in models.items():
+        for rank in range(2):
+            arrays = (predictions.labels_N, predictions.indices_N, predictions.logits_NRK)
+            part = [array[rank::2] for array in (*arrays, predictions.predictor_logits_NR)]
+            Predictions(predictions.resolutions, *part).save(folder / f"{name}-{rank}.npz")
+    return folder
+
+
+@pytest.mark.parametrize("helped", [True, False])
+def test_the_run_ends_with_the_better_model_and_the_predictions_of_both(helped: bool, tmp_path: Path) -> None:
+    good, bad = random_predictions(5), random_predictions(5, top1_R=(0.5, 0.4, 0.3))
+    before, after = (bad, good) if helped else (good, bad)
+    run = RunFolder(tmp_path)
+    run.before_joint.write_bytes(b"before")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", {PREDICTIONS: after, BEFORE_JOINT: before})
+    for _ in range(2):  # again, where the driver died after it
+        kept = _collect(checkpoint, run, COSTS)
+        assert kept == str(better(before, after, COSTS))
+        assert run.model.read_bytes() == (b"after" if helped else b"before")
+        saved = {run.predictions: good, run.predictions_before_joint: before, run.predictions_after_joint: after}
+        for file, expected in saved.items():
+            assert np.array_equal(Predictions.load(file).logits_NRK, expected.logits_NRK)
+
+
+def test_a_run_without_a_joint_stage_ends_with_its_only_model(tmp_path: Path) -> None:
+    run, only = RunFolder(tmp_path), random_predictions(6)
+    assert _collect(write_checkpoint(tmp_path / "checkpoint", {PREDICTIONS: only}), run, COSTS) is None
+    assert run.model.read_bytes() == b"after"
+    assert np.array_equal(Predictions.load(run.predictions).logits_NRK, only.logits_NRK)
+    assert not run.predictions_before_joint.exists()

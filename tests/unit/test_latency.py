@@ -1,4 +1,4 @@
-"""Milliseconds as cost: measured once, kept to the bit, and used wherever costs are."""
+"""Milliseconds as cost: measured once, stored to the bit, and used for all decisions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.small import batch_of, small_model
 from tests.unit.evaluation_cases import CLASSES, COSTS, PERFECT, evaluation_of, predictions_of
 
 LATENCY = Latency((3.0, 2.0, 1.0), 0.1, 8, "float32", "the CPU", 2, "2.13")
-# Time is not FLOPs: the smallest resolution saves less than it should.
+# Time differs from FLOPs: the smallest resolution saves less time than FLOPs.
 TIMED = replace(COSTS, latency=replace(LATENCY, backbone_milliseconds=(3.0, 2.0, 1.9)))
 
 
@@ -38,7 +38,7 @@ def config_of(folder: Path, **changed) -> Config:
     return parse_config({**tree, **changed})
 
 
-def test_every_candidate_is_timed_and_the_model_is_as_before():
+def test_every_candidate_is_timed_and_the_model_does_not_change():
     model = small_model().train()
     model.backbone.eval()
     before, random_state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
@@ -75,7 +75,7 @@ def test_flops_measure_nothing(tmp_path):
 
 
 def test_a_resumed_run_whose_costs_are_lost_or_damaged_is_refused(tmp_path):
-    with pytest.raises(OtherRunError, match=r"latency\.json is gone"):
+    with pytest.raises(OtherRunError, match=r"latency\.json .*is missing"):
         costs_of_run(small_model(), config_of(tmp_path), tmp_path / "latency.json", resumed=True)
     (tmp_path / "latency.json").write_text('{"backbone_milliseconds": [1.0]}')
     with pytest.raises(ValueError, match=r"latency\.json is damaged"):
@@ -110,7 +110,7 @@ def test_a_target_in_another_unit_is_refused(tmp_path, cost, stage, message):
         config_of(tmp_path, cost=cost, stages={"predictor": {"epochs": 1, **stage}})
 
 
-def test_the_same_numbers_in_either_unit_are_the_same_regulariser():
+def test_the_same_numbers_in_either_unit_give_the_same_penalty():
     results = []
     for unit in ("gflops", "milliseconds"):
         stage = PredictorStage.model_validate({"epochs": 1, "eta": 1.0, f"alpha_{unit}": 1.5})
@@ -155,7 +155,7 @@ def test_a_report_compares_by_time_and_still_says_gflops():
 
 
 def test_the_budget_bias_means_the_same_in_either_unit():
-    """It is the registered model's, which knows GFLOPs."""
+    """The registered model uses the bias, and knows only GFLOPs."""
     by_time, by_flops = (timed_report(costs)["budget_curve"] for costs in (TIMED, COSTS))
     assert [point["budget_bias"] for point in by_time] == [point["budget_bias"] for point in by_flops]
     assert [point["top1"] for point in by_time] == [point["top1"] for point in by_flops]

@@ -122,7 +122,7 @@ def test_predictor_training_mode_and_memory_format_do_not_matter_to_the_key(conf
 
 
 @pytest.mark.parametrize("dies_before", [0, 1, 5])
-def test_a_killed_computation_goes_on_at_the_file_it_was_at(
+def test_a_killed_computation_resumes_at_its_last_file(
     fill: Fill, dies_before: int, key: TableKey, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -160,7 +160,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_file_is_noticed_and_computed_anew(fill: Fill, damage, key: TableKey, tmp_path: Path) -> None:
+def test_a_damaged_file_is_noticed_and_computed_again(fill: Fill, damage, key: TableKey, tmp_path: Path) -> None:
     fill()
     whole, path = contents(tmp_path), chunk_path(tmp_path / key.digest, crop_epoch=5, chunk=1)
     damage(path)
@@ -178,15 +178,15 @@ def test_a_damaged_file_is_noticed_and_computed_anew(fill: Fill, damage, key: Ta
     ("changed", "named"),
     [
         ({"data": "other"}, "data is '"),
-        ({"seed": 1}, r"crop is \{'seed': 0, .*, wanted is \{'seed': 1"),
+        ({"seed": 1}, r"crop is \{'seed': 0, .*, expected \{'seed': 1"),
         ({"crop_scale": (0.5, 1.0)}, "crop is "),
         ({"flip": False}, "crop is "),
-        ({"precision": "bfloat16"}, "precision is 'float32', wanted is 'bfloat16'"),
+        ({"precision": "bfloat16"}, "precision is 'float32', expected 'bfloat16'"),
         ({"weights": 2}, "backbone is '"),
     ],
     ids=str,
 )
-def test_a_table_of_something_else_is_refused_and_says_of_what(
+def test_another_table_is_refused_with_the_differences(
     fill: Fill, changed: dict, named: str, config: Config, tmp_path: Path
 ) -> None:
     fill()
@@ -204,22 +204,22 @@ def test_a_table_of_something_else_is_refused_and_says_of_what(
     wanted = TableKey.of(model, other, manifest, TRAIN)
     with pytest.raises(TableError, match=named) as error:
         LogitTable(tmp_path, replace(wanted, chunk_samples=8), VIEWS)
-    assert str(error.value).count("wanted is") == 1
+    assert str(error.value).count("expected") == 1
 
 
-def test_the_key_depends_on_the_normalisation(config: Config, key: TableKey) -> None:
+def test_the_key_depends_on_the_normalization(config: Config, key: TableKey) -> None:
     model = model_of(config)
     model.mean[0] += 0.01
     assert TableKey.of(model, config, MANIFEST, TRAIN).backbone != key.backbone
 
 
-def test_an_empty_folder_and_a_wrong_table_json_are_told_apart(fill: Fill, key: TableKey, tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="no table is there"):
+def test_an_empty_folder_and_a_wrong_table_json_differ_in_error(fill: Fill, key: TableKey, tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="No table is there"):
         LogitTable(tmp_path / "empty", key, VIEWS)
     fill()
     path = tmp_path / key.digest / "table.json"
     path.write_text(path.read_text().replace("float32", "bfloat16"))
-    with pytest.raises(TableError, match="precision is 'bfloat16', wanted is 'float32'"):
+    with pytest.raises(TableError, match="precision is 'bfloat16', expected 'float32'"):
         LogitTable(tmp_path, key, VIEWS)
     path.write_text("{")
     with pytest.raises(TableError, match=r"its table\.json is damaged"):
@@ -232,7 +232,7 @@ def test_only_what_the_table_was_opened_for_is_read(
 ) -> None:
     fill()
     with pytest.raises(
-        ValueError, match=rf"opened for crops of the epochs \[2, 5\], and has samples 0 to {NUM_TRAIN - 1}"
+        ValueError, match=rf"opened for crops of the epochs \[2, 5\] and has samples 0 to {NUM_TRAIN - 1}"
     ):
         LogitTable(tmp_path, key, VIEWS).logits(crop_epoch, torch.tensor([index]))
 
@@ -301,7 +301,7 @@ def _rows(batch, side: int) -> list[tuple[int, bytes]]:
     return [(index, batch.images[side][n].numpy().tobytes()) for n, index in enumerate(batch.indices.tolist())]
 
 
-def test_neither_steps_nor_evaluations_run_the_backbone(config: Config, tmp_path: Path) -> None:
+def test_steps_and_evaluations_do_not_run_the_backbone(config: Config, tmp_path: Path) -> None:
     trained(config, tmp_path)
     run, recorder = run_of(config_of(config.data.folder), tmp_path)
     sides = set()
@@ -337,7 +337,7 @@ def test_a_resumed_stage_ends_with_the_same_bits(config: Config, lost: str, tmp_
         assert torch.equal(value, other), name
 
 
-def test_the_validation_table_has_the_central_crop(config: Config, model: DRNet, tmp_path: Path) -> None:
+def test_the_validation_table_has_the_center_crop(config: Config, model: DRNet, tmp_path: Path) -> None:
     run, _ = run_of(config, tmp_path)
     data = open_stage_data(run, config.stages.predictor, first_epoch=0)
     assert data.validation_table.key.crop == {"centre": 0.875, "decoded_for": 48}

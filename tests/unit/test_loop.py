@@ -163,26 +163,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained() -> None:
     assert "stage backbone, epoch 1 of 2, step 2 of 3: loss nan, gradient norm nan" in message
     batch = list(run_of(config_of(), recorder).train.epoch(0))[1]
     assert str(sorted(batch.indices.tolist())) in message
-    assert "The last checkpoint, from before it: checkpoint_0000_000001_backbone" in message
+    assert "The last checkpoint before it: checkpoint_0000_000001_backbone" in message
     for advice in ("stages.backbone.lr", "warmup_epochs", "clip_grad_norm", "precision", "max_loss"):
         assert advice in message
     assert [state.name for state in recorder.states] == ["checkpoint_0000_000001_backbone"]
     assert not recorder.epochs
 
 
-def test_weights_that_the_last_update_spoilt_reach_no_checkpoint() -> None:
+def test_weights_that_are_not_finite_reach_no_checkpoint() -> None:
     recorder = Recorder()
     with pytest.raises(DivergedError, match=r"step 1 of 3: weights or batch-norm statistics .* before it: none"):
         trained(recorder, stages=only_backbone(lr=1e300), training={"checkpoint_steps": 1, "batch_size": 8})
     assert recorder.states == []
 
 
-def test_weights_that_the_last_update_of_an_epoch_spoilt_are_not_evaluated() -> None:
+def test_weights_that_are_not_finite_after_an_epoch_are_not_evaluated() -> None:
     with pytest.raises(DivergedError, match="step 1 of 1: weights or batch-norm statistics after it are not finite"):
         trained(Recorder(), stages=only_backbone(lr=1e300), training={"checkpoint_steps": None, "batch_size": 22})
 
 
-def test_what_a_stage_trains_beside_the_model_is_looked_at_too() -> None:
+def test_what_a_stage_trains_beside_the_model_is_checked_too() -> None:
     recorder = Recorder()
     run = run_of(config_of(stages=only_backbone(distillation="learned")), recorder)
     work = prepare_stage(run, run.config.stages.backbone, 0, DivergenceMonitor(None), None)
@@ -204,7 +204,7 @@ def test_an_exploding_loss_stops_the_run_unless_it_is_allowed() -> None:
     assert len(recorder.steps) == 6
 
 
-def test_without_checkpoints_a_bad_step_is_seen_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_checkpoints_a_bad_step_is_found_within_check_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitoring, "CHECK_STEPS", 4)
     recorder = Recorder()
     with pytest.raises(DivergedError, match="step 2 of 6: loss nan"):
@@ -215,7 +215,7 @@ def test_without_checkpoints_a_bad_step_is_seen_after_a_while(monkeypatch: pytes
 # Meter and goodput
 
 
-def test_a_meter_goes_on_from_its_state() -> None:
+def test_a_meter_continues_from_its_state() -> None:
     steps = [({"loss": torch.tensor(0.1 * step), "right": torch.tensor(float(step))}, step) for step in range(1, 6)]
     whole, half = Meter(), Meter()
     for meter in (whole, half):

@@ -24,7 +24,7 @@ def mixed_by(stage: BackboneStage, images: dict[int, Tensor], labels_N: Tensor, 
 
 
 def flat_images() -> dict[int, Tensor]:
-    """Image n has the value 10 * n everywhere, so a pixel tells which image it came from."""
+    """Image n has the value 10 * n everywhere, so that every pixel identifies its image."""
     values_N = 10 * torch.arange(4, dtype=torch.uint8)
     return {side: values_N.view(4, 1, 1, 1).expand(4, side, side, 3).contiguous() for side in SIDES}
 
@@ -55,7 +55,7 @@ def test_cutmix_pastes_the_same_relative_box_at_every_side(seed: int) -> None:
         low, high = pasted.min(0).values, pasted.max(0).values + 1
         assert len(pasted) == (high - low).prod(), "what is pasted is a box"
         edges[side] = torch.cat([low, high]) / side
-        # The share is the area that is left, exact at the side that the box was drawn for.
+        # The share is the remaining area, exact at the side for which the box was drawn.
         tolerance = 0 if side == 48 else 2 / side
         assert abs(1 - len(pasted) / side**2 - mixed.share) <= tolerance + 1e-9
     for side in SIDES[1:]:

@@ -40,15 +40,19 @@ def ran(monkeypatch, *arguments: object) -> str | int | None:
     return 0
 
 
-def test_folders_are_searched_and_files_taken_as_given(pictures):
+def test_folders_are_searched_and_files_taken_as_given(pictures, capsys):
+    (pictures / "gone.jpg").symlink_to("/nowhere")
+    (pictures / "photo.webp").touch()
     found = predict.find_images([pictures / "notes.txt", pictures])
-    assert [path.name for path in found] == ["notes.txt", "a.JPEG", "b.jpg", "c.jpg"]
+    assert [path.name for path in found] == ["notes.txt", "a.JPEG", "b.jpg", "c.jpg", "gone.jpg", "photo.webp"]
+    assert capsys.readouterr().err == f"left out below {pictures}: 1 entry that is not an image: .txt file (1)\n"
 
 
 def test_all_missing_paths_are_named_together(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"(?s)empty holds no \.jpg.*absent\.jpg does not exist"):
-        predict.find_images([tmp_path / "empty", tmp_path / "absent.jpg"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"(?s)empty has no \.jpg.*absent\.jpg does not exist.*pipe is not a file"):
+        predict.find_images([tmp_path / "empty", tmp_path / "absent.jpg", tmp_path / "pipe"])
 
 
 def test_the_table_is_aligned():
@@ -81,18 +85,32 @@ def test_json_is_alone_on_the_output_and_a_bad_image_is_exit_code_1(registry, pi
     assert rows[1]["label"] is None
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_names_that_the_output_cannot_show_lose_no_row(registry, pictures, monkeypatch, encoding):
+def test_names_that_the_output_cannot_show_lose_no_row(registry, pictures, monkeypatch):
     for name in (os.fsdecode(b"caf\xe9.jpg"), "caf\N{LATIN SMALL LETTER E WITH ACUTE}.jpg"):
         (pictures / name).write_bytes(jpeg(60, 50))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     for options, count in (([], 6), (["--json"], 5)):
         output = io.BytesIO()
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
         assert ran(monkeypatch, *options, "--model", "models:/drnet/1", pictures) == 0
         sys.stdout.flush()
-        said = output.getvalue().decode(encoding)
+        said = output.getvalue().decode("ascii")
         assert (len(json.loads(said)) if options else len(said.splitlines())) == count
+
+
+def test_broken_links_and_names_that_are_not_utf_8_have_rows(registry, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(jpeg(60, 50))
+    (tmp_path / "gone.jpg").symlink_to("/nowhere")
+    for arguments in (["--json"], []):
+        assert ran(monkeypatch, *arguments, "--model", "models:/drnet/1", tmp_path) == 1
+        printed = capsys.readouterr().out
+        printed.encode()
+        assert "No such file or directory" in printed
+        if arguments:
+            rows = json.loads(printed)
+            assert [row["file"] for row in rows] == [f"{tmp_path}/caf\\xe9.jpg", f"{tmp_path}/gone.jpg"]
+            assert rows[0]["error"] is None
 
 
 def test_an_unknown_model_is_one_message(registry, pictures, monkeypatch, capsys):

@@ -19,7 +19,7 @@ def images(count: int, side: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("architecture", "macs"), [(1, 290.2e6), (2, 172.8e6), (3, 43.19e6), (4, 89.92e6)])
 def test_cost_at_128_is_that_of_the_papers_table(architecture: int, macs: float):
-    """REFERENCE.md: 0.29, 0.17, 0.04 and 0.09 G; worked out by hand 290, 173, 43 and 89.9 M."""
+    """The supplement's table: 0.29, 0.17, 0.04 and 0.09 G; worked out by hand 290, 173, 43 and 89.9 M."""
     counted = count_macs(build_predictor(ARCHITECTURES[architecture], 3), torch.empty(1, 3, 128, 128))
     assert counted == pytest.approx(macs, rel=1e-3)
 
@@ -84,7 +84,7 @@ def test_unknown_architecture_is_refused():
 
 
 def paper_predictor(architecture: int, num_resolutions: int) -> Predictor:
-    """The four written out by hand, as the supplement has them, at a quarter of their width."""
+    """Returns the supplement's four predictors, written by hand, at a quarter of their width."""
 
     def convolution(inputs: int, stride: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, 16, 7, stride, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
@@ -140,6 +140,6 @@ def test_cost_grows_with_every_dimension_of_the_family():
     assert base < min(cost((1, 1), 5, 2, width=0.5), cost((1, 1), 5, 2, side=96))
 
 
-def test_a_shape_that_cannot_be_is_refused_with_every_reason():
+def test_an_impossible_shape_is_refused_with_every_reason():
     with pytest.raises(ValueError, match=r"blocks \[\]: .*; kernel 4: give an odd side; stem_stride 0"):
         PredictorShape((), kernel=4, stem_stride=0)

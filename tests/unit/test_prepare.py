@@ -274,14 +274,16 @@ def test_imagenet_from_tars_and_from_a_tree_gives_the_same_bytes(tmp_path, monke
 
 def test_bad_members_of_tars_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.sources.catalog.imagenet100_ids", lambda: CLASSES)
-    official_tars(tmp_path)
-    tar = tmp_path / "ILSVRC2012_img_val.tar"
+    source = tmp_path / "source"
+    source.mkdir()
+    official_tars(source)
+    tar = source / "ILSVRC2012_img_val.tar"
     data = tar.read_bytes()
     # The first image has a class that is not requested.
     start = data.index(b"\xff\xd8\xff", data.index(b"ILSVRC2012_val_00000002"))
     tar.write_bytes(data[: start + 400] + bytes(100) + data[start + 500 :])
     with pytest.raises(BadImagesError, match=r"ILSVRC2012_img_val\.tar \(member val/n\d+/ILSVRC2012_val_\d+\.JPEG\)"):
-        prepare("imagenet100", tmp_path / "out", source=tmp_path, num_processes=1)
+        prepare("imagenet100", tmp_path / "out", source=source, num_processes=1)
 
 
 def test_glyphs_are_drawn_and_their_heights_kept_in_beton_order(tmp_path):

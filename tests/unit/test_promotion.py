@@ -52,7 +52,7 @@ class Registry:
 
     def evaluate(self, wrong: range, gflops: float) -> None:
         for report in (self.files[1], self.run / "report" / "report.json"):
-            evaluated(self.run, report, ~np.isin(np.arange(N), wrong), gflops)
+            evaluated(report, ~np.isin(np.arange(N), wrong), gflops)
 
     def with_alias(self, alias: str, *versions: str) -> Config:
         """Returns a configuration with its own alias, which `versions` got one after another."""
@@ -144,12 +144,13 @@ def test_the_later_of_two_simultaneous_promotions_fails(registry):
     assert registry.at("race") == "4"
 
 
-def test_a_version_without_answers_cannot_be_compared(registry):
+def test_a_version_without_answers_cannot_be_compared(registry, tmp_path):
     """Such as a version from before answers were kept."""
     source = registry.client.get_model_version("drnet", "1")
     bare = registry.client.create_logged_model(registry.client.get_run(source.run_id).info.experiment_id, "drnet")
     registry.client.create_registered_model("bare")
-    registry.client.log_model_artifacts(bare.model_id, str(registry.run / "report"))
+    (tmp_path / "weights").write_text("some")
+    registry.client.log_model_artifacts(bare.model_id, str(tmp_path))
     number = registry.client.create_model_version("bare", f"models:/{bare.model_id}", model_id=bare.model_id).version
     registry.client.set_registered_model_alias("bare", "champion", number)
     config = make_config(registry.folder, **registry.tree, registry={"name": "bare"})
@@ -213,7 +214,7 @@ def test_the_job_registers_refuses_promotes_and_rolls_back(registry, tmp_path, m
     registry.evaluate(*VERSIONS["3"])
     code, said = job("--promote")
     assert code == 0
-    assert "promoted: models:/drnet@job is version 3 now; --rollback undoes it" in said
+    assert "promoted: models:/drnet@job is now version 3; --rollback undoes it" in said
     code, said = job("--promote")
     assert (code, "models:/drnet@job is this version" in said) == (0, True)
     code, said = job("--rollback")

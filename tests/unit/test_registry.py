@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,11 @@ def test_signature_example_and_exact_requirements(finished):
     model = open_model("models:/drnet@champion")
     assert str(model.metadata.get_input_schema().inputs[0].type) == "DataType.string"
     assert model.metadata.get_output_schema().input_names()[0] == "class_index"
-    assert [(spec.name, spec.default) for spec in model.metadata.get_params_schema().params] == [("budget_bias", 0.0)]
+    assert [(spec.name, spec.default) for spec in model.metadata.get_params_schema().params] == [
+        ("budget_bias", 0.0),
+        ("budget_gflops", 0.0),
+        ("max_accuracy_drop", -1.0),
+    ]
     folder = Path(mlflow.artifacts.download_artifacts("models:/drnet@champion"))
     example = json.loads((folder / "serving_input_example.json").read_text())
     assert base64.b64decode(example["dataframe_split"]["data"][0][0]).startswith(b"\xff\xd8")
@@ -123,19 +128,19 @@ def test_another_evaluation_is_another_version_and_the_alias_stays(finished, tmp
     report = json.loads(finished.files[1].read_text())
     report["headline"]["mean_gflops"] = 0.5
     (tmp_path / "report.json").write_text(json.dumps(report))
+    shutil.copy(finished.files[1].with_name("answers.npz"), tmp_path)
     second = register_model(config, finished.folder, finished.files[0], tmp_path / "report.json")
     assert (first.version, second.version, second.is_new) == ("1", "2", True)
     assert (first.champion, second.champion) == ("1", "1")
     assert str(MlflowClient(finished.store).get_model_version_by_alias("other", "champion").version) == "1"
 
 
-def test_a_report_that_does_not_match_the_predictions_is_refused(finished, tmp_path):
+def test_a_report_that_does_not_match_the_answers_is_refused(finished, tmp_path):
     report = json.loads(finished.files[1].read_text())
     report["headline"]["top1"] = 0.5
     (tmp_path / "report.json").write_text(json.dumps(report))
-    with pytest.raises(
-        ValueError, match=r"states top-1 0\.500000, but .*predictions\.npz gives 0\.937500.*jobs\.evaluate"
-    ):
+    shutil.copy(finished.files[1].with_name("answers.npz"), tmp_path)
+    with pytest.raises(ValueError, match=r"states top-1 0\.500000, but .*answers\.npz gives 0\.937500.*jobs\.evaluate"):
         register_model(finished.config, finished.folder, finished.files[0], tmp_path / "report.json")
 
 

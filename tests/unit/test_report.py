@@ -246,6 +246,7 @@ def report_folder(tmp_path_factory) -> Path:
 def test_the_folder_holds_the_report_and_nothing_else(report_folder):
     expected = {
         "report.json",
+        "answers.npz",
         "report.md",
         "report.html",
         "tradeoff.png",
@@ -335,7 +336,15 @@ def test_a_report_without_images_or_attributes_removes_the_earlier_figures(tmp_p
     written(tmp_path)
     report = written(tmp_path, read_image=None, attributes={})
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"report.json", "report.md", "report.html", "tradeoff.png", "budget.png", "shares.png"}
+    assert names == {
+        "report.json",
+        "answers.npz",
+        "report.md",
+        "report.html",
+        "tradeoff.png",
+        "budget.png",
+        "shares.png",
+    }
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
@@ -353,6 +362,6 @@ def test_a_report_with_one_resolution_is_written(tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == []
     assert {file.name for file in tmp_path.iterdir()} == {
-        *("report.json", "report.md", "report.html", "tradeoff.png", "attribute.png", "gallery.png")
+        *("report.json", "answers.npz", "report.md", "report.html", "tradeoff.png", "attribute.png", "gallery.png")
     }
     assert json.loads((tmp_path / "report.json").read_text())["created"], "the time of writing is the default"

@@ -95,7 +95,7 @@ def test_running_statistics_follow_the_formula_from_a_resolutions_own_images_alo
         assert norm.num_batches_tracked == (2, 1)[index]
 
 
-def test_kept_statistics_normalise_by_the_batch_and_stay():
+def test_kept_statistics_normalize_with_the_batch_and_stay():
     module = network()
     make_resolution_aware(module, 2)
     reference, batch = copy.deepcopy(module), images(4, 3, 8, 8)
@@ -130,6 +130,6 @@ def test_channels_last_survives():
         (nn.Sequential(ResolutionBatchNorm2d(nn.BatchNorm2d(3), 2)), 2, "already"),
     ],
 )
-def test_what_cannot_be_made_resolution_aware_is_refused(module: nn.Module, count: int, message: str):
+def test_modules_that_cannot_be_resolution_aware_are_refused(module: nn.Module, count: int, message: str):
     with pytest.raises(ValueError, match=message):
         make_resolution_aware(module, count)

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import json
 import os
+import shutil
 import sys
 import threading
 import zipfile
@@ -18,18 +19,21 @@ from mlflow.exceptions import MlflowException
 from torch import nn
 
 from pipeline.models.backbone import build_backbone
+from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet
 from pipeline.models.norms import fold_batch_norms
-from pipeline.serving import pyfunc
-from pipeline.serving.export import export_model
+from pipeline.policies.route import Images, route
+from pipeline.serving import pyfunc, runtime
+from pipeline.serving.export import export_model, fitted_policies
 from pipeline.serving.package import code_files, write_code
 from pipeline.serving.runtime import Placement, RoutedNetwork
 from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE
+from pipeline.serving.runtime.policy import Policy
 from pipeline.serving.runtime.programs import META_FILE, PREDICTOR_FILE, load_program, split
 from pipeline.training.checkpoint import load_model, save_model
 from tests.unit.pictures import encoded, jpeg
 from tests.unit.test_runtime_images import BAD, center_crops
-from tests.unit.tracking_fixtures import make_config, make_model, random_crops, routed_logits
+from tests.unit.tracking_fixtures import POLICIES, make_config, make_model, random_crops, routed_logits
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +135,9 @@ def test_one_resolution_needs_no_predictor(tmp_path):
     with torch.inference_mode():
         expected = model.static_logits(crops, 0)
     torch.testing.assert_close(network.classify({32: crops[32]}).logits_NK, expected, rtol=1e-4, atol=1e-4)
-    assert network.gflops == tuple(json.loads((folder / META_FILE).read_text())["backbone_gflops"])
+    assert (
+        network.cost(network.default_policy, [0]) == json.loads((folder / META_FILE).read_text())["backbone_gflops"][0]
+    )
 
 
 def test_the_programs_hold_no_pickle(programs):
@@ -161,14 +167,78 @@ def test_a_program_with_a_pickle_in_it_is_refused(programs, tmp_path, kind):
 
 def test_a_budget_bias_moves_images_to_other_costs(model, network):
     logits_NR = network.predictor_logits(random_crops(model, 41)[model.predictor_size])
-    assert torch.equal(network.choose(logits_NR), logits_NR.argmax(dim=1))
-    at_bias = [network.choose(logits_NR, bias) for bias in (-1e6, -0.05, 0, 0.05, 1e6)]
+
+    def choose(bias: float) -> torch.Tensor:
+        return network.first_resolution(network.predictor_policy(bias), logits_NR, 41)
+
+    assert torch.equal(choose(0.0), logits_NR.argmax(dim=1))
+    at_bias = [choose(bias) for bias in (-1e6, -0.05, 0, 0.05, 1e6)]
     assert set(at_bias[0].tolist()) == {1}, "the last resolution is the cheapest"
     assert set(at_bias[-1].tolist()) == {0}
     shares = [(choice_N == 0).float().mean().item() for choice_N in at_bias]
     assert shares == sorted(shares)
     gap = logits_NR[:, 1].double() - logits_NR[:, 0]
-    assert torch.equal(network.choose(logits_NR, 0.05) == 0, gap <= 0.05)
+    assert torch.equal(choose(0.05) == 0, gap < 0.05)
+
+
+@pytest.fixture(scope="module")
+def with_policies(model, programs, tmp_path_factory):
+    """The network's folder as it is registered with fitted policies."""
+    folder = tmp_path_factory.mktemp("policies") / "programs"
+    shutil.copytree(programs, folder)
+    meta = json.loads((folder / META_FILE).read_text()) | fitted_policies({"policies": POLICIES})
+    (folder / META_FILE).write_text(json.dumps(meta))
+    return RoutedNetwork(folder)
+
+
+def test_a_cascade_gives_the_answers_that_evaluation_states(model, with_policies):
+    crops, network = random_crops(model, 41), with_policies
+    with torch.inference_mode():
+        logits_NRK = torch.stack([model.static_logits(crops, j) for j in range(2)], dim=1).numpy()
+    sure_N = Images.of(logits_NRK, np.zeros(41, int), None, measure_costs(model)).confidence_NR[:, 1]
+    policy = Policy((1, 0), (float(np.median(sure_N)) + 1e-6,))
+    images = Images.of(logits_NRK, np.zeros(41, int), None, measure_costs(model))
+    expected, found = route(policy, images), network.classify(crops, policy)
+    assert found.ran_NR.numpy().tolist() == expected.ran_NR.tolist()
+    assert found.choice_N.tolist() == expected.last_N.tolist()
+    assert {1, 0} == set(found.choice_N.tolist())
+    last_NK = logits_NRK[np.arange(41), expected.last_N]
+    torch.testing.assert_close(found.logits_NK.numpy(), last_NK, rtol=1e-4, atol=1e-4)
+    classifier = runtime.Classifier(network)
+    whole = [crops[model.sides[0]][n].numpy() for n in range(41)]
+    answers = list(classifier.classify(whole, policy))
+    classifier.close()
+    gflops_N = expected.gflops_N(measure_costs(model))
+    for n, answer in enumerate(answers):
+        ran = [int(side) for side in answer.resolutions.split(",")]
+        assert ran in ([32], [32, 48])
+        assert answer.resolution == ran[-1]
+        assert answer.error is None
+        if ran == ([32, 48] if expected.ran_NR[n, 0] else [32]):  # resized crops may differ at the threshold
+            assert answer.gflops == pytest.approx(gflops_N[n])
+
+
+def test_a_request_names_a_budget(with_policies):
+    network = with_policies
+    assert network.default_policy == Policy((1, 0), (0.0,), 0.0)
+    assert network.policy_for(budget_gflops=0.025) == Policy((1, 0), (0.5,))
+    assert network.policy_for(budget_gflops=1.0) == Policy((0,))
+    assert network.policy_for(max_accuracy_drop=0.0) == Policy((0,))
+    assert network.policy_for(max_accuracy_drop=100.0) == Policy((1,))
+    assert network.policy_for(budget_bias=0.5).start_bias == 0.5
+    for wish, message in (
+        ({"budget_gflops": 0.001}, r"give at least 0\.01, the cheapest policy"),
+        ({"max_accuracy_drop": -2.0}, "give points, 0 or more"),
+        ({"budget_gflops": 1.0, "budget_bias": 0.1}, "not several"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network.policy_for(**wish)
+
+
+def test_a_model_without_fitted_policies_follows_its_predictor(network):
+    assert network.default_policy == network.predictor_policy()
+    with pytest.raises(ValueError, match="no fitted policies; register its run again"):
+        network.policy_for(budget_gflops=1.0)
 
 
 def test_the_same_call_gives_the_same_bits(model, network):

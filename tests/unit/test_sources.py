@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
-from datasets.sources.folders import scan_image_folder
+from datasets.sources.folders import scan_image_folder, walk_images
 from datasets.sources.index import (
     ImageIndex,
     ImageRef,
     SourceError,
     checked,
     choose,
+    counted,
     is_ignored,
     listed,
     read_bytes,
@@ -18,6 +22,9 @@ from datasets.sources.index import (
     split_off,
 )
 from tests.unit.pictures import jpeg, write_class_folders
+
+PERMISSIONS_HOLD = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+"""Starts a command that may only read and write what permissions allow, also as root."""
 
 
 def refs(num_classes: int, per_class: int) -> list[ImageRef]:
@@ -182,11 +189,11 @@ def make(root, *files):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["notes.txt"], "holds no class folders"),
-        (["a/notes.txt", "b/notes.txt"], "hold no images"),
+        (["notes.txt"], "has no class folders"),
+        (["a/notes.txt", "b/notes.txt"], "have no images"),
         (["a/1.jpg", "a/2.jpg"], "only one class"),
         (["a/1.jpg", "a/2.jpg", "b/notes.txt"], "no train images: b"),
-        (["a/x/1.jpg", "b/y/2.jpg", "b/3.jpg"], "class folders in .* hold folders: a/x, b/y"),
+        (["a/x/1.jpg", "b/y/2.jpg", "b/3.jpg"], "class folders in .* have folders: a/x, b/y"),
         (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "b/1.jpg is alone in its class"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], "does not have: c"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"], "no validation images: b"),
@@ -219,3 +226,149 @@ def test_state_changes_with_every_change_and_only_then(tmp_path):
     (tmp_path / "c").mkdir()
     added = scan(tmp_path).state
     assert len({state, touched, moved, added}) == 4
+
+
+def test_odd_entries_are_bad_images_or_counted(tmp_path):
+    """Broken links, pipes, sockets and link loops are listed and fail when they are read; nothing blocks."""
+    write_class_folders(tmp_path, {"a": 3, "b": 3})
+    folder = tmp_path / "a"
+    (folder / "gone.jpg").symlink_to("/nowhere/at-all.jpg")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "null.jpg").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket.jpg"))
+    (folder / "notes.txt").write_text("about a")
+    (folder / ".hidden.jpg").touch()
+    (folder / "__MACOSX").mkdir()
+    (tmp_path / "loose.jpg").touch()
+    (tmp_path / ".git").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    source = scan(tmp_path)
+    splits = source.read_index().splits
+    failed = {}
+    for ref in (ref for images in splits.values() for ref in images):
+        try:
+            read_bytes(ref)
+        except OSError as error:
+            failed[ref.name] = str(error)
+    assert failed == {
+        "a/gone.jpg": "it is a link to /nowhere/at-all.jpg, which cannot be opened (No such file or directory)",
+        "a/loop.jpg": "it is a link to loop.jpg, which cannot be opened (Too many levels of symbolic links)",
+        "a/pipe.jpg": "it is a named pipe, not a file",
+        "a/null.jpg": "it is a device, not a file",
+        "a/socket.jpg": "it is a socket, not a file",
+    }
+    assert source.skipped == {
+        ".txt file": 1,
+        "hidden file": 1,
+        "hidden folder": 2,
+        ".jpg file beside the class folders": 1,
+        "named pipe": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["c", "train", "val"])
+def test_a_broken_link_in_place_of_a_class_or_split_is_an_error(tmp_path, name):
+    write_class_folders(tmp_path / "train" if name == "val" else tmp_path, {"a": 2, "b": 2})
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match=f"has links that cannot be followed: {name}; restore"):
+        scan(tmp_path)
+
+
+def test_linked_class_folders_are_followed(tmp_path):
+    write_class_folders(tmp_path / "real", {"a": 2, "b": 2})
+    (tmp_path / "linked").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "real" / name)
+    assert scan(tmp_path / "linked").read_index().classes == ["a", "b"]
+
+
+def test_folders_beside_train_and_validation_are_counted(tmp_path):
+    for split in ("train", "val", "test"):
+        write_class_folders(tmp_path / split, {"a": 2, "b": 2})
+    assert scan(tmp_path).skipped == {"folder beside the train folder": 1}
+
+
+READ_ALL = """
+import sys
+from pathlib import Path
+from datasets.sources.folders import scan_image_folder
+from datasets.sources.index import read_bytes
+for folder in sys.argv[1:]:
+    try:
+        refs = scan_image_folder(Path(folder), None, 0.5, None, 0).read_index().splits["train"]
+        [read_bytes(ref) for ref in refs]
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_folders_and_files_without_permission_are_errors(tmp_path):
+    write_class_folders(tmp_path / "folder", {"a": 2, "b": 2})
+    write_class_folders(tmp_path / "file", {"a": 2, "b": 2})
+    write_class_folders(tmp_path / "listed", {"a": 2, "b": 2})
+    (tmp_path / "folder" / "b").chmod(0)
+    (tmp_path / "listed" / "b").chmod(0o444)
+    for image in (tmp_path / "file" / "b").iterdir():
+        image.chmod(0)
+    folders = [tmp_path / name for name in ("folder", "listed", "file")]
+    command = [*PERMISSIONS_HOLD, sys.executable, "-c", READ_ALL, *folders]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines() == [
+        f"SourceError the folder {tmp_path}/folder/b cannot be listed: Permission denied",
+        f"SourceError the folder {tmp_path}/listed/b cannot be listed: Permission denied",
+        "OSError Permission denied",
+    ]
+
+
+def test_class_names_in_two_unicode_forms_are_an_error_that_shows_them(tmp_path):
+    write_class_folders(tmp_path / "train", {"caf\u00e9": 2, "b": 2})
+    write_class_folders(tmp_path / "val", {"cafe\u0301": 2, "b": 2})
+    with pytest.raises(
+        SourceError, match=r"Unicode forms .*: 'caf\\xe9' in .*train and 'cafe\\u0301' in .*val; rename"
+    ):
+        scan(tmp_path)
+    write_class_folders(tmp_path / "alone", {"caf\u00e9": 2, "cafe\u0301": 2})
+    with pytest.raises(SourceError, match=r"Unicode forms .*'cafe\\u0301' in .* and 'caf\\xe9' in"):
+        scan(tmp_path / "alone")
+
+
+def test_names_that_are_the_same_as_text_are_an_error(tmp_path):
+    write_class_folders(tmp_path / "class", {os.fsdecode(b"\xe9"): 2, r"\xe9": 2})
+    with pytest.raises(SourceError, match=r"several classes have the same name: \\xe9; rename"):
+        scan(tmp_path / "class").read_index()
+    write_class_folders(tmp_path / "file", {"a": 2, "b": 2})
+    for name in (os.fsdecode(b"\xe9.jpg"), r"\xe9.jpg"):
+        (tmp_path / "file" / "a" / name).write_bytes(jpeg())
+    with pytest.raises(SourceError, match=r"several images have the same name: a/\\xe9\.jpg; rename"):
+        scan(tmp_path / "file").read_index()
+
+
+def test_a_walk_lists_images_once_and_counts_the_rest(tmp_path):
+    write_class_folders(tmp_path / "photos", {"x": 1})
+    outside = write_class_folders(tmp_path / "outside", {"y": 1})
+    root = tmp_path / "photos"
+    for name in ("a.JPEG", "b.webp", "c.bmp", "d.tif", "e.tiff", "f.png", "notes.txt", "raw.cr2", "raw"):
+        (root / name).touch()
+    (root / "link-inside").symlink_to(root / "x")
+    (root / "link-outside").symlink_to(outside)
+    (root / "link-up").symlink_to(tmp_path)
+    (root / "gone.jpg").symlink_to("/nowhere")
+    (root / "gone").symlink_to("/nowhere")
+    os.mkfifo(root / "pipe.jpg")
+    walk = walk_images(root)
+    assert list(walk.files) == [
+        *("a.JPEG", "b.webp", "c.bmp", "d.tif", "e.tiff", "f.png", "gone", "gone.jpg", "x/000.jpg"),
+        "link-outside/y/000.jpg",
+    ]
+    assert walk.skipped == {
+        ".txt file": 1,
+        ".cr2 file": 1,
+        "file without a suffix": 1,
+        "named pipe": 1,
+        "folder that is read under another name": 3,
+    }
+    assert counted(walk.skipped).startswith(
+        "7 entries that are not images: folder that is read under another name (3), "
+    )

@@ -60,6 +60,18 @@ def test_an_address_without_data_is_refused_before_ray_starts(tmp_path: Path) ->
         check_config(config_of(tmp_path, (tmp_path / "nothing").as_uri()))
 
 
+def test_an_invalid_tracking_address_is_listed_with_the_other_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "/some/folder")
+    with pytest.raises(ConfigError) as caught:
+        check_config(config_of(tmp_path, None))
+    data, tracking = caught.value.problems
+    assert data.startswith("data.folder: ")
+    assert tracking.startswith("tracking.uri: ")
+    assert "/some/folder" in tracking
+
+
 def test_a_worker_downloads_the_drivers_data_and_refuses_other_data(remote: Path, tmp_path: Path) -> None:
     config, manifest = config_of(tmp_path, remote.as_uri()), load_manifest(remote)
     lines: list[str] = []

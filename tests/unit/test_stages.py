@@ -65,7 +65,7 @@ def test_joint_step_is_exact_against_running_everything_with_gradient(joint: Joi
     sums = build_objective(model, joint, COSTS_R)(batch)
     expected = gradients(reference)
     shares = [sums[f"share_{index}"].item() for index in range(3)]
-    assert sorted(shares) != shares or min(shares) > 0, "the batch must use several resolutions for this test to tell"
+    assert sorted(shares) != shares or min(shares) > 0, "the batch must use several resolutions"
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
     for (name, buffer), other in zip(model.named_buffers(), reference.buffers(), strict=True):
@@ -246,7 +246,7 @@ def test_a_step_on_stored_logits_is_the_step_on_the_live_backbone(num_slices: in
 
 
 @pytest.mark.parametrize("stage", [BackboneStage(epochs=1), PredictorStage(epochs=1, alpha_gflops=1.5), JOINT])
-def test_a_step_in_bfloat16_is_that_in_float32_to_its_rounding(stage: BackboneStage) -> None:
+def test_a_step_in_bfloat16_equals_one_in_float32_up_to_rounding(stage: BackboneStage) -> None:
     model, half = small_model(), small_model()
     expected = build_objective(model, stage, COSTS_R)(batch_of(16))["loss"]
     loss = build_objective(half, stage, COSTS_R, "bfloat16")(batch_of(16))["loss"]
@@ -268,7 +268,7 @@ def test_the_backbone_sees_a_slice_at_a_time_and_the_predictor_the_batch() -> No
     assert seen["predictor"] == [16]
 
 
-def test_groups_of_the_optimiser() -> None:
+def test_parameter_groups_of_the_optimizer() -> None:
     model = small_model()
     stage = JointStage(epochs=1, alpha_gflops=1.5, predictor_lr_scale=0.1, decay_norm_and_bias=False, weight_decay=0.5)
     build_objective(model, stage, COSTS_R)

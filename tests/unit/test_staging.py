@@ -135,11 +135,11 @@ def test_an_uploaded_and_downloaded_folder_equals_the_prepared_one(
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
     assert sorted(contents(node)) == sorted([*FILES, STAGED])
     assert verify_betons(node, full=True) == manifest
-    assert [line for line in lines if line.startswith(f"staging {node}: 33.")]
+    assert [line for line in lines if line.startswith(f"downloading to {node}: 33.")]
     lines.clear()
     assert download_dataset(uri, node, tell=lines.append) == manifest
     assert upload(prepared[0], uri, tell=lines.append) == manifest
-    assert lines == [f"{uri} holds this data already; nothing to do"]
+    assert lines == [f"{uri} already has this data; nothing to do"]
 
 
 def test_concurrent_processes_download_once(
@@ -180,7 +180,7 @@ def test_a_killed_download_resumes(remote: Path, prepared: tuple[Path, Path], no
     lines: list[str] = []
     download_dataset(remote.as_uri(), node, tell=lines.append)
 
-    assert "train.beton: going on after 8.4 MB that are here already" in lines
+    assert "train.beton: resuming after 8.4 MB" in lines
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
     assert sorted(contents(node)) == sorted([*FILES, STAGED])
 
@@ -191,7 +191,7 @@ def test_a_process_that_waited_uses_the_current_data(remote: Path, prepared: tup
     fcntl.flock(other, fcntl.LOCK_EX)
 
     def change(line: str) -> None:
-        if line == f"{node}: another process prepares or stages it; waiting":
+        if line == f"{node}: waiting for another process that writes to it":
             put(prepared[1], remote)
             os.close(other)
 
@@ -266,7 +266,7 @@ def test_a_beton_that_changes_while_it_is_read_is_refused(
     monkeypatch.setattr(staging, "SECONDS_BETWEEN_LINES", 0)
 
     def change(line: str) -> None:
-        if line.startswith(f"staging {node}: 8.4 MB of 33."):
+        if line.startswith(f"downloading to {node}: 8.4 MB of 33."):
             put(prepared[1], remote)
 
     with pytest.raises(BetonError, match="it changed while it was read"):
@@ -284,9 +284,12 @@ def test_a_beton_that_changes_while_it_is_read_is_refused(
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json of file:///.* is damaged"),
         (
             lambda folder: (folder / "train.beton").unlink(),
-            r"remote has no train\.beton, its manifest says [\d,]+ bytes",
+            r"remote has no train\.beton, but its manifest says [\d,]+ bytes",
         ),
-        (lambda folder: (folder / "train.beton").write_bytes(b"cut"), r"a train\.beton of 3 bytes, its manifest says"),
+        (
+            lambda folder: (folder / "train.beton").write_bytes(b"cut"),
+            r"a train\.beton of 3 bytes, but its manifest says",
+        ),
     ],
 )
 def test_an_incomplete_remote_folder_is_refused(change, message: str, remote: Path, node: Path) -> None:
@@ -325,7 +328,7 @@ def test_changed_data_is_downloaded_again_and_reported(remote: Path, prepared: t
 
     download_dataset(remote.as_uri(), node, tell=lines.append)
 
-    assert lines[0].endswith(f"has changed since it was staged (digest {before}, now {after})")
+    assert lines[0].endswith(f"has changed since it was downloaded (digest {before}, now {after})")
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 

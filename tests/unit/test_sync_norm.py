@@ -1,4 +1,4 @@
-"""Synchronised batch norm in one process; over ranks it is tested in tests/parity/test_ranks.py."""
+"""Synchronized batch norm in one process; tests/parity/test_ranks.py has the test over ranks."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The loop around the objectives, on batches in memory: what is annealed, told and resumed."""
+"""The loop around the objectives, on batches in memory: annealing, warnings, resuming."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoadedBatch:
 
 
 class Batches:
-    """16 images in two batches of 8, in the same order every epoch."""
+    """Two batches of 8 images, in the same order every epoch."""
 
     num_samples, num_batches = 16, 2
 
@@ -89,13 +89,13 @@ def test_the_stage_after_one_with_an_ensemble_starts_from_its_checkpoint_and_tab
     train(undisturbed)
     resumed, seen = run_of(stages, tmp_path)
     train(resumed, kept.states[0])
-    told = [[text for text in recorder.messages if text.startswith("logit table")] for recorder in (kept, seen)]
-    assert [len(lines) for lines in told] == [2, 0], "the tables of both splits are computed once"
+    lines = [[text for text in recorder.messages if text.startswith("logit table")] for recorder in (kept, seen)]
+    assert [len(found) for found in lines] == [2, 0], "the tables of both splits are computed once"
     for name, value in undisturbed.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_alpha_and_tau_of_a_step_are_those_of_its_moment() -> None:
+def test_each_step_uses_the_annealed_alpha_and_tau() -> None:
     annealed = {"epochs": 1, "lr": 0.05, "alpha_gflops": 1.0, "alpha_start_gflops": 3.0, "tau": 1.0, "tau_start": 5.0}
     annealed["logits"] = "live"
     run, _ = run_of({"predictor": annealed})
@@ -121,7 +121,7 @@ def test_alpha_and_tau_of_a_step_are_those_of_its_moment() -> None:
         torch.testing.assert_close(value, model.state_dict()[name], msg=name)
 
 
-def test_a_collapse_is_told_and_recorded() -> None:
+def test_a_collapse_is_reported_and_recorded() -> None:
     model = small_model()
     start_with_shares(model.predictor, (1e-9, 1.0, 1e-9))
     predictor = {"epochs": 1, "lr": 1e-9, "alpha_gflops": 3.0, "logits": "live"}

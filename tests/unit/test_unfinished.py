@@ -220,15 +220,19 @@ def test_leftovers_count_as_space_without_their_holes(images, undisturbed, kille
     assert contents(killed) == undisturbed
 
 
-def test_a_file_that_changes_during_preparation_is_refused(tmp_path):
+def touch(path):
+    os.utime(path, ns=(2, 2))
+
+
+@pytest.mark.parametrize("change", [touch, os.unlink])
+def test_a_file_that_changes_during_preparation_is_refused(tmp_path, change):
     source = write_class_folders(tmp_path / "source", {"a": 8, "b": 8})
     for path in source.rglob("*.jpg"):
         os.utime(path, ns=(1, 1))
-    changed = Counted(after=lambda: [os.utime(path, ns=(2, 2)) for path in source.glob("a/*")])
+    changed = Counted(after=lambda: [change(path) for path in source.glob("a/*")])
     with pytest.raises(SourceError, match=r"a/\d+\.jpg changed while it was prepared; rerun"):
         prepared(tmp_path / "out", source, changed)
     assert list((tmp_path / "out").iterdir()) == []
-    prepared(tmp_path / "out", source, Counted())
 
 
 def test_a_source_that_another_machine_cannot_read_is_an_error(tmp_path):

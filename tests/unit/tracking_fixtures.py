@@ -18,13 +18,13 @@ from mlflow import MlflowClient
 
 from datasets.beton import FORMAT, TRAIN, VALIDATION, Manifest, Split
 from pipeline.config.load import parse_config
-from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
+from pipeline.evaluation.gate import Answers
+from pipeline.evaluation.report import ANSWERS
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.tracking.registry import register_model
 from pipeline.tracking.tracker import close_run, open_run
 from pipeline.training.checkpoint import save_model
-from tests.unit.evaluation_cases import predictions_of
 
 
 def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
@@ -96,18 +96,27 @@ def finish_run(config: Config, folder: Path, model: DRNet) -> tuple[Path, Path]:
     close_run(open_run(config, folder, make_manifest()), "FINISHED")
     classes = [f"class {index}" for index in range(model.static_logits(zeros(model), 0).shape[1])]
     save_model(folder / "model.pt", model, config, classes=classes)
-    report = evaluated(folder, folder / "report.json", np.arange(960) % 16 > 0)
+    report = evaluated(folder / "report.json", np.arange(960) % 16 > 0)
     return folder / "model.pt", report
 
 
-def evaluated(folder: Path, report: Path, right_N: np.ndarray, mean_gflops: float = 0.0123) -> Path:
+POLICIES = {
+    "chosen": {"members": [1, 0], "thresholds": [0.0], "start_bias": 0.0},
+    "front": [
+        {"members": [1], "thresholds": [], "start_bias": None, "gflops": 0.01, "accuracy": 0.8},
+        {"members": [1, 0], "thresholds": [0.5], "start_bias": None, "gflops": 0.02, "accuracy": 0.9},
+        {"members": [0], "thresholds": [], "start_bias": None, "gflops": 0.03, "accuracy": 0.95},
+    ],
+}
+"""As in report.json: the predictor decides; a request may ask for a static resolution or a cascade."""
+
+
+def evaluated(report: Path, right_N: np.ndarray, mean_gflops: float = 0.0123) -> Path:
     """Write what an evaluation leaves when the routed network classifies the images of `right_N` correctly."""
-    correct_NR = np.stack([right_N, right_N], axis=1)
-    predictions = predictions_of(correct_NR, np.arange(len(right_N)) % 2, num_classes=5, sides=(48, 32))
-    predictions.save(RunFolder(folder).predictions)
+    Answers("", np.arange(len(right_N)), right_N, mean_gflops).save(report.with_name(ANSWERS))
     top1 = float(right_N.mean())
     headline = {"top1": top1, "top1_low": top1 - 0.02, "top1_high": top1 + 0.02, "mean_gflops": mean_gflops}
-    report.write_text(json.dumps({"headline": headline}))
+    report.write_text(json.dumps({"headline": headline, "policies": POLICIES}))
     return report
 
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .images import BadImageError, Picture
+from .policy import STOP, Policy, can_stop, confidence, next_resolution
 from .programs import RoutedNetwork, images_at_once
 
 Program = Callable[[Tensor], Tensor]
@@ -116,9 +117,11 @@ class Answer:
     probability: float | None = None
     """The probability of the class, 0 to 1."""
     resolution: int | None = None
-    """The resolution at which the image ran, pixels."""
+    """The resolution whose answer this is, pixels."""
+    resolutions: str | None = None
+    """All resolutions that ran, in order: "32,48"."""
     gflops: float = 0.0
-    """Multiply-adds / 1e9, predictor included."""
+    """Multiply-adds / 1e9 of all of them, with the predictor where it ran."""
     error: str | None = None
 
 
@@ -129,7 +132,9 @@ class _Image:
     picture: Picture | None = None
     crop: Tensor | None = None
     """The crop that is needed next, uint8 (S, S, 3)."""
-    choice: int = 0
+    ran: list[int] = field(default_factory=list)
+    """Indices of the resolutions that ran."""
+    gflops: float = 0.0
     logits: Future[Tensor] | None = None
     error: str | None = None
 
@@ -162,64 +167,84 @@ class Classifier:
         self._decoders.shutdown()
         self._queue.close()
 
-    def classify(self, images: Sequence[Any], budget_bias: float = 0.0) -> Iterator[Answer]:
+    def classify(self, images: Sequence[Any], policy: Policy | None = None) -> Iterator[Answer]:
         """Yield an answer for each image, in order; any number of images needs the memory of 2 * IMAGES_AT_ONCE.
 
         Args:
             images: each the bytes of an image file, the same as base64 text, or a square crop, uint8 (S, S, 3).
-            budget_bias: see `RoutedNetwork.choose`.
+            policy: None is the one that the model was registered with.
         """
+        policy = policy or self.network.default_policy
         running: list[_Image] = []
         for start in range(0, len(images), IMAGES_AT_ONCE):
             # These are decoded while the previous ones run.
-            begun = self._begin(images[start : start + IMAGES_AT_ONCE], budget_bias)
+            begun = self._begin(images[start : start + IMAGES_AT_ONCE], policy)
             yield from self._answers(running)
             running = begun
         yield from self._answers(running)
 
-    def _begin(self, images: Sequence[Any], budget_bias: float) -> list[_Image]:
-        """Decode the images, choose their resolutions, and queue them."""
-        begun = self._on_threads(self._opened, images)
+    def _begin(self, images: Sequence[Any], policy: Policy) -> list[_Image]:
+        """Decode the images and queue them where the policy sends them; only last passes are left to be waited for."""
+        network = self.network
+        first_side = network.predictor_size if policy.needs_predictor else network.resolutions[policy.members[0]]
+        begun = self._on_threads(partial(self._opened, first_side), images)
         sound = [image for image in begun if image.error is None]
-        if self.network.is_routed and sound:
-            logits = self._queue.submit(0, [_crop(image) for image in sound])
-            choice_N = self.network.choose(torch.stack([row.result() for row in logits]), budget_bias)
-            for image, choice in zip(sound, choice_N.tolist(), strict=True):
-                image.choice = choice
-            self._on_threads(self._crop_at_choice, sound)
-        for index in range(len(self.network.resolutions)):
-            group = [image for image in sound if image.error is None and image.choice == index]
-            rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in group])
-            for image, row in zip(group, rows, strict=True):
-                image.logits, image.picture, image.crop = row, None, None
+        if not sound:
+            return begun
+        predictor_NR = None
+        if policy.needs_predictor:
+            rows = self._queue.submit(0, [_crop(image) for image in sound])
+            predictor_NR = torch.stack([row.result() for row in rows])
+        now = network.first_resolution(policy, predictor_NR, len(sound)).tolist()
+        for index in policy.members:
+            group = [place for place, where in enumerate(now) if where == index and sound[place].error is None]
+            if group:
+                following = self._run(policy, index, [sound[place] for place in group])
+                now = [*now]
+                for place, where in zip(group, following, strict=True):
+                    now[place] = where
+        for image in sound:
+            image.gflops = network.cost(policy, image.ran)
+            image.picture = image.crop = None
         return begun
+
+    def _run(self, policy: Policy, index: int, images: Sequence[_Image]) -> list[int]:
+        """Queue images at a resolution; returns where each runs next, once that is known."""
+        side = self.network.resolutions[index]
+        self._on_threads(partial(self._cropped, side), images)
+        sound = [image for image in images if image.error is None]
+        rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in sound])
+        for image, row in zip(sound, rows, strict=True):
+            image.logits = row
+            image.ran.append(index)
+        following = dict.fromkeys(map(id, images), STOP)
+        if can_stop(policy, index) and sound:
+            sure_N = confidence(torch.stack([row.result() for row in rows]))
+            following |= dict(zip(map(id, sound), next_resolution(policy, index, sure_N).tolist(), strict=True))
+        return [following[id(image)] for image in images]
 
     def _on_threads(self, function: Callable[[Any], _Image], items: Sequence[Any]) -> list[_Image]:
         return [function(item) for item in items] if len(items) == 1 else list(self._decoders.map(function, items))
 
-    def _opened(self, image: Any) -> _Image:
+    def _opened(self, side: int, image: Any) -> _Image:
         try:
-            return self._cropped(
-                _Image(Picture(image, self.network.crop_fraction, self.network.largest_side)), self.network.first_side
-            )
+            return self._cropped(side, _Image(Picture(image, self.network.crop_fraction, self.network.largest_side)))
         except BadImageError as error:
             return _Image(error=str(error))
 
-    def _crop_at_choice(self, image: _Image) -> _Image:
-        side = self.network.resolutions[image.choice]
-        return image if side == self.network.first_side else self._cropped(image, side)
-
-    def _cropped(self, image: _Image, side: int) -> _Image:
-        assert image.picture
-        try:
-            image.crop = torch.from_numpy(image.picture.crop(side))
-        except BadImageError as error:
-            image.error = str(error)
+    def _cropped(self, side: int, image: _Image) -> _Image:
+        """The image with its crop at `side`, or with the reason why there is none."""
+        if image.crop is None or image.crop.shape[0] != side:
+            assert image.picture
+            try:
+                image.crop = torch.from_numpy(image.picture.crop(side))
+            except BadImageError as error:
+                image.error = str(error)
         return image
 
     def _answers(self, images: Sequence[_Image]) -> Iterator[Answer]:
         for image in images:
-            if image.logits is None:
+            if image.error is not None or image.logits is None:
                 yield Answer(error=image.error)
                 continue
             probability, index = image.logits.result().softmax(dim=0).max(dim=0)
@@ -227,8 +252,9 @@ class Classifier:
                 class_index=int(index),
                 label=self.network.classes[int(index)],
                 probability=float(probability),
-                resolution=self.network.resolutions[image.choice],
-                gflops=self.network.gflops[image.choice],
+                resolution=self.network.resolutions[image.ran[-1]],
+                resolutions=",".join(str(self.network.resolutions[index]) for index in image.ran),
+                gflops=image.gflops,
             )
 
 

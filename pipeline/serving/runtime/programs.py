@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
+
+from .policy import Policy, can_stop, confidence, first_resolution, next_resolution, predictor_policy
 
 WARM_UPS = 2
 """Passes before a recording, which choose algorithms and allocate their workspaces."""
@@ -107,7 +109,20 @@ class Routed:
 
     logits_NK: Tensor
     choice_N: Tensor
-    """The index of the resolution at which each image ran."""
+    """The index of the resolution whose answer counts."""
+    ran_NR: Tensor
+    """Which resolutions ran, bool."""
+
+
+@dataclass(frozen=True)
+class FittedPolicy:
+    """A policy of the model's front, with what it reached on the images that it was fitted on."""
+
+    policy: Policy
+    gflops: float
+    """Mean cost of an image, predictor included where it runs."""
+    accuracy: float
+    """A fraction of 1."""
 
 
 class RoutedNetwork:
@@ -132,8 +147,14 @@ class RoutedNetwork:
         self.resolutions: tuple[int, ...] = tuple(meta["resolutions"])
         self.predictor_size: int = meta["predictor_size"]
         self.crop_fraction: float = meta["validation_crop"]
-        self.gflops: tuple[float, ...] = tuple(cost + meta["predictor_gflops"] for cost in meta["backbone_gflops"])
+        self.backbone_gflops: tuple[float, ...] = tuple(meta["backbone_gflops"])
+        self.predictor_gflops: float = meta["predictor_gflops"]
         self._relative_costs = torch.tensor(meta["relative_costs"], dtype=torch.float64)
+        self.policies = [
+            FittedPolicy(Policy(**found["policy"]), found["gflops"], found["accuracy"])
+            for found in meta.get("policies", [])
+        ]
+        self.default_policy = Policy(**meta["policy"]) if "policy" in meta else self.predictor_policy()
         self._predictor = self._program(folder / PREDICTOR_FILE) if len(self.resolutions) > 1 else None
         self._backbones = [self._program(folder / BACKBONE_FILE.format(side=side)) for side in self.resolutions]
 
@@ -143,14 +164,9 @@ class RoutedNetwork:
         return self._predictor is not None
 
     @property
-    def first_side(self) -> int:
-        """Side in pixels of the images that the resolution is chosen from."""
-        return self.predictor_size if self.is_routed else self.resolutions[0]
-
-    @property
     def largest_side(self) -> int:
         """The largest side of the images that the programs take, pixels."""
-        return max(self.first_side, *self.resolutions)
+        return max(self.predictor_size if self.is_routed else 0, *self.resolutions)
 
     def predictor_logits(self, images: Tensor) -> Tensor:
         """Returns logits (N, R) over the resolutions for uint8 (N, S, S, 3), S the predictor's side."""
@@ -161,36 +177,92 @@ class RoutedNetwork:
         """Returns class logits (N, K) at resolution `index` for uint8 (N, S, S, 3), S its side."""
         return self._run(self._backbones[index], images).cpu()
 
-    def choose(self, logits_NR: Tensor, budget_bias: float = 0.0) -> Tensor:
-        """Returns argmax_j(logits_j + budget_bias * c_j), int64 (N,); c_j is j's cost, from 0 (cheapest) to 1.
+    def predictor_policy(self, budget_bias: float = 0.0) -> Policy:
+        """Returns the policy that runs each image once, where the predictor chooses.
 
-        A bias above 0 spends more, below 0 less; 0 is the network as it was trained. Ties take the first resolution.
+        Args:
+            budget_bias: above 0 spends more, below 0 less; 0 is the network as it was trained.
 
         Raises:
             ValueError: the bias is not finite.
         """
         if not math.isfinite(budget_bias):
             raise ValueError(f"budget_bias is {budget_bias}; give a finite number")
-        return (logits_NR.double() + budget_bias * self._relative_costs).argmax(dim=1)
+        cheapest_first = sorted(range(len(self.resolutions)), key=lambda index: self.backbone_gflops[index])
+        return predictor_policy(cheapest_first, budget_bias)
 
-    def classify(self, crops: Mapping[int, Tensor], budget_bias: float = 0.0) -> Routed:
-        """Choose each image's resolution from the whole batch, then run each group of equal choice once.
+    def policy_for(
+        self, budget_bias: float = 0.0, budget_gflops: float | None = None, max_accuracy_drop: float | None = None
+    ) -> Policy:
+        """Returns the policy that a request asks for; without a wish the one that the model was registered with.
+
+        Args:
+            budget_gflops: the most accurate policy that costs no more on average.
+            max_accuracy_drop: the cheapest policy that loses no more than this against the model's best, in points.
+
+        Raises:
+            ValueError: a value makes no sense, two are given, or the model has no such policy.
+        """
+        given = [budget_bias != 0, budget_gflops is not None, max_accuracy_drop is not None]
+        if sum(given) > 1:
+            raise ValueError("give one of budget_bias, budget_gflops and max_accuracy_drop, not several")
+        if budget_bias != 0:
+            return self.predictor_policy(budget_bias)
+        if budget_gflops is None and max_accuracy_drop is None:
+            return self.default_policy
+        if not self.policies:
+            raise ValueError("this model has no fitted policies; register its run again, or give budget_bias")
+        if budget_gflops is not None:
+            within = [found for found in self.policies if found.gflops <= budget_gflops]
+            if not within:
+                cheapest = min(found.gflops for found in self.policies)
+                raise ValueError(f"budget_gflops is {budget_gflops}; give at least {cheapest:.4g}, the cheapest policy")
+            return max(within, key=lambda found: found.accuracy).policy
+        assert max_accuracy_drop is not None
+        if not max_accuracy_drop >= 0:
+            raise ValueError(f"max_accuracy_drop is {max_accuracy_drop}; give points, 0 or more")
+        lowest = max(found.accuracy for found in self.policies) - max_accuracy_drop / 100
+        return min(
+            (found for found in self.policies if found.accuracy >= lowest), key=lambda found: found.gflops
+        ).policy
+
+    def first_resolution(self, policy: Policy, predictor_logits_NR: Tensor | None, num_images: int) -> Tensor:
+        """Returns where each image starts, int64 (N,)."""
+        return first_resolution(policy, predictor_logits_NR, self._relative_costs, num_images)
+
+    def cost(self, policy: Policy, ran: Sequence[int]) -> float:
+        """Returns the GFLOPs of an image that ran at these resolutions."""
+        predictor = self.predictor_gflops if policy.needs_predictor else 0.0
+        return sum((self.backbone_gflops[index] for index in ran), predictor)
+
+    def classify(self, crops: Mapping[int, Tensor], policy: Policy | None = None) -> Routed:
+        """Apply a policy to a batch, running each group of images with the same resolution at once.
 
         Args:
             crops: side -> uint8 (N, side, side, 3), the same N images at every side.
+            policy: None is the one that the model was registered with.
         """
-        choice_N = torch.zeros(len(crops[self.first_side]), dtype=torch.int64)
-        if self.is_routed:
-            choice_N = self.choose(self.predictor_logits(crops[self.predictor_size]), budget_bias)
+        policy = policy or self.default_policy
+        N = len(next(iter(crops.values())))
+        predictor_NR = self.predictor_logits(crops[self.predictor_size]) if policy.needs_predictor else None
+        now_N = self.first_resolution(policy, predictor_NR, N)
+        logits_NK, choice_N = torch.empty(N, len(self.classes)), now_N.clone()
+        ran_NR = torch.zeros(N, len(self.resolutions), dtype=torch.bool)
         started = []
-        for index, side in enumerate(self.resolutions):
-            group = (choice_N == index).nonzero().flatten()
-            if len(group):
-                started.append((group, self._run(self._backbones[index], crops[side][group])))
-        logits_NK = torch.empty(len(choice_N), len(self.classes))
-        for group, logits in started:  # copied while a GPU computes the next group
-            logits_NK[group] = logits.cpu()
-        return Routed(logits_NK, choice_N)
+        for index in policy.members:
+            group = (now_N == index).nonzero().flatten()
+            if not len(group):
+                continue
+            rows = self._run(self._backbones[index], crops[self.resolutions[index]][group])
+            ran_NR[group, index], choice_N[group] = True, index
+            if can_stop(policy, index):
+                logits_NK[group] = rows.cpu()
+                now_N[group] = next_resolution(policy, index, confidence(logits_NK[group]))
+            else:
+                started.append((group, rows))
+        for group, rows in started:  # copied while a GPU computes the next group
+            logits_NK[group] = rows.cpu()
+        return Routed(logits_NK, choice_N, ran_NR)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context in which layers compute with this precision."""
