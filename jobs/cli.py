@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import textwrap
@@ -96,6 +97,8 @@ def reference_page() -> str:
 
 def run_job(main: Callable[[], None]) -> None:
     """Run a job's main. An error that a user can fix ends it with one message and exit code 2, without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show loses no results
     try:
         main()
     except BrokenPipeError:  # for example `| head`

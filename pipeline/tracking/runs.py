@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
-from datasets.files import write_whole
+from datasets.files import valid_text, write_whole
 from datasets.remote import redacted
 from pipeline.config.load import flattened
 from pipeline.config.schema import Config
@@ -196,5 +196,5 @@ def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
 
 def param_text(value: Any) -> str:
     """Returns a value as text, cut to the length that MLflow accepts; bytes of names that are not UTF-8 are escaped."""
-    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = valid_text(str(value))
     return text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"

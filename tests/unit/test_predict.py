@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -82,6 +83,19 @@ def test_json_is_alone_on_the_output_and_a_bad_image_is_exit_code_1(registry, pi
     assert rows[0]["resolution"] in (48, 32)
     assert rows[1]["error"] == "not a JPEG, PNG, WebP, BMP or TIFF file"
     assert rows[1]["label"] is None
+
+
+def test_names_that_the_output_cannot_show_lose_no_row(registry, pictures, monkeypatch):
+    for name in (os.fsdecode(b"caf\xe9.jpg"), "caf\N{LATIN SMALL LETTER E WITH ACUTE}.jpg"):
+        (pictures / name).write_bytes(jpeg(60, 50))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    for options, count in (([], 6), (["--json"], 5)):
+        output = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+        assert ran(monkeypatch, *options, "--model", "models:/drnet/1", pictures) == 0
+        sys.stdout.flush()
+        said = output.getvalue().decode("ascii")
+        assert (len(json.loads(said)) if options else len(said.splitlines())) == count
 
 
 def test_broken_links_and_names_that_are_not_utf_8_have_rows(registry, tmp_path, monkeypatch, capsys):
