@@ -56,7 +56,7 @@ def test_the_driver_reads_only_the_manifest(remote: Path, tmp_path: Path) -> Non
 
 
 def test_an_address_without_data_is_refused_before_ray_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.uri: file:///.*nothing holds no prepared data"):
+    with pytest.raises(ConfigError, match=r"data\.uri: file:///.*nothing has no prepared data"):
         check_config(config_of(tmp_path, (tmp_path / "nothing").as_uri()))
 
 
@@ -119,6 +119,6 @@ def test_the_job_prepares_and_uploads(
     there = tmp_path / "there"
     monkeypatch.setattr(sys, "argv", ["prepare", "--config", str(tmp_path / "c.yaml"), "--upload", there.as_uri()])
     main()
-    assert f"{there.as_uri()} holds {tmp_path / 'here'} now" in capsys.readouterr().out
+    assert f"uploaded {tmp_path / 'here'} to {there.as_uri()}: " in capsys.readouterr().out
     for name in ("manifest.json", "train.beton", "validation.beton"):
         assert (there / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
