@@ -220,7 +220,7 @@ def test_the_job_registers_refuses_promotes_and_rolls_back(registry, tmp_path, m
     code, said = job("--rollback")
     assert (code, said) == (0, "rolled back: models:/drnet@job is version 1 again, not 3\n")
     code, said = job("--max-accuracy-drop", "1")
-    assert (code, "bounds of --promote" in said) == (2, True)
+    assert (code, "need --promote" in said) == (2, True)
     code, said = job("--promote", "--max-accuracy-drop", "-1")
     assert (code, "max_accuracy_drop is -1" in said) == (2, True)
 
