@@ -45,6 +45,7 @@ def results_of(world_size: int, clipped: bool = True) -> list[tuple]:
 
 def test_two_ranks_end_as_one_process() -> None:
     ((expected, losses, values),) = results_of(1)
+    assert expected["predictor.offset_R"].any()
     for state, other_losses, other_values in results_of(2):
         assert other_losses == pytest.approx(losses, rel=1e-3)
         for value, other in zip(values, other_values, strict=True):

@@ -25,6 +25,7 @@ STAGES = {
     "backbone": BackboneStage(epochs=1, lr=0.05),
     "distillation": BackboneStage(epochs=1, lr=0.05, distillation="learned"),
     "predictor": PredictorStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
+    "correctness": PredictorStage(epochs=1, lr=0.05, objective="correctness"),
     "joint": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
     "joint all": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0, norm_statistics="all"),
     "joint routed": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0, norm_statistics="routed"),
