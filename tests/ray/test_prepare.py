@@ -46,7 +46,7 @@ def test_a_lost_task_is_retried_in_order(tmp_path: Path) -> None:
 
 
 def test_a_task_that_is_lost_repeatedly_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ChildProcessError, match="lost, and so was every attempt"):
+    with pytest.raises(ChildProcessError, match="A Ray task failed, and so did every retry"):
         list(map_on_cluster(partial(dying(100), tmp_path), range(5)))
 
 

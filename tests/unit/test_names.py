@@ -1,7 +1,9 @@
-"""Any names that a file system takes go through a preparation, or are refused by name before anything is written."""
+"""Any names that a file system takes go through all jobs, or are refused by name before anything is written."""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import sys
@@ -10,16 +12,26 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 
 from datasets.beton import beton_path, load_manifest, read_jpeg, read_layout, verify_betons
 from datasets.files import shown_name
 from datasets.prepare.build import BadImagesError
 from datasets.prepare.prepare import ChangedInputsError, Prepared, prepare, read_records
 from datasets.sources.index import SourceError
+from jobs import predict
+from jobs.cli import run_job
 from jobs.prepare import main
+from pipeline.evaluation.render import render_html, render_markdown
+from pipeline.evaluation.report import FIGURES, build_report, to_json
+from pipeline.tracking.registry import register_model
+from pipeline.tracking.tracker import close_run, open_run
+from pipeline.training.checkpoint import load_model, save_model
+from tests.unit.evaluation_cases import easy_and_hard, evaluation_of, predictions_of
 from tests.unit.pictures import jpeg, write_class_folders
+from tests.unit.tracking_fixtures import finish_run, fresh_store, make_config, make_manifest, make_model
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
 
@@ -175,3 +187,60 @@ def test_a_class_that_is_a_link_to_the_prepared_folder_is_refused(tmp_path: Path
     with pytest.raises(SourceError, match=r"out is a folder of data\.source .*source/c; choose"):
         prepared(tmp_path / "out", source)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(classes=st.lists(names, min_size=4, max_size=4, unique_by=lambda name: shown_name(os.fsdecode(name))))
+def test_a_report_is_written_for_classes_of_any_name(classes: list[bytes]) -> None:
+    shown = [shown_name(os.fsdecode(name)) for name in classes]
+    correct_NR, chosen_N, _ = easy_and_hard(60)
+    evaluation = evaluation_of(predictions_of(correct_NR, chosen_N))
+    report = build_report(evaluation, classes=shown, attributes={}, name="run", context={})
+    assert json.loads(to_json(report).encode())["classes"] == shown
+    figures = dict.fromkeys(FIGURES, b"a picture")
+    assert render_markdown(report, figures).encode()
+    assert render_html(report, figures, figures, []).encode()
+
+
+@pytest.fixture(scope="module")
+def odd_registry(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a store with a model whose classes have the names of ODD, and with its run's report."""
+    folder = tmp_path_factory.mktemp("odd")
+    config = make_config(folder)
+    run = folder / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", fresh_store(folder, tmp_path_factory))
+        manifest = dataclasses.replace(make_manifest(), classes=ODD)
+        tracked = open_run(config, run, manifest)
+        model, report = finish_run(config, run, make_model(config))
+        save_model(model, load_model(model).model, config, classes=ODD)
+        (run / "report").mkdir()
+        (run / "report" / "report.md").write_text("\n".join(ODD))
+        close_run(tracked, "FINISHED", artifacts=run / "report")
+        registered = register_model(config, run, model, report)
+        assert MlflowClient().list_artifacts(str(tracked.run_id), "report")
+        assert registered.is_new
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+ODD = [shown_name(os.fsdecode(name)) for name in (b"caf\xe9", b"a\nb", "cafe\u0301".encode(), b"\xff" * 60, b"'\"<|,")]
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=st.lists(names, min_size=1, max_size=4, unique=True))
+def test_files_of_any_name_are_predicted_with_classes_of_any_name(
+    files: list[bytes], odd_registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", odd_registry)
+    with TemporaryDirectory() as root:
+        paths = [Path(root, os.fsdecode(name)) for name in files]
+        for number, path in enumerate(paths):
+            path.write_bytes(jpeg(40, 40, seed=number))
+        output = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="utf-8", errors="strict"))
+        monkeypatch.setattr(sys, "argv", ["predict", "--json", "--model", "models:/drnet/1", *map(str, paths)])
+        run_job(predict.main)
+        sys.stdout.flush()
+        rows = json.loads(output.getvalue())
+    assert len(rows) == len(paths)
+    assert all(row["error"] is None and row["label"] in ODD for row in rows)
