@@ -1,0 +1,92 @@
+"""Measure what each kind of policy reaches at rising cost, over many splits of a finished run's validation images.
+
+`python -m benchmarks.policies runs/glyphs`: policies are fitted on a random half and applied to the other; the means of
+all splits are printed, with how often an allowed drop of accuracy is exceeded on the images that were not fitted on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config.run_folder import RunFolder
+from pipeline.evaluation.predictions import Predictions
+from pipeline.models.cost import Costs, measure_costs
+from pipeline.policies.calibrate import Budget, Split, calibrate, cheaper
+from pipeline.policies.fit import KINDS, fit_policies
+from pipeline.policies.route import Images, route
+from pipeline.training.checkpoint import load_model
+
+SPLITS, DROP_SPLITS = 20, 200
+SHARES = (0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+"""Highest costs, as shares of the largest resolution's."""
+
+
+def reached(images: Images, kinds: Sequence[str], cost: float) -> tuple[float, float]:
+    """Return the mean accuracy and cost on the images that were not fitted on, over SPLITS random halves."""
+    found = []
+    for seed in range(SPLITS):
+        fitted_N = np.random.default_rng(seed).random(len(images)) < 0.5
+        point = cheaper(fit_policies(images.rows(fitted_N), kinds), cost)
+        if point is not None:
+            others = images.rows(~fitted_N)
+            routed = route(point.policy, others)
+            found.append((routed.correct_N(others.correct_NR).mean(), routed.cost_N(images.costs).mean()))
+    return (np.nan, np.nan) if not found else tuple(np.mean(found, axis=0).tolist())
+
+
+def exceeded(images: Images, drop: float) -> float:
+    """Return the share of DROP_SPLITS splits in which the chosen policy loses more than allowed on the other images."""
+    count = 0
+    for seed in range(DROP_SPLITS):
+        keys_N = np.random.default_rng(seed).integers(2**63, size=len(images)).astype(np.uint64)
+        found = calibrate(images, keys_N, Budget(max_drop=drop), Split(cross_fit_below=0))
+        correct_NR = images.correct_NR[found.stated]
+        count += correct_NR.mean(axis=0).max() - found.routed["all"].correct_N(correct_NR).mean() > drop
+    return count / DROP_SPLITS
+
+
+def table(images: Images) -> list[str]:
+    """Return the lines of the table: accuracy and cost of the best policy of each kind within rising costs."""
+    largest = max(images.costs.backbone)
+    lines = [f"{'highest cost':<14}" + "".join(f"{kind:>24}" for kind in KINDS if kind != "static")]
+    for share in SHARES:
+        cells = [reached(images, ("static", kind), share * largest) for kind in KINDS if kind != "static"]
+        texts = "".join(f"{f'{100 * accuracy:.2f} % at {1000 * cost:.2f}':>24}" for accuracy, cost in cells)
+        lines.append(f"{1000 * share * largest:<14.2f}{texts}")
+    return lines
+
+
+def images_of(run: RunFolder, predictions: Path, model: Path) -> tuple[Images, Costs]:
+    """Return the validation images of a run, by the logits of one of its models."""
+    costs, found = measure_costs(load_model(model).model), Predictions.load(predictions)
+    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs), costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.policies", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    for folder in parser.parse_args().runs:
+        run = RunFolder(folder)
+        if not run.predictions.exists():
+            raise SystemExit(f"{folder} is no finished run with a report: {run.predictions} is missing")
+        models = {"the kept model": (run.predictions, run.model)}
+        if run.predictions_before_joint.exists():
+            models["before the joint stage"] = (run.predictions_before_joint, run.before_joint)
+        for name, files in models.items():
+            images, costs = images_of(run, *files)
+            statics = zip(costs.resolutions, images.correct_NR.mean(axis=0), costs.backbone, strict=True)
+            print(f"{folder}, {name}: {len(images):,} images; costs in 1e-3 GFLOPs, predictor included")
+            print(
+                "static: "
+                + ", ".join(f"{side} px {100 * top1:.2f} % at {1000 * cost:.2f}" for side, top1, cost in statics)
+            )
+            print("\n".join(table(images)))
+            print(f"a drop of 1 point is exceeded in {100 * exceeded(images, 0.01):.1f} % of {DROP_SPLITS} splits\n")
+
+
+if __name__ == "__main__":
+    main()
