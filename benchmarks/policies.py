@@ -7,7 +7,9 @@ all splits are printed, with how often an allowed drop of accuracy is exceeded o
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from pipeline.config.run_folder import RunFolder
 from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.policies.calibrate import Budget, Split, calibrate, cheaper
-from pipeline.policies.fit import KINDS, fit_policies
+from pipeline.policies.fit import KINDS, fit_fronts
 from pipeline.policies.route import Images, route
 from pipeline.training.checkpoint import load_model
 
@@ -25,17 +27,20 @@ SHARES = (0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 """Highest costs, as shares of the largest resolution's."""
 
 
-def reached(images: Images, kinds: Sequence[str], cost: float) -> tuple[float, float]:
-    """Return the mean accuracy and cost on the images that were not fitted on, over SPLITS random halves."""
-    found = []
+def reached(images: Images, costs: Sequence[float]) -> dict[tuple[str, float], tuple[float, float]]:
+    """Return (kind, highest cost) -> mean accuracy and cost on images not fitted on, over SPLITS halves."""
+    found = defaultdict(list)
     for seed in range(SPLITS):
         fitted_N = np.random.default_rng(seed).random(len(images)) < 0.5
-        point = cheaper(fit_policies(images.rows(fitted_N), kinds), cost)
-        if point is not None:
-            others = images.rows(~fitted_N)
-            routed = route(point.policy, others)
-            found.append((routed.correct_N(others.correct_NR).mean(), routed.cost_N(images.costs).mean()))
-    return (np.nan, np.nan) if not found else tuple(np.mean(found, axis=0).tolist())
+        fronts, others = fit_fronts(images.rows(fitted_N)), images.rows(~fitted_N)
+        for kind, cost in product(KINDS, costs):
+            point = cheaper(fronts[kind], cost)
+            if point is not None:
+                routed = route(point.policy, others)
+                found[kind, cost].append(
+                    (routed.correct_N(others.correct_NR).mean(), routed.cost_N(images.costs).mean())
+                )
+    return {case: tuple(np.mean(pairs, axis=0).tolist()) for case, pairs in found.items()}
 
 
 def exceeded(images: Images, drop: float) -> float:
@@ -51,12 +56,14 @@ def exceeded(images: Images, drop: float) -> float:
 
 def table(images: Images) -> list[str]:
     """Return the lines of the table: accuracy and cost of the best policy of each kind within rising costs."""
-    largest = max(images.costs.backbone)
-    lines = [f"{'highest cost':<14}" + "".join(f"{kind:>24}" for kind in KINDS if kind != "static")]
-    for share in SHARES:
-        cells = [reached(images, ("static", kind), share * largest) for kind in KINDS if kind != "static"]
-        texts = "".join(f"{f'{100 * accuracy:.2f} % at {1000 * cost:.2f}':>24}" for accuracy, cost in cells)
-        lines.append(f"{1000 * share * largest:<14.2f}{texts}")
+    kinds = [kind for kind in KINDS if kind != "static"]
+    costs = [share * max(images.costs.backbone) for share in SHARES]
+    means = reached(images, costs)
+    lines = [f"{'highest cost':<14}" + "".join(f"{kind:>24}" for kind in kinds)]
+    for cost in costs:
+        cells = [means.get((kind, cost), (np.nan, np.nan)) for kind in kinds]
+        texts = "".join(f"{f'{100 * accuracy:.2f} % at {1000 * mean:.2f}':>24}" for accuracy, mean in cells)
+        lines.append(f"{1000 * cost:<14.2f}{texts}")
     return lines
 
 

@@ -13,15 +13,13 @@ import numpy as np
 from scipy.special import ndtri
 
 from datasets.loading.order import splitmix64
-from pipeline.policies.fit import KINDS, FittedPolicy, fit_policies
+from pipeline.policies.fit import ALL, FittedPolicy, fit_fronts
 from pipeline.policies.route import Images, Routed, route
 
 CONFIDENCE = 0.95
 """of the one-sided bounds by which a budget is said to hold"""
 CURVE_POINTS = 30
 """costs at which a curve is computed"""
-ALL = "all"
-"""among the kinds: the front of all of them together"""
 
 
 @dataclass(frozen=True)
@@ -106,10 +104,10 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
         ValueError: no policy meets the budget.
     """
     parts = split.parts(keys_N)
-    fits = [{kind: fit_policies(images.rows(fit), kinds) for kind, kinds in _kinds().items()} for fit, _ in parts]
+    fits = [fit_fronts(images.rows(fit)) for fit, _ in parts]
     # With folds every image may be chosen on for what is deployed; what is stated comes from the folds' own policies.
     fit = parts[0][0] if len(parts) == 1 else np.arange(len(images))
-    fronts = fits[0] if len(parts) == 1 else {k: fit_policies(images.rows(fit), v) for k, v in _kinds().items()}
+    fronts = fits[0] if len(parts) == 1 else fit_fronts(images)
     chosen = choose(fronts[ALL], budget, images.rows(fit))
     kinds = [kind for kind in fronts if cheaper(fronts[kind], chosen.cost)]
     applied = [images.rows(apply) for _, apply in parts]
@@ -184,8 +182,3 @@ def drop_bound(first_N: np.ndarray, second_N: np.ndarray) -> float:
     first, second = (only_first + 1) / count, (only_second + 1) / count
     margin = ((first + second - (first - second) ** 2) / count) ** 0.5
     return first - second + float(ndtri(CONFIDENCE)) * margin
-
-
-def _kinds() -> dict[str, tuple[str, ...]]:
-    """The fronts that are fitted: one of each kind, where a static resolution counts as each, and one of all."""
-    return {kind: tuple({"static", kind}) for kind in KINDS} | {ALL: KINDS}

@@ -7,7 +7,7 @@ on must not be those that its accuracy is stated on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from pipeline.policies.route import Images
 from pipeline.serving.runtime.policy import ALWAYS, NEVER, Policy, first_resolution, predictor_policy, static_policy
 
 KINDS = ("static", "cascade", "predictor", "predictor+cascade")
+ALL = "all"
+"""among the kinds: the front of all of them together"""
 MAX_MEMBERS = 4
 """resolutions that one cascade may run"""
 GRID = {1: 400, 2: 64, 3: 24}
@@ -91,10 +93,25 @@ def fit_policies(images: Images, kinds: Sequence[str] = KINDS) -> list[FittedPol
         At most FRONT_POINTS policies, cheapest first. The first is the cheapest policy of all, the last the most
         accurate one. Empty where there are no policies of these kinds, as without a predictor.
     """
+    return _merged(_kind_fronts(images, kinds), kinds)
+
+
+def fit_fronts(images: Images) -> dict[str, list[FittedPolicy]]:
+    """The fronts of `fit_policies` by kind, where a static resolution counts as each kind, and that of ALL kinds."""
+    fronts = _kind_fronts(images, KINDS)
+    groups = {kind: tuple(dict.fromkeys(("static", kind))) for kind in KINDS} | {ALL: KINDS}
+    return {name: _merged(fronts, kinds) for name, kinds in groups.items()}
+
+
+def _kind_fronts(images: Images, kinds: Sequence[str]) -> dict[str, list[FittedPolicy]]:
     worth_NR = images.weights_N[:, None] * expected_correctness(images)
     order = tuple(int(index) for index in np.argsort(images.costs.backbone, kind="stable"))
     fitting = _Fitting(images, worth_NR, order)
-    return thin(front([point for kind in kinds for point in _candidates(fitting, kind)]))
+    return {kind: front(list(_candidates(fitting, kind))) for kind in kinds}
+
+
+def _merged(fronts: Mapping[str, Sequence[FittedPolicy]], kinds: Sequence[str]) -> list[FittedPolicy]:
+    return thin(front([point for kind in kinds for point in fronts[kind]]))
 
 
 def front(points: Sequence[FittedPolicy]) -> list[FittedPolicy]:

@@ -236,6 +236,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+FILES = {"report.json", "answers.npz", "report.md", "report.html", "tradeoff.png", "budget.png", "shares.png"}
+"""of every report"""
+
+
 @pytest.fixture(scope="module")
 def report_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "report"
@@ -245,17 +249,7 @@ def report_folder(tmp_path_factory) -> Path:
 
 
 def test_the_folder_holds_the_report_and_nothing_else(report_folder):
-    expected = {
-        "report.json",
-        "answers.npz",
-        "report.md",
-        "report.html",
-        "tradeoff.png",
-        "budget.png",
-        "shares.png",
-        "attribute.png",
-        "gallery.png",
-    }
+    expected = FILES | {"attribute.png", "gallery.png"}
     assert {file.name for file in report_folder.iterdir()} == expected
 
 
@@ -337,15 +331,7 @@ def test_a_report_without_images_or_attributes_removes_the_earlier_figures(tmp_p
     written(tmp_path)
     report = written(tmp_path, read_image=None, attributes={})
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {
-        "report.json",
-        "answers.npz",
-        "report.md",
-        "report.html",
-        "tradeoff.png",
-        "budget.png",
-        "shares.png",
-    }
+    assert names == FILES
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
