@@ -56,7 +56,7 @@ format: setup ## sort imports, fix what ruff can fix, format
 	$(RUFF) format $(CODE)
 
 lock: ## write requirements.lock from pyproject.toml; UPGRADE=--upgrade takes the newest versions
-	scripts/setup.sh uv pip compile pyproject.toml --group dev --quiet --universal --fork-strategy fewest \
+	scripts/setup.sh uv pip compile pyproject.toml --group dev --group pretrained --quiet --universal --fork-strategy fewest \
 		--generate-hashes --no-emit-index-url --annotation-style line --custom-compile-command "make lock" \
 		$(UPGRADE) --output-file requirements.lock
 
