@@ -202,6 +202,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     backbone = config.stages.backbone
     if backbone and backbone.distillation != "none" and len(resolutions) == 1:
         yield "stages.backbone.distillation needs several model.resolutions. Set it to none"
+    if backbone and backbone.resolutions_per_step and backbone.distillation in ("mean", "learned"):
+        yield (
+            f"stages.backbone.distillation is {backbone.distillation}, whose teacher needs every resolution in every "
+            "step. Set stages.backbone.resolutions_per_step=null, or distillation=largest"
+        )
     predictor = config.stages.predictor
     if predictor and predictor.objective == "correctness" and config.stages.joint:
         yield (

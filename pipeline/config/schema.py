@@ -236,8 +236,11 @@ class Stage(Section):
 class BackboneStage(Stage):
     """Trains the backbone at all resolutions and sums their losses."""
 
-    distillation: Literal["none", "mean", "learned"] = "none"
-    """Train each resolution also on the ensemble of all: the mean of their logits, or a mean with learned weights."""
+    resolutions_per_step: Annotated[int, Field(ge=2)] | None = None
+    """Number of resolutions that a step trains: the largest, the smallest, and the others in turn. null trains all."""
+    distillation: Literal["none", "largest", "mean", "learned"] = "none"
+    """Train the smaller resolutions also on the answers of the largest, or all on the mean of all logits, with equal or
+    learned weights."""
     distillation_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of each resolution's distillation loss, relative to its cross entropy."""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.0

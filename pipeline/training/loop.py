@@ -309,6 +309,7 @@ def place(batch, run: Run, data: StageData, progress: Progress) -> StepBatch:
         global_size=run.train.global_size(progress.step),
         logits_NRK=None if logits_NRK is None else logits_NRK.to(run.device, non_blocking=True),
         epoch=progress.epochs_done,
+        step=progress.epoch * progress.steps + progress.step,
         num_slices=run.config.training.accumulate,
     )
 

@@ -133,6 +133,8 @@ class StepBatch:
     """The frozen backbone's logits, where they are stored; then `images` needs only the predictor's input."""
     epoch: float = 0.0
     """Epochs of the stage that are done, for annealed values; a fraction counts the steps within an epoch."""
+    step: int = 0
+    """Steps of the stage that are done."""
     num_slices: int = 1
     """Slices that the backbone trains on one after another, to hold the activations of one slice at a time."""
 
@@ -244,18 +246,34 @@ class Forward:
         return count >= MIN_IMAGES_FOR_STATISTICS
 
 
-class BackboneObjective(Objective):
-    """The sum of the losses of all resolutions. Backward runs per slice and resolution, to hold one's activations.
+def sandwich(num_resolutions: int, per_step: int | None, step: int) -> list[int]:
+    """Returns the indices of the resolutions that a step trains, ascending (sandwich rule; Yu and Huang, ICCV 2019).
 
-    With distillation (Wang et al., ECCV 2020): L = sum_j (L_ce(y_j) + weight * KL(p_ensemble || p_j)), and
-    L_ce(ensemble) for the ensemble's own weights where they are learned.
+    The largest and the smallest are always among them. The ones between take turns rather than being drawn, so that
+    each is trained equally often and every rank knows which without a message.
+
+    Args:
+        per_step: number of resolutions in a step, at least 2; None or at least `num_resolutions` is all.
+        step: steps of the stage that are done.
+    """
+    if per_step is None or per_step >= num_resolutions:
+        return list(range(num_resolutions))
+    between, turns = num_resolutions - 2, per_step - 2
+    return sorted({0, num_resolutions - 1, *(1 + (step * turns + turn) % between for turn in range(turns))})
+
+
+class BackboneObjective(Objective):
+    """The sum of the losses of a step's resolutions. Backward runs per slice and resolution, to hold one's activations.
+
+    With distillation L = sum_j (L_ce(y_j) + weight * KL(p_teacher || p_j)). The teacher is the largest resolution,
+    which does not learn from itself, or the ensemble (Wang et al., ECCV 2020), with L_ce(ensemble) for learned weights.
     """
 
     def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device):
         self.forward, self.stage = forward, stage
         self.mixing = Mixing(stage) if stage.mixup_alpha or stage.cutmix_alpha else None
         self.ensemble: Ensemble | None = None
-        if stage.distillation != "none":
+        if stage.distillation in ("mean", "learned"):
             num_resolutions = len(forward.model.resolutions)
             self.ensemble = Ensemble(num_resolutions, learned=stage.distillation == "learned").to(device)
             self.own = self.ensemble
@@ -276,18 +294,22 @@ class BackboneObjective(Objective):
         sides = self.forward.model.resolutions
         sums: Sums = {"loss": torch.zeros((), device=part.labels_N.device)}
         teacher_NK: Tensor | None = None
+        indices = sandwich(len(sides), self.stage.resolutions_per_step, part.step)
         if self.ensemble is None:
-            students = (self.forward.backbone(part.images, index, training=True) for index in range(len(sides)))
+            students = (self.forward.backbone(part.images, index, training=True) for index in indices)
         else:
             students = self._students(part.images)
             teacher_NK = self.ensemble(torch.stack(students, dim=1))
             sums["accuracy_ensemble"] = _correct(teacher_NK, part.labels_N)
-        for side, logits_NK in zip(sides, students, strict=True):
+        for index, logits_NK in zip(indices, students, strict=True):
             loss = self._cross_entropy(logits_NK, part, mixed)
             if teacher_NK is not None:
                 loss = loss + self.stage.distillation_weight * summed_distillation(logits_NK, teacher_NK)
+            elif self.stage.distillation == "largest":
+                teacher_NK = logits_NK.detach()
             sums["loss"] += _backward(loss, part)
-            sums[f"accuracy_{side}"] = _correct(logits_NK, part.labels_N)
+            if len(indices) == len(sides) or index in (0, len(sides) - 1):  # the others miss some steps
+                sums[f"accuracy_{sides[index]}"] = _correct(logits_NK, part.labels_N)
         if teacher_NK is not None and teacher_NK.requires_grad:
             sums["loss"] += _backward(self._cross_entropy(teacher_NK, part, mixed), part)
         return sums

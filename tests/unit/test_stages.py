@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.models.drnet import DRNet
 from pipeline.models.norms import ResolutionBatchNorm2d
 from pipeline.training import objectives
-from pipeline.training.objectives import Forward, StepBatch, build_objective
+from pipeline.training.objectives import Forward, StepBatch, build_objective, sandwich
 from pipeline.training.optim import build_optimizer
 from tests.small import COSTS_R, batch_of, small_model
 
@@ -276,3 +277,35 @@ def test_parameter_groups_of_the_optimizer() -> None:
     assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1, 0.5), (1, 0), (0.1, 0.5), (0.1, 0)]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert all((parameter.ndim > 1) == (group["weight_decay"] > 0) for group in groups for parameter in group["params"])
+
+
+def test_the_sandwich_trains_both_ends_always_and_the_others_equally_often() -> None:
+    steps = [sandwich(5, 3, step) for step in range(6)]
+    assert all(indices[0] == 0 and indices[-1] == 4 and len(indices) == 3 for indices in steps)
+    assert Counter(index for indices in steps for index in indices[1:-1]) == {1: 2, 2: 2, 3: 2}
+    assert [sandwich(5, 4, step)[1:-1] for step in range(3)] == [[1, 2], [1, 3], [2, 3]]
+    assert sandwich(3, 2, 7) == [0, 2]
+    assert sandwich(3, None, 1) == sandwich(3, 3, 1) == sandwich(3, 8, 1) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("distillation", ["none", "largest"])
+def test_a_step_of_some_resolutions_equals_the_naive_sum_over_them(distillation: str) -> None:
+    stage = BackboneStage(epochs=1, resolutions_per_step=2, distillation=distillation, distillation_weight=0.7)
+    model, batch = small_model(), batch_of(16)
+    reference = copy.deepcopy(model)
+    sums = build_objective(model, stage, COSTS_R)(batch)
+
+    reference.train()
+    large_NK, small_NK = (reference.static_logits(batch.images, index) for index in (0, 2))
+    loss = sum(nn.functional.cross_entropy(logits_NK, batch.labels_N) for logits_NK in (large_NK, small_NK))
+    if distillation == "largest":
+        p_NK, q_NK = large_NK.detach().softmax(1), small_NK.softmax(1)
+        loss = loss + 0.7 * (p_NK * (p_NK / q_NK).log()).sum() / 16
+    loss.backward()
+    assert sums["loss"].item() / 16 == pytest.approx(loss.item(), rel=1e-5)
+    assert sums.keys() == {"loss", "accuracy_48", "accuracy_24"}
+    expected = gradients(reference)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    norm = next(module for module in model.modules() if isinstance(module, ResolutionBatchNorm2d))
+    assert [int(layer.num_batches_tracked) for layer in norm.norms] == [1, 0, 1]
