@@ -1,4 +1,4 @@
-"""Predicts a large folder on the cluster with Ray Data: resumable, one Parquet file for each part."""
+"""Predict a large folder on the cluster with Ray Data, resumably, into one Parquet file for each part."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class OutputFolder:
         return [os.fsdecode(name) for name in content.split(_SEPARATOR)[:-1]]
 
     def list_files(self, folder: Path, files_per_part: int) -> tuple[list[Part], str]:
-        """List the images below `folder` and split the list into parts; returns them and the list's SHA-256.
+        """List the images below `folder` and split the list into parts; return them and the list's SHA-256.
 
         `agree` keeps the list if it belongs to this folder of results. Listing is a stream to disk: memory holds the
         names of one folder at a time.
@@ -161,7 +161,7 @@ class OutputFolder:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> pa.Table:
-    """Returns rows as an Arrow table with the same types in every part, whatever is null.
+    """Returns rows as an Arrow table with the same types in every part, even if a column is all null.
 
     Args:
         columns: pandas' names of the types, as in pyfunc.OUTPUT_COLUMNS.
@@ -205,7 +205,7 @@ def predict_folder(
     files_per_part: int | None = None,
     show_progress: bool = True,
 ) -> str:
-    """Predict every image below `folder` into Parquet files in `out`; returns a one-line summary.
+    """Predict every image below `folder` into Parquet files in `out`; return a one-line summary.
 
     Existing parts are kept. Every node must see both folders and the registry under the same address. One driver runs
     at a time: a second one waits and then finds the work done.

@@ -74,7 +74,7 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
 
 
 def _store_problems(config: Config) -> Iterator[str]:
-    """Yield a problem if MLflow's address is invalid, or its SQLite file not writable: MLflow retries for minutes."""
+    """Yield a problem if MLflow's address is invalid or its SQLite file read-only: MLflow would retry for minutes."""
     try:
         file = sqlite_file(tracking_uri(config))
     except ValueError as error:
@@ -117,7 +117,7 @@ def cluster_capacity() -> list[Capacity]:
 
 
 def num_fitting(nodes: Iterable[Capacity], cpus: int, *, use_gpu: bool) -> int:
-    """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit; a worker needs a single node."""
+    """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit; each must fit on one node."""
     return sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
 
 
