@@ -97,7 +97,7 @@ class BetonWriter:
         return jpeg
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Pass everything to the operating system."""
         self._file.flush()
 
     def finish(self) -> None:
@@ -363,9 +363,9 @@ def parse_manifest(text: str, origin: str) -> Manifest:
     prepare = "prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
     try:
         tree = json.loads(text)
-        made_by = tree["format"]
-        if made_by != FORMAT:
-            raise BetonError(f"{origin} has format {made_by}; this version reads format {FORMAT}; {prepare}")
+        found = tree["format"]
+        if found != FORMAT:
+            raise BetonError(f"{origin} has format {found}, but this version reads format {FORMAT}; {prepare}")
         splits = {name: Split(**split) for name, split in tree.pop("splits").items()}
         mean, std = tuple(tree.pop("mean")), tuple(tree.pop("std"))
         manifest = Manifest(**tree, mean=mean, std=std, splits=splits)

@@ -118,9 +118,9 @@ def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
     text = content.decode(errors="replace")
     manifest = parse_manifest(text, f"{MANIFEST} of {remote}")
     # A downloaded file name must not lead out of the folder.
-    odd = [split.file for name, split in manifest.splits.items() if split.file != beton_path(Path(), name).name]
-    if odd:
-        raise BetonError(f"{MANIFEST} of {remote} is damaged: it names the betons {', '.join(map(repr, odd))}")
+    wrong = [split.file for name, split in manifest.splits.items() if split.file != beton_path(Path(), name).name]
+    if wrong:
+        raise BetonError(f"{MANIFEST} of {remote} is damaged: it names the betons {', '.join(map(repr, wrong))}")
     return text, manifest
 
 

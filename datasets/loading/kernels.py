@@ -432,8 +432,8 @@ def resize(planes, top, left, height, width, mirrored, levels_CYX):
 def filter_taps(origin, extent, limit, side, mirrored):
     """Return which source pixels blend into each output pixel.
 
-    Returns the first of them, int64 (side,); their number, the same for all; and their weights, int16 (side, taps),
-    which sum to 1 << WEIGHT_BITS and are padded with zeros to a multiple of TAPS_AT_ONCE taps.
+    The results are the first of them, int64 (side,), their number, the same for all, and their weights, int16
+    (side, taps). The weights sum to 1 << WEIGHT_BITS and are padded with zeros to a multiple of TAPS_AT_ONCE taps.
     """
     num_taps = 1
     for i in range(side):

@@ -22,7 +22,7 @@ from datasets.parallel import CHUNKS_AHEAD
 
 ADDRESS, TEMPORARY = "RAY_ADDRESS", "RAY_TMPDIR"
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-"""The environment variables from which Ray takes its token."""
+"""Ray's environment variables for authentication."""
 TOKEN_FILE = Path(".ray") / "auth_token"
 """The file in which Ray looks for a token, relative to the home folder."""
 SECONDS_TO_CONNECT, SECONDS_TO_ANSWER = 3.0, 10.0
