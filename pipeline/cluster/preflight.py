@@ -66,11 +66,11 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
         except ValueError as error:
             yield f"stages.{name}.init_from: {error}"
             continue
-        theirs = found.config.model_dump(exclude=start)
+        theirs, given = found.config.model_dump(exclude=start), f"stages.{name}.init_from {stage.init_from}"
         for key in (key for key, value in ours.items() if theirs[key] != value):
-            yield f"stages.{name}.init_from {stage.init_from} has model.{key} {theirs[key]}, this run {ours[key]}"
+            yield f"{given} has model.{key} {theirs[key]}, but this run has {ours[key]}; give a model with this value"
         if manifest and list(found.classes) != list(manifest.classes):
-            yield f"stages.{name}.init_from {stage.init_from} has other classes than the data in {config.data.folder}"
+            yield f"{given} has other classes than the data in {config.data.folder}; give a model with the same classes"
 
 
 def _store_problems(config: Config) -> Iterator[str]:
