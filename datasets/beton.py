@@ -97,11 +97,11 @@ class BetonWriter:
         return jpeg
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Pass everything to the operating system."""
         self._file.flush()
 
     def finish(self) -> None:
-        """Write the tables and close the file; it is not forced to disk."""
+        """Write the tables and close the file, without syncing it to disk."""
         file, table = self._file, _page_ceiling(self._end)
         file.seek(self._end)
         file.write(bytes(table - self._end))
@@ -301,9 +301,9 @@ class Manifest:
     Attributes:
         classes: class names by label.
         settings: everything that the betons depend on besides the images themselves.
-        mean, std: of the training pixels by channel, on a scale of 0 to 1. Of more than a few hundred images an even
-            sample is measured (prepare/convert.py), because reading every pixel would double the preparation time;
-            the mean is then known to about 0.01.
+        mean, std: mean and deviation of the training pixels by channel, on a scale of 0 to 1. With more than a few
+            hundred images, only an even sample is measured (prepare/convert.py): reading every pixel would double the
+            preparation time. The mean is then known to about 0.01.
         source_digest: SHA-256 of the names and contents of all source images.
         skipped: {path, reason} of every bad image that was left out.
         source_state: digest of names, sizes and modification times, for a quick check that nothing changed.
@@ -363,9 +363,9 @@ def parse_manifest(text: str, origin: str) -> Manifest:
     prepare = "prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
     try:
         tree = json.loads(text)
-        made_by = tree["format"]
-        if made_by != FORMAT:
-            raise BetonError(f"{origin} has format {made_by}; this version reads format {FORMAT}; {prepare}")
+        found = tree["format"]
+        if found != FORMAT:
+            raise BetonError(f"{origin} has format {found}, but this version reads format {FORMAT}; {prepare}")
         splits = {name: Split(**split) for name, split in tree.pop("splits").items()}
         mean, std = tuple(tree.pop("mean")), tuple(tree.pop("std"))
         manifest = Manifest(**tree, mean=mean, std=std, splits=splits)
@@ -386,7 +386,7 @@ def verify_betons(folder: Path, full: bool = False, splits: Sequence[str] = SPLI
         splits: the betons to check; a downloaded folder may have only some of them.
 
     Raises:
-        BetonError: naming every beton that is missing, cut short, damaged or from another preparation.
+        BetonError: names every beton that is missing, cut short, damaged or from another preparation.
     """
     manifest = load_manifest(folder)
     problems = []

@@ -1,4 +1,4 @@
-"""Complete files, locks on folders, and names from disk as text."""
+"""Write complete files, lock folders, and show file names as text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DataError(ValueError):
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write that replaces `path`, synced to disk, when the body ends without an error."""
+    """Open a file for writing. If the body ends without an error, sync the file to disk and let it replace `path`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -68,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Sync everything that any process wrote to a file to disk."""
+    """Sync a file to disk, including what other processes wrote to it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,7 +77,7 @@ def sync_file(path: Path) -> None:
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Whether `inner` is `outer` or is inside it, after following links; neither has to exist."""
+    """Return whether `inner` is `outer` or inside it, after following links; neither has to exist."""
     inner, outer = inner.resolve(), outer.resolve()
     if inner.is_relative_to(outer):
         return True
@@ -104,7 +104,7 @@ def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterat
     """Create `folder`, and lock out other processes that would write its data.
 
     Args:
-        waiting: called before waiting for another process; without it, another process is an OSError.
+        waiting: called before waiting for another process; without it, a locked folder is an OSError.
 
     Raises:
         OSError: another process has the lock, or the file system has no locks.
@@ -121,7 +121,7 @@ def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterat
                 waiting()
                 waiting = _no_message
                 lock_file(descriptor, lock, wait=True)
-            if not _is(descriptor, lock):  # the process before removed it; another process may have a new one
+            if not _is(descriptor, lock):  # its last owner removed it, and another process may have created a new one
                 continue
             try:
                 yield
@@ -169,11 +169,11 @@ def _file_system(path: Path) -> tuple[str, str]:
 
 
 def _no_message() -> None:
-    """Does nothing: the caller has been called before waiting already."""
+    """Do nothing: `waiting` has been called."""
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Whether a path is still the file that was opened."""
+    """Return whether a path is still the file that was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

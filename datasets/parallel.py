@@ -94,7 +94,7 @@ class _Rate(ProgressColumn):
 def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on standard error and yield the function that advances it by a number of images.
 
-    Where standard error is a log file, only the final state is printed.
+    If standard error is a log file, only the final state is printed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:

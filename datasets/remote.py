@@ -106,7 +106,7 @@ def open_remote(uri: str) -> RemoteFolder:
     """Open the folder at an address; pyarrow's parameters are allowed, such as `?endpoint_override=HOST:PORT`.
 
     Raises:
-        ValueError: this is not the address of a folder.
+        ValueError: `uri` is not the address of a folder.
         OSError: the file system cannot be used from this machine.
     """
     from pyarrow.fs import FileSystem  # too slow to import while a configuration is being read

@@ -118,9 +118,9 @@ def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
     text = content.decode(errors="replace")
     manifest = parse_manifest(text, f"{MANIFEST} of {remote}")
     # A downloaded file name must not lead out of the folder.
-    odd = [split.file for name, split in manifest.splits.items() if split.file != beton_path(Path(), name).name]
-    if odd:
-        raise BetonError(f"{MANIFEST} of {remote} is damaged: it names the betons {', '.join(map(repr, odd))}")
+    wrong = [split.file for name, split in manifest.splits.items() if split.file != beton_path(Path(), name).name]
+    if wrong:
+        raise BetonError(f"{MANIFEST} of {remote} is damaged: it names the betons {', '.join(map(repr, wrong))}")
     return text, manifest
 
 
@@ -138,7 +138,7 @@ def _held(folder: Path, manifest: Manifest, splits: Sequence[str]) -> Manifest |
 
 
 def _is_staged(folder: Path) -> bool:
-    """Whether the folder was downloaded: its manifest is the downloaded one, or not written yet."""
+    """Return whether the folder was downloaded: its manifest is the downloaded one, or is not written yet."""
     manifest, record = folder / MANIFEST, folder / STAGED
     if not record.exists():
         return False
@@ -181,14 +181,14 @@ def _download_missing(
         if name in partials:
             partials[name].replace(beton_path(folder, name))
         else:
-            beton_path(folder, name).unlink(missing_ok=True)  # it would look like the new manifest's
+            beton_path(folder, name).unlink(missing_ok=True)  # the new manifest would seem to describe it
     sync_folder(folder)
     write_whole(folder / MANIFEST, text)
     progress.finish(f"downloaded {' and '.join(splits)} of {remote} to {shown_name(folder)}")
 
 
 def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split) -> bool:
-    """Whether the folder has the right beton for a split; without a local manifest, all its bytes are compared."""
+    """Return whether the folder has this beton of a split; without a local manifest, all its bytes are compared."""
     path = beton_path(folder, name)
     if before is None:
         return path.exists() and path.stat().st_size == split.size_bytes and file_sha256(path) == split.sha256

@@ -3,7 +3,7 @@
 # succeeds, because its result changes without a commit and not every machine can reach the database.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-readonly SECONDS_AT_MOST=120
+readonly MAX_SECONDS=120
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -15,7 +15,7 @@ printf '# /// script\n# requires-python = ">=3.11,<3.14"\n# dependencies = [\n%s
     "$(pins)" "# override-dependencies = [" "$(pins)" >"$folder/lock.py"
 
 echo "audit: $(pins | wc -l) packages of requirements.lock"
-if ! timeout "$SECONDS_AT_MOST" scripts/setup.sh uv audit --quiet --preview-features audit --script "$folder/lock.py"; then
+if ! timeout "$MAX_SECONDS" scripts/setup.sh uv audit --quiet --preview-features audit --script "$folder/lock.py"; then
     echo "audit: see above; to fix a vulnerability, run 'make lock UPGRADE=\"--upgrade-package NAME\"'." \
         "If the database cannot be reached, run this on another machine."
 fi

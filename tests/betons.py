@@ -12,7 +12,7 @@ from datasets.beton import Sample, write_beton
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:
-    """An RGB image with detail at every scale, as photographs have: noise, the coarser the stronger."""
+    """Draw an RGB image with detail at every scale, like a photograph's: noise, stronger at coarser scales."""
     rng = np.random.default_rng(seed)
     image = np.zeros((height, width, 3))
     for octave in range(6):
@@ -23,14 +23,14 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
 
 
 def jpeg_bytes(image: Image.Image, quality: int = 90) -> bytes:
-    """The image as a JPEG."""
+    """Encode the image as a JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
 def write_images(path: Path, images: list[Image.Image]) -> Path:
-    """A beton of the images; the label is the index modulo 7."""
+    """Write a beton of the images; the label is the index modulo 7."""
     samples = (Sample(jpeg_bytes(image), *image.size, index % 7) for index, image in enumerate(images))
     write_beton(path, samples, len(images))
     return path

@@ -66,7 +66,7 @@ def _no_tracking_store_of_another_test() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """Start the session's one Ray cluster: local, 4 CPUs, no GPU, token authentication. Yields its address.
+    """Start the session's one Ray cluster: local, 4 CPUs, no GPU, token authentication. Yield its address.
 
     Starting Ray takes half a minute on two cores, so tests share one cluster. This process is its driver; a job in
     another process connects with RAY_ADDRESS set to the address, and inherits the token.

@@ -1,4 +1,4 @@
-"""Kill and resume runs, and compare them with an undisturbed one: `python -m tests.killed_runs FOLDER` prints them.
+"""Kill and resume runs, and compare them with an uninterrupted one: `python -m tests.killed_runs FOLDER` prints them.
 
 Every rank is a process, forked from this one: torch is imported once, and nothing is computed before a fork. A run
 kills itself right after a given step, or a given epoch of crops of a logit table, so every attempt is the same.
@@ -32,17 +32,17 @@ STAGES = {
     "predictor": ROUTED | {"epochs": 2, "optimizer": "adamw", "lr": 0.01, "logits": "table"},
     "joint": ROUTED | {"clip_grad_norm": 1.0},
 }
-"""uses everything that a state stores"""
+"""Stages that use everything that a state stores."""
 
 Pair = tuple[str, int]
-"""a stage and its number of finished steps, or TABLE and its number of finished epochs of crops"""
+"""A stage and its number of finished steps, or TABLE and its number of finished epochs of crops."""
 
 STEPS_OF = {"backbone": 6, TABLE: 3, "predictor": 6, "joint": 3}
 PAIRS: dict[int, list[Pair]] = {
     1: [(what, count) for what, counts in STEPS_OF.items() for count in range(1, counts + 1)],
     2: [("backbone", 3), (TABLE, 2), ("predictor", 2), ("joint", 3)],
 }
-"""where runs die, by number of ranks"""
+"""Where runs die, by number of ranks."""
 
 
 class FileReporter:

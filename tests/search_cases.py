@@ -1,4 +1,4 @@
-"""Shared by the tests of a search: a configuration, candidates, and records that need no training."""
+"""A configuration, candidates, and records without training, for the tests of a search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGE = {"epochs": 2, "alpha_gflops": 0.0012, "eta": 1.0, "lr": 0.05}
 
 
 def config_of(folder: Path, **search: Any) -> Config:
-    """A search for small predictors of a backbone at 48 and 32 px."""
+    """Return a search for small predictors of a backbone at 48 and 32 px."""
     return parse_config(
         {
             "name": "run",
@@ -45,18 +45,18 @@ def config_of(folder: Path, **search: Any) -> Config:
 
 
 def candidate_of(**changed: Any) -> Candidate:
-    """The paper's third predictor with changes."""
+    """Return the paper's third predictor with changes."""
     return Candidate.parse({**paper_candidates(config_of(Path()))[3].described(), **changed})
 
 
 def correct_of(num_images: int = 200) -> np.ndarray:
-    """Whether each of two resolutions is right, bool (N, 2): for 90 % and 70 % of the images."""
+    """Return whether two resolutions are correct, bool (N, 2): for 90 % and 70 % of the images."""
     generator = np.random.default_rng(0)
     return np.stack([generator.random(num_images) < 0.9, generator.random(num_images) < 0.7], axis=1)
 
 
 def record_of(candidate: Candidate, share: float = 0.5, seed: int = 0, **changed: Any) -> Record:
-    """A record that sends a share of 200 images to the first resolution."""
+    """Return a record that sends a share of 200 images to the first resolution."""
     correct_NR, generator = correct_of(), np.random.default_rng([seed, round(1000 * share)])
     chosen_N = (generator.random(len(correct_NR)) >= share).astype(np.int64)
     shares = tuple((np.bincount(chosen_N, minlength=2) / len(chosen_N)).tolist())

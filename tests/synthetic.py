@@ -119,7 +119,7 @@ class Recorder:
 
 
 def manifest_of(num_train: int, num_validation: int, num_classes: int, source_digest: str = "") -> Manifest:
-    """Returns a manifest as jobs.prepare would write it."""
+    """Return a manifest as jobs.prepare would write it."""
     splits = {
         split: Split(f"{split}.beton", count, [], 0, f"{source_digest}{split}", {})
         for split, count in ((TRAIN, num_train), (VALIDATION, num_validation))
@@ -129,7 +129,7 @@ def manifest_of(num_train: int, num_validation: int, num_classes: int, source_di
 
 
 def config_of(**changed: Any) -> Config:
-    """Returns all stages, three steps per epoch, no logit table; `changed` sections are merged one level deep."""
+    """Return all stages, three steps per epoch, no logit table; `changed` sections are merged one level deep."""
     routed = {"epochs": 1, "lr": 0.05, "alpha_gflops": 0.0006, "eta": 0.5, "ema_decay": 0.5}
     tree: dict[str, Any] = {
         "name": "synthetic",
@@ -153,7 +153,7 @@ def config_of(**changed: Any) -> Config:
 
 
 def run_of(config: Config, reporter: Any, tables: Path = NO_TABLES) -> Run:
-    """Returns a run with new weights on 22 training and 9 validation images."""
+    """Return a run with new weights on 22 training and 9 validation images."""
     torch.manual_seed(config.seed)
     model = build_drnet(config.model, NUM_CLASSES, (0.5,) * 3, (0.25,) * 3).to(memory_format=torch.channels_last)
     size = config.training.batch_size
@@ -171,5 +171,5 @@ def run_of(config: Config, reporter: Any, tables: Path = NO_TABLES) -> Run:
 
 
 def without_timings(values: Mapping[str, float]) -> dict[str, float]:
-    """Returns those of an epoch's values that are the same in every run."""
+    """Return the values of an epoch that are the same in every run."""
     return {key: value for key, value in values.items() if key not in TIMINGS}

@@ -31,7 +31,7 @@ def write_data(folder: Path) -> Path:
 
 
 def config_of(data: Path, **predictor: Any) -> Config:
-    """Returns a configuration of the predictor stage alone, three epochs; `predictor` changes the stage."""
+    """Return a configuration of the predictor stage alone, three epochs; `predictor` changes the stage."""
     stage = {"epochs": 3, "alpha_gflops": 0.003, "eta": 1.0, "lr": 0.05, **predictor}
     return parse_config(
         {
@@ -70,7 +70,7 @@ def loader_of(config: Config, split: str) -> MultiResolutionLoader:
 
 
 def run_of(config: Config, tables: Path) -> tuple[Run, Recorder]:
-    """Returns a run of a new model with fixed weights, and its reporter."""
+    """Return a run of a new model with fixed weights, and its reporter."""
     model, recorder = model_of(config), Recorder()
     loaders = loader_of(config, TRAIN), loader_of(config, VALIDATION)
     device, costs = torch.device("cpu"), measure_costs(model)

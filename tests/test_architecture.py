@@ -25,7 +25,7 @@ MAX_BYTES = 1024**2
 WALK_LENGTHS = {"one image": 9, "one search trial": 8, "one HTTP request": 4}
 """The largest number of files in each walk of docs/architecture.md."""
 LOADED_BY_PATH = {"pipeline.serving.pyfunc": "pipeline.serving.runtime"}
-"""A module, and the package that it loads from a folder of the registered model instead of importing it."""
+"""Maps a module to the package that it loads from the registered model's folder instead of importing it."""
 COMMAND = re.compile(r"python -m ((?:jobs|benchmarks|tests)(?:\.[a-z_]+)+)([^`|&#\n]*)")
 OWN_CONFIG = "mine"
 """The name that the docs use for a reader's own configuration."""
@@ -34,7 +34,7 @@ PROSE_SUFFIXES = (".py", ".md", ".yaml", ".j2", ".sh", ".toml")
 MAX_DOCSTRING_LINES = 3
 DYNAMIC_IMPORTS = ("import_module", "__import__")
 
-# The arrows datasets <- pipeline <- benchmarks <- jobs never turn.
+# Imports go datasets <- pipeline <- benchmarks <- jobs, never back.
 TURNED = {
     "datasets": {"pipeline", "benchmarks", "jobs"},
     "pipeline": {"benchmarks", "jobs"},
@@ -79,7 +79,7 @@ CONFIGS = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
 
 
 def source_files(root: Path) -> dict[str, Path]:
-    """Every module of the three packages under `root`, by its dotted name."""
+    """Return every module of the packages under `root`, by its dotted name."""
     files = {}
     for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
@@ -88,7 +88,7 @@ def source_files(root: Path) -> dict[str, Path]:
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """Names of the modules that a syntax tree imports, anywhere in it; of `from a import b` both a and a.b.
+    """Yield the names of the modules that a syntax tree imports, anywhere in it; of `from a import b` both a and a.b.
 
     `package` is the one that relative imports start from.
     """
@@ -106,7 +106,7 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def _with_parents(module: str) -> list[str]:
-    """a.b.c and what Python runs before it: a, a.b."""
+    """Return a.b.c and the modules that Python runs before it: a, a.b."""
     parts = module.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
@@ -116,7 +116,7 @@ def _name_of(call: ast.Call) -> str:
 
 
 def top_level(tree: ast.Module) -> ast.Module:
-    """The statements that run when a module is imported: no function bodies, nothing that is for type checkers only."""
+    """Return the statements that run when a module is imported: no function bodies, nothing for type checkers only."""
 
     class Strip(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -132,7 +132,7 @@ def top_level(tree: ast.Module) -> ast.Module:
 
 
 def import_violations(root: Path) -> list[str]:
-    """Every import under `root` that the house forbids, one sentence each."""
+    """Return every forbidden import under `root`, one sentence each."""
     files = source_files(root)
     trees = {module: ast.parse(file.read_text()) for module, file in files.items()}
     packages = {
@@ -161,7 +161,7 @@ def _is_in(module: str, place: str) -> bool:
 
 
 def _chains(module: str, at_import: dict[str, set[str]]) -> Iterator[list[str]]:
-    """The shortest way from a module to each module that is loaded with it, the project's and others'."""
+    """Return the shortest chain of imports from a module to each module that it loads, the project's and others'."""
     seen, waiting = {module}, [[module]]
     while waiting:
         chain = waiting.pop(0)
@@ -174,7 +174,7 @@ def _chains(module: str, at_import: dict[str, set[str]]) -> Iterator[list[str]]:
 
 @cache
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """For every module under `root`, the project's modules that it imports, anywhere in it."""
+    """Return, for every module under `root`, the project's modules that it imports, anywhere in it."""
     files = source_files(root)
     graph = {}
     for module, file in files.items():
@@ -183,13 +183,13 @@ def import_graph(root: Path) -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 named |= set(imported(node, package))
-        # `from package import module` also runs the package; only the modules that are named count as arrows.
+        # `from package import module` also runs the package; only the named modules count.
         graph[module] = {name for name in named & files.keys() if files[name].name != "__init__.py"} - {module}
     return graph
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other, each sorted."""
+    """Return the groups of nodes that reach each other, each sorted."""
     reached = {node: _reached_from(node, graph) for node in graph}
     groups = {tuple(sorted({node} | {other for other in reached[node] if node in reached[other]})) for node in graph}
     return sorted(list(group) for group in groups if len(group) > 1)
@@ -205,7 +205,7 @@ def _reached_from(start: str, graph: dict[str, set[str]]) -> set[str]:
 
 
 def folder_graph(root: Path) -> dict[str, set[str]]:
-    """For every folder of the project, the other folders whose modules its own modules import."""
+    """Return, for every folder of the project, the other folders from which its modules import."""
     graph: dict[str, set[str]] = {}
     for module, names in import_graph(root).items():
         folder = module.rpartition(".")[0]
@@ -250,7 +250,7 @@ def words_to_avoid() -> list[str]:
 
 
 def word_violations(name: str, text: str, words: Sequence[str]) -> list[str]:
-    """Return `name:line: words` for each of the words in a text, also where a line or a comment breaks them."""
+    """Return `name:line: words` for each of the words in a text, even across the lines of a comment."""
     phrases = (r"\s+(?:#\s*)?".join(map(re.escape, word.split())) for word in words)
     pattern = re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
     return [
@@ -445,7 +445,7 @@ def test_no_word_to_avoid_is_used():
         if file.suffix not in PROSE_SUFFIXES and file.name != "Makefile":
             continue
         text, name = file.read_text(), str(file.relative_to(ROOT))
-        if name == "CONTRIBUTING.md":  # its tables say which words those are
+        if name == "CONTRIBUTING.md":  # its tables list the words
             text = re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)
         violations += word_violations(name, text, words_to_avoid())
 

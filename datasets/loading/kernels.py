@@ -36,7 +36,7 @@ def _ensure_cache() -> None:
 
 
 def _temporary_cache() -> str:
-    """Return a folder that only this user can write, since numba runs the code in it: the same in every process."""
+    """Return the folder for compiled code, the same in every process. Only this user can write to it: numba runs it."""
     folder = Path(tempfile.gettempdir(), f"numba-cache-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -204,7 +204,7 @@ MESSAGE_BYTES = 200  # libjpeg-turbo's JMSG_LENGTH_MAX
 REST_SKIPPED = np.frombuffer(b" extraneous bytes before marker", np.uint8)
 
 BYTE = np.uint32(0xFF)
-TAPS_AT_ONCE = 4  # fewer passes over the sums, and four bytes are a word, which one instruction moves
+TAPS_AT_ONCE = 4  # four bytes are a word, which one instruction moves; fewer passes over the sums
 WEIGHT_BITS = 14
 LEVEL_BITS = 5  # bits of a gray level's fraction that are kept between resizing and color conversion
 
@@ -250,20 +250,20 @@ tj_message = _external("tjGetErrorStr2", types.voidptr, _pointer)
 def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, images, starts_R, status_N):
     """Decode JPEGs and resize a box of each to every side.
 
-    Luma and chroma are resized as they are stored, chroma mostly at half the size, and only the result is converted to
-    RGB. So there are half as many pixels to blend, and only visible pixels are converted.
+    Luma and chroma are resized as stored, chroma mostly at half the size, and only the result is converted to RGB. This
+    halves the number of pixels to blend, and converts only visible ones.
 
     Args:
         storage: uint8, the bytes of the beton.
         offsets_N, sizes_N: int64, the place of each JPEG in it.
         shapes_N2: int64, the expected height and width of each JPEG in pixels.
         boxes_N5: float64, from crop_boxes.
-        sides_R: int64, the sizes.
-        images: uint8, one block of memory for the images of all sides, which is written. It is one block, because
-            numba would compile again for every number of arrays.
-        starts_R: int64, where the images of each side, uint8 (N, side, side, 3), start in the block. -1 for a side
-            that is not wanted; it still counts for how finely JPEGs are decoded, so the pixels of the others do not
-            change.
+        sides_R: int64, the output sizes in pixels.
+        images: uint8, written: one block of memory for the images of all sides, because numba would compile again for
+            every number of arrays.
+        starts_R: int64, where the images of each side, uint8 (N, side, side, 3), start in the block; -1 for an
+            unwanted side. Such a side still counts for how finely JPEGs are decoded, so the pixels of the others do
+            not change.
         status_N: uint8, read and written; samples whose status is not DECODED are skipped.
     """
     largest, smallest = sides_R.max(), sides_R.min()
@@ -336,7 +336,7 @@ def decode_planes(decoder, jpeg, height, width, bottom, scale, fraction, planes)
 
     down = CHROMA_DOWN[subsampling]
     frame, flags, block, pixel = position_of_height(jpeg), 0, BLOCK_ROWS * down, fraction * down
-    # The filter reaches below the crop by the size of one pixel, of the smallest side or of chroma.
+    # The filter reaches below the crop by one pixel of the smallest side or of chroma, whichever is larger.
     needed = math.ceil((bottom + max(scale, pixel) + pixel) / block) * block
     left_out = frame >= 0 and needed < height
     if left_out:
@@ -354,9 +354,9 @@ def decode_planes(decoder, jpeg, height, width, bottom, scale, fraction, planes)
 
 @njit_inline
 def position_of_height(jpeg):
-    """Return the position of the two bytes of the height in the header; -1 unless rows follow one another in the data.
+    """Return the position of the height, two bytes, in the header; -1 unless the data holds the rows in order.
 
-    They do in a sequential JPEG with one scan. JPEGs with restart markers give -1 too, because libjpeg-turbo reports
+    A sequential JPEG with one scan does. JPEGs with restart markers give -1 too, because libjpeg-turbo reports
     damage between markers in the same way as skipped rows.
     """
     frame, num_components, position = -1, 0, 2
@@ -379,9 +379,9 @@ def position_of_height(jpeg):
 
 @njit_inline
 def only_skipped_the_rest(decoder):
-    """Whether the library's first warning was that there is data after the last row; all rows are decoded by then.
+    """Return whether the library's first warning is about data after the last row, so that all rows are undamaged.
 
-    It warns of damage in the rows themselves before that.
+    A warning about damaged rows would come first.
     """
     message = carray(tj_message(decoder), (MESSAGE_BYTES,), np.uint8)
     for start in range(MESSAGE_BYTES - len(REST_SKIPPED)):
@@ -432,8 +432,8 @@ def resize(planes, top, left, height, width, mirrored, levels_CYX):
 def filter_taps(origin, extent, limit, side, mirrored):
     """Return which source pixels blend into each output pixel.
 
-    Returns the first of them, int64 (side,); their number, the same for all; and their weights, int16 (side, taps),
-    which sum to 1 << WEIGHT_BITS and are padded with zeros to a multiple of TAPS_AT_ONCE taps.
+    The results are the first of them, int64 (side,), their number, the same for all, and their weights, int16
+    (side, taps). The weights sum to 1 << WEIGHT_BITS and are padded with zeros to a multiple of TAPS_AT_ONCE taps.
     """
     num_taps = 1
     for i in range(side):
@@ -548,7 +548,7 @@ def write_rgb(levels_CYX, colors, image):
 
 @njit_inline
 def chroma(level):
-    """Return a chroma level centered at zero, shifted so that `high` with a factor of JFIF gives a level."""
+    """Return a chroma level centered at zero, shifted so that `high` with one of JFIF's factors gives a level."""
     return np.int16(np.int16(level - (128 << LEVEL_BITS)) << 2)
 
 

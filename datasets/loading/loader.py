@@ -45,8 +45,8 @@ class Batch:
 
     Attributes:
         images: side -> uint8 (N, side, side, 3) RGB, the same crop of each image at every side. Slices of the loader's
-            memory, valid until the next batch is requested; work already queued on the CUDA stream that is current
-            then still reads the right pixels. Pinned if there is a GPU.
+            memory, valid until the next batch is requested; work that is queued on the current CUDA stream by then
+            still reads these pixels. Pinned if there is a GPU.
         labels: int64 (N,).
         indices: int64 (N,), positions of the samples in the beton.
     """
@@ -197,7 +197,7 @@ class DamageLimit:
         """
         reason = _damage(self._beton, index)
         with self._lock:
-            if index in self.found:  # tried again as the replacement of another sample
+            if index in self.found:  # it was also tried as the replacement of another sample
                 return
             self.found[index] = reason
             if len(self.found) <= self._most:
@@ -271,7 +271,7 @@ class MultiResolutionLoader:
             `Batch.indices` then names. One more raises DecodeError.
 
     Raises:
-        ValueError: naming everything that is wrong with the arguments.
+        ValueError: lists everything that is wrong with the arguments.
         BetonError: the beton is missing, damaged or of another layout.
     """
 

@@ -20,7 +20,7 @@ class DamagedCheckpointError(ValueError):
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """Read the training state in a checkpoint's folder; raises DamagedCheckpointError."""
+    """Read the training state in a checkpoint's folder; raise DamagedCheckpointError if it is unreadable."""
     try:
         return TrainingState.load(checkpoint / STATE_FILE)
     except ValueError as error:

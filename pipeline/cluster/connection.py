@@ -22,12 +22,12 @@ from datasets.parallel import CHUNKS_AHEAD
 
 ADDRESS, TEMPORARY = "RAY_ADDRESS", "RAY_TMPDIR"
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-"""Ray's environment variables"""
+"""Ray's environment variables for authentication."""
 TOKEN_FILE = Path(".ray") / "auth_token"
-"""where Ray looks for a token, relative to the home folder"""
+"""The file in which Ray looks for a token, relative to the home folder."""
 SECONDS_TO_CONNECT, SECONDS_TO_ANSWER = 3.0, 10.0
 HEAD_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-"""a request that only Ray's head answers; its empty message is valid"""
+"""A request that only Ray's head answers. Its message is empty."""
 _HEAD_ADDRESS = (
     "Use HOST:6379, the address that `ray start --head` prints, or submit the command with `ray job submit`."
 )
@@ -36,7 +36,7 @@ _USUAL_MISTAKES = {8265: "8265 is the port of the dashboard. ", 10001: "10001 is
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Connect to the cluster that is initialized, else to the one of RAY_ADDRESS, else start a private local one.
+    """Use the connected cluster if there is one, else connect to RAY_ADDRESS, else start a private local cluster.
 
     Ray sets RAY_ADDRESS inside a Ray job. A cluster that only happens to run on this machine is not joined: it may be
     the private cluster of another run, and would end with it.
@@ -71,7 +71,7 @@ def require_head(address: str) -> None:
     Without this check Ray retries for many minutes, and does not name the variable.
 
     Raises:
-        ConnectionError: it does not answer, something else does, or it refuses this process's token.
+        ConnectionError: the head does not answer, something else does, or it refuses this process's token.
     """
     if address == "auto":  # Ray looks for a head on this machine, and fails at once without one
         return
@@ -130,7 +130,7 @@ def _prepare_local_cluster() -> None:
     """
     if _token() is None:
         os.environ[TOKEN] = secrets.token_hex(32)
-    # It warns at every start that authentication is on, which is what we want.
+    # At every start it warns that authentication is on, which is intended.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     parent = Path(os.environ.get(TEMPORARY) or os.environ.get("TMPDIR") or "/tmp")
     folder = parent / "ray"

@@ -20,12 +20,12 @@ SIGNALS = {
     "Floating-point exception": "SIGFPE",
     "Floating point exception": "SIGFPE",
 }
-"""faulthandler's words for each signal that it catches"""
+"""Maps what faulthandler writes to the name of the signal."""
 _FRAME = re.compile(r'^Current thread .*\n  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 
 
 def trace_file(folder: Path, rank: int) -> Path:
-    """Return the file that a crash of a worker is written to."""
+    """Return the file to which a worker's crash is written."""
     return folder / f"crash-rank-{rank}.txt"
 
 

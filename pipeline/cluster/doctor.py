@@ -62,12 +62,12 @@ class Answer:
     host: str
     versions: Mapping[str, str]
     cpus: int
-    """that processes on the node may use"""
+    """CPUs that processes on the node may use."""
     gpus: int | None
-    """that torch sees; None if not checked"""
+    """GPUs that torch sees; None if not checked."""
     memory_bytes: int
     data_digest: str | None
-    """of the data in data.folder; None without usable data"""
+    """Digest of the data in data.folder; None without usable data."""
     data_free_bytes: int
     storage_free_bytes: int
     problems: list[str]
@@ -235,7 +235,7 @@ def _gpus_seen() -> int:
 
 
 KEPT_CHECKPOINTS = 3
-"""two that Ray Train keeps, and one being written"""
+"""Checkpoints on disk at once: two that Ray Train keeps, and one that is being written."""
 
 
 @dataclass

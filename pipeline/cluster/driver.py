@@ -56,7 +56,7 @@ class RunResult:
 
 
 def train_run(config: Config) -> RunResult:
-    """Train, evaluate and report. It resumes from the last checkpoint, and does nothing for a finished run.
+    """Train, evaluate and report. Resume from the last checkpoint, and do nothing for a finished run.
 
     Raises:
         ConfigError: lists every problem that is found before Ray starts, or on the cluster.
@@ -175,12 +175,12 @@ def _collect(checkpoint: Path, folder: RunFolder, costs: Costs, select_N: np.nda
 
 
 def merged(checkpoint: Path, name: str) -> Predictions:
-    """All ranks' predictions of one model as one."""
+    """Merge all ranks' predictions of one model."""
     return merge([Predictions.load(path) for path in sorted(checkpoint.glob(f"{name}-*.npz"))])
 
 
 def download_validation_split(config: Config) -> None:
-    """Download the images that the report shows to the driver's node, before training, so that the report has them."""
+    """Download the validation images to the driver's node, before training: the report shows some of them."""
     if config.data.uri:
         download_dataset(config.data.uri, config.data.folder, splits=[VALIDATION])
 
@@ -208,7 +208,7 @@ def _write_report(
 
 
 def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation:
-    """What a finished run's report is made of; the validation images must be on this node."""
+    """Return the inputs of a finished run's report; the validation images must be on this node."""
     predictions, other, name = Predictions.load(folder.predictions), None, ""
     if folder.predictions_before_joint.exists():
         other, name = Predictions.load(folder.predictions_before_joint), "before joint"
@@ -231,23 +231,23 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
 
 
 def split_of(config: Config) -> Split:
-    """Which validation images policies are fitted on, and which are stated: the same for every run on the same data.
+    """Return which validation images policies are fitted on and which are reported, the same for all runs on the data.
 
-    A split by the run's seed would state one run on images that another one was chosen on.
+    A split by the run's seed would report one run on images that another run was chosen on.
     """
     policy = config.policy
     return Split(policy.select_share, policy.cross_fit_below, policy.folds)
 
 
 def select_mask(config: Config) -> np.ndarray | None:
-    """Which validation images may be chosen on, bool, in the order of the beton; None is all, where there are few."""
+    """Return which validation images models may be chosen on, bool, in beton order; None is all, if there are few."""
     checksums_N = sample_checksums(config)
     (select, _), *folds = split_of(config).parts(checksums_N)
     return None if folds else np.isin(np.arange(len(checksums_N)), select)
 
 
 def sample_checksums(config: Config) -> np.ndarray:
-    """The checksum of every validation image, uint64, in the order of the beton."""
+    """Return the checksum of every validation image, uint64, in the order of the beton."""
     return read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
 
 

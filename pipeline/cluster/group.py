@@ -33,7 +33,7 @@ from pipeline.training.logit_table import UnfillableTableError
 from pipeline.training.monitoring import DivergedError
 
 _OF_OTHERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL")
-"""errors in a worker whose peer has died"""
+"""Parts of the errors that a worker raises when its peer has died."""
 
 
 class FailureReporter(UserCallback):
@@ -65,7 +65,7 @@ class WaitReporter(ControllerCallback):
 
 
 def explain_workers(failures: Mapping[int, Exception], event_folder: Path) -> str:
-    """Say in one line which worker failed, and how. Workers that lost their connection to it come last."""
+    """Say in one line which worker failed, and how. Workers that only lost a connection come last."""
 
     def secondary(rank: int) -> tuple[bool, int]:
         return any(sign in str(failures[rank]) for sign in _OF_OTHERS), rank

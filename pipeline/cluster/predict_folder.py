@@ -1,4 +1,4 @@
-"""Predicts a large folder on the cluster with Ray Data: resumable, one Parquet file for each part."""
+"""Predict a large folder on the cluster with Ray Data, resumably, into one Parquet file for each part."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class OutputFolder:
         return self.path / f"part-{number:06d}.parquet"
 
     def missing(self, parts: Iterable[Part]) -> list[Part]:
-        """Returns the parts that still have to be computed."""
+        """Return the parts that still have to be computed."""
         present = {path.name for path in self.path.iterdir()}
         return [part for part in parts if self.part_file(part.number).name not in present]
 
@@ -97,7 +97,7 @@ class OutputFolder:
         return [os.fsdecode(name) for name in content.split(_SEPARATOR)[:-1]]
 
     def list_files(self, folder: Path, files_per_part: int) -> tuple[list[Part], str]:
-        """List the images below `folder` and split the list into parts; returns them and the list's SHA-256.
+        """List the images below `folder` and split the list into parts; return them and the list's SHA-256.
 
         `agree` keeps the list if it belongs to this folder of results. Listing is a stream to disk: memory holds the
         names of one folder at a time.
@@ -161,7 +161,7 @@ class OutputFolder:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> pa.Table:
-    """Returns rows as an Arrow table with the same types in every part, whatever is null.
+    """Return rows as an Arrow table with the same types in every part, even if a column is all null.
 
     Args:
         columns: pandas' names of the types, as in pyfunc.OUTPUT_COLUMNS.
@@ -174,7 +174,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
 
 
 def summarize(output: OutputFolder, num_parts: int) -> str:
-    """Returns a one-line summary of all parts."""
+    """Return a one-line summary of all parts."""
     resolutions: Counter[int] = Counter()
     num_rows, num_errors, gflops = 0, 0, 0.0
     for number in range(num_parts):
@@ -205,7 +205,7 @@ def predict_folder(
     files_per_part: int | None = None,
     show_progress: bool = True,
 ) -> str:
-    """Predict every image below `folder` into Parquet files in `out`; returns a one-line summary.
+    """Predict every image below `folder` into Parquet files in `out`; return a one-line summary.
 
     Existing parts are kept. Every node must see both folders and the registry under the same address. One driver runs
     at a time: a second one waits and then finds the work done.
@@ -222,7 +222,7 @@ def predict_folder(
         output.remove_partial()
         parts, digest = output.list_files(folder.absolute(), files_per_part)
         if not parts:
-            raise ValueError(f"{folder} has no {', '.join(SUFFIXES)} file")
+            raise ValueError(f"{folder} has no {', '.join(SUFFIXES)} file; give the folder of the images")
         num_files = sum(part.num_files for part in parts)
         output.agree(Plan(model.uri, model.uuid, budget_bias, files_per_part, num_files, digest))
         missing = output.missing(parts)
@@ -243,7 +243,7 @@ def _predict(
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        actors = share_out([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        actors = divide_resources([node["Resources"] for node in ray.nodes() if node["Alive"]])
         done = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts)).map(
             PartPredictor,
             fn_constructor_args=(model, folder, output.path, budget_bias),
@@ -270,8 +270,8 @@ class Actors:
     gpus_each: int
 
 
-def share_out(nodes: Sequence[Mapping[str, float]]) -> Actors:
-    """Returns one actor per GPU with its share of the CPUs; without GPUs, one per CPUS_PER_ACTOR CPUs.
+def divide_resources(nodes: Sequence[Mapping[str, float]]) -> Actors:
+    """Return one actor per GPU with its share of the CPUs; without GPUs, one per CPUS_PER_ACTOR CPUs.
 
     The model decodes on threads, so an actor uses several CPUs. The smallest usable node determines their number.
 

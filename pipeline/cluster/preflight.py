@@ -66,15 +66,15 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
         except ValueError as error:
             yield f"stages.{name}.init_from: {error}"
             continue
-        theirs = found.config.model_dump(exclude=start)
+        theirs, given = found.config.model_dump(exclude=start), f"stages.{name}.init_from {stage.init_from}"
         for key in (key for key, value in ours.items() if theirs[key] != value):
-            yield f"stages.{name}.init_from {stage.init_from} has model.{key} {theirs[key]}, this run {ours[key]}"
+            yield f"{given} has model.{key} {theirs[key]}, but this run has {ours[key]}; give a model with this value"
         if manifest and list(found.classes) != list(manifest.classes):
-            yield f"stages.{name}.init_from {stage.init_from} has other classes than the data in {config.data.folder}"
+            yield f"{given} has other classes than the data in {config.data.folder}; give a model with the same classes"
 
 
 def _store_problems(config: Config) -> Iterator[str]:
-    """Yield a problem if MLflow's address is invalid, or its SQLite file not writable: MLflow retries for minutes."""
+    """Yield a problem if MLflow's address is invalid or its SQLite file read-only: MLflow would retry for minutes."""
     try:
         file = sqlite_file(tracking_uri(config))
     except ValueError as error:
@@ -117,7 +117,7 @@ def cluster_capacity() -> list[Capacity]:
 
 
 def num_fitting(nodes: Iterable[Capacity], cpus: int, *, use_gpu: bool) -> int:
-    """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit; a worker needs a single node."""
+    """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit; each must fit on one node."""
     return sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
 
 

@@ -109,7 +109,7 @@ def goodput_table(seconds: Mapping[str, float]) -> str:
     total = sum(seconds.values())
     rows = [(phase.replace("_", " "), value) for phase, value in seconds.items()]
     lines = [f"{name:<12}{value:>9.1f} s {100 * value / max(total, 1e-9):>6.1f} %" for name, value in rows]
-    return "\n".join(["where the time went:", *lines, f"{'together':<12}{total:>9.1f} s"])
+    return "\n".join(["where the time went:", *lines, f"{'total':<12}{total:>9.1f} s"])
 
 
 class StepClock:
@@ -160,7 +160,7 @@ GAUGES = {
     "drnet_share": ("share of the validation images for which the predictor chose a resolution", ("resolution",)),
     "drnet_accuracy": ("top-1 of the validation images at a resolution, or routed", ("resolution",)),
 }
-"""name: meaning, and tags besides TAGS; Ray exports them with the prefix `ray_`"""
+"""Maps a gauge's name to its meaning and its tags besides TAGS. Ray exports it with the prefix `ray_`."""
 
 
 class Gauges:

@@ -19,7 +19,7 @@ from pipeline.config.run_folder import RunFolder
 
 JOB_VARIABLE, WAIT_VARIABLE, RAYS_WAIT_SECONDS = "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S", 3.0
 SECONDS_TO_END = 10.0
-"""reserved at the end of a job's time for an orderly end: stopping the workers, updating MLflow"""
+"""Seconds reserved at the end of a job's time to stop the workers and update MLflow."""
 
 
 class StoppedError(Exception):
@@ -35,7 +35,7 @@ def patience() -> float | None:
 
 @contextmanager
 def restored(*numbers: signal.Signals) -> Iterator[bool]:
-    """Restore the handlers of these signals afterwards. Yields whether this is the main thread, which alone can.
+    """Restore the handlers of these signals afterwards. Yield whether this is the main thread, which alone can.
 
     Ray Train leaves its own handler for SIGINT, which calls a controller that has ended and exits with code 0.
     """
@@ -64,26 +64,26 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
 
     A second SIGTERM raises SystemExit at once, and so does the end of a job's time (`patience`).
     """
-    asked, seconds = folder.stop, patience()
-    asked.write_text("")
+    request, seconds = folder.stop, patience()
+    request.write_text("")
 
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.read_text() or seconds == 0:
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        if request.read_text() or seconds == 0:
             end(number, frame)
-        asked.write_text("stop")
+        request.write_text("stop")
         # Not print: the signal may have interrupted one.
         os.write(2, b"stopping at the next checkpoint; another SIGTERM ends the run at once\n")
         if seconds is not None:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
     with restored(signal.SIGTERM, signal.SIGALRM) as in_main_thread:
-        if not in_main_thread:  # which cannot set a handler
+        if not in_main_thread:  # other threads cannot set a handler
             yield
             return
-        signal.signal(signal.SIGTERM, ask)
+        signal.signal(signal.SIGTERM, request_stop)
         signal.signal(signal.SIGALRM, end)
         try:
             yield
@@ -91,7 +91,7 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def is_stop_asked(folder: RunFolder) -> bool:
+def is_stop_requested(folder: RunFolder) -> bool:
     """Return whether a stop of the run was requested.
 
     The file always exists and is opened for reading: a network file system then shows what another machine wrote. It

@@ -23,7 +23,7 @@ from datasets.loading.loader import MultiResolutionLoader
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import read_state
 from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labeled_logs
-from pipeline.cluster.stopping import StoppedError, is_stop_asked
+from pipeline.cluster.stopping import StoppedError, is_stop_requested
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, DataConfig
 from pipeline.evaluation.predictions import collect_predictions
@@ -45,10 +45,10 @@ class WorkerSettings:
     config: Config
     run_folder: Path
     data_digest: str
-    """digest of the driver's data; a worker refuses other data"""
+    """Digest of the driver's data. A worker refuses other data."""
     tracking: RunHandle | None
     evaluate_model: Path | None = None
-    """if set, evaluate this model.pt and train nothing"""
+    """A model.pt to evaluate instead of training."""
 
 
 def run_worker(settings: WorkerSettings) -> None:
@@ -115,7 +115,7 @@ def data_of_node(data: DataConfig, digest: str, tell: Callable[[str], None]) -> 
     """Return the manifest of this node's data.folder, after downloading the data if it has an address.
 
     Args:
-        digest: of the driver's data.
+        digest: the digest of the driver's data.
         tell: called with lines about the download.
 
     Raises:
@@ -173,8 +173,8 @@ class WorkerReporter:
             StoppedError: on every rank.
         """
         self._report(state, values)
-        asked = self.rank == 0 and is_stop_asked(RunFolder(self.settings.run_folder))
-        if distributed.sum_over_ranks(torch.tensor(float(asked), device=ray.train.torch.get_device())) > 0:
+        requested = self.rank == 0 and is_stop_requested(RunFolder(self.settings.run_folder))
+        if distributed.sum_over_ranks(torch.tensor(float(requested), device=ray.train.torch.get_device())) > 0:
             raise StoppedError(f"stopped after {state.name}; the same command resumes from there")
 
     def keep(self, name: str, model: DRNet) -> None:
@@ -218,7 +218,7 @@ class WorkerReporter:
         """Report the model, and each rank's predictions for its part of the validation images.
 
         Args:
-            models: the run's under PREDICTIONS. The predictions of each go to NAME-RANK.npz.
+            models: networks by name, the run's as PREDICTIONS. The predictions of each go to NAME-RANK.npz.
         """
         model = models[PREDICTIONS]
         self.message(f"evaluating {validation_loader.num_samples} validation images")
@@ -249,7 +249,7 @@ class WorkerReporter:
 
 
 def _last_state() -> TrainingState | None:
-    """Return the state in the run's latest checkpoint, None without one; raises DamagedCheckpointError."""
+    """Return the state in the run's latest checkpoint, or None; raise DamagedCheckpointError if it is unreadable."""
     checkpoint = ray.train.get_checkpoint()
     return None if checkpoint is None else read_state(Path(checkpoint.path))
 

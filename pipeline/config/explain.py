@@ -1,4 +1,4 @@
-"""Lists the configuration's fields, and says for users what is wrong with a value."""
+"""List the configuration's fields, and explain to users what is wrong with a value."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _YAML_HINTS = {
 
 
 def explain_yaml(error: yaml.YAMLError) -> str:
-    """Say for users what is wrong with YAML text, and where."""
+    """Explain to users what is wrong with YAML text, and where."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark, problem, start = error.problem_mark, error.problem or "", error.context_mark
         if problem.startswith("but "):
@@ -54,7 +54,7 @@ def explain_yaml(error: yaml.YAMLError) -> str:
 
 
 def explain(error: ValidationError) -> list[str]:
-    """Say for users what was given and what is allowed, once for each key."""
+    """Explain to users what was given and what is allowed, one line for each key."""
     problems: dict[str, list[str]] = {}
     for item in error.errors():
         key, annotation = _key_of(item["loc"])
@@ -79,7 +79,7 @@ def _key_of(location: Sequence[int | str]) -> tuple[str, Any]:
 
 
 def _explain_item(key: str, annotation: Any, item: Mapping[str, Any]) -> str:
-    """Say one pydantic error."""
+    """Explain one pydantic error."""
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         return _explain_unknown(key)
@@ -111,7 +111,7 @@ def _explain_item(key: str, annotation: Any, item: Mapping[str, Any]) -> str:
 
 
 def _explain_unknown(key: str) -> str:
-    """Say which keys an unknown one may stand for."""
+    """Suggest known keys in place of an unknown one."""
     fields = [name for name, *_ in describe_fields()]
     section, _, last = key.rpartition(".")
     parent = section_of(field_of(Config, section) if section else Config)
@@ -132,7 +132,7 @@ def _explain_unknown(key: str) -> str:
 
 
 def _allowed(annotation: Any, literals: bool) -> str:
-    """Name the values of a type: its literals, or what else it allows."""
+    """Describe the values of a type: its literals, or its other values."""
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
     found = []
     for each in choices(annotation):

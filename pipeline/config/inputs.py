@@ -1,4 +1,4 @@
-"""Identifies what a run starts from by content, so that data and files may move between two starts of a run."""
+"""Identify a run's inputs by content, so that data and files may move between two attempts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refuse_other_inputs(folder: RunFolder, inputs: dict[str, str]) -> None:
         listing = "\n".join(f"  - {line}" for line in changed)
         raise ValueError(
             f"the run {folder.path.name} started from other data or files:\n{listing}\n"
-            f"Put them back, choose another name (name=...), or remove {folder.path}."
+            f"Restore them, choose another name (name=...), or remove {folder.path}."
         )
 
 

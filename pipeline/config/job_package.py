@@ -1,4 +1,4 @@
-"""Finds the paths of a configuration that cannot work in a Ray job's package (`ray job submit --working-dir`).
+"""Find the paths of a configuration that cannot work in a Ray job's package (`ray job submit --working-dir`).
 
 Every node unpacks its own copy of the package and deletes it when the job ends. The package leaves out what .gitignore
 and .rayignore name.
@@ -28,7 +28,7 @@ def job_package(folder: Path) -> Path | None:
 
 
 def package_problems(config: Config, package: Path, *, preparing: bool = False) -> Iterator[str]:
-    """Yield every path that would be lost with the package or is missing in it, and every password that would show.
+    """Yield every path that would be lost with the package or is missing from it, and every exposed password.
 
     Args:
         preparing: check what jobs.prepare uses; otherwise what training and the later jobs use.

@@ -1,4 +1,4 @@
-"""Names the files in a run's folder."""
+"""Name the files in a run's folder."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class RunFolder:
 
     @property
     def backbone(self) -> Path:
-        """The model as it was after the backbone stage."""
+        """The model after the backbone stage."""
         return self.path / "backbone.pt"
 
     @property
     def before_joint(self) -> Path:
-        """The model as it was before the joint stage."""
+        """The model before the joint stage."""
         return self.path / "before-joint.pt"
 
     @property

@@ -1,4 +1,4 @@
-"""Converts between a SQLite file's path and its address, where `%XX` quotes a character and `?` ends the path."""
+"""Convert between a SQLite file's path and its address, where `%XX` quotes a character and `?` ends the path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SCHEMES = ("sqlite", "sqlite+pysqlite")
 
 
 def sqlite_address(path: Path) -> str:
-    """Returns the address of a SQLite file."""
+    """Return the address of a SQLite file."""
     text = str(path)
     quoted = text.replace("%", "%25").replace("?", "%3F")
     # MLflow creates the parent folder of sqlite:/// addresses without unquoting its name.
@@ -17,6 +17,6 @@ def sqlite_address(path: Path) -> str:
 
 
 def sqlite_path(address: str) -> Path | None:
-    """Returns the file of a SQLite address, relative if the address is; None for other addresses."""
+    """Return the file of a SQLite address, relative if the address is; None for other addresses."""
     scheme, separator, rest = address.partition(":///")
     return Path(unquote(rest.partition("?")[0])) if separator and scheme in SCHEMES else None

@@ -1,4 +1,4 @@
-"""Reads YAML by the types of the configuration's fields: text stays as written, and a key may appear only once."""
+"""Read YAML by the types of the configuration's fields: text stays as written, and a key may appear only once."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read_yaml(text: str, annotation: Any) -> tuple[Any, list[str]]:
         return loader.construct_document(node), problems
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or it contains itself") from None
-    except (ValueError, KeyError, AttributeError):  # of an explicit tag, or of int() with more than 4,300 digits
+    except (ValueError, KeyError, AttributeError):  # by an explicit tag, or by int() for more than 4,300 digits
         raise yaml.YAMLError("it contains a number or a tagged value that cannot be read") from None
     finally:
         loader.dispose()
@@ -82,7 +82,7 @@ class _Preparation:
     seen: set[int] = field(default_factory=set)
 
     def of(self, node: yaml.Node, annotation: Any, key: str) -> Iterator[str]:
-        """Keep text as text, write old names of fields as the new ones, and yield keys that are given twice."""
+        """Keep text as text, replace old field names with new ones, and yield keys that are given twice."""
         if id(node) in self.seen:  # an alias
             return
         self.seen.add(id(node))
@@ -136,12 +136,12 @@ def field_name(section: type[Section], name: str) -> str:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """Return the Section class in `annotation`, also when it is optional."""
+    """Return the Section class in `annotation`, even if it is optional."""
     return next((each for each in choices(annotation) if isinstance(each, type) and issubclass(each, Section)), None)
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a value of this type, other than null, is text or a path."""
+    """Return whether a value of this type, other than null, is text or a path."""
     kinds = [each for each in choices(annotation) if each is not type(None)]
     return bool(kinds) and all(
         each in (str, Path)
@@ -151,7 +151,7 @@ def is_text(annotation: Any) -> bool:
 
 
 def is_optional(annotation: Any) -> bool:
-    """Whether null is a value of this type."""
+    """Return whether null is a value of this type."""
     return type(None) in choices(annotation)
 
 
@@ -165,6 +165,6 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def item_of(annotation: Any) -> Any:
-    """Return the type of a list's items, or None if it is no list."""
+    """Return the type of a list's items, or None if it is not a list."""
     found = next((each for each in choices(annotation) if typing.get_origin(each) in (tuple, list)), None)
     return typing.get_args(found)[0] if found else None

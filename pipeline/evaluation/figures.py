@@ -38,7 +38,7 @@ _CURVES = {"cascade": "-", "predictor": (0, (5, 1.5)), "predictor+cascade": (0, 
 def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     """Draw static networks and their envelope, the routed network, policy curves, random, oracle and references.
 
-    A reference is left out, and stands in the report's table alone, if it lies farther from the points than they span.
+    A reference that lies farther from the points than they span is left out; the report's table still lists it.
     """
     figure = new_figure(8.2, 5.6, theme)
     axes = figure.add_axes((0.085, 0.105, 0.895, 0.775))
@@ -199,7 +199,7 @@ def _along(line: np.ndarray, count: int = 9) -> list[tuple[float, float]]:
     return list(zip(x.tolist(), np.interp(x, line[:, 0], line[:, 1]).tolist(), strict=True))
 
 
-_LABELLED = 7
+_NUM_LABELED = 7
 _MIN_SHARE_NAMED = 15
 """An area whose share stays below this percentage has no room for its name."""
 
@@ -219,7 +219,7 @@ def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
     upper.fill_between(costs, low, high, color=theme.routed, alpha=0.16, lw=0, zorder=2)
     upper.plot(costs, top1, color=theme.routed, lw=1.8, zorder=4)
     upper.plot(*line.T, marker="o", ms=5, zorder=3, **static_line(theme))
-    named = every(curve, _LABELLED)
+    named = every(curve, _NUM_LABELED)
     spots = [(point["mean_cost"], 100 * point["top1"]) for point in named]
     routed = [point["budget_bias"] == 0 for point in named]
     sizes = [60 if trained else 26 for trained in routed]
@@ -265,7 +265,7 @@ def _name_areas(axes: Axes, costs: np.ndarray, shares: np.ndarray, names: Sequen
 
 COLUMNS = 8
 THUMBNAIL_SIDE = 160
-RIGHT, WRONG = "\N{CHECK MARK}", "\N{BALLOT X}"
+CORRECT, WRONG = "\N{CHECK MARK}", "\N{BALLOT X}"
 _TITLE_LENGTH = 15
 
 
@@ -276,8 +276,8 @@ class Tile:
     index: int
     truth: str
     answer: str
-    right: bool
-    right_at: tuple[bool, ...]
+    is_correct: bool
+    correct_at: tuple[bool, ...]
     """Whether each resolution answers correctly."""
     jpeg: bytes
     """The thumbnail."""
@@ -324,16 +324,16 @@ def draw_gallery(tiles: Sequence[Sequence[Tile]], report: Mapping[str, Any]) -> 
             axes = figure.add_axes(((label + cell * k + 0.05) / width, bottom, (cell - 0.1) / width, cell / height))
             axes.imshow(Image.open(io.BytesIO(tile.jpeg)))
             axes.set_axis_off()
-            color = LIGHT.oracle if tile.right else LIGHT.routed
+            color = LIGHT.oracle if tile.is_correct else LIGHT.routed
             axes.set_title(tile_title(tile), color=color, fontsize=FONT_SIZE - 3.5, pad=3, parse_math=False)
-    subject = f"{report['dataset'] or report['name']}; drawn at random; {RIGHT} correct, {WRONG} wrong (with answer)"
+    subject = f"{report['dataset'] or report['name']}; drawn at random; {CORRECT} correct, {WRONG} wrong (with answer)"
     heading(figure, "Images by chosen resolution", subject, LIGHT)
     return to_png(figure)
 
 
 def tile_title(tile: Tile) -> str:
     """Return the class and, on a second line, a mark; a wrong answer is named after its mark."""
-    second = RIGHT if tile.right else f"{WRONG} {_short(tile.answer)}"
+    second = CORRECT if tile.is_correct else f"{WRONG} {_short(tile.answer)}"
     return f"{_short(tile.truth)}\n{second}"
 
 
@@ -343,8 +343,8 @@ def _tile(predictions: Predictions, classes: Sequence[str], read_image: Callable
         index=index,
         truth=classes[int(predictions.labels_N[n])],
         answer=classes[int(predictions.classes_NR[n, j])],
-        right=bool(predictions.correct_NR[n, j]),
-        right_at=tuple(predictions.correct_NR[n].tolist()),
+        is_correct=bool(predictions.correct_NR[n, j]),
+        correct_at=tuple(predictions.correct_NR[n].tolist()),
         jpeg=_thumbnail(read_image(index)),
     )
 

@@ -1,4 +1,4 @@
-"""Style of every figure: colors for light and dark, axes, headings, and labels that do not overlap."""
+"""Style every figure: colors for light and dark, axes, headings, and labels that do not overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks a search and estimates its time before the first trial; `jobs.tune --dry-run` prints the result."""
+"""Check a search and estimate its time before the first trial; `jobs.tune --dry-run` prints the result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BACKBONE_IMAGES = 16
 
 @dataclass(frozen=True)
 class Checked:
-    """What a search needs to know before its first trial."""
+    """The checked inputs of a search."""
 
     manifest: Manifest
     backbone: TrainedBackbone
@@ -71,8 +71,8 @@ def check_search(config: Config) -> Checked:
         problems.extend(space_problems(config, space, costs.backbone_gflops))
         problems.extend(_alpha_problems(space, costs.backbone_gflops))
     if manifest and backbone:
-        misfits = list(backbone_problems(backbone, config, manifest))
-        problems.extend(misfits or _table_problems(config, backbone, manifest))
+        mismatches = list(backbone_problems(backbone, config, manifest))
+        problems.extend(mismatches or _table_problems(config, backbone, manifest))
     if ray.is_initialized():
         problems.extend(_fit_problems(config, ray.cluster_resources()))
     elif not os.environ.get("RAY_ADDRESS"):
@@ -85,13 +85,13 @@ def check_search(config: Config) -> Checked:
 
 def _stage_problems(config: Config) -> Iterator[str]:
     if config.stages.predictor is None:
-        yield "stages.predictor is missing; it says how the candidates are trained; add it"
+        yield "stages.predictor is missing; add it to say how candidates are trained"
     elif (stage := trial_stage(config)).warmup_epochs >= stage.epochs:
         yield f"search.epochs {stage.epochs} must be more than stages.predictor.warmup_epochs {stage.warmup_epochs:g}"
     elif stage.target is None:
-        yield "stages.predictor.alpha_gflops is missing; the candidates are compared at it; set it"
+        yield "stages.predictor.alpha_gflops is missing; set it to the cost at which candidates are compared"
     if config.stages.joint is None and config.search.finetuned:
-        yield "stages.joint is missing; it says how the best are finetuned; add it, or set search.finetuned=0"
+        yield "stages.joint is missing; add it to say how the best are finetuned, or set search.finetuned=0"
     if len(config.model.resolutions) == 1:
         yield "model.resolutions has only one size, so there is nothing to predict; give at least two"
 
@@ -106,7 +106,7 @@ def _alpha_problems(space: Space, backbone_gflops: tuple[float, ...]) -> Iterato
 
 
 def _table_problems(config: Config, backbone: TrainedBackbone, manifest: Manifest) -> Iterator[str]:
-    """Why the given weights or tables do not fit the rest of the configuration."""
+    """Yield why the given weights or tables do not fit the rest of the configuration."""
     try:
         model = model_with_backbone(backbone, config, len(manifest.classes))
         if config.search.tables is not None and config.stages.predictor is not None:
@@ -140,14 +140,14 @@ def _fit_problems(config: Config, resources: dict[str, float]) -> Iterator[str]:
 
 
 def trial_resources(search: SearchConfig) -> dict[str, float]:
-    """The resources of the connected cluster that one trial uses."""
+    """Return the resources of the connected cluster that one trial uses."""
     gpus = ray.cluster_resources().get("GPU", 0)
     share = (GPU_SHARE if gpus else 0.0) if search.gpus_per_trial == "auto" else search.gpus_per_trial
     return {"CPU": search.cpus_per_trial, **({"GPU": share} if share else {})}
 
 
 def trials_at_once(search: SearchConfig, resources: dict[str, float], needed: dict[str, float]) -> int:
-    """How many trials run at the same time."""
+    """Return how many trials run at the same time."""
     room = min(int(resources.get(kind, 0) / amount) for kind, amount in needed.items())
     return min(room, search.max_concurrent or room)
 
@@ -205,7 +205,7 @@ def _lines(config: Config, checked: Checked, speed: Speed, work: SearchWork, at_
 
 @dataclass(frozen=True)
 class SearchWork:
-    """How many images a search runs through networks."""
+    """The numbers of images that a search runs through networks."""
 
     table_images: int
     """Images through the backbone at every resolution, once for all trials."""
@@ -274,7 +274,7 @@ def measure_speed(config: Config, candidate: Candidate, num_classes: int, num_th
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The mean seconds of one call, after a warm-up."""
+    """Return the mean seconds of one call, after a warm-up."""
     for _ in range(WARM_UP):
         work()
     _wait()

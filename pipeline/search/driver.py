@@ -1,4 +1,4 @@
-"""Runs a search: check everything, fill the logit tables, run the trials, finetune the best, choose, report."""
+"""Run a search: check everything, fill the logit tables, run the trials, finetune the best, choose, report."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class SearchResult:
 
 
 def search_run(config: Config) -> SearchResult:
-    """Search, finetune, choose and report; resumes where an earlier attempt stopped.
+    """Search, finetune, choose and report; resume where an earlier attempt stopped.
 
     Raises:
-        ConfigError: with every problem that can be found before the first trial.
+        ConfigError: lists every problem that can be found before the first trial.
         ValueError: another driver is running this search, or the logit tables cannot be computed.
         KeyboardInterrupt: the search was stopped by Ctrl-C or SIGTERM.
     """
@@ -105,7 +105,7 @@ def _begin(config: Config, folder: SearchFolder, checked: Checked) -> SearchSett
 
 
 def _context(config: Config, model: DRNet, manifest: Manifest) -> str:
-    """The digest of everything that a trial depends on, except its candidate and seed."""
+    """Return the digest of everything that a trial depends on, except its candidate and seed."""
     stage, training = trial_stage(config), config.training
     return context_digest(
         {
@@ -124,9 +124,9 @@ def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
     config, folder = settings.config, settings.folder
     if config.search.tables is not None or _tables_complete(settings, manifest):
         return
-    # Ray Train's own files; the part of the tables that is written is what a restart resumes from.
+    # These are Ray Train's own files. A restart resumes from the written part of the tables.
     shutil.rmtree(folder.fill, ignore_errors=True)
-    saved = "the part of the logit tables that is written"
+    saved = "the written part of the logit tables"
     with followed(folder.path):
         run_group(_fill_worker, settings, config, storage=folder.fill, event_folder=folder.path, saved=saved)
     shutil.rmtree(folder.fill, ignore_errors=True)
@@ -159,7 +159,7 @@ def _fill_worker(settings: SearchSettings) -> None:
 
 
 def _correct(settings: SearchSettings, manifest: Manifest) -> np.ndarray:
-    """Whether the backbone is right at each resolution, for each validation image, bool (N, R)."""
+    """Return whether the backbone is correct for each validation image at each resolution, bool (N, R)."""
     model = load_model(settings.folder.backbone).model
     key = TableKey.of(model, settings.config, manifest, VALIDATION)
     table = LogitTable(settings.tables, key, range(1))
@@ -175,7 +175,7 @@ def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarr
     logger = RunLogger(tracking)
 
     def finalists(records: Sequence[Record]) -> list[Candidate]:
-        found = [summary for summary in summarize(records, correct_NR).values() if is_sound(summary)]
+        found = [summary for summary in summarize(records, correct_NR).values() if completed(summary)]
         best = spread(found, lambda summary: summary.point, search.finalists)
         return [*fixed, *(summary.candidate for summary in best if summary.candidate not in fixed)]
 
@@ -234,7 +234,7 @@ def _run_tune(settings: SearchSettings, searcher: TrialSearcher) -> None:
 
 
 def _line(record: Record) -> str:
-    """A trial in one line, for the terminal."""
+    """Format a trial as one line for the terminal."""
     what = f"{record.candidate.network}, seed {record.seed}"
     if record.accuracy is None or record.gflops is None:
         return f"{what}: {record.outcome}: {record.reason}"
@@ -256,7 +256,7 @@ def finetune(
 ) -> list[Finetuned]:
     """Finetune the best finalists with their backbone, each in its own run, cheapest first."""
     search = settings.config.search
-    finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and is_sound(summary)]
+    finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and completed(summary)]
     selected = spread(finalists, lambda summary: summary.point, search.finetuned)
     lowest = _lowest_accuracy(settings.config, correct_NR)
     best = choose(finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest)
@@ -305,7 +305,7 @@ def _save_start(start: Path, settings: SearchSettings, config: Config, weights: 
 
 
 def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR: np.ndarray) -> Finetuned | None:
-    """The finetuned candidate that the budget selects; None without a budget."""
+    """Return the finetuned candidate that the budget selects; None without a budget."""
     budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
     if budget is None and lowest is None:
         return None
@@ -318,13 +318,13 @@ def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR:
 
 
 def _lowest_accuracy(config: Config, correct_NR: np.ndarray) -> float | None:
-    """The lowest accuracy that max_accuracy_drop allows, as a fraction of 1."""
+    """Return the lowest accuracy that max_accuracy_drop allows, as a fraction of 1."""
     drop = config.search.max_accuracy_drop
     return None if drop is None else float(correct_NR.mean(axis=0).max()) - drop / 100
 
 
-def is_sound(summary: Summary) -> bool:
-    """Whether the candidate finished with every seed that was tried."""
+def completed(summary: Summary) -> bool:
+    """Return whether the candidate finished with every seed that was tried."""
     return all(record.outcome == "finished" for record in summary.records)
 
 

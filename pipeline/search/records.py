@@ -1,4 +1,4 @@
-"""Where a search stores its files: its folder, and one record for each finished trial."""
+"""Name the files of a search, and store one record for each finished trial."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SearchFolder:
 
     @property
     def backbone(self) -> Path:
-        """A model.pt with the backbone that the trials are for."""
+        """A model.pt with the backbone that all trials share."""
         return self.path / "backbone.pt"
 
     @property
@@ -82,13 +82,13 @@ class Record:
 
     Attributes:
         context: digest of everything that the trials of a search share; only trials of one context are comparable.
-        seed: of weights, order and noise.
+        seed: seed of weights, order and noise.
         outcome: finished; collapsed (finished, but every image goes to one resolution); stopped (by ASHA); diverged;
             failed (by an error or the death of its process; a restart tries it again).
-        reason: why the outcome is not `finished`, in words.
-        accuracy: routed top-1 on the validation images, a fraction of 1; None (as the next two) without a result.
+        reason: why the outcome is not `finished`.
+        accuracy: routed top-1 on the validation images, a fraction of 1; None, like `gflops`, without a result.
         gflops: mean cost, predictor included, GFLOPs.
-        predictor_gflops: the predictor's part of it.
+        predictor_gflops: the predictor's part of `gflops`.
         shares: the share of the images at each resolution.
         choices: one letter for each image of the validation beton, `a` for the first resolution; empty if unfinished.
         seconds: duration of the trial.
@@ -145,7 +145,7 @@ class Records:
         return self._load(path) if path.exists() else None
 
     def write(self, record: Record, predictor: Mapping[str, Tensor] | None = None) -> None:
-        """Write a trial, its weights first: where there is a record, there are its weights."""
+        """Write a trial, its weights first, so that no record lacks them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if predictor is not None:
             with whole_file(self.weights(record)) as file:
@@ -154,7 +154,7 @@ class Records:
         write_whole(self._path(record.key), json.dumps(tree))
 
     def weights(self, record: Record) -> Path:
-        """The file of a trial's predictor."""
+        """Return the path of a trial's predictor."""
         return self.folder / f"{record.key}.pt"
 
     def _path(self, key: str) -> Path:
@@ -187,10 +187,10 @@ def choice_letters(chosen_N: np.ndarray) -> str:
 
 
 def trial_key(context: str, candidate: Candidate, seed: int) -> str:
-    """The name of a trial: 16 hexadecimal digits."""
+    """Return the name of a trial: 16 hexadecimal digits."""
     return hashlib.sha256(canonical([context, candidate.described(), seed]).encode()).hexdigest()[:16]
 
 
 def context_digest(parts: Mapping[str, Any]) -> str:
-    """The digest for `Record.context` of what trials share."""
+    """Return the digest of what trials share, for `Record.context`."""
     return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Loads the trained backbone that a search starts from: of a run, a checkpoint or a registered model."""
+"""Load the trained backbone that a search starts from, of a run, a checkpoint or a registered model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TrainedBackbone:
     """The weights of a backbone and what is known about them; None means unknown.
 
     Attributes:
-        origin: where the weights come from, in words.
+        origin: where the weights come from, for messages.
         state: state dict of the ResolutionBackbone.
-        mean, std: of the images that it was trained on, on the scale 0..1.
+        mean, std: pixel statistics of the images that it was trained on, on the scale 0..1.
         architecture: `backbone` and `backbone_width` of its ModelConfig.
         data_digest: digest of the prepared data that it was trained on.
     """
@@ -55,7 +55,7 @@ def find_backbone(config: Config) -> TrainedBackbone:
 
 
 def backbone_path(config: Config) -> Path:
-    """The file that search.backbone names: a model.pt or the state of a checkpoint.
+    """Return the file that search.backbone names: a model.pt or the state of a checkpoint.
 
     Raises:
         ValueError: there is no such file.
@@ -75,7 +75,7 @@ def backbone_path(config: Config) -> Path:
 
 
 def _candidates(folder: Path) -> tuple[Path, ...]:
-    """Where a folder may hold a backbone. That of the backbone stage comes first: the joint stage adapts it."""
+    """Return a folder's files that may hold a backbone; the backbone stage's comes first: the joint stage adapts it."""
     return RunFolder(folder).backbone, RunFolder(folder).model, folder / STATE_FILE
 
 
@@ -123,7 +123,7 @@ def registered_backbone(model_uri: str) -> TrainedBackbone:
 
 
 def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manifest) -> Iterator[str]:
-    """Every way in which a backbone does not fit the configuration and its data."""
+    """Yield every way in which a backbone does not fit the configuration and its data."""
     ours = config.model
     if trained.resolutions != ours.resolutions:
         yield (

@@ -48,7 +48,7 @@ class Candidate:
 
     @classmethod
     def of(cls, predictor: PredictorConfig, stage: PredictorStage) -> Candidate:
-        """The candidate that a configuration describes."""
+        """Return the candidate that a configuration describes."""
         shape = predictor_shape(
             predictor.architecture,
             blocks=predictor.blocks,
@@ -65,7 +65,7 @@ class Candidate:
         return cls(blocks=tuple(tree["blocks"]), **{key: value for key, value in tree.items() if key != "blocks"})
 
     def described(self) -> dict[str, Any]:
-        """The candidate as JSON can hold it."""
+        """Return the candidate as a JSON tree."""
         return {**asdict(self), "blocks": list(self.blocks)}
 
     @property
@@ -79,18 +79,18 @@ class Candidate:
         return f"blocks {blocks_text(self.blocks)}, {stem}, {self.input_size} px, width {self.width:g}"
 
     def model(self, base: ModelConfig) -> ModelConfig:
-        """`base` with this predictor."""
+        """Return `base` with this predictor."""
         changed = {key: getattr(self, key) for key in ARCHITECTURE_KEYS}
         return base.model_copy(update={"predictor": base.predictor.model_copy(update=changed)})
 
     def recipe(self) -> dict[str, float]:
-        """The fields of a routed stage that the candidate sets."""
+        """Return the fields of a routed stage that the candidate sets."""
         return {key: getattr(self, key) for key in RECIPE_KEYS}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values."""
+    """A parameter with several allowed values."""
 
     values: tuple[Any, ...]
 
@@ -103,7 +103,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A range of values, sampled evenly in the logarithm."""
+    """A parameter with a range of values, sampled evenly in the logarithm."""
 
     low: float
     high: float
@@ -113,7 +113,7 @@ class Range:
         return self.clip(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
 
     def clip(self, value: float) -> float:
-        """The nearest value of the range."""
+        """Return the nearest value of the range."""
         return min(max(value, self.low), self.high)
 
     def __contains__(self, value: Any) -> bool:
@@ -136,7 +136,7 @@ class Space:
     max_gflops: float
 
     def candidate(self, values: Mapping[str, Any]) -> Candidate:
-        """The candidate with these values of `parameters`, in a sampler's form (see `sampled`)."""
+        """Return the candidate with these values of `parameters`, in a sampler's form (see `sampled`)."""
         changed = dict(values)
         if "blocks" in changed:
             changed["blocks"] = parse_blocks(changed["blocks"])
@@ -145,7 +145,7 @@ class Space:
         return Candidate.parse({**self.base.described(), **changed})
 
     def sampled(self, candidate: Candidate) -> dict[str, Any] | None:
-        """The values that a sampler draws for a candidate; None if it is not in the space."""
+        """Return the values that a sampler draws for a candidate; None if it is not in the space."""
         values = {key: getattr(candidate, key) for key in self.parameters}
         if "blocks" in values:
             values["blocks"] = blocks_text(values["blocks"])
@@ -164,7 +164,7 @@ class Space:
         }
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The parameters in Optuna's form."""
+        """Return the parameters in Optuna's form."""
         return {
             key: FloatDistribution(parameter.low, parameter.high, log=True)
             if isinstance(parameter, Range)
@@ -173,11 +173,11 @@ class Space:
         }
 
     def allows(self, candidate: Candidate) -> bool:
-        """Whether the predictor costs no more than max_gflops."""
+        """Return whether the predictor costs no more than max_gflops."""
         return predictor_gflops(candidate) <= self.max_gflops
 
     def cheapest_gflops(self) -> float:
-        """The cost of the cheapest predictor in the space; infinity if there is none."""
+        """Return the cost of the cheapest predictor in the space; infinity if there is none."""
         low = {key: _lowest(parameter) for key, parameter in self.parameters.items() if key in ARCHITECTURE_KEYS}
         if "stem_stride" in low:
             low["stem_stride"] = max(_choices(self.parameters["stem_stride"]))
@@ -187,7 +187,7 @@ class Space:
 
 
 def space_of(config: Config, backbone_gflops: tuple[float, ...]) -> Space:
-    """The space of search.preset, with the defaults that depend on the backbone.
+    """Return the space of search.preset, with the defaults that depend on the backbone.
 
     Args:
         backbone_gflops: the backbone's cost at each of model.resolutions.
@@ -213,7 +213,7 @@ def space_of(config: Config, backbone_gflops: tuple[float, ...]) -> Space:
 
 
 def paper_candidates(config: Config) -> dict[int, Candidate]:
-    """The paper's four predictors by number, with the input size, width and recipe of the configuration."""
+    """Return the paper's four predictors by number, with the input size, width and recipe of the configuration."""
     stage = config.stages.predictor
     assert stage is not None
     plain = {"blocks": None, "kernel": None, "stem_stride": None}
@@ -225,20 +225,20 @@ def paper_candidates(config: Config) -> dict[int, Candidate]:
 
 
 def input_sizes(config: Config) -> tuple[int, ...]:
-    """Every side of a predictor's input that the search may use, in pixels, largest first."""
+    """Return every side of a predictor's input that the search may use, in pixels, largest first."""
     searched = config.search.space.input_size if "input_size" in PRESETS[config.search.preset] else ()
     return tuple(sorted({config.model.predictor.input_size, *searched}, reverse=True))
 
 
 def space_problems(config: Config, space: Space, backbone_gflops: tuple[float, ...]) -> Iterator[str]:
-    """Every empty or contradictory part of a space, and budgets that no candidate can reach."""
+    """Yield every empty or contradictory part of a space, and budgets that no candidate can reach."""
     contradictions = list(_range_problems(space))
     yield from contradictions
     largest = max(config.model.resolutions)
     if too_large := [side for side in input_sizes(config) if side > largest]:
         yield (
-            f"predictor inputs of {too_large} px are larger than the largest of model.resolutions, {largest}; such a "
-            "predictor sees more than the backbone; lower search.space.input_size or model.predictor.input_size"
+            f"predictor inputs of {too_large} px are larger than the largest of model.resolutions, {largest}, so the "
+            "predictor would see more than the backbone; lower search.space.input_size or model.predictor.input_size"
         )
     if contradictions:
         return
@@ -281,7 +281,7 @@ def _range_problems(space: Space) -> Iterator[str]:
 
 
 def predictor_gflops(candidate: Candidate) -> float:
-    """The cost of a candidate's predictor for one image, GFLOPs."""
+    """Return the cost of a candidate's predictor for one image, GFLOPs."""
     return _counted(candidate.shape, candidate.width, candidate.input_size)
 
 
@@ -294,7 +294,7 @@ def _counted(shape: PredictorShape, width: float, input_size: int) -> float:
 
 
 def blocks_text(blocks: tuple[int, ...]) -> str:
-    """Block counts in the form that samplers and tables use: 1-1."""
+    """Format block counts as samplers and tables use them: 1-1."""
     return "-".join(map(str, blocks))
 
 
@@ -313,5 +313,5 @@ def _lowest(parameter: Choice | Range) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """Equal text for equal values, to compute a digest from."""
+    """Return equal text for equal values, from which to compute a digest."""
     return json.dumps(value, sort_keys=True)

@@ -35,12 +35,12 @@ from pipeline.training.run import Batches, Progress, Run
 
 STAGE = "predictor"
 ACCURACY, GFLOPS, SCORE, EPOCH = "accuracy", "gflops", "score", "epoch"
-"""What a trial reports to Ray Tune."""
+"""The keys of a trial's reports to Ray Tune."""
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What the driver hands to every trial."""
+    """The driver's instructions to every trial."""
 
     config: Config
     folder: SearchFolder
@@ -48,7 +48,7 @@ class SearchSettings:
     data_digest: str
     """Digest of the data that the driver saw."""
     context: str
-    """Digest of everything that the trials share, see `Record.context`."""
+    """Digest of everything that the trials share (`Record.context`)."""
     cpus: int
     """CPUs of one trial."""
 
@@ -63,14 +63,14 @@ class SearchSettings:
 
 
 def tune_trial(config: Mapping[str, Any], settings: SearchSettings, report: Callable[[dict[str, Any]], object]) -> None:
-    """Run one trial for Ray Tune; its record is written before Tune hears of the result.
+    """Run one trial for Ray Tune; its record is written before Tune gets the result.
 
     Args:
         config: the `candidate` and the `seed`, as `TrialSearcher.suggest` returns them.
         report: Ray Tune's `report`.
 
     Raises:
-        Exception: whatever made the trial fail; the record has it too. A diverged trial does not raise.
+        Exception: the error that made the trial fail; the record has it too. A diverged trial does not raise.
     """
     candidate, seed = Candidate.parse(config["candidate"]), config["seed"]
     budget = settings.config.search.budget_gflops if settings.config.search.objective == "budget" else None
@@ -94,13 +94,13 @@ def tune_trial(config: Mapping[str, Any], settings: SearchSettings, report: Call
 
 @dataclass(frozen=True)
 class TrialData:
-    """What all trials of a process share.
+    """The data and models that all trials of a process share.
 
     Attributes:
-        config: of the search; its stages.predictor says how candidates are trained.
+        config: the search's configuration; its stages.predictor says how candidates are trained.
         context: see Record.context.
-        backbone: trained, on `device`; trials do not run it.
-        mean, std: of the images that the backbone was trained on.
+        backbone: the trained backbone, on `device`; trials do not run it.
+        mean, std: the pixel statistics of the images that the backbone was trained on.
         train: training images in the order of a seed, at least at the candidates' input sizes.
         validation: validation images.
     """
@@ -154,7 +154,7 @@ def trial_data(settings: SearchSettings) -> TrialData:
 
 
 def _reader(settings: SearchSettings, key: TableKey, cached: bool) -> Reader:
-    """Reads the predictor's inputs of a split; a node decodes them once where they fit the cache."""
+    """Open a reader of the predictor's inputs of a split; a node decodes them once if they fit the cache."""
     config, sides = settings.config, input_sizes(settings.config)
     loader = open_loader(config, key.split, sides, num_threads=os.cpu_count() or 1 if cached else settings.cpus)
     if not cached:
@@ -168,7 +168,7 @@ def _reader(settings: SearchSettings, key: TableKey, cached: bool) -> Reader:
 
 
 def decodes_once(config: Config, manifest: Manifest) -> bool:
-    """Whether the trials' decoded images take no more than search.cache_gb."""
+    """Return whether the trials' decoded images fit into search.cache_gb."""
     sizes = (
         decoded_bytes(manifest.splits[split].count, len(crop_epochs), input_sizes(config))
         for split, crop_epochs in table_crops(config).items()
@@ -177,19 +177,19 @@ def decodes_once(config: Config, manifest: Manifest) -> bool:
 
 
 def table_crops(config: Config) -> dict[str, range]:
-    """The crop epochs of each split that the trials see and the logit tables hold."""
+    """Return the crop epochs of each split that the trials see and the logit tables hold."""
     return {TRAIN: range(num_crops(config)), VALIDATION: range(1)}
 
 
 def num_crops(config: Config) -> int:
-    """The number of different crops of each training image that the trials see."""
+    """Return the number of different crops of each training image that the trials see."""
     num_crops = trial_stage(config).num_crops
     assert num_crops is not None
     return num_crops
 
 
 def trial_stage(config: Config) -> PredictorStage:
-    """The stage that a trial runs: stages.predictor, for search.epochs."""
+    """Return the stage that a trial runs: stages.predictor, for search.epochs."""
     stage = config.stages.predictor
     assert stage is not None
     epochs = config.search.epochs or stage.epochs
@@ -199,7 +199,7 @@ def trial_stage(config: Config) -> PredictorStage:
 
 
 def trial_config(config: Config, candidate: Candidate, seed: int) -> Config:
-    """The configuration of the run that a trial is: the predictor stage alone, with one candidate."""
+    """Return a trial's configuration: the predictor stage alone, with one candidate."""
     changed = trial_stage(config).model_copy(update=candidate.recipe())
     return config.model_copy(
         update={
@@ -220,13 +220,13 @@ def run_trial(
     """Train and evaluate a candidate.
 
     Args:
-        seed: of weights, order and noise. With the seed of the configuration the trial computes what the predictor
-            stage of a run computes that has one worker and no stage before it.
-        on_epoch: called after every epoch with the number of epochs done and what was measured. Where it is given,
+        seed: seed of weights, order and noise. With the configuration's seed, a trial computes the same as the
+            predictor stage of a run with one worker and no earlier stage.
+        on_epoch: called after every epoch with the number of finished epochs and the measured values. If it is given,
             every epoch is evaluated.
 
     Returns:
-        The record, and the predictor's weights on the CPU. A trial that diverged has no weights; its record says how.
+        The record, and the predictor's weights on the CPU. A diverged trial has no weights; its record has the reason.
     """
     started, reporter = time.perf_counter(), _Reporter(on_epoch)
     run, stage_data = _run_of(data, candidate, seed, reporter, evaluate_all=on_epoch is not None)
@@ -257,7 +257,7 @@ def run_trial(
 def _run_of(
     data: TrialData, candidate: Candidate, seed: int, reporter: _Reporter, *, evaluate_all: bool
 ) -> tuple[Run, StageData]:
-    """What the training loop needs for a trial; it evaluates after every epoch, or after the last one only."""
+    """Return the training loop's inputs for a trial, which evaluates after every epoch or only after the last."""
     config = trial_config(data.config, candidate, seed)
     stage = config.stages.predictor
     assert stage is not None

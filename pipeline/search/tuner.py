@@ -1,4 +1,4 @@
-"""Which trial of a search comes next, and which ones ASHA may stop."""
+"""Choose the next trial of a search, and the trials that ASHA may stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.search.trial import ACCURACY, EPOCH, GFLOPS, SCORE, SearchSettings
 MAX_DRAWS = 500
 """After this many rejected candidates (too expensive or already tried) the space counts as used up."""
 SAMPLER_DRAWS = 20
-"""The sampler draws the first ones; in a small space it repeats what it likes best, so the others are random."""
+"""Draws of the sampler; later ones are random, because in a small space the sampler repeats its favorites."""
 STARTUP_SHARE = 0.25
 """This share of the trials is drawn at random before the sampler learns from them."""
 
@@ -88,11 +88,11 @@ class TrialSearcher(Searcher):
         return not (self._left or self._running or self._missing(self._fixed) or self._missing(self._repeats()))
 
     def _missing(self, wanted: Iterable[Trial]) -> list[Trial]:
-        running = {(work.candidate, work.seed) for work in self._running.values()}
+        running = {(trial.candidate, trial.seed) for trial in self._running.values()}
         return [trial for trial in wanted if trial not in self._done and trial not in running]
 
     def _repeats(self) -> list[Trial]:
-        """The finalists with every other seed; known once all first-seed trials have ended."""
+        """Return the finalists with every other seed; they are known once all trials of the first seed have ended."""
         first = [record for record in self._done.values() if record.seed == self._seeds[0]]
         return [(candidate, seed) for seed in self._seeds[1:] for candidate in self._finalists(first)]
 
@@ -119,7 +119,7 @@ class TrialSearcher(Searcher):
         )
 
     def _objectives(self, record: Record) -> list[float] | None:
-        """The values that the sampler optimizes; None for a trial without a result."""
+        """Return the values that the sampler optimizes; None for a trial without a result."""
         if record.accuracy is None or record.gflops is None:
             return None
         if isinstance(self.metric, list):
@@ -130,27 +130,27 @@ class TrialSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next trial, or None while it depends on trials that are still running."""
-        work: RunningTrial | None = None
+        trial: RunningTrial | None = None
         if fixed := self._missing(self._fixed):
-            work = RunningTrial(*fixed[0])
+            trial = RunningTrial(*fixed[0])
         elif self._left:
-            work = self._draw(trial_id)
-        if work is None and self._is_running_first():
+            trial = self._draw(trial_id)
+        if trial is None and self._is_running_first():
             return None
-        if work is None and (repeats := self._missing(self._repeats())):
-            work = RunningTrial(*repeats[0])
-        if work is None:
+        if trial is None and (repeats := self._missing(self._repeats())):
+            trial = RunningTrial(*repeats[0])
+        if trial is None:
             return None if self._running else Searcher.FINISHED
-        self._running[trial_id] = work
-        return {"candidate": work.candidate.described(), "seed": work.seed, "to_the_end": work.drawn is None}
+        self._running[trial_id] = trial
+        return {"candidate": trial.candidate.described(), "seed": trial.seed, "to_the_end": trial.drawn is None}
 
     def _is_running_first(self) -> bool:
-        return any(work.seed == self._seeds[0] for work in self._running.values())
+        return any(trial.seed == self._seeds[0] for trial in self._running.values())
 
     def _draw(self, trial_id: str) -> RunningTrial | None:
         """Draw a new candidate within the cost limit; None when the space is used up."""
         assert self._sampler is not None
-        tried = {candidate for candidate, _ in self._done} | {work.candidate for work in self._running.values()}
+        tried = {candidate for candidate, _ in self._done} | {trial.candidate for trial in self._running.values()}
         for number in range(MAX_DRAWS):
             drawn = f"{trial_id}-{number}"
             if number >= SAMPLER_DRAWS:
@@ -167,25 +167,25 @@ class TrialSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record a trial that has ended, and report it to the sampler."""
-        work = self._running.pop(trial_id, None)
-        if work is None:
+        trial = self._running.pop(trial_id, None)
+        if trial is None:
             return
         settings = self._settings
-        record = settings.records.find(settings.context, work.candidate, work.seed)
+        record = settings.records.find(settings.context, trial.candidate, trial.seed)
         if record is None or (record.outcome == "failed" and not error):
-            record = self._cut_short(work, result, error)
+            record = self._cut_short(trial, result, error)
             settings.records.write(record)
-        self._done[work.candidate, work.seed] = record
+        self._done[trial.candidate, trial.seed] = record
         objectives = self._objectives(record)
-        if work.drawn is not None and self._sampler is not None:
+        if trial.drawn is not None and self._sampler is not None:
             names = self.metric if isinstance(self.metric, list) else [self.metric]
             answer = dict(zip(names, objectives, strict=True)) if objectives is not None else None
-            self._sampler.on_trial_complete(work.drawn, answer, error=objectives is None)
+            self._sampler.on_trial_complete(trial.drawn, answer, error=objectives is None)
         self._on_record(record)
 
-    def _cut_short(self, work: RunningTrial, result: Mapping[str, Any] | None, error: bool) -> Record:
-        """The record of a trial that could not write one itself: ASHA stopped it, or its process died."""
-        record = Record(self._settings.context, work.candidate, work.seed, outcome="failed")
+    def _cut_short(self, trial: RunningTrial, result: Mapping[str, Any] | None, error: bool) -> Record:
+        """Return the record of a trial that could not write one itself: ASHA stopped it, or its process died."""
+        record = Record(self._settings.context, trial.candidate, trial.seed, outcome="failed")
         if error or not result or result.get(ACCURACY) is None:
             tries = self._settings.config.search.max_failures + 1
             return replace(record, reason=f"its process died {tries} times; the usual cause is too little memory")
@@ -199,10 +199,10 @@ class TrialSearcher(Searcher):
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """Does nothing: the records are the state."""
+        """Do nothing: the records are the state."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns no state: Ray Tune pickles the searcher to restore it, and here the records do that."""
+        """Return no state: Ray Tune pickles the searcher to restore it, but the records are the state."""
         return {}
 
 

@@ -49,7 +49,7 @@ class Journal:
         self._delivered_path = folder / f"{name}.delivered"
 
     def append(self, record: Record) -> None:
-        """Add a record. It is on disk when this returns. Raises OSError."""
+        """Append a record and sync it to disk. Raise OSError if that fails."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         # Unbuffered: the line is one write, so another writer's line cannot land inside it.
         with self.path.open("a+b", buffering=0) as file:
@@ -74,7 +74,7 @@ class Journal:
                     yield place, record
 
     def delivered(self, server: str) -> int:
-        """Returns the offset up to which `server` has the records; 0 for a server that has none."""
+        """Return the offset up to which `server` has the records; 0 for a server that has none."""
         try:
             content = json.loads(self._delivered_path.read_text())
             if content["server"] == server and content["place"] <= self.path.stat().st_size:
@@ -87,12 +87,12 @@ class Journal:
         write_whole(self._delivered_path, json.dumps({"server": server, "place": place}))
 
     def num_pending(self, server: str) -> int:
-        """Returns how many records `server` does not have yet."""
+        """Return how many records `server` does not have yet."""
         return sum(1 for _ in self.read(self.delivered(server)))
 
     @staticmethod
     def _ends_torn(file: Any) -> bool:
-        """Returns whether a writer died in the middle of a line."""
+        """Return whether a writer died in the middle of a line."""
         if file.seek(0, os.SEEK_END) == 0:
             return False
         file.seek(-1, os.SEEK_END)
@@ -112,12 +112,12 @@ class Journal:
 
 
 def opened_record() -> Record:
-    """Record that the driver has started or restarted."""
+    """Return the record of a start or restart of the driver."""
     return {"kind": "opened", "time_ms": now_ms()}
 
 
 def metrics_record(stage: str | None, values: Mapping[str, float], step: int, since_ms: int) -> Record:
-    """Record the values of one step of a stage, or of the whole run; `since_ms` is when that step began."""
+    """Return the record of one step of a stage, or of the whole run if it is None; the step began at `since_ms`."""
     # JSON has no NaN and no infinity.
     written = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
     times = {"since_ms": since_ms, "time_ms": now_ms()}
@@ -125,27 +125,26 @@ def metrics_record(stage: str | None, values: Mapping[str, float], step: int, si
 
 
 def params_record(stage: str, params: Mapping[str, object]) -> Record:
-    """Record the parameters of a stage."""
+    """Return the record of a stage's parameters."""
     times = {"since_ms": now_ms(), "time_ms": now_ms()}
     return {"kind": "params", "stage": stage, **times, "params": {key: str(value) for key, value in params.items()}}
 
 
 def metric_values(record: Record) -> dict[str, float]:
-    """Returns the values of a metrics record."""
+    """Return the values of a metrics record."""
     return {key: float(value) for key, value in record["values"].items()}
 
 
 def artifacts_record(path: str, artifact_path: str | None) -> Record:
-    """Record a file or folder to upload; a relative `path` is below the run's folder."""
+    """Return the record of a file or folder to upload; a relative `path` is below the run's folder."""
     return {"kind": "artifacts", "path": path, "artifact_path": artifact_path, "time_ms": now_ms()}
 
 
 def status_record(status: str) -> Record:
-    """Record that the run has ended: FINISHED, FAILED or KILLED."""
+    """Return the record of the run's end: FINISHED, FAILED or KILLED."""
     return {"kind": "status", "status": status, "time_ms": now_ms()}
 
 
-_logger = logging.getLogger(__name__)
 _RECORDS_AT_ONCE = 200
 
 
@@ -161,7 +160,7 @@ class Delivery:
 
     def __init__(self, uri: str, folder: Path, run_id: str | None = None, name: str = JOURNAL_FILE):
         self.journal = Journal(folder, name)
-        self._makes_run = name == JOURNAL_FILE
+        self._creates_run = name == JOURNAL_FILE
         self.run_id = run_id
         self.uri, self._folder = uri, folder
         self._server = redacted(uri)
@@ -189,7 +188,7 @@ class Delivery:
             self._client = connect(self.uri)
         if self.run_id is None:
             description = Description.load(self._folder)
-            if self._makes_run:
+            if self._creates_run:
                 self.run_id, created = find_or_create_run(self._client, self.uri, description)
                 if created:
                     self.journal.set_delivered(self._server, 0)
@@ -235,7 +234,7 @@ class Delivery:
                 client.log_batch(run_id, metrics[start : start + MAX_METRICS_PER_BATCH])
 
     def _target(self, client: MlflowClient, record: Record) -> str:
-        """Returns the run that a record belongs to: its stage's run, or the whole run."""
+        """Return the run that a record belongs to: its stage's run, or the whole run."""
         assert self.run_id is not None
         stage = record["stage"]
         if stage is None:

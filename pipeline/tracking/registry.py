@@ -31,7 +31,7 @@ from pipeline.training.checkpoint import load_model
 
 DIGEST_TAG = "content_digest"
 MODEL_FILE = "model.pt"
-"""The artifact of a version that holds the network as it was trained, to start other runs from."""
+"""The artifact of a version with its trained network, from which other runs can start."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
 
     Raises:
         ValueError: the run has not finished, its predictor was never trained, or report and predictions do not match.
-        TrackingError: the server cannot be reached or refuses.
+        TrackingError: the server cannot be reached, or refuses the request.
     """
     answers_file = report_file.with_name(ANSWERS_FILE)
     files = (model_file, report_file, answers_file)
-    _refuse_unfit(config, [path for path in files if not path.is_file()])
+    _refuse_unfinished(config, [path for path in files if not path.is_file()])
     handle = replay(config, folder)
     if handle.run_id is None:
         raise TrackingError(
@@ -159,12 +159,12 @@ def _tags(description: Description, report: Mapping[str, Any], digest: str) -> d
 
 
 def _digest(*files: Path) -> str:
-    """Returns a digest of everything that makes a version: model, report, predictions and serving code."""
+    """Return a digest of everything that makes a version: model, report, predictions and serving code."""
     parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (*files, *code_files())]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _refuse_unfit(config: Config, missing: Sequence[Path]) -> None:
+def _refuse_unfinished(config: Config, missing: Sequence[Path]) -> None:
     if [path.name for path in missing] == [ANSWERS_FILE]:
         raise ValueError(
             f"{missing[0]} is missing: an older version wrote the report. Run jobs.evaluate, then register"
@@ -244,12 +244,12 @@ def download_trained(model_uri: str, folder: Path) -> Path:
 
 
 def open_model(model_uri: str, budget_bias: float = 0.0) -> mlflow.pyfunc.PyFuncModel:
-    """`find_model` and `load_registered` in one."""
+    """Find a registered model and load it."""
     return load_registered(find_model(model_uri, budget_bias))
 
 
 def _numbered(client: MlflowClient, model_uri: str) -> str:
-    """Returns the address with the version number in place of an alias."""
+    """Return the address with the version number in place of an alias."""
     match = re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model_uri)
     if not match:
         return model_uri
@@ -258,7 +258,7 @@ def _numbered(client: MlflowClient, model_uri: str) -> str:
 
 
 def _unknown(client: MlflowClient, model_uri: str) -> str | None:
-    """Returns what does not exist in a models:/NAME@ALIAS or models:/NAME/VERSION address, and what exists instead."""
+    """Return what does not exist in a models:/NAME@ALIAS or models:/NAME/VERSION address, and what exists instead."""
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/([^/@]+))", model_uri)
     if not match:
         return None

@@ -1,4 +1,4 @@
-"""The single MLflow run of a run folder: its description, and finding or creating it on a server."""
+"""Describe the single MLflow run of a run folder, and find or create it on a server."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Description:
 
 
 def describe_run(config: Config, folder: Path, manifest: Manifest) -> Description:
-    """Write tracking.json, the description of the run as it is now; key and first start time stay the same."""
+    """Write the run's current description to tracking.json; key and first start time stay the same."""
     before = Description.load(folder) if (folder / DESCRIPTION_FILE).exists() else None
     tree = config.model_dump(mode="json")
     description = Description(
@@ -78,7 +78,7 @@ def describe_run(config: Config, folder: Path, manifest: Manifest) -> Descriptio
 
 
 def find_or_create_run(client: MlflowClient, uri: str, description: Description) -> tuple[str, bool]:
-    """Returns the run's id and whether it was created; completes a run that was only partly described.
+    """Return the run's id and whether it was created; complete a run that was only partly described.
 
     Raises:
         TrackingError: the experiment was deleted.
@@ -108,7 +108,7 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
 
 
 def find_run(client: MlflowClient, uri: str, description: Description) -> str:
-    """Returns the id of the run.
+    """Return the id of the run.
 
     Raises:
         TrackingError: the run does not exist yet, or the experiment was deleted.
@@ -122,9 +122,9 @@ def find_run(client: MlflowClient, uri: str, description: Description) -> str:
 
 
 def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
-    """Returns the run that a condition selects, or None. The condition is meant to select at most one run.
+    """Return the run that a condition selects, or None; if there are several, delete all but the oldest.
 
-    When the response to a creation is lost, MLflow's client retries and creates a second run: the oldest is kept.
+    When the response to a creation is lost, MLflow's client retries and creates a second run.
     """
     found = sorted(client.search_runs([experiment], condition), key=lambda run: (run.info.start_time, run.info.run_id))
     for other in found[1:]:
@@ -133,7 +133,7 @@ def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
 
 
 def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_ms: int) -> str:
-    """Returns the id of a stage's child run, which is RUNNING then; the run's other children are ended.
+    """Return the id of a stage's child run and set it to RUNNING; end the run's other children.
 
     Raises:
         MlflowException: the server cannot be reached, or refuses.
@@ -157,13 +157,13 @@ def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_
 
 
 def children(client: MlflowClient, run_id: str) -> list[Any]:
-    """Returns the child runs, one for each stage."""
+    """Return the child runs, one for each stage."""
     experiment = client.get_run(run_id).info.experiment_id
     return list(client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{run_id}'"))
 
 
 def git_tags(folder: Path) -> dict[str, str]:
-    """Returns the source's commit and whether it has changes; empty outside a git repository or without git."""
+    """Return the source's commit and whether it has changes; empty outside a git repository or without git."""
     try:
         commit, status = (
             subprocess.run(
@@ -177,7 +177,7 @@ def git_tags(folder: Path) -> dict[str, str]:
 
 
 def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
-    """Returns the manifest as the fields of an MLflow dataset."""
+    """Return the manifest as the fields of an MLflow dataset."""
     profile = {
         "classes": len(manifest.classes),
         "images": {name: split.count for name, split in manifest.splits.items()},
@@ -195,6 +195,6 @@ def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
 
 
 def param_text(value: Any) -> str:
-    """Returns a value as text, cut to the length that MLflow accepts; bytes of names that are not UTF-8 are escaped."""
+    """Return a value as text, cut to the length that MLflow accepts; bytes of names that are not UTF-8 are escaped."""
     text = valid_text(str(value))
     return text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"

@@ -1,4 +1,4 @@
-"""The address of the MLflow server or store, and its errors explained."""
+"""Check the address of the MLflow server or store, connect to it, and explain its errors."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class TrackingError(ValueError):
 
 
 def tracking_uri(config: Config | None = None) -> str:
-    """Returns the address of the MLflow server or store, after checks that need no connection.
+    """Return the address of the MLflow server or store, after checks that need no connection.
 
     It is MLFLOW_TRACKING_URI, else tracking.uri, else mlflow.db in the project's folder. For a Ray job, whose project
     folder is deleted when it ends, the default lies in cluster.storage. The path of a relative SQLite file starts at
     the project's folder, so every process uses the same file.
 
     Raises:
-        TrackingError: MLflow cannot use this address: its kind, its form, a missing driver, or a file that is no store.
+        TrackingError: MLflow cannot use the address: its kind or form, a missing driver, or a file that is not a store.
     """
     configured = config.tracking.uri if config else None
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured or _default_store(config)
@@ -69,7 +69,7 @@ def _default_store(config: Config | None) -> str:
 
 
 def _address_problem(uri: str, file: Path | None) -> str | None:
-    """Returns why MLflow cannot use an address and what to do, or None; connects to nothing."""
+    """Return why MLflow cannot use an address and what to do, or None; connects to nothing."""
     kind, _, driver = uri.partition(":")[0].partition("+")
     if kind not in SCHEMES:
         return f"MLflow does not support this kind; {_FORMS}"
@@ -90,7 +90,7 @@ def _address_problem(uri: str, file: Path | None) -> str | None:
 
 
 def _file_problem(file: Path) -> str | None:
-    """Returns why a file cannot be a SQLite store, or None; a file that does not exist yet can."""
+    """Return why a file cannot be a SQLite store, or None; a file that does not exist yet can be one."""
     try:
         str(file).encode()
     except UnicodeEncodeError:
@@ -140,7 +140,7 @@ def _databricks_problem(uri: str) -> str | None:
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """Find the experiment or create it; returns its id.
+    """Find the experiment or create it, and return its id.
 
     Raises:
         TrackingError: the experiment was deleted.
@@ -172,9 +172,9 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Returns a client of a server or store.
+    """Return a client of a server or store.
 
-    A database is read once first, because MLflow itself retries for minutes. A SQLite file gets its folder.
+    A database is read once first, because MLflow itself would retry for minutes. A SQLite file's folder is created.
 
     Raises:
         TrackingError: what answers is not a database that MLflow can use, so a later attempt would fail too.
@@ -203,21 +203,21 @@ def _engine(uri: str) -> sqlalchemy.Engine:
 
 
 def server_problem(uri: str) -> str | None:
-    """Returns why the server or store does not answer a query and what to change, or None if it does."""
+    """Return why the server or store does not answer a query and what to change, or None if it does."""
     file = sqlite_file(uri)
     if problem := _address_problem(uri, file):
         return f"the tracking address {redacted(uri)!r} cannot be used: {problem}"
     if file is not None and not file.exists():
-        return None  # the first run creates it; asking would do so here
+        return None  # the first run creates it; a query would create it now
     try:
         connect(uri).search_experiments(max_results=1)
-    except Exception as error:  # each kind of store has its own
+    except Exception as error:  # each kind of store raises its own errors
         return explanation(error, uri)
     return None
 
 
 def explanation(error: Exception, uri: str) -> str:
-    """Returns one line: what MLflow reported and what to do about it."""
+    """Return one line: what MLflow reported and what to do about it."""
     if isinstance(error, TrackingError):
         return f"{error}."
     said = message_of(error, uri)
@@ -232,13 +232,13 @@ def explanation(error: Exception, uri: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Returns the absolute path of a SQLite address's file; None for other addresses."""
+    """Return the absolute path of a SQLite address's file; None for other addresses."""
     path = sqlite_path(uri)
     return None if path is None else (PROJECT_FOLDER / path).resolve()
 
 
 def _artifact_location(uri: str) -> str | None:
-    """Returns the folder beside a SQLite file, whatever the working folder; None for servers, which have their own."""
+    """Return the artifact folder beside a SQLite file; None for a server, which has its own."""
     file = sqlite_file(uri)
     return None if file is None else (file.parent / "mlartifacts").as_uri()
 

@@ -203,7 +203,7 @@ class RunLogger:
 
 
 def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
-    """Returns (stage, key, step, value) of every value in the journal; as text, because NaN equals nothing."""
+    """Return (stage, key, step, value) of every value in the journal; values are text, because NaN equals nothing."""
     return {
         (record["stage"], key, record["step"], str(value))
         for _, record in journal.read()
@@ -214,7 +214,7 @@ def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
 
 @contextmanager
 def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
-    """Record this node's CPU, memory, network and GPU use. A failure is a warning; it never waits for a server."""
+    """Record this node's CPU, memory, network and GPU use. A failure causes a warning only, and no server delays it."""
     ended = threading.Event()
     thread = threading.Thread(target=_monitor, args=(handle, node, ended), name="system-metrics", daemon=True)
     thread.start()
@@ -226,9 +226,9 @@ def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
 
 
 def _monitor(handle: RunHandle, node: str, ended: threading.Event) -> None:
-    """Run the thread: MLflow measures, and the values go to the node's own journal, so that they arrive later too.
+    """Run the thread: MLflow measures, and the values go to the node's journal, which is sent when the server answers.
 
-    MLflow's own thread stops for good at the first call that fails.
+    MLflow's own thread would stop at the first failed call.
     """
     try:
         name = NODE_JOURNALS.replace("*", node)

@@ -1,4 +1,4 @@
-"""What a run saves: the state from which training resumes, and the finished model. Both load without pickle."""
+"""Save and load the state from which training resumes and the finished model, without pickle."""
 
 from __future__ import annotations
 
@@ -30,57 +30,57 @@ class TrainingState:
 
     Random draws depend on (seed, epoch, step, rank, sample) and learning rates on progress, so they are not stored.
     Between checkpoints each rank has its own running statistics of batch norm. Every checkpoint averages them over the
-    ranks, even if the run never fails. So a resumed run equals an undisturbed one, and checkpoint_steps is part of what
-    a run with several workers computes.
+    ranks, even if the run never fails. So a resumed run equals an uninterrupted one, and the result of a run with
+    several workers depends on checkpoint_steps.
     """
 
     stage: str
     data_epoch: int
-    """Epochs that are done, over all stages."""
+    """Finished epochs, over all stages."""
     step: int
-    """Steps that are done of the epoch after those."""
+    """Finished steps of the current epoch."""
     model: Mapping[str, Any]
     """The model; at a stage's end, the stage's result."""
     optimizer: Mapping[str, Any]
     objective: Mapping[str, Any]
-    """What the stage trains beside the model, such as the weights of an ensemble."""
+    """Other weights that the stage trains, such as those of an ensemble."""
     averaged: Mapping[str, Any] | None
-    """The moving average of the weights, where the stage has one."""
+    """The moving average of the weights, if the stage has one."""
     meter: Mapping[str, Any]
-    """Sums over the epoch's steps so far of what it reports."""
+    """The epoch's reported values, summed over its steps so far."""
     config: Mapping[str, Any]
     data_digest: str
 
     @classmethod
     def finished(cls, model: DRNet, config: Config, data_digest: str) -> TrainingState:
-        """Returns the state after the last epoch of the last stage."""
+        """Return the state after the last epoch of the last stage."""
         epochs = sum(stage.epochs for _, stage in config.stages.present())
         described = config.model_dump(mode="json")
         return cls("finished", epochs, 0, model.state_dict(), {}, {}, None, {}, described, data_digest)
 
     @property
     def name(self) -> str:
-        """The name of the moment within its run. Names sort in the order of the run."""
+        """The checkpoint's name. Names sort in the order of the run."""
         return f"checkpoint_{self.data_epoch:04d}_{self.step:06d}_{self.stage}"
 
     def refuse_other(self, config: Config, data_digest: str) -> None:
         """Raise OtherRunError with every difference, unless the state belongs to this configuration and data.
 
-        Fields that may change before a resume may differ. Data are compared by content, not by place.
+        Fields that may change between attempts may differ. Data is compared by content, not by path.
         """
-        began_with = stored_config(self.config, config, "the checkpoint's configuration")
-        changed = [line for line in drift(began_with, config) if not line.startswith("data.")]
+        started_with = stored_config(self.config, config, "the checkpoint's configuration")
+        changed = [line for line in drift(started_with, config) if not line.startswith("data.")]
         if self.data_digest != data_digest:
             changed.append(f"digest of the prepared data: {self.data_digest} -> {data_digest}")
         if changed:
             listing = "\n".join(f"  - {line}" for line in changed)
             raise OtherRunError(
                 f"The checkpoint {self.name} belongs to another configuration or other data:\n{listing}\n"
-                "Change them back, or start a run with another name (name=...)."
+                "Restore them, or start a run with another name (name=...)."
             )
 
     def copy(self) -> TrainingState:
-        """Returns a copy on the CPU, so that training can continue while the copy is written."""
+        """Return a copy on the CPU, so that training can continue while the copy is written."""
         return TrainingState(**{field: _copied(getattr(self, field)) for field in self.__dataclass_fields__})
 
     def save(self, path: Path) -> None:
@@ -99,7 +99,7 @@ class TrainingState:
 
 
 def _copied(value: Any) -> Any:
-    """Returns a tree of mappings and lists with every tensor copied to the CPU."""
+    """Return a tree of mappings and lists with every tensor copied to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -109,7 +109,7 @@ def _copied(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A finished model, with what its inputs need and what its outputs mean."""
+    """A finished model, the normalization and crop of its inputs, and the classes of its outputs."""
 
     model: DRNet
     config: ModelConfig
@@ -132,7 +132,7 @@ def save_model(path: Path, model: DRNet, config: Config, *, classes: Sequence[st
 
 
 def load_model(path: Path) -> LoadedModel:
-    """Read a model.pt of `save_model`, on the CPU, in inference mode. Raises ValueError for any other file."""
+    """Read a model.pt of `save_model`, on the CPU, in inference mode. Raise ValueError for any other file."""
     content = _load(path, MODEL_FORMAT)
     config = ModelConfig.model_validate(content["config"] | {"weights": None})
     # From the state: a stage that starts from another model keeps that model's mean and std.

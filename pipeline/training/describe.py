@@ -1,4 +1,4 @@
-"""Estimates what a configuration costs: FLOPs, parameters, data, steps, memory."""
+"""Estimate the cost of a configuration: FLOPs, parameters, data, steps, memory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class StepMemory:
 class StageSummary:
     """One stage. Steps are None while the data is unknown.
 
-    A routed stage has a target of the backbone's mean cost. `alpha_gflops` must lie within `reachable_gflops`, the
+    A routed stage has a target for the backbone's mean cost. `alpha_gflops` must lie within `reachable_gflops`, the
     costs of the cheapest and the most expensive resolution. The range of `alpha_milliseconds` is measured when training
     starts. All three are None in other stages.
     """
@@ -133,7 +133,7 @@ def summarize_data(data: DataConfig) -> DataSummary:
     """Summarize the prepared folder or, if it is not prepared, what its source would give.
 
     Raises:
-        BetonError: the folder is half-prepared or its manifest is damaged.
+        BetonError: the folder's preparation was interrupted, or its manifest is damaged.
         ValueError, OSError: data.uri cannot be read.
     """
     if data.uri or (data.folder / MANIFEST).exists():

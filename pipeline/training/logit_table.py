@@ -47,12 +47,12 @@ class TableKey:
         backbone: SHA-256 of the backbone's weights and statistics, and of the normalization of its input.
         data: digest of the prepared data's manifest.
         split: train or validation.
-        crop: the settings of the split's crop, and the largest side of the loader, on which the scale of JPEG decoding
-            depends.
+        crop: the settings of the split's crop, and the largest side of the loader, which decides the scale of JPEG
+            decoding.
         resolutions: sides in pixels; axis R.
         num_classes: axis K.
-        num_samples: of the split.
-        precision: of the forward passes.
+        num_samples: samples in the split.
+        precision: precision of the forward passes.
         chunk_samples: samples per file; the last file may have fewer.
     """
 
@@ -68,7 +68,7 @@ class TableKey:
 
     @classmethod
     def of(cls, model: DRNet, config: Config, manifest: Manifest, split: str) -> TableKey:
-        """Returns the key of `model`'s logits for a split of the data that `config` loads.
+        """Return the key of `model`'s logits for a split of the data that `config` loads.
 
         The validation split uses float32 and the center crop, as evaluation during training does.
         """
@@ -103,21 +103,21 @@ class TableKey:
 
     @property
     def num_chunks(self) -> int:
-        """Files for one epoch of crops."""
+        """The number of files for one epoch of crops."""
         return -(-self.num_samples // self.chunk_samples)
 
     @property
     def crop_bytes(self) -> int:
-        """Size of one epoch of crops, without the files' headers."""
+        """The size of one epoch of crops in bytes, without the files' headers."""
         return logits_bytes(self.num_samples, len(self.resolutions), self.num_classes)
 
     def bounds(self, chunk: int) -> tuple[int, int]:
-        """Returns the first sample of a chunk and the one past its last."""
+        """Return the first sample of a chunk and the one past its last."""
         return chunk * self.chunk_samples, min((chunk + 1) * self.chunk_samples, self.num_samples)
 
 
 def backbone_digest(model: DRNet) -> str:
-    """Returns a SHA-256 in hexadecimal of everything that turns images into class logits, for any device and format."""
+    """Return a SHA-256 in hexadecimal of everything that turns images into class logits, for any device and format."""
     digest = hashlib.sha256()
     state = {"mean": model.mean, "std": model.std, **model.backbone.state_dict()}
     for name, value in sorted(state.items()):
@@ -127,7 +127,7 @@ def backbone_digest(model: DRNet) -> str:
 
 
 def logits_bytes(num_images: int, num_resolutions: int, num_classes: int) -> int:
-    """Returns the size of stored logits on disk."""
+    """Return the size of stored logits on disk."""
     return num_images * num_resolutions * num_classes * np.dtype(np.float16).itemsize
 
 
@@ -152,7 +152,7 @@ class LogitTable:
         self._mapped: tuple[int, dict[int, NDArray[np.float16]]] = (-1, {})
 
     def logits(self, crop_epoch: int, indices_N: Tensor) -> Tensor:
-        """Returns logits (N, R, K), float32 on the CPU, of samples with the crops of `crop_epoch`.
+        """Return logits (N, R, K), float32 on the CPU, of samples with the crops of `crop_epoch`.
 
         The first read of a file verifies its checksum. Files stay mapped until another `crop_epoch` is read.
 
@@ -176,7 +176,7 @@ class LogitTable:
         return torch.from_numpy(logits_NRK).float()
 
     def _chunk(self, crop_epoch: int, chunk: int) -> NDArray[np.float16]:
-        # Only chunks of one epoch of crops: all chunks could be more mappings than a process may have.
+        # Keep the chunks of one epoch of crops only: all chunks could need more mappings than a process may have.
         if self._mapped[0] != crop_epoch:
             self._mapped = (crop_epoch, {})
         chunks = self._mapped[1]
@@ -197,7 +197,7 @@ class LogitTable:
 
 
 def _check_key(root: Path, key: TableKey) -> None:
-    """Raise TableError where `root` has no table of `key`."""
+    """Raise TableError if `root` has no table of `key`."""
     path = root / key.digest / TABLE_FILE
     if path.is_file():
         if differences := _differences(path, key):
@@ -209,7 +209,7 @@ def _check_key(root: Path, key: TableKey) -> None:
 
 
 def _differences(path: Path, key: TableKey) -> list[str]:
-    """Returns the differences between a table.json and a key, one sentence each."""
+    """Return the differences between a table.json and a key, one sentence each."""
     try:
         theirs = json.loads(path.read_text())
     except ValueError as error:
@@ -239,7 +239,7 @@ def write_chunk(path: Path, logits_NRK: NDArray[np.float16]) -> None:
 
 
 def map_chunk(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> NDArray[np.float16]:
-    """The logits (n, R, K) of a file, mapped; raises TableError where it is missing or damaged."""
+    """Map the logits (n, R, K) of a file; raise TableError if it is missing or damaged."""
     path = chunk_path(folder, crop_epoch, chunk)
     first, last = key.bounds(chunk)
     expected = (last - first, len(key.resolutions), key.num_classes)
@@ -247,10 +247,10 @@ def map_chunk(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> NDArr
     try:
         content = np.memmap(path, np.uint8, "r").data
         if hashlib.sha256(content[:-size]).digest() != content[-size:]:
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum differs")
         logits_NRK = np.load(path, mmap_mode="r")
         if logits_NRK.dtype != np.float16 or logits_NRK.shape != expected:
-            raise ValueError(f"it holds {logits_NRK.dtype} {logits_NRK.shape} in place of float16 {expected}")
+            raise ValueError(f"it holds {logits_NRK.dtype} {logits_NRK.shape} instead of float16 {expected}")
     except (OSError, ValueError) as error:
         raise TableError(
             f"{path} of the logit table is missing or damaged ({error}). Resume the run, which computes the file again."
@@ -302,7 +302,7 @@ def fill_table(
         crop_epochs: the loader's epochs whose crops are used.
         loader: loads the key's split.
         backbone_logits: images on `device`, {side: uint8 (n, side, side, 3)}, -> logits (n, R, K).
-        tell: called with a line about every crop_epoch of which something was missing.
+        tell: called with a line about every crop epoch that was incomplete.
 
     Raises:
         UnfillableTableError: on every rank: the disk has too little space, or a logit is not a finite float16.
@@ -317,7 +317,7 @@ def fill_table(
         for crop_epoch in crop_epochs
     }
     missing = {
-        crop_epoch: [chunk for chunk in chunks if not _is_sound(folder, key, crop_epoch, chunk)]
+        crop_epoch: [chunk for chunk in chunks if not _is_intact(folder, key, crop_epoch, chunk)]
         for crop_epoch, chunks in mine.items()
     }
     with _on_every_rank():
@@ -384,9 +384,9 @@ def _batches(first: int, last: int) -> list[NDArray[np.int64]]:
 def _answer(key: TableKey, batch: Any, backbone_logits: BackboneLogits, device: torch.device) -> NDArray[np.float16]:
     images = {side: pixels.to(device, non_blocking=True) for side, pixels in batch.images.items()}
     logits_NRK = backbone_logits(images).half()
-    unfit = (~logits_NRK.isfinite()).nonzero()
-    if len(unfit):
-        row, resolution, _ = unfit[0].tolist()
+    invalid = (~logits_NRK.isfinite()).nonzero()
+    if len(invalid):
+        row, resolution, _ = invalid[0].tolist()
         raise UnfillableTableError(
             f"The backbone's logits are infinite, NaN or beyond float16 (65504) for sample {batch.indices[row]} of "
             f"{key.split} at {key.resolutions[resolution]} px. Train the backbone again with a lower learning rate or "
@@ -395,7 +395,7 @@ def _answer(key: TableKey, batch: Any, backbone_logits: BackboneLogits, device: 
     return logits_NRK.cpu().numpy()
 
 
-def _is_sound(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> bool:
+def _is_intact(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> bool:
     try:
         map_chunk(folder, key, crop_epoch, chunk)
     except TableError:

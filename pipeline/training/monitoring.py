@@ -1,4 +1,4 @@
-"""Watches a run: means over an epoch, collapsed routing, diverging losses."""
+"""Monitor a run: means over an epoch, collapsed routing, diverging losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Meter:
     """Adds up per-image sums of steps. A mean is the sum over all ranks, divided by the images of all ranks.
 
     `fold` sums over the ranks; afterwards every rank holds the same totals, which a checkpoint within an epoch saves.
-    When it is called changes means by rounding only.
+    The moment of the call changes means by rounding only.
 
     Args:
         state: the state of another meter, to continue from.
@@ -48,21 +48,21 @@ class Meter:
         self._sums = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the totals over all ranks."""
+        """Return the totals over all ranks."""
         assert not self._sums, "fold first"
         return {"totals": dict(self._totals), "images": self._images}
 
     def means(self) -> dict[str, float]:
-        """Returns means over all images of all ranks. Every rank must call it."""
+        """Return means over all images of all ranks. Every rank must call it."""
         self.fold()
         return {key: value / self._images for key, value in self._totals.items()}
 
 
 def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mapping[str, float]) -> str | None:
-    """Returns a warning where the predictor has collapsed, else None.
+    """Return a warning if the predictor has collapsed, else None.
 
-    It has collapsed where more than COLLAPSED_SHARE of the validation images go to one resolution, while fewer do by
-    the oracle, which takes the cheapest resolution that is right.
+    It has collapsed if it sends more than COLLAPSED_SHARE of the validation images to one resolution, and the oracle,
+    which takes the cheapest correct resolution, sends fewer.
 
     Args:
         name: the stage's name.
@@ -95,12 +95,12 @@ def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mappin
     return (
         f"{name}: the predictor has collapsed: {100 * share:.1f} % of the validation images go to {side} px, {reason}; "
         f"the oracle sends {100 * wanted:.1f} % there. {change}; or train stages.backbone for longer, so that "
-        f"resolutions differ in what they get right"
+        f"resolutions differ in which images they classify correctly"
     )
 
 
 CHECK_STEPS = 50
-"""The number of steps after which losses are checked at the latest."""
+"""Losses are checked after at most this many steps."""
 
 
 class DivergedError(ValueError):

@@ -1,4 +1,4 @@
-"""Fixtures of the fault matrix: data, and an undisturbed run to compare with."""
+"""Fixtures of the fault matrix: data, and an uninterrupted run to compare with."""
 
 from __future__ import annotations
 

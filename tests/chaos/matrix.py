@@ -15,13 +15,13 @@ from pathlib import Path
 from benchmarks.harness import processor_name
 
 FILE = "DRNET_FAULTS"
-"""environment variable: the file to append rows to; if unset, rows are not kept"""
+"""The environment variable that names the file to append rows to. If it is unset, rows are not kept."""
 
 HEAD = """# What happens when things die
 
 Each row below is a test in `tests/chaos`: it disturbs a small run on real Ray processes, and compares the result with
-an undisturbed run. "Same result" means: the same weights bit for bit, the same rows in the report, and in MLflow every
-metric once with the same value. `make chaos` runs all of them and writes this page; `make test` includes killed
+an uninterrupted run. "Same result" means: the same weights bit for bit, the same rows in the report, and in MLflow
+every metric once with the same value. `make chaos` runs all of them and writes this page; `make test` includes killed
 workers and a failing MLflow server.
 
 **What is lost.** At most the work since the last checkpoint that Ray Train has recorded: one interval
@@ -29,23 +29,24 @@ workers and a failing MLflow server.
 table, "steps" is an upper bound on the steps that are trained twice, and "seconds" is the time until training resumes,
 mostly for Ray's new processes and their imports. These runs write a checkpoint every 4 steps of about 30 ms.
 
-**How a failure is noticed.** The controller notices a dead process at its next poll (0.25 s), and a worker that no
+**How a failure is detected.** The controller detects a dead process at its next poll (0.25 s), and a worker that no
 longer answers after `cluster.hang_seconds`. If a worker answers but its training hangs, the others wait for it in a
-collective, which fails after 30 minutes (torch's limit under Ray). Ray's head notices a lost node. Workers restart up
+collective, which fails after 30 minutes (torch's limit under Ray). Ray's head detects a lost node. Workers restart up
 to `cluster.max_failures` times; then the driver prints the reason and exits with code 2. Fix the cause and rerun the
 same command: it resumes. If the cluster has no room for the workers, the run waits and says so.
 
-**Before a run resumes**, the driver reads every checkpoint in Ray Train's list. It replaces an unreadable checkpoint by
-the one before it, and rebuilds a damaged list. If no checkpoint can be read, the run stops instead of starting over.
+**Before a run resumes**, the driver reads every checkpoint in Ray Train's list. It replaces an unreadable checkpoint
+with the one before it, and rebuilds a damaged list. If no checkpoint can be read, the run stops instead of starting
+over.
 
 **Fewer workers.** With `cluster.min_workers` a run continues with the workers that fit, and with all of them when there
 is room again. Batches, order, crops and noise do not depend on their number. Batch norm's statistics (without
-`training.sync_batch_norm`), dropout and the order of sums do: the run is as good, but not the same bit for bit.
+`training.sync_batch_norm`), dropout and the order of sums do: the result is as good, but not the same bit for bit.
 """
 
 
 PATH = re.compile(r"(?:/[\w.-]+)+/(?=(?:runs|disk|data)/)")
-"""the test's folder, in front of the run's own path"""
+"""The test's folder, in front of the run's own path."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Row:
 
     fault: str
     seen: str
-    """what the user saw"""
+    """What the user saw."""
     outcome: str
     seconds: float | None = None
-    """until training resumed"""
+    """Time until training resumed."""
     steps: int | None = None
-    """upper bound on the steps that were trained twice"""
+    """Upper bound on the steps that were trained twice."""
 
 
 def record(row: Row) -> None:

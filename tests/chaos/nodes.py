@@ -27,7 +27,7 @@ from tests.chaos.runs import Condition, Saboteur, config_of, events, failures, i
 
 ELASTIC_EPOCHS = 300
 LOOKS = {"elastic_resize_monitor_interval_s": 5.0}
-"""by default Ray looks for new nodes once a minute; a fast machine would finish all epochs in that time"""
+"""By default Ray looks for new nodes once a minute; a fast machine would finish all epochs in that time."""
 ADDRESSES = [f"127.0.0.{last}" for last in range(2, 9)]
 
 

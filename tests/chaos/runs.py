@@ -138,7 +138,7 @@ class Saboteur:
     def __init__(self, run: Path, *acts: tuple[Condition, Callable[[], None]]):
         self.run, self.acts = run, acts
         self.done: list[tuple[float, str | None]] = []
-        """when each act was done, and the newest complete checkpoint at that time"""
+        """When each act was done, and the newest complete checkpoint at that time."""
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="saboteur")
@@ -203,7 +203,7 @@ def signal_worker(which: int = 0, number: int = signal.SIGKILL) -> Callable[[], 
 
 
 def require_same(config: Config, undisturbed: Config) -> None:
-    """Require the weights, the report's rows, and every metric once with its value, of the undisturbed run."""
+    """Require the weights, the report's rows, and every metric once with its value, of the uninterrupted run."""
     run, expected = RunFolder.of(config), RunFolder.of(undisturbed)
     model, other = (load_model(each.model).model.state_dict() for each in (run, expected))
     assert list(model) == list(other)

@@ -41,7 +41,7 @@ def test_a_killed_driver_resumes_with_the_same_command(undisturbed: Config, fold
     require_same(config, undisturbed)
     ((lost, steps, name),) = saboteur.losses()
     record(Row("driver killed (SIGKILL), same command again", f"`resuming from {name}`", "same result", lost, steps))
-    record(Row("second driver on the same run", f"`{refused}`", "the first continues, undisturbed"))
+    record(Row("second driver on the same run", f"`{refused}`", "the first continues unaffected"))
 
 
 def test_damaged_checkpoints_and_a_truncated_list_cost_one_interval(

@@ -76,7 +76,7 @@ class Nodes:
             self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
     def wait_for(self, count: int) -> None:
-        """Wait until `count` nodes have joined; raises AssertionError if one exited."""
+        """Wait until `count` nodes have joined; raise AssertionError if one exited."""
 
         def joined() -> bool:
             assert all(process.poll() is None for process in self.processes), self.log.read_text(errors="replace")

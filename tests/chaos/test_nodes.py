@@ -30,7 +30,7 @@ def results(folder: Path, undisturbed: Config) -> dict[str, Any]:
 def test_a_lost_and_replaced_node_does_not_change_the_result(
     results: dict[str, Any], folder: Path, undisturbed: Config
 ) -> None:
-    """It also shows that two nodes compute what two workers on one node do."""
+    """The result also shows that two nodes compute the same as two workers on one node."""
     found = results["lost_and_replaced"]
     require_same(config_of(folder, "node-lost"), undisturbed)
     lost, waiting, *_ = found["failures"]

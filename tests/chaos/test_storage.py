@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 24 MB, which takes root."""
+    """Mount a file system of 24 MB, which needs root."""
     assert os.geteuid() == 0, "run `make chaos` as root, for instance in a container: this test mounts a file system"
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -77,7 +77,7 @@ def test_read_only_storage_ends_the_run_with_the_reason(undisturbed: Config, sma
     run = RunFolder.of(config).path
 
     def become_read_only() -> None:
-        # The mount itself cannot change while a file in it, the driver's lock, is open for writing: cover it.
+        # A mount cannot become read-only while the driver's lock in it is open for writing, so cover it.
         subprocess.run(["mount", "--bind", str(small_disk), str(small_disk)], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", str(small_disk)], check=True)
 

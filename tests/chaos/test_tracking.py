@@ -27,7 +27,7 @@ STAGES = ("backbone", "predictor", "joint")
 
 @pytest.fixture
 def postgresql() -> Iterator[str]:
-    """A temporary PostgreSQL cluster; needs Debian's postgresql, which refuses to run as root."""
+    """Start a temporary PostgreSQL cluster; needs Debian's postgresql, which refuses to run as root."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     assert found, "apt-get install postgresql"
     binaries, port = found[-1].parent, free_port()
@@ -81,7 +81,7 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 
 def log_epochs(logger: RunLogger, stage: str, first: int, last: int) -> float:
-    """Log epochs first to last of a stage; returns the seconds of the longest call."""
+    """Log epochs first to last of a stage; return the seconds of the longest call."""
     longest = 0.0
     for step in range(first, last + 1):
         begun = time.perf_counter()

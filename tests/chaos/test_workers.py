@@ -42,7 +42,7 @@ def test_workers_killed_in_every_stage_do_not_change_the_result(undisturbed: Con
         ),
         "worker crashes (SIGBUS) in the joint stage": (in_stage(run, "joint"), signal_worker(0, signal.SIGBUS)),
     }
-    # It is "ignore" in a process that a shell started in the background.
+    # A process that a shell started in the background ignores SIGINT.
     on_interrupt = signal.getsignal(signal.SIGINT)
     with Saboteur(run, *acts.values()) as saboteur:
         train_run(config)

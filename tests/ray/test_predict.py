@@ -14,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cluster.predict_folder import Actors, OutputFolder, predict_folder, share_out
+from pipeline.cluster.predict_folder import Actors, OutputFolder, divide_resources, predict_folder
 from pipeline.serving.predict import classify_files
 from pipeline.tracking.registry import open_model, register_model
 from tests.unit.pictures import jpeg
@@ -53,7 +53,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def parts_in(out: Path) -> dict[str, int]:
-    """Returns the name and modification time of every part."""
+    """Return the name and modification time of every part."""
     return {path.name: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
 
 
@@ -112,7 +112,7 @@ def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: 
     ],
 )
 def test_actors_fit_the_nodes(nodes, expected):
-    assert share_out(nodes) == expected
+    assert divide_resources(nodes) == expected
 
 
 def test_an_actor_that_dies_is_replaced(images: Path, tmp_path: Path, ray_cluster: str) -> None:
@@ -140,7 +140,7 @@ def test_an_actor_that_dies_is_replaced(images: Path, tmp_path: Path, ray_cluste
 
 
 def test_a_model_that_cannot_be_loaded_gives_one_message(images: Path, tmp_path: Path, ray_cluster: str) -> None:
-    """The model exists but every actor fails: the message says why and that the same command resumes."""
+    """The model exists, but every actor fails. The message says why, and that the same command resumes."""
     local = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/drnet/1", dst_path=str(tmp_path / "model")))
     (program,) = local.rglob("predictor.pt2")
     program.write_bytes(b"no program")

@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A search for a backbone that gives every image the same answer.
 
-    All resolutions are then right for the same images, no predictor counts as collapsed, and there is always a
-    finalist: which candidates are drawn depends on how far the killed driver came.
+    Then all resolutions are correct for the same images, no predictor counts as collapsed, and there is always a
+    finalist. Otherwise that would depend on how far the killed driver came.
     """
     folder = tmp_path_factory.mktemp("search")
     config = config_of(folder, max_accuracy_drop=100)
@@ -56,7 +56,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def records_of(folder: SearchFolder) -> dict[str, int]:
-    """The time at which each trial's record was written, by name."""
+    """Return the time at which each trial's record was written, by name."""
     return {path.name: path.stat().st_mtime_ns for path in folder.trials.glob("*.json")}
 
 

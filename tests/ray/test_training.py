@@ -153,7 +153,7 @@ def test_a_stage_starts_from_another_runs_model_and_the_data_from_its_address(
 
 
 def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(folder: Path, ray_cluster: str) -> None:
-    """They exist before it starts, as in a run that was interrupted on another machine."""
+    """The milliseconds exist before the run starts, as in a run that was interrupted on another machine."""
     config = config_of(
         folder,
         "timed",

@@ -133,7 +133,7 @@ def test_samples_come_back_in_order(tmp_path):
             read_jpeg(path, index)
 
 
-def test_samples_never_straddle_pages_and_fill_them_otherwise(tmp_path):
+def test_samples_fill_pages_and_never_straddle_two(tmp_path):
     path = tmp_path / "some.beton"
     sizes = [PAGE_SIZE // 2, PAGE_SIZE // 2, 1, PAGE_SIZE, PAGE_SIZE - 1, 2, 5]
     write_beton(path, [blob(size, number + 1) for number, size in enumerate(sizes)], capacity=7)
@@ -157,7 +157,7 @@ def test_manifest_survives_writing_and_reading(prepared):
     assert verify_betons(folder) == verify_betons(folder, full=True) == manifest
 
 
-def test_digest_names_the_data_and_nothing_else(prepared):
+def test_digest_depends_on_the_data_alone(prepared):
     _, manifest = prepared
     assert len(manifest.digest) <= 36
     elsewhere = dataclasses.replace(manifest, source_state="moved", versions={"ffcv": "2"}, licence="other")
@@ -179,7 +179,7 @@ def test_missing_manifest_is_explained(tmp_path, prepared):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tree: tree.update(format=99), "format 99; this version reads format 2"),
+        (lambda tree: tree.update(format=99), "format 99, but this version reads format 2"),
         (lambda tree: tree.pop("classes"), "damaged.*classes"),
         (lambda tree: tree.update(surprise=1), "damaged.*surprise"),
         (lambda tree: tree["splits"].pop("validation"), "lacks the split validation"),

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and which ones are refused."""
+"""A checkpoint holds the whole state, and a foreign one is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def states() -> list[TrainingState]:
 
 
 def leaves(value: object) -> list[object]:
-    """The values of a tree of mappings and lists, in order."""
+    """Return the values of a tree of mappings and lists, in order."""
     if isinstance(value, dict):
         return [leaf for key, item in value.items() for leaf in [key, *leaves(item)]]
     return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
@@ -41,7 +41,7 @@ def test_checkpoints_fall_within_epochs_and_at_their_ends(states: list[TrainingS
 
 
 @pytest.mark.parametrize("index", [0, 4, 6], ids=["backbone", "predictor", "joint"])
-def test_a_file_holds_the_state_to_the_bit(states: list[TrainingState], index: int, tmp_path: Path) -> None:
+def test_a_saved_state_is_read_back_bit_for_bit(states: list[TrainingState], index: int, tmp_path: Path) -> None:
     state = states[index]
     state.save(tmp_path / "state.pt")
     loaded = TrainingState.load(tmp_path / "state.pt")
@@ -82,7 +82,7 @@ def test_a_state_of_other_data_is_refused_by_the_digest(states: list[TrainingSta
         states[0].refuse_other(config_of(), "ffff")
 
 
-def test_free_fields_and_the_place_of_the_data_may_differ(states: list[TrainingState]) -> None:
+def test_free_fields_and_the_path_of_the_data_may_differ(states: list[TrainingState]) -> None:
     config = config_of(
         training={"max_loss": 5.0},
         cluster={"max_failures": 9, "storage": "elsewhere"},
@@ -94,7 +94,7 @@ def test_free_fields_and_the_place_of_the_data_may_differ(states: list[TrainingS
 
 def test_a_model_is_read_with_its_own_mean_and_std(tmp_path: Path) -> None:
     run = run_of(config_of(), Recorder())
-    run.model.mean.copy_(torch.tensor([0.125, 0.25, 0.5]))  # of another model, which a stage began from
+    run.model.mean.copy_(torch.tensor([0.125, 0.25, 0.5]))  # those of another model, from which a stage started
     save_model(tmp_path / "model.pt", run.model, run.config, classes=run.manifest.classes)
     loaded = load_model(tmp_path / "model.pt")
     assert loaded.mean == (0.125, 0.25, 0.5)

@@ -1,4 +1,4 @@
-"""When the trainer says that the predictor has collapsed, and what it says to change."""
+"""The trainer reports a collapsed predictor, and says what to change."""
 
 import pytest
 
@@ -46,5 +46,5 @@ def test_a_collapse_warning_says_what_to_change(shares: tuple[float, ...], stage
     ],
     ids=["two resolutions", "all of them", "as the oracle does"],
 )
-def test_anything_else_is_no_collapse(shares: tuple[float, ...], oracle: tuple[float, ...]) -> None:
+def test_other_shares_are_not_a_collapse(shares: tuple[float, ...], oracle: tuple[float, ...]) -> None:
     assert warning_of(shares, oracle) is None

@@ -46,7 +46,7 @@ def problems_of(file: Path, *overrides: str) -> list[str]:
 
 
 def changed(dotted: dict[str, Any]) -> dict[str, Any]:
-    """SMALLEST with some dotted keys changed."""
+    """Return SMALLEST with some dotted keys changed."""
     tree = copy.deepcopy(SMALLEST)
     for key, value in dotted.items():
         *parents, last = key.split(".")
@@ -83,7 +83,7 @@ def test_the_papers_recipe_is_shipped():
     assert load_config("imagenet100-strong").model.predictor.architecture == 3
 
 
-def test_stages_run_in_order_whatever_the_order_of_the_file():
+def test_stages_run_in_order_for_any_order_in_the_file():
     config = parse_config(
         changed({"stages": {"joint": {"epochs": 1, "alpha_gflops": 1}, "predictor": {"epochs": 1, "alpha_gflops": 1}}})
     )
@@ -250,7 +250,7 @@ def test_weights_become_absolute_only_if_they_are_a_file(tmp_path, monkeypatch):
         assert with_absolute_paths(parse_config(changed({"model.weights": weights}))).model.weights == expected
 
 
-def test_a_crop_wider_than_high_is_allowed():
+def test_a_crop_may_be_wider_than_high():
     assert parse_config(changed({"loader.crop_ratio": [1.0, 2.0]})).loader.crop_ratio == (1.0, 2.0)
 
 
@@ -275,7 +275,7 @@ def test_a_crop_wider_than_high_is_allowed():
         (b"seed: !!timestamp x", "a number or a tagged value that cannot be read"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, named):
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, content, named):
     file = tmp_path / "bad.yaml"
     file.write_bytes(content)
 
@@ -313,7 +313,7 @@ def test_any_file_and_any_override_is_a_configuration_or_a_config_error(tmp_path
             load_config(file, overrides)
 
 
-def test_a_folder_is_no_configuration(file, tmp_path):
+def test_a_folder_is_not_a_configuration(file, tmp_path):
     with pytest.raises(ConfigError, match=r"this is a folder\. Give .*config\.yaml"):
         find_config(tmp_path)
 
@@ -332,7 +332,7 @@ def test_text_that_is_not_utf_8_is_refused_and_a_path_is_not(file):
     assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
-def test_a_missing_space_after_a_colon_is_named(file):
+def test_a_missing_space_after_a_colon_is_explained(file):
     assert any("Write a space after the colon" in problem for problem in problems_of(file, "stages.joint={epochs:3}"))
 
 

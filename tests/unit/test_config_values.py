@@ -99,7 +99,7 @@ def test_null_clears_optional_text_and_empty_text_is_refused(file: Path, key: st
     ("text", "value"),
     [("10", 10), ("010", 10), ("-3", -3), ("1_000", 1000), ("1e3", 1000), ("1.0", 1), ("+5", 5), ("7 # seven", 7)],
 )
-def test_an_integer_is_decimal(file: Path, text: str, value: int) -> None:
+def test_a_leading_zero_does_not_make_an_integer_octal(file: Path, text: str, value: int) -> None:
     assert load_config(file, [f"seed={text}"]).seed == value
     file.write_text(f"seed: {text}\n{FILE}")
     assert load_config(file).seed == value
@@ -174,7 +174,7 @@ def test_an_address_is_refused_where_only_a_path_works(file: Path, key: str, add
     assert "--upload" in problem
 
 
-def test_a_file_address_is_answered_with_its_path(file: Path) -> None:
+def test_a_file_address_is_refused_with_its_path(file: Path) -> None:
     [problem] = problems_of(file, "data.source=file:///d/my images")
     assert "write '/d/my images'" in problem
 

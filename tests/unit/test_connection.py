@@ -165,7 +165,7 @@ PREPARE = (
 )
 
 
-def test_without_a_home_ray_gets_a_token_of_its_own_and_a_writable_folder(denied: Path) -> None:
+def test_without_a_home_ray_gets_its_own_token_and_a_writable_folder(denied: Path) -> None:
     done = without_home("-c", PREPARE)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()[0]) == 64

@@ -130,7 +130,7 @@ def test_decoding_at_a_fraction_shows_the_same_picture(fraction):
     )
 
 
-def test_decoding_at_full_size_is_pillows_within_a_grey_level():
+def test_full_size_decoding_is_within_a_gray_level_of_pillows():
     jpegs = [jpeg_bytes(photograph(160, 120, seed)) for seed in range(4)]
     keys = pack_keys(np.arange(4), seed=1, epoch=2)
     crop = RandomResizedCrop(scale=(0.3, 0.9))
@@ -142,7 +142,7 @@ def test_decoding_at_full_size_is_pillows_within_a_grey_level():
         assert difference(out, np.asarray(expected)) <= 1.0
 
 
-def test_greyscale_jpeg_comes_out_as_rgb():
+def test_a_grayscale_jpeg_is_decoded_to_rgb():
     jpeg = jpeg_bytes(photograph(80, 60, seed=5).convert("L"))
     ((out,),), status = decoded([jpeg], [(60, 80)], (32,))
     assert status.tolist() == [kernels.DECODED]
@@ -204,7 +204,7 @@ def subsampled(image: Image.Image, subsampling: int) -> bytes:
     ],
     ids=str,
 )
-def test_every_kind_of_jpeg_is_pillows_within_a_grey_level(settings, size):
+def test_every_kind_of_jpeg_is_within_a_gray_level_of_pillows(settings, size):
     width, height = size
     image = photograph(width, height, seed=7)
     jpeg = save(image, **settings) if isinstance(settings, dict) else subsampled(image, settings)
@@ -295,30 +295,30 @@ def test_random_crop_falls_back_to_the_center():
     assert tall[:, :4].tolist() == [[493, 0, 13, 10]] * 3
 
 
-def test_flip_can_be_left_out():
+def test_flipping_can_be_switched_off():
     assert not boxes(pack_keys(np.arange(50), 0, 0), 50, 50, RandomResizedCrop(flip=False))[:, 4].any()
 
 
 def test_center_crop_is_a_central_square_of_the_shorter_side():
-    crop_epoch = pack_keys(np.arange(1), 0, 0)[0]
-    assert crop_box(crop_epoch, 256, 301, CenterCrop(0.875).parameters()) == (16.0, 38.5, 224.0, 224.0, False)
+    key = pack_keys(np.arange(1), 0, 0)[0]
+    assert crop_box(key, 256, 301, CenterCrop(0.875).parameters()) == (16.0, 38.5, 224.0, 224.0, False)
 
 
 def test_draws_are_the_same_on_every_machine_and_version():
-    crop_epoch = pack_keys(np.arange(1), seed=7, epoch=3)[0]
-    assert [float(uniform(crop_epoch, draw)).hex() for draw in range(3)] == [
+    key = pack_keys(np.arange(1), seed=7, epoch=3)[0]
+    assert [float(uniform(key, draw)).hex() for draw in range(3)] == [
         "0x1.77fb23a3deb58p-4",
         "0x1.fba04b555beb8p-4",
         "0x1.e7be24e57ecefp-1",
     ]
-    assert crop_box(crop_epoch, 375, 500, RandomResizedCrop().parameters()) == (171.0, 41.0, 196.0, 158.0, True)
+    assert crop_box(key, 375, 500, RandomResizedCrop().parameters()) == (171.0, 41.0, 196.0, 158.0, True)
 
 
-def test_draws_of_neighbouring_samples_and_epochs_are_unrelated():
+def test_draws_of_neighboring_samples_and_epochs_are_unrelated():
     samples = pack_keys(np.arange(2000), 0, 0)
     epochs = np.concatenate([pack_keys(np.arange(1), 0, epoch) for epoch in range(2000)])
     for keys in (samples, epochs):
-        draws = np.array([[uniform(crop_epoch, draw) for draw in range(4)] for crop_epoch in keys])
+        draws = np.array([[uniform(key, draw) for draw in range(4)] for key in keys])
         assert np.abs(draws.mean(axis=0) - 0.5).max() < 0.03
         related = np.corrcoef(np.concatenate([draws[:-1], draws[1:]], axis=1).T) - np.eye(8)
         assert np.abs(related).max() < 0.1

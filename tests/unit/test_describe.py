@@ -142,12 +142,12 @@ def test_a_damaged_manifest_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 0.9])
-def test_alpha_within_reach_is_no_problem(tmp_path: Path, alpha: float):
+def test_a_reachable_alpha_is_accepted(tmp_path: Path, alpha: float):
     stages = {"predictor": {"epochs": 1, "alpha_gflops": alpha}}
     assert alpha_problems(config_in(tmp_path, stages=stages), COSTS) == []
 
 
-def test_every_alpha_out_of_reach_is_named_with_the_range(tmp_path: Path):
+def test_every_unreachable_alpha_is_named_with_the_range(tmp_path: Path):
     stages = {
         "backbone": {"epochs": 1},
         "predictor": {"epochs": 1, "alpha_gflops": 0.0999},
@@ -267,7 +267,7 @@ def test_the_job_prints_one_json_object(tmp_path: Path, monkeypatch: pytest.Monk
     assert tree["stages"][1]["memory"]["activations"] > 0
 
 
-def test_the_job_shows_everything_and_fails_when_alpha_is_out_of_reach(
+def test_the_job_shows_everything_and_fails_when_alpha_is_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     with pytest.raises(ConfigError, match=r"stages\.joint\.alpha_gflops is 7"):

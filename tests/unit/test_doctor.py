@@ -197,7 +197,7 @@ def test_a_node_answers_about_its_folders(tmp_path: Path, data: Path, manifest: 
     assert list((tmp_path / "runs").iterdir()) == [], "no files remain"
 
 
-def test_a_node_with_another_storage_says_so(tmp_path: Path, data: Path) -> None:
+def test_a_node_with_another_storage_is_reported(tmp_path: Path, data: Path) -> None:
     [problem] = asked(tmp_path, data, mark=tmp_path / "elsewhere" / ".doctor-1").problems
     assert problem.startswith(f"cluster.storage {tmp_path / 'elsewhere'} is not the folder that the driver writes to")
 

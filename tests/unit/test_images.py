@@ -158,7 +158,7 @@ def test_exif_orientation_is_applied_and_not_kept(orientation):
     assert b"Exif" not in stored.jpeg
 
 
-def test_grey_jpegs_that_are_turned_stay_grey():
+def test_rotated_gray_jpegs_stay_gray():
     image = Image.fromarray(GRAY)
     exif = image.getexif()
     exif[0x0112] = 6
@@ -348,7 +348,7 @@ def test_strong_downscaling_decodes_at_a_fraction(max_side, num_pixels, monkeypa
     assert closeness(luma(stored.jpeg), luma(expected)) < 1
 
 
-def test_grey_jpegs_that_are_resized_stay_grey():
+def test_resized_gray_jpegs_stay_gray():
     stored = store_image(encoded(photograph(133, 99, 2).convert("L"), quality=98), 51, 98)
     assert (stored.width, stored.height) == (69, 51)
     assert Image.open(io.BytesIO(stored.jpeg)).mode == "L"

@@ -64,7 +64,7 @@ PLACES = {
 }
 
 
-def test_places_are_free_to_change_and_settings_are_not(tmp_path: Path) -> None:
+def test_paths_may_change_and_settings_may_not(tmp_path: Path) -> None:
     before = config_of(tmp_path)
     assert drift(before, config_of(tmp_path, **PLACES)) == []
     changed = config_of(
@@ -77,7 +77,7 @@ def test_places_are_free_to_change_and_settings_are_not(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_whose_stored_places_are_refused_today_can_resume(tmp_path: Path) -> None:
+def test_a_run_with_stored_paths_that_are_now_refused_can_resume(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     tree = config.model_dump(mode="json")
     tree["cluster"] |= {"storage": "s3://bucket/runs", "num_workers": 3}

@@ -1,4 +1,4 @@
-"""pipeline/config/job_package.py: which paths are lost with a Ray job's package or missing in it."""
+"""pipeline/config/job_package.py: which paths are lost with a Ray job's package or missing from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_folder_in_a_package_is_recognized(package: Path, tmp_path: Path) -> N
     assert job_package(tmp_path) is None
 
 
-def test_paths_outside_the_package_are_no_problem(package: Path) -> None:
+def test_paths_outside_the_package_are_allowed(package: Path) -> None:
     assert list(package_problems(config_of(), package)) == []
     assert list(package_problems(config_of(), package, preparing=True)) == []
 
@@ -112,7 +112,7 @@ def test_only_a_preparation_needs_the_source(package: Path) -> None:
     assert list(package_problems(config, package)) == []
 
 
-def test_a_job_explains_a_configuration_that_was_not_sent(package: Path) -> None:
+def test_a_job_explains_why_a_configuration_is_missing(package: Path) -> None:
     parser = job_parser("train", "Train.")
     with pytest.raises(ConfigError, match=r"the Ray job has 2 problems"):
         job_config(parser.parse_args(["--config", "glyphs"]))
@@ -128,7 +128,7 @@ def test_relative_paths_work_outside_a_package(tmp_path: Path, monkeypatch: pyte
     assert len(raised.value.problems) == 1
 
 
-def test_the_default_tracking_store_of_a_job_lasts(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_tracking_store_outlasts_a_job(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = store.tracking_uri(config_of())
     monkeypatch.setattr(store, "PROJECT_FOLDER", package)
     assert store.tracking_uri(config_of()) == "sqlite:////shared/runs/mlflow.db"

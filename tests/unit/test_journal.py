@@ -50,7 +50,7 @@ def test_a_line_that_is_still_being_written_is_not_read(tmp_path):
     assert [place for place, _ in journal.read()] == [whole]
 
 
-def test_a_torn_line_loses_only_itself(tmp_path, caplog):
+def test_a_truncated_line_loses_no_other_line(tmp_path, caplog):
     journal = Journal(tmp_path)
     first, second = artifacts_record("a", None), artifacts_record("b", None)
     journal.append(first)

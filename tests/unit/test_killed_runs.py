@@ -1,4 +1,4 @@
-"""A run that is killed after any step, or while it computes a logit table, ends with the bits of an undisturbed run."""
+"""A run that is killed after any step, or while it computes a logit table, ends bit for bit as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Pair | Non
 
 
 @pytest.mark.parametrize("ranks", PAIRS)
-def test_the_undisturbed_run_trains_every_step(runs: dict, ranks: int) -> None:
+def test_the_uninterrupted_run_trains_every_step(runs: dict, ranks: int) -> None:
     found = runs[ranks, None]
     assert found["ended"] == [[0] * ranks]
     taken = {tuple(json.loads(event)[0]) for event in found["events"]}

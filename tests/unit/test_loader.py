@@ -171,7 +171,7 @@ def test_a_batch_is_valid_until_the_next_one_is_requested(beton, batches_ahead):
     for step, batch in enumerate(epoch):
         wait(
             [part for job in epoch._jobs for part in job.parts]
-        )  # all that is decoded before the next one is asked for
+        )  # all that is decoded before the next batch is requested
         assert digest(batch) == expected[step]
 
 
@@ -211,7 +211,7 @@ def flipped_bit(jpeg: bytearray) -> bytearray:
     return jpeg
 
 
-def test_one_flipped_bit_is_an_error_though_the_jpeg_still_decodes(damaged):
+def test_one_flipped_bit_is_an_error_even_if_the_jpeg_decodes(damaged):
     unnoticed = load(damaged(flipped_bit), shuffle=False)
     assert len(list(unnoticed.epoch(0))) == 4
     with pytest.raises(DecodeError, match=r"sample 11, .*: its bytes do not match their checksum"):
@@ -266,7 +266,7 @@ def _fail_in_the_loop(loader: MultiResolutionLoader) -> None:
         raise ZeroDivisionError
 
 
-def test_threads_stop_when_a_pass_is_closed_or_over(beton):
+def test_threads_stop_when_a_pass_is_closed_or_ends(beton):
     loader = load(beton, num_threads=3, batch_size=4)
     with loader.epoch(0) as epoch:
         next(epoch)

@@ -1,4 +1,4 @@
-"""The logit table: equal to the live backbone, whole or repaired, found where it fits; and training on it."""
+"""The logit table equals the live backbone, is repaired, is found by its key, and can be trained on."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from tests.table_runs import (
     write_data,
 )
 
-VIEWS = [2, 5]
+CROP_EPOCHS = [2, 5]
 FLOAT16 = {"rtol": 2.0**-11, "atol": 1e-5}
-"""half a unit in the last place of float16, and what float32 sums differ by in batches of other sizes"""
+"""Half a unit in the last place of float16, and the difference of float32 sums in batches of other sizes."""
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def model(config: Config) -> DRNet:
 
 @pytest.fixture(scope="module")
 def key(config: Config, model: DRNet) -> TableKey:
-    """Files of 8 samples: 4 of them a crop_epoch, the last with 5."""
+    """The key of a table with 4 files for each epoch of crops: 8 samples each, and 5 in the last."""
     return replace(TableKey.of(model, config, MANIFEST, TRAIN), chunk_samples=8)
 
 
 class Backbone:
-    """A frozen backbone that counts the batches it is given, and stops like a killed process before one of them."""
+    """A frozen backbone that counts its batches, and stops like a killed process before one of them."""
 
     def __init__(self, model: DRNet, dies_before: int | None = None):
         self.forward, self.batches, self.dies_before = Forward(model, "float32"), 0, dies_before
@@ -82,11 +82,11 @@ Fill = Callable[..., int]
 
 @pytest.fixture
 def fill(key: TableKey, loader: MultiResolutionLoader, model: DRNet, tmp_path: Path) -> Fill:
-    """Fill the table in tmp_path; returns how many files that took."""
+    """Fill the table in tmp_path; return the number of computed files."""
 
     def run(dies_before: int | None = None) -> int:
         backbone = Backbone(model, dies_before)
-        fill_table(tmp_path, key, VIEWS, loader, backbone, device=torch.device("cpu"), tell=lambda text: None)
+        fill_table(tmp_path, key, CROP_EPOCHS, loader, backbone, device=torch.device("cpu"), tell=lambda text: None)
         return backbone.batches
 
     return run
@@ -104,13 +104,13 @@ def flip_a_byte(path: Path, place: int) -> None:
 
 def test_the_table_holds_the_live_logits(fill: Fill, key: TableKey, loader, model: DRNet, tmp_path: Path) -> None:
     assert fill() == 2 * 4
-    table, forward = LogitTable(tmp_path, key, VIEWS), Forward(model, "float32")
-    for crop_epoch in (*VIEWS, *VIEWS):  # and back again
+    table, forward = LogitTable(tmp_path, key, CROP_EPOCHS), Forward(model, "float32")
+    for crop_epoch in (*CROP_EPOCHS, *CROP_EPOCHS):  # and back again
         for batch in loader.epoch(crop_epoch):
             found_NRK = table.logits(crop_epoch, batch.indices)
             assert (found_NRK.shape, found_NRK.dtype) == ((len(batch.labels), 2, NUM_CLASSES), torch.float32)
             torch.testing.assert_close(found_NRK, forward.frozen_backbone(batch.images), **FLOAT16)
-    first, last = (table.logits(crop_epoch, torch.tensor([3])) for crop_epoch in VIEWS)
+    first, last = (table.logits(crop_epoch, torch.tensor([3])) for crop_epoch in CROP_EPOCHS)
     assert not torch.allclose(first, last, rtol=1e-2), "epochs are different crops"
 
 
@@ -129,7 +129,7 @@ def test_a_killed_computation_resumes_at_its_last_file(
         fill(dies_before)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("chunk-*")}
     assert len(before) == dies_before
-    at_work = chunk_path(tmp_path / key.digest, VIEWS[dies_before // 4], chunk=dies_before % 4)
+    at_work = chunk_path(tmp_path / key.digest, CROP_EPOCHS[dies_before // 4], chunk=dies_before % 4)
     at_work.with_name(f".{at_work.name}.partial").write_bytes(b"half a file")  # what SIGKILL leaves
     assert fill() == 8 - dies_before
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -144,9 +144,9 @@ def test_a_killed_computation_resumes_at_its_last_file(
 def test_an_incomplete_table_is_not_opened(fill: Fill, key: TableKey, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fill(dies_before=6)
-    LogitTable(tmp_path, key, VIEWS[:1])
+    LogitTable(tmp_path, key, CROP_EPOCHS[:1])
     with pytest.raises(TableError, match=r"epoch 5 lacks 2 of its 4 files, the first .*crops-00005/chunk-00002\.npy"):
-        LogitTable(tmp_path, key, VIEWS)
+        LogitTable(tmp_path, key, CROP_EPOCHS)
 
 
 DAMAGE = {
@@ -160,18 +160,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_file_is_noticed_and_computed_again(fill: Fill, damage, key: TableKey, tmp_path: Path) -> None:
+def test_a_damaged_file_is_detected_and_computed_again(fill: Fill, damage, key: TableKey, tmp_path: Path) -> None:
     fill()
     whole, path = contents(tmp_path), chunk_path(tmp_path / key.digest, crop_epoch=5, chunk=1)
     damage(path)
-    table = LogitTable(tmp_path, key, VIEWS)
+    table = LogitTable(tmp_path, key, CROP_EPOCHS)
     table.logits(2, torch.arange(NUM_TRAIN))
     table.logits(5, torch.arange(8))
     with pytest.raises(TableError, match=r"crops-00005/chunk-00001\.npy of the logit table is missing or damaged"):
         table.logits(5, torch.tensor([0, 8]))
     assert fill() == 1
     assert contents(tmp_path) == whole
-    LogitTable(tmp_path, key, VIEWS).logits(5, torch.tensor([0, 8]))
+    LogitTable(tmp_path, key, CROP_EPOCHS).logits(5, torch.tensor([0, 8]))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_another_table_is_refused_with_the_differences(
     manifest = manifest_of(NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES, changed.get("data", ""))
     wanted = TableKey.of(model, other, manifest, TRAIN)
     with pytest.raises(TableError, match=named) as error:
-        LogitTable(tmp_path, replace(wanted, chunk_samples=8), VIEWS)
+        LogitTable(tmp_path, replace(wanted, chunk_samples=8), CROP_EPOCHS)
     assert str(error.value).count("expected") == 1
 
 
@@ -215,26 +215,26 @@ def test_the_key_depends_on_the_normalization(config: Config, key: TableKey) -> 
 
 def test_an_empty_folder_and_a_wrong_table_json_differ_in_error(fill: Fill, key: TableKey, tmp_path: Path) -> None:
     with pytest.raises(TableError, match="No table is there"):
-        LogitTable(tmp_path / "empty", key, VIEWS)
+        LogitTable(tmp_path / "empty", key, CROP_EPOCHS)
     fill()
     path = tmp_path / key.digest / "table.json"
     path.write_text(path.read_text().replace("float32", "bfloat16"))
     with pytest.raises(TableError, match="precision is 'bfloat16', expected 'float32'"):
-        LogitTable(tmp_path, key, VIEWS)
+        LogitTable(tmp_path, key, CROP_EPOCHS)
     path.write_text("{")
     with pytest.raises(TableError, match=r"its table\.json is damaged"):
-        LogitTable(tmp_path, key, VIEWS)
+        LogitTable(tmp_path, key, CROP_EPOCHS)
 
 
 @pytest.mark.parametrize(("crop_epoch", "index"), [(3, 0), (2, NUM_TRAIN), (2, -1)])
-def test_only_what_the_table_was_opened_for_is_read(
+def test_a_table_reads_only_the_epochs_it_was_opened_for(
     fill: Fill, key: TableKey, crop_epoch: int, index: int, tmp_path
 ) -> None:
     fill()
     with pytest.raises(
         ValueError, match=rf"opened for crops of the epochs \[2, 5\] and has samples 0 to {NUM_TRAIN - 1}"
     ):
-        LogitTable(tmp_path, key, VIEWS).logits(crop_epoch, torch.tensor([index]))
+        LogitTable(tmp_path, key, CROP_EPOCHS).logits(crop_epoch, torch.tensor([index]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 65520.0])
@@ -262,7 +262,7 @@ def trained(config: Config, tables: Path, **predictor) -> tuple[Run, Recorder]:
 
 
 @pytest.mark.parametrize("num_crops", [None, 2])
-def test_training_on_the_table_is_live_training_to_float16_rounding(config: Config, num_crops, tmp_path: Path) -> None:
+def test_training_on_the_table_is_live_training_up_to_rounding(config: Config, num_crops, tmp_path: Path) -> None:
     live_run, live = trained(config, tmp_path, logits="live", num_crops=num_crops)
     assert not any(tmp_path.iterdir())
     table_run, table = trained(config, tmp_path, num_crops=num_crops)
@@ -347,7 +347,7 @@ def test_the_validation_table_has_the_center_crop(config: Config, model: DRNet, 
 
 
 def test_a_predictor_of_any_size_trains_on_a_copy_without_a_backbone(config: Config, tmp_path: Path) -> None:
-    """What a trial of a search does: it has the keys, and a node-local copy of the tables."""
+    """A trial of a search does this: it has the keys, and a node-local copy of the tables."""
     made, _ = run_of(config, tmp_path / "shared")
     tables = open_stage_data(made, config.stages.predictor, first_epoch=0)
     keys = pickle.loads(pickle.dumps([tables.train_table.key, tables.validation_table.key]))

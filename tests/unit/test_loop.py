@@ -265,5 +265,5 @@ def test_the_goodput_is_printed_as_a_table() -> None:
         "where the time went:",
         "set up           10.0 s   25.0 %",
         "data wait        30.0 s   75.0 %",
-        "together         40.0 s",
+        "total            40.0 s",
     ]

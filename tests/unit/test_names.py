@@ -41,7 +41,7 @@ def prepared(folder: Path, source: Path, **options: Any) -> Prepared:
 
 
 def write(folder: Path, names: list[bytes], seed: int = 0) -> dict[str, bytes]:
-    """Write a small JPEG of each name; returns them by the name that is shown."""
+    """Write a small JPEG of each name; return them by the name that is shown."""
     folder.mkdir()
     images = {name: jpeg(8, 8, seed=seed + number) for number, name in enumerate(names)}
     for name, data in images.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 COMMANDS = re.compile(r"ray |--|\w+=|[\w.]+$|RAY_|~|/")
-"""matches quotes that are not messages: commands, options, fields, files"""
+"""Matches quotes that are not messages: commands, options, fields, files."""
 
 
 def texts_in_code() -> list[str]:

@@ -21,7 +21,7 @@ RANKS = st.integers(1, 5)
 
 
 def local_batches(num_samples, batch_size, world_size, **keywords):
-    """For every step, the sample indices of each rank."""
+    """Return, for every step, the sample indices of each rank."""
     orders = [
         SampleOrder(num_samples, batch_size, shuffle=True, rank=rank, world_size=world_size, **keywords)
         for rank in range(world_size)
@@ -98,7 +98,7 @@ def test_keys_of_a_rank_are_contiguous():
 
 
 def windowed(num_samples, batch_size, world_size, window, seed=0):
-    """An order for each rank over pages of 7 samples."""
+    """Return an order for each rank over pages of 7 samples."""
     windows = PageWindows(3 + np.arange(num_samples) // 7, window)
     return [
         SampleOrder(num_samples, batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size, windows=windows)
@@ -147,7 +147,7 @@ def test_every_page_is_fetched_before_its_samples_are_read(world_size, start_ste
     for step, batches in enumerate(zip(*(order.batches(1, start_step) for order in orders), strict=True)):
         so_far = set.union(*(one for rank in fetched for one in rank[: step + 1]))
         needed = set((3 + sample_indices(np.concatenate(batches)) // 7).tolist())
-        # What a resumed epoch finds half-read is not fetched as a whole.
+        # A resumed epoch does not fetch a whole window if part of it was read.
         assert {page for page in needed if places[page] >= start_step * 4} <= so_far
     every = [page for rank in fetched for one in rank for page in one]
     assert len(every) == len(set(every))

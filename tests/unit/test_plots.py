@@ -111,7 +111,7 @@ def test_equal_reports_give_equal_bytes():
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_no_label_of_the_tradeoff_lies_over_another_or_leaves_the_figure(name):
+def test_labels_of_the_tradeoff_neither_overlap_nor_leave_the_figure(name):
     report = REPORTS[name]()
     figure = draw_tradeoff(report, LIGHT)
     figure.canvas.draw()
@@ -129,7 +129,7 @@ def test_a_reference_far_from_the_points_is_not_drawn():
     assert "far away" not in texts
 
 
-def test_all_texts_of_shares_and_attributes_are_apart_and_inside():
+def test_texts_of_shares_and_attributes_neither_overlap_nor_leave_the_figure():
     two = three_resolutions(attributes=("height", "weight"))
     for figure in (draw_shares(two, LIGHT), draw_shares(five_resolutions(0.1), LIGHT), draw_attributes(two, LIGHT)):
         figure.canvas.draw()

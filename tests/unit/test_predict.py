@@ -31,7 +31,7 @@ def pictures(tmp_path):
 
 
 def ran(monkeypatch, *arguments: object) -> str | int | None:
-    """Returns the exit code of `python -m jobs.predict ARGUMENTS`."""
+    """Return the exit code of `python -m jobs.predict ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
     try:
         run_job(predict.main)

@@ -103,7 +103,7 @@ def test_parts_without_a_plan_and_a_damaged_plan_are_refused(images, output):
         output.agree(plan_of(digest))
 
 
-def test_every_part_has_the_same_types_whatever_is_null(tmp_path, output):
+def test_every_part_has_the_same_types_even_if_a_column_is_null(tmp_path, output):
     nothing = dict.fromkeys(COLUMNS) | {"file": "b.jpg", "error": "not a JPEG", "gflops": 0.0}
     tables = [rows_table(rows, COLUMNS) for rows in ([ROW], [nothing], [])]
     assert len({table.schema for table in tables}) == 1

@@ -45,7 +45,7 @@ class Finished:
         self.folder = folder / "runs" / "small"
         self.model: DRNet = make_model(self.config)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", "")  # the configuration must suffice
+            patch.setenv("MLFLOW_TRACKING_URI", "")  # the configuration must be enough
             self.files = finish_run(self.config, self.folder, self.model)
             self.registered: RegisteredModel = register_model(self.config, self.folder, *self.files)
 
@@ -181,7 +181,7 @@ def test_an_unknown_model_is_refused_with_the_known_ones(finished, model_uri, me
         open_model(model_uri)
 
 
-def test_looking_for_a_model_does_not_create_a_registry(tmp_path, monkeypatch):
+def test_looking_up_a_model_does_not_create_a_registry(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'absent.db'}")
     with pytest.raises(TrackingError, match=r"absent\.db does not exist.*jobs\.register"):
         open_model("models:/drnet@champion")

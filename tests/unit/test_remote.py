@@ -29,7 +29,7 @@ def test_a_file_can_be_read_from_any_byte(uri: str) -> None:
     assert list(remote.chunks("some.file", len(content))) == []
 
 
-def test_a_missing_file(uri: str) -> None:
+def test_a_missing_file_is_none_or_an_error(uri: str) -> None:
     remote = open_remote(uri)
     assert remote.read("no.file") is None
     assert remote.size("no.file") is None

@@ -311,8 +311,8 @@ def test_the_gallery_shows_images_of_each_choice_by_seed():
     for j, row in enumerate(first):
         assert [chosen_N[tile.index] for tile in row] == [j] * 8
         for tile in row:
-            assert tile.right_at == tuple(correct_NR[tile.index])
-            assert tile.right == correct_NR[tile.index, j] == (tile.truth == tile.answer)
+            assert tile.correct_at == tuple(correct_NR[tile.index])
+            assert tile.is_correct == correct_NR[tile.index, j] == (tile.truth == tile.answer)
             assert tile.truth == CLASSES[tile.index % 4]
             assert Image.open(io.BytesIO(tile.jpeg)).size == (40, 30)
     assert pick_tiles(predictions, chosen_N, CLASSES, read_image, seed=1) != first

@@ -90,7 +90,7 @@ def run_to_the_end(
 
 
 def finished(candidate: Candidate, seed: int) -> Record:
-    """A record in which wider predictors are better and more expensive."""
+    """Return a record in which wider predictors are better and more expensive."""
     return record_of(candidate, min(1.0, 2 * candidate.width + 0.1 * len(candidate.blocks)), seed)
 
 
@@ -151,7 +151,7 @@ def test_a_trial_whose_process_died_is_recorded_and_tried_again_after_a_restart(
     assert set(run_to_the_end(searcher_of(settings), settings, finished)) == {(first, 0), (first, 1)}
 
 
-def test_a_diverged_trial_is_final_and_unknown_to_the_sampler(tmp_path: Path) -> None:
+def test_a_diverged_trial_is_not_repeated_and_the_sampler_ignores_it(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
 
     def diverging(candidate: Candidate, seed: int) -> Record:
@@ -164,7 +164,7 @@ def test_a_diverged_trial_is_final_and_unknown_to_the_sampler(tmp_path: Path) ->
     assert searcher_of(settings).is_over
 
 
-def test_too_expensive_predictors_are_not_tried_and_a_small_space_ends(tmp_path: Path) -> None:
+def test_too_expensive_predictors_are_not_tried_and_a_small_space_is_used_up(tmp_path: Path) -> None:
     space = {"blocks": [[1]], "kernel": [3], "stem_stride": [4], "input_size": [16, 24], "width": [0.125, 0.125]}
     settings = settings_of(tmp_path, space=space, num_trials=9)
     tried = run_to_the_end(searcher_of(settings, num_drawn=9), settings, finished)

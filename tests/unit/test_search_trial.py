@@ -1,4 +1,4 @@
-"""A trial equals the predictor stage of a run, bit for bit; and where its backbone comes from."""
+"""A trial equals the predictor stage of a run, bit for bit, and finds its backbone."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_the_backbone_of_a_run_is_the_one_from_before_its_joint_stage(run: Run, 
         assert [backbone_path(config) for config in (own, named)] == [expected] * 2
 
 
-def test_every_misfit_of_a_backbone_is_reported(run: Run, tmp_path: Path) -> None:
+def test_every_mismatch_of_a_backbone_is_reported(run: Run, tmp_path: Path) -> None:
     trained = load_backbone(save_trained(run, tmp_path / "model.pt"))
     other = run.config.model_copy(
         update={"model": run.config.model.model_copy(update={"resolutions": (64, 32), "backbone_width": 1.0})}

@@ -51,7 +51,7 @@ def test_the_lock_has_no_addresses():
 
 
 @pytest.mark.parametrize("requirement", asked_for(), ids=str)
-def test_the_lock_holds_what_pyproject_asks_for(requirement):
+def test_the_lock_satisfies_pyproject(requirement):
     packages = locked()
     name = canonicalize_name(requirement.name)
 
@@ -60,7 +60,7 @@ def test_the_lock_holds_what_pyproject_asks_for(requirement):
     assert requirement.specifier.contains(pinned.version), f"the lock has {pinned.version}; run `make lock`"
 
 
-def test_the_lock_is_for_every_python_that_the_set_up_takes():
+def test_the_lock_covers_every_python_that_setup_accepts():
     text = SETUP.read_text()
     supported = SpecifierSet(PROJECT["project"]["requires-python"])
     pythons = [f"3.{minor}" for minor in range(9, 20) if supported.contains(f"3.{minor}")]
@@ -123,7 +123,7 @@ def test_only_what_is_missing_is_named(machine):
     assert done.stderr.splitlines()[0] == "setup: missing system packages: libopencv-dev python3-dev"
 
 
-def test_an_old_uv_does_not_count(machine):
+def test_an_old_uv_is_not_used(machine):
     for name in ("make", "cc", "c++", "pkg-config"):
         script(machine, name, "exit 0")
     script(machine, "uv", "echo uv 0.4.30")
@@ -148,7 +148,7 @@ def test_apt_updates_its_lists_only_when_the_installation_fails(machine):
     assert "E: no such package" in done.stderr
 
 
-def test_a_finished_set_up_is_left_alone():
+def test_a_finished_setup_is_not_repeated():
     if not (ROOT / ".venv" / ".setup-finished").exists():
         pytest.skip("this environment was not made by scripts/setup.sh")
     marker = ROOT / ".venv" / ".setup-finished"

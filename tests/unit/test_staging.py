@@ -77,8 +77,8 @@ def betons_and_manifest(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-def spoil(path: Path, start: int = 0, end: int | None = None) -> None:
-    """Replace a file by as many other bytes."""
+def overwrite(path: Path, start: int = 0, end: int | None = None) -> None:
+    """Overwrite a file with as many other bytes."""
     with path.open("r+b") as file:
         file.seek(start)
         file.write(b"\xee" * ((end or path.stat().st_size) - start))
@@ -176,7 +176,7 @@ def test_a_killed_download_resumes(remote: Path, prepared: tuple[Path, Path], no
     assert left.name == partial(remote, TRAIN).name
     assert left.stat().st_size == CHUNK_BYTES
 
-    spoil(remote / "train.beton", end=CHUNK_BYTES)  # what is here already is not read again
+    overwrite(remote / "train.beton", end=CHUNK_BYTES)  # what is already here is not read again
     lines: list[str] = []
     download_dataset(remote.as_uri(), node, tell=lines.append)
 
@@ -222,7 +222,7 @@ def test_a_process_that_dies_while_renaming_costs_no_download(
     (node / "manifest.json").unlink()
     (node / "validation.beton").rename(node / partial(remote, VALIDATION).name)
     for split in SPLITS:
-        spoil(beton_path(remote, split))
+        overwrite(beton_path(remote, split))
 
     download_dataset(remote.as_uri(), node)
 
@@ -242,7 +242,7 @@ def test_a_beton_without_a_manifest_is_compared_in_full(remote: Path, prepared: 
 def test_only_damaged_betons_are_downloaded_again(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     download_dataset(remote.as_uri(), node)
     (node / "train.beton").write_bytes((node / "train.beton").read_bytes()[:-24])
-    spoil(remote / "validation.beton")
+    overwrite(remote / "validation.beton")
 
     download_dataset(remote.as_uri(), node)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.stopping import JOB_VARIABLE, WAIT_VARIABLE, is_stop_asked, patience, stoppable
+from pipeline.cluster.stopping import JOB_VARIABLE, WAIT_VARIABLE, is_stop_requested, patience, stoppable
 from pipeline.config.run_folder import RunFolder
 
 
@@ -31,9 +31,9 @@ def sigterm() -> None:
 def test_the_first_signal_requests_a_stop_and_the_second_exits(folder: RunFolder) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stoppable(folder):
-        assert not is_stop_asked(folder)
+        assert not is_stop_requested(folder)
         sigterm()
-        assert is_stop_asked(folder)
+        assert is_stop_requested(folder)
         with pytest.raises(SystemExit) as ended:
             sigterm()
         assert ended.value.code == 128 + signal.SIGTERM
@@ -44,7 +44,7 @@ def test_the_next_attempt_ignores_the_signal_of_the_last(folder: RunFolder) -> N
     with stoppable(folder):
         sigterm()
     with stoppable(folder):
-        assert not is_stop_asked(folder)
+        assert not is_stop_requested(folder)
 
 
 def test_a_job_without_time_to_stop_ends_at_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_job_exits_when_its_time_is_over(folder: RunFolder, monkeypatch: pytes
     monkeypatch.setenv(WAIT_VARIABLE, "10.05")
     with stoppable(folder):
         sigterm()
-        assert is_stop_asked(folder)
+        assert is_stop_requested(folder)
         with pytest.raises(SystemExit):
             threading.Event().wait(60)
 
@@ -75,7 +75,7 @@ def test_the_timer_is_cleared_afterwards(folder: RunFolder, monkeypatch: pytest.
 def test_another_thread_sets_no_handlers(folder: RunFolder) -> None:
     def body() -> None:
         with stoppable(folder):
-            seen.append(is_stop_asked(folder))
+            seen.append(is_stop_requested(folder))
 
     seen: list[bool] = []
     before = signal.getsignal(signal.SIGTERM)
@@ -87,4 +87,4 @@ def test_another_thread_sets_no_handlers(folder: RunFolder) -> None:
 
 
 def test_a_folder_without_the_file_requests_no_stop(folder: RunFolder) -> None:
-    assert not is_stop_asked(folder)
+    assert not is_stop_requested(folder)

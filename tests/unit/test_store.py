@@ -64,7 +64,7 @@ def test_a_model_is_registered_and_loaded_from_a_folder_with_reserved_characters
     assert sorted(path.name for path in tmp_path.iterdir()) == ["50%20?x"]
 
 
-def test_a_ray_job_keeps_its_default_store_in_the_storage_whatever_its_name(tmp_path, monkeypatch):
+def test_a_ray_jobs_default_store_is_in_the_storage_of_any_name(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     package = tmp_path / "working_dir_files" / "_ray_pkg_1"
     package.mkdir(parents=True)
@@ -104,12 +104,12 @@ def test_an_address_that_cannot_work_is_refused_before_training(uri, message, tm
     assert "secret" not in problem
 
 
-def test_postgresql_needs_no_further_driver(monkeypatch):
+def test_the_postgresql_driver_is_installed(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user@host/x")
     assert tracking_uri() == "postgresql://user@host/x"
 
 
-def test_a_file_that_is_no_store_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_is_not_a_store_is_refused(tmp_path, monkeypatch):
     (tmp_path / "text.db").write_text("no database at all")
     (tmp_path / "empty.db").touch()
     latin = tmp_path / os.fsdecode(b"b\xff")
@@ -128,7 +128,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path, monkeypatch):
     assert tracking_uri() == sqlite_address(tmp_path / "empty.db")
 
 
-def test_a_damaged_store_ends_the_start_at_once(tmp_path, tmp_path_factory, monkeypatch):
+def test_a_damaged_store_fails_the_start_at_once(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", fresh_store(tmp_path, tmp_path_factory))
     file = tmp_path / "mlflow.db"
     file.write_bytes(file.read_bytes()[:100] + b"\xff" * 5000)
@@ -149,7 +149,7 @@ def test_a_database_that_does_not_answer_is_reported_at_once(tmp_path, monkeypat
     assert "secret" not in problem + caplog.text
 
 
-def test_a_locked_store_is_not_taken_for_damaged(tmp_path, tmp_path_factory, monkeypatch):
+def test_a_locked_store_is_not_reported_as_damaged(tmp_path, tmp_path_factory, monkeypatch):
     uri = f"{fresh_store(tmp_path, tmp_path_factory)}?timeout=0.1"
     with sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None) as holder:
         holder.execute("BEGIN EXCLUSIVE")

@@ -98,7 +98,7 @@ def test_a_run_holds_parameters_commit_data_and_configuration(opened, tmp_path):
     assert "small_resnet" in Path(local).read_text()
 
 
-def test_the_handle_travels_to_workers(opened):
+def test_the_handle_can_be_sent_to_workers(opened):
     assert pickle.loads(pickle.dumps(opened)) == opened
 
 
@@ -115,7 +115,7 @@ def test_a_restart_finds_the_same_run(opened, tmp_path, folder):
     assert history(opened.uri, stage_ids(opened)["backbone"], "loss") == [(1, 1.0), (2, 0.5)]
 
 
-def test_stages_are_children_that_end_when_the_next_begins(opened):
+def test_a_stages_run_ends_when_the_next_stage_begins(opened):
     log(opened, ("backbone", {"loss": 1.0}, 1), ("predictor", {"loss": 2.0}, 1), (None, {"best": 0.9}, 1))
     client = MlflowClient(opened.uri)
     children = {stage: client.get_run(run_id) for stage, run_id in stage_ids(opened).items()}
@@ -159,7 +159,7 @@ def test_a_report_that_was_not_sent_is_uploaded_after_its_run_was_moved(opened, 
     assert [file.path for file in files] == ["report/report.json"]
 
 
-def test_values_that_are_not_finite_arrive(opened):
+def test_values_that_are_not_finite_are_delivered(opened):
     log(opened, (None, {"nan": math.nan, "inf": math.inf, "low": -math.inf}, 1))
     (nan,), (inf,), (low,) = (history(opened.uri, opened.run_id, key) for key in ("nan", "inf", "low"))
     assert math.isnan(nan[1])

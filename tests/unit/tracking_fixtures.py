@@ -1,4 +1,4 @@
-"""Shared by the tests of pipeline/tracking: a fresh store, a finished run, a wait."""
+"""A fresh store, a finished run and a wait, for the tests of pipeline/tracking."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.training.checkpoint import save_model
 
 
 def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
-    """Returns the address of a new SQLite store; creating the tables takes seconds, so they are copied."""
+    """Return the address of a new SQLite store; creating the tables takes seconds, so they are copied."""
     template = factory.getbasetemp() / "mlflow-template.db"
     if not template.exists():
         MlflowClient(f"sqlite:///{template}").search_experiments()
@@ -37,7 +37,7 @@ def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
 
 
 def make_config(tmp_path: Path, **sections: dict) -> Config:
-    """Returns a small configuration with all three stages; `sections` override it."""
+    """Return a small configuration with all three stages; `sections` override it."""
     tree: dict[str, Any] = {
         "name": "small",
         "data": {"dataset": "glyphs", "folder": str(tmp_path / "data")},
@@ -78,7 +78,7 @@ def make_manifest() -> Manifest:
 
 
 def make_model(config: Config, num_classes: int = 5) -> DRNet:
-    """Returns a network with random weights, different batch norms, and a predictor that uses both resolutions."""
+    """Return a network with random weights, different batch norms, and a predictor that uses both resolutions."""
     torch.manual_seed(3)
     model = build_drnet(config.model, num_classes, (0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
     for layer in model.modules():
@@ -92,7 +92,7 @@ def make_model(config: Config, num_classes: int = 5) -> DRNet:
 
 
 def finish_run(config: Config, folder: Path, model: DRNet) -> tuple[Path, Path]:
-    """Write what training leaves in a run's folder and in MLflow; returns model.pt and report.json."""
+    """Write what training leaves in a run's folder and in MLflow; return model.pt and report.json."""
     close_run(open_run(config, folder, make_manifest()), "FINISHED")
     classes = [f"class {index}" for index in range(model.static_logits(zeros(model), 0).shape[1])]
     save_model(folder / "model.pt", model, config, classes=classes)
@@ -125,7 +125,7 @@ def zeros(model: DRNet) -> dict[int, torch.Tensor]:
 
 
 def random_crops(model: DRNet, count: int) -> dict[int, torch.Tensor]:
-    """Returns images of different brightness and grain, uint8 (count, side, side, 3) at every side."""
+    """Return images of different brightness and grain, uint8 (count, side, side, 3) at every side."""
     generator = torch.Generator().manual_seed(5)
     brightness = torch.rand(count, 1, 1, 1, generator=generator)
     return {
@@ -135,7 +135,7 @@ def random_crops(model: DRNet, count: int) -> dict[int, torch.Tensor]:
 
 
 def routed_logits(model: DRNet, crops: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns logits (N, K) at the chosen resolution and the choice (N,), by running every resolution."""
+    """Return logits (N, K) at the chosen resolution and the choice (N,), by running every resolution."""
     with torch.inference_mode():
         choice_N = model.predictor_logits(crops).argmax(dim=1)
         logits_NRK = torch.stack([model.static_logits(crops, j) for j in range(len(model.resolutions))], dim=1)
@@ -156,7 +156,7 @@ def free_port() -> int:
 
 
 def registered_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Returns the address of a new store with the model `drnet@champion`."""
+    """Return the address of a new store with the model `drnet@champion`."""
     folder = tmp_path_factory.mktemp("registry")
     config = make_config(folder)
     with pytest.MonkeyPatch.context() as patch:
