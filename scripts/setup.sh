@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv from requirements.lock. What is there already is left as it is, so a second run takes a moment.
+# Creates .venv from requirements.lock. It skips what is already installed, so a second run takes a moment.
 #
 #   scripts/setup.sh           system packages (apt), uv, the virtual environment
-#   scripts/setup.sh uv ARGS   run uv itself, installed first where it is missing
+#   scripts/setup.sh uv ARGS   run uv, which is installed first if it is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,7 +19,7 @@ fail() {
     exit 1
 }
 
-# What the environment was made from, and where: console scripts hold absolute paths, so a moved folder is set up again.
+# Prints a digest of the environment's inputs and folder: console scripts hold absolute paths, so a move needs a new setup.
 environment_key() { { cat "$LOCK" scripts/setup.sh && pwd; } | sha256sum | cut -d' ' -f1; }
 
 # FFCV's extension is linked against the system's OpenCV, so an upgrade of the system can break it.
@@ -47,10 +47,10 @@ may_use_apt() { command -v apt-get >/dev/null && { [[ $EUID -eq 0 ]] || sudo -n 
 
 python_in_range() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; }
 
-# Where the headers of a Python belong; Debian leaves them to a package of their own.
+# Prints the folder for a Python's headers, which Debian ships in a separate package.
 include_folder() { "$1" -c 'import sysconfig; print(sysconfig.get_config_var("INCLUDEPY"))'; }
 
-# Debian's and Ubuntu's names of what is missing. Looked for by use, not by package: a compiler of one's own will do.
+# Prints the missing packages by Debian's and Ubuntu's names. It looks for tools, not packages: any compiler will do.
 missing_packages() {
     command -v make >/dev/null || echo make
     command -v cc >/dev/null && command -v c++ >/dev/null || echo g++
@@ -71,7 +71,7 @@ install_packages() {
     local packages=("$@") log=.tools/apt.log
     if ! may_use_apt; then
         fail "missing system packages: ${packages[*]}" \
-            "FFCV is built against them. Install them and start again (the names are Debian's and Ubuntu's):" \
+            "FFCV is built against them. Install them and run this again (the names are Debian's and Ubuntu's):" \
             "    sudo apt-get update && sudo ${APT_INSTALL[*]} ${packages[*]}"
     fi
     say "installing system packages: ${packages[*]} (log: $log)"
@@ -97,7 +97,7 @@ is_usable_uv() {
         [[ $(printf '%s\n' "$MIN_UV" "$version" | sort -V | head -n 1) == "$MIN_UV" ]]
 }
 
-# Path of a uv that is new enough, or nothing.
+# Prints the path of a uv that is new enough, or nothing.
 usable_uv() {
     local candidate
     for candidate in "$(command -v uv || true)" .tools/uv/bin/uv; do
@@ -108,7 +108,7 @@ usable_uv() {
     done
 }
 
-# uv comes from the lock as well. `--target` works where Python is externally managed.
+# uv comes from the lock too. `--target` also works if Python is externally managed.
 ensure_uv() {
     [[ -z $(usable_uv) ]] || return 0
     say "installing uv into .tools"
@@ -120,7 +120,7 @@ ensure_uv() {
     [[ -n $(usable_uv) ]] || fail "the uv in .tools does not run on this machine; put uv $MIN_UV or newer on PATH"
 }
 
-# Always a new one: packages that an interrupted set-up half wrote look like installed ones, and uv's cache makes it quick.
+# Always creates a new one: packages that an interrupted setup half wrote look installed, and uv's cache makes it quick.
 make_venv() {
     rm -rf "$STAMP" .venv
     "$(usable_uv)" venv --quiet --python "$PYTHON_RANGE" .venv ||
@@ -131,7 +131,7 @@ make_venv() {
 }
 
 sync_venv() {
-    # The lock also constrains what builds FFCV: the build environment is as fixed as the one it is built for.
+    # The lock also constrains what builds FFCV: the build environment is as fixed as the environment itself.
     "$(usable_uv)" pip sync --quiet --python .venv/bin/python --require-hashes \
         --build-constraints "$LOCK" --require-build-hashes "$LOCK" "$@"
 }
@@ -142,7 +142,7 @@ main() {
     fi
     mkdir -p .tools
     exec 9>.tools/setup.lock
-    flock 9 # two makes at once: the second waits, and finds the work done
+    flock 9 # if two makes run at once, the second waits and finds the work done
     if is_finished; then
         return
     fi
@@ -150,7 +150,7 @@ main() {
     ensure_uv
     make_venv
     say "installing $LOCK into .venv (about 6 GB; FFCV is compiled)"
-    sync_venv || fail "the installation stopped; see above, then start again"
+    sync_venv || fail "the installation failed; see above, then run this again"
     if ! extension_loads; then
         say "FFCV does not load; building it again for this machine's OpenCV"
         "$(usable_uv)" cache clean --quiet ffcv
