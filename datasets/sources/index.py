@@ -16,7 +16,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,37 +103,27 @@ def read_images(refs: Sequence[ImageRef]) -> Iterator[ReadImage | OSError]:
     rows = _rows_of([ref for ref in refs if ref.row_group is not None])
     for ref in refs:
         try:
-            read = _read_part(ref) if ref.row_group is None else rows[ref.path, ref.offset]()
+            read = _read_part(ref) if ref.row_group is None else rows.pop((ref.path, ref.offset))
         except OSError as error:
             read = error
         yield read
 
 
-def _rows_of(refs: Sequence[ImageRef]) -> dict[tuple[str, int], Callable[[], ReadImage]]:
-    """Read rows of Parquet files; return functions that give the image or raise OSError, by file and row."""
-    found: dict[tuple[str, int], Callable[[], ReadImage]] = {}
+def _rows_of(refs: Sequence[ImageRef]) -> dict[tuple[str, int], ReadImage | OSError]:
+    """Read rows of Parquet files, by file and row."""
+    found: dict[tuple[str, int], ReadImage | OSError] = {}
     for group in _grouped(refs, lambda ref: (ref.path, ref.row_group)):
         path, row_group = group[0].path, group[0].row_group
         assert row_group is not None
         try:
             images, modified = read_rows(path, row_group, [ref.offset for ref in group])
         except OSError as error:
-            found |= {(path, ref.offset): partial(_raise, error) for ref in group}
-        else:
-            pairs = zip(group, images, strict=True)
-            found |= {(path, ref.offset): partial(_row, image, modified) for ref, image in pairs}
+            found |= {(path, ref.offset): error for ref in group}
+            continue
+        for ref, data in zip(group, images, strict=True):
+            empty = OSError("the row has no image; it may have the path of a file instead of its bytes")
+            found[path, ref.offset] = empty if data is None else ReadImage(data, modified)
     return found
-
-
-def _row(image: Callable[[], bytes | None], modified: int) -> ReadImage:
-    data = image()
-    if data is None:
-        raise OSError("the row has no image; it may have the path of a file instead of its bytes")
-    return ReadImage(data, modified)
-
-
-def _raise(error: OSError) -> ReadImage:
-    raise error
 
 
 def _read_part(ref: ImageRef) -> ReadImage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +37,14 @@ def image_column(schema: Schema) -> str:
     return (named or found)[0]
 
 
-def read_rows(path: str, row_group: int, rows: Sequence[int]) -> tuple[list[Callable[[], bytes | None]], int]:
-    """Read `rows` of a Parquet file, all of one row group; return functions that copy an image, and the file's time.
+ROWS_AT_A_TIME, BUFFER_BYTES = 8, 1 << 20
 
-    A function returns None if its row has no image. The time is that of the last modification (ns).
+
+def read_rows(path: str, row_group: int, rows: Sequence[int]) -> tuple[list[bytes | None], int]:
+    """Return the images in `rows` of a Parquet file, all of one row group, and the file's modification time (ns).
+
+    An image is None if its row has none. The row group is decoded a few rows at a time, in memory that stays in the
+    processor's cache, and only the rows that are wanted are kept.
 
     Raises:
         OSError: the file, or this row group, cannot be read.
@@ -48,20 +52,20 @@ def read_rows(path: str, row_group: int, rows: Sequence[int]) -> tuple[list[Call
     import pyarrow as pa
     from pyarrow import parquet
 
+    found: dict[int, bytes | None] = {}
+    wanted = set(rows)
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
             modified = Path(path).stat().st_mtime_ns
-            first = sum(file.metadata.row_group(before).num_rows for before in range(row_group))
-            table = file.read_row_group(row_group, columns=[image_column(file.schema_arrow)], use_threads=False)
-            column = table.column(0)
-            if 2 * len(rows) < len(column):
-                # Keep the few that are wanted, not the whole row group.
-                column, rows, first = column.take([row - first for row in rows]), range(len(rows)), 0
-            # Not combine_chunks, which copies all images, nor copies of all at once, which new memory makes slow.
-            parts = column.chunks
-            images = [one for part in parts for one in (part.flatten()[0] if pa.types.is_struct(part.type) else part)]
-            return [images[row - first].as_py for row in rows], modified
-    except (pa.ArrowException, OSError, IndexError, ValueError) as error:
+            row = sum(file.metadata.row_group(before).num_rows for before in range(row_group))
+            columns = [image_column(file.schema_arrow)]
+            for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[row_group], columns=columns, use_threads=False):
+                column = batch.column(0)
+                images = column.flatten()[0] if pa.types.is_struct(column.type) else column
+                found |= {row + n: images[n].as_py() for n in range(len(images)) if row + n in wanted}
+                row += len(images)
+            return [found[row] for row in rows], modified
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(os.strerror(error.errno)) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
