@@ -1,9 +1,12 @@
-"""bench prepare: images/s from JPEGs to betons, with the files kept as they are and with all images resized."""
+"""bench prepare: images/s from JPEGs to betons: kept as they are, all resized, and from shards of both formats."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +21,8 @@ from benchmarks.photographs import write_photographs
 from datasets import turbojpeg
 
 NUM_IMAGES = 4096
+NUM_IMAGES_IN_SHARDS = 16_384
+NUM_SHARDS, ROWS_IN_GROUP = 8, 100
 RESIZED = 256
 QUALITY = 90
 Check = Literal["data", "header"]
@@ -29,7 +34,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
         folder = write_photographs(Path(scratch) / "images", images, NUM_IMAGES)
 
         def side(name: str, max_side: int | None, **more: str) -> Side:
-            arguments = {"images": str(folder), "scratch": scratch, "max_side": max_side, "threads": threads, **more}
+            arguments = {"images": str(folder), "scratch": scratch, "max_side": max_side, "threads": threads} | more
             return stack.enter_context(Side(f"{__name__}:{name}", arguments, threads))
 
         kept, resized = side("ffcv", None), side("ffcv", round(RESIZED * elongation(folder)))
@@ -41,10 +46,52 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
                 (f"resized to {RESIZED}", side("ours", RESIZED), resized),
             )
         ]
+        # More images, so that reading them is measured rather than how long processes take to import pyarrow.
+        many = write_photographs(Path(scratch) / "many", images, NUM_IMAGES_IN_SHARDS)
+        folders = side("ours", None, images=str(many))
+        for name, write in (("Parquet", write_parquet), ("WebDataset", write_tars)):
+            shards = side("ours", None, images=str(write(many, Path(scratch) / name)))
+            row_name = f"from {name}, against class folders"
+            rows.append(compare(row_name, "images/s", shards.measure, folders.measure, runs))
     return rows, [
         f"{threads} processes, {NUM_IMAGES} images, {'--images ' + str(images) if images else 'generated'}",
         "FFCV decodes and encodes the files that this project keeps",
+        f"{NUM_SHARDS} shards with {NUM_IMAGES_IN_SHARDS} images, {ROWS_IN_GROUP} in a row group of Parquet",
     ]
+
+
+def write_parquet(images: Path, folder: Path) -> Path:
+    """Write images of class folders as Parquet files in the layout of Hugging Face's image data sets."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data, folder = ClassFolders(images), folder / "data"
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": data.classes}}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([("image", image), ("label", pa.int64())], metadata)
+    folder.mkdir(parents=True)
+    for shard in range(NUM_SHARDS):
+        rows = [
+            {"image": {"bytes": path.read_bytes(), "path": path.name}, "label": label}
+            for path, label in data.files[shard::NUM_SHARDS]
+        ]
+        file = folder / f"train-{shard:05d}-of-{NUM_SHARDS:05d}.parquet"
+        parquet.write_table(pa.Table.from_pylist(rows, schema), file, row_group_size=ROWS_IN_GROUP)
+    return folder
+
+
+def write_tars(images: Path, folder: Path) -> Path:
+    """Write images of class folders as WebDataset tars of .jpg and .cls."""
+    folder.mkdir()
+    for shard in range(NUM_SHARDS):
+        with tarfile.open(folder / f"train-{shard:04d}.tar", "w") as tar:
+            for number, (path, label) in enumerate(ClassFolders(images).files[shard::NUM_SHARDS]):
+                for suffix, content in (("jpg", path.read_bytes()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
 
 
 def elongation(folder: Path) -> float:
@@ -93,6 +140,7 @@ class ClassFolders:
 
     def __init__(self, folder: Path):
         classes = sorted(path for path in folder.iterdir() if path.is_dir())
+        self.classes = [path.name for path in classes]
         self.files = [(path, label) for label, one in enumerate(classes) for path in sorted(one.iterdir())]
 
     def __len__(self) -> int:

@@ -177,6 +177,22 @@ def read_jpeg(beton: Path, index: int) -> bytes:
         return file.read(int(allocation["size"]))
 
 
+def enlarged_shares(beton: Path, sides: Sequence[int], crop: float) -> list[float]:
+    """Return, for each of `sides` (pixels), the share of the images whose center crop has fewer pixels a side.
+
+    Such an image is enlarged: at this resolution the network sees no more than at a smaller one.
+
+    Args:
+        crop: side of the crop, as a fraction of the image's shorter side.
+
+    Raises:
+        BetonError: the file is missing or not a valid beton.
+    """
+    image = read_layout(beton).metadata["image"]
+    shorter_N = np.minimum(image["width"], image["height"])
+    return [float(np.mean(shorter_N * crop < side)) for side in sides]
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
@@ -267,6 +283,7 @@ __all__ = [
     "Sample",
     "Split",
     "beton_path",
+    "enlarged_shares",
     "load_manifest",
     "parse_manifest",
     "read_jpeg",
@@ -284,7 +301,10 @@ SAMPLED_IMAGES = 32
 
 @dataclass(frozen=True)
 class Split:
-    """One beton: `class_counts` by label; `attributes` has a value per sample in beton order, such as glyph height."""
+    """One beton: `class_counts` by label; `attributes` has a value per sample in beton order, such as glyph height.
+
+    `groups` has the number of each sample's group; it is empty without data.group_by.
+    """
 
     file: str
     count: int
@@ -292,6 +312,7 @@ class Split:
     size_bytes: int
     sha256: str
     attributes: dict[str, list[float]]
+    groups: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,11 @@ def as_text(description: Description) -> str:
         [network.name, f"{network.side} px", _gflops(network.gflops), _number(network.parameters)]
         for network in description.networks
     ]
+    enlarged = [
+        f"{100 * network.enlarged:.1f} % at {network.side} px"
+        for network in description.networks
+        if network.enlarged is not None
+    ]
     low, high = description.lowest_gflops, description.highest_gflops
     stages = [["stage", "epochs", "steps/epoch", "steps", "alpha", "of GFLOPs", "memory of a step, MB"]]
     stages += [_stage_row(stage) for stage in description.stages]
@@ -60,6 +65,7 @@ def as_text(description: Description) -> str:
         f"run {description.run}",
         f"data {data.dataset} in {data.folder}: {data.note}\n{_table(images)}",
         f"{_table(networks)}\nparameters with all private batch norms: {_number(description.parameters)}",
+        *([f"validation images that are smaller and so enlarged: {', '.join(enlarged)}"] if enlarged else []),
         f"cost of an image, predictor included: {_gflops(low)} GFLOPs (all images at the smallest resolution) to "
         f"{_gflops(high)} GFLOPs (all at the largest)",
         f"{_table(stages)}\nmemory is per worker, with {description.images_per_worker} images in a step",

@@ -26,6 +26,7 @@ def main() -> None:
 
     parser = job_parser("prepare", __doc__)
     parser.add_argument("--force", action="store_true", help="prepare again, whatever the folder has")
+    parser.add_argument("--download", action="store_true", help="download what data.source lacks (torchvision/...)")
     parser.add_argument("--verify", action="store_true", help="only compare every byte of the betons with the manifest")
     parser.add_argument("--upload", metavar="ADDRESS", help="upload the prepared folder, for data.uri of other runs")
     args = parser.parse_intermixed_args()
@@ -37,6 +38,7 @@ def main() -> None:
         return
     arguments = data.model_dump(exclude={"glyphs", "uri"})
     arguments |= {"glyphs": GlyphSettings(**data.glyphs.model_dump()), "force": args.force, "show_progress": True}
+    arguments["download"] = args.download
     if os.environ.get("RAY_ADDRESS"):
         from pipeline.cluster.connection import map_on_cluster
 

@@ -21,7 +21,6 @@ from datasets.files import DataError, shown_name, sync_file, sync_folder
 from datasets.parallel import OrderedMap
 from datasets.prepare.convert import (
     IMAGES_IN_STATISTICS,
-    IMAGES_PER_CHUNK,
     Chunk,
     Conversion,
     ConvertedChunk,
@@ -31,7 +30,18 @@ from datasets.prepare.convert import (
     convert_chunk,
     counted_chunks,
 )
-from datasets.sources.index import ImageIndex, ImageRef, SourceError, listed, read_bytes, read_stamped, shuffled
+from datasets.sources.index import (
+    IMAGES_PER_CHUNK,
+    ROWS_PER_CHUNK,
+    ImageIndex,
+    ImageRef,
+    SourceError,
+    group_number,
+    listed,
+    read_bytes,
+    read_images,
+    stored_chunks,
+)
 
 JOURNAL = "journal.jsonl"
 SECONDS_BETWEEN_WRITES = 5.0
@@ -164,6 +174,11 @@ class Built:
     pixels: PixelSums = field(default_factory=PixelSums)
     num_adopted: int = 0
 
+    def note_bad(self, place: str, name: str, reason: str) -> None:
+        """Add an image that cannot be used."""
+        self.bad.append((place, reason))
+        self.skipped.append({"path": name, "reason": reason})
+
     @property
     def source_digest(self) -> str:
         """The SHA-256 over names, classes, splits and contents of all images, sorted."""
@@ -197,10 +212,15 @@ def build_betons(
         OSError: an image can be read here, but not by the process that converts it.
     """
     work = {
-        split: counted_chunks(shuffled(refs, seed), count_pixels=split == TRAIN) for split, refs in index.splits.items()
+        split: counted_chunks(stored_chunks(refs, seed), count_pixels=split == TRAIN)
+        for split, refs in index.splits.items()
     }
     built, kept, hashes = Built(), dict[str, list[ImageRef]](), dict[str, Future[str]]()
-    parts = {"chunk": IMAGES_PER_CHUNK, "counted": IMAGES_IN_STATISTICS}
+    for place, reason in index.unusable:
+        built.note_bad(place, place, reason)
+    if built.bad and not skip_bad:
+        raise BadImagesError(built.bad)
+    parts = {"chunk": IMAGES_PER_CHUNK, "rows": ROWS_PER_CHUNK, "counted": IMAGES_IN_STATISTICS}
     with Journal(folder, {**made_from, **parts}) as journal, ThreadPoolExecutor(1) as background:
         built.num_adopted = sum(len(outcomes) for outcomes, _ in journal.finished)
         finished = iter(journal.finished)
@@ -253,25 +273,26 @@ def _adopt(writer: BetonWriter, chunk: Chunk, outcomes: Sequence[Outcome]) -> No
 
 
 def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> None:
+    kept = {
+        position: ref
+        for position, (ref, outcome) in enumerate(zip(chunk.refs, converted.outcomes, strict=True))
+        if not outcome.reason and position not in converted.encoded
+    }
+    # Source files that were found valid are read again.
+    unchanged = read_images(list(kept.values()))
     for position, (ref, outcome) in enumerate(zip(chunk.refs, converted.outcomes, strict=True)):
         if outcome.reason:
             _require_no_better_here(ref, outcome, converted.node)
             continue
-        jpeg = converted.encoded.get(position) or _unchanged(ref, converted.modified[position])
+        jpeg = converted.encoded.get(position)
+        if jpeg is None:
+            read = next(unchanged)
+            if isinstance(read, OSError) or read.modified != converted.modified[position]:
+                raise SourceError(
+                    f"{shown_name(ref.path)} changed while it was prepared; rerun when nothing writes to the source"
+                )
+            jpeg = read.data
         writer.append(Sample(jpeg, outcome.width, outcome.height, ref.label))
-
-
-def _unchanged(ref: ImageRef, modified: int) -> bytes:
-    """Read a source file again that was found valid."""
-    try:
-        data, modified_now = read_stamped(ref)
-    except OSError:  # removed or truncated
-        modified_now = None
-    if modified_now != modified:
-        raise SourceError(
-            f"{shown_name(ref.path)} changed while it was prepared; rerun when nothing writes to the source"
-        )
-    return data
 
 
 def _require_no_better_here(ref: ImageRef, outcome: Outcome, node: str) -> None:
@@ -305,7 +326,7 @@ def _noted(
             name = index.classes[ref.label]
             built.records.append(ImageRecord(split, position, name, ref.name, ref.size, outcome.content))
             if position is None:
-                _note_bad(built, ref, outcome)
+                built.note_bad(ref.place, ref.name, outcome.reason)
             else:
                 kept.append(ref)
         advance(len(outcomes))
@@ -322,18 +343,13 @@ def _description(path: Path, index: ImageIndex, refs: Sequence[ImageRef], sha256
         attributes={
             name: [ref.attributes[number] for ref in refs] for number, name in enumerate(index.attribute_names)
         },
+        groups=[group_number(ref.group) for ref in refs] if any(ref.group for ref in refs) else [],
     )
 
 
 def _durable_sha256(path: Path) -> str:
     sync_file(path)
     return file_sha256(path)
-
-
-def _note_bad(built: Built, ref: ImageRef, outcome: Outcome) -> None:
-    in_tar = ref.offset > 0
-    built.bad.append((f"{ref.path} (member {ref.name})" if in_tar else ref.path, outcome.reason))
-    built.skipped.append({"path": ref.name, "reason": outcome.reason})
 
 
 def _require_all_classes(built: Built, index: ImageIndex) -> None:

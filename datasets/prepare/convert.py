@@ -6,15 +6,16 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from PIL import Image, ImageOps, ImageStat
 
 from datasets import turbojpeg
 from datasets.files import valid_text
-from datasets.sources.index import Channels, ImageRef, read_bytes, read_stamped
+from datasets.sources.index import Channels, ImageRef, read_images
 from datasets.turbojpeg import ColorSpace, JpegHeader, Plane
 
 ChannelSums = tuple[int, int, int]
@@ -314,7 +315,6 @@ def _checked(stored: StoredImage) -> StoredImage:
     return stored
 
 
-IMAGES_PER_CHUNK = 64
 IMAGES_IN_STATISTICS = 256
 
 
@@ -368,28 +368,25 @@ class ConvertedChunk:
     node: str
 
 
-def chunks(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
-    """Yield `refs` in parts of IMAGES_PER_CHUNK."""
-    for start in range(0, len(refs), IMAGES_PER_CHUNK):
-        yield refs[start : start + IMAGES_PER_CHUNK]
-
-
-def counted_chunks(refs: Sequence[ImageRef], count_pixels: bool) -> list[Chunk]:
-    """Return the work of converting `refs`; IMAGES_IN_STATISTICS of them, evenly spread, are counted (or all)."""
-    step = -(-len(refs) // IMAGES_IN_STATISTICS)
+def counted_chunks(chunks: Sequence[Sequence[ImageRef]], count_pixels: bool) -> list[Chunk]:
+    """Return the work of converting images; IMAGES_IN_STATISTICS of them, evenly spread, are counted (or all)."""
+    step = -(-sum(map(len, chunks)) // IMAGES_IN_STATISTICS)
+    starts = accumulate(map(len, chunks), initial=0)
     return [
-        Chunk(some, range(-number * IMAGES_PER_CHUNK % step, len(some), step) if count_pixels else range(0))
-        for number, some in enumerate(chunks(refs))
+        Chunk(some, range(-start % step, len(some), step) if count_pixels else range(0))
+        for start, some in zip(starts, chunks, strict=False)
     ]
 
 
 def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
     """Read, check and convert images; a bad image gives an outcome with a reason, not an exception."""
     outcomes, encoded, modified, pixels = [], {}, {}, PixelSums()
-    for position, ref in enumerate(chunk.refs):
+    for position, read in enumerate(read_images(chunk.refs)):
         content = ""
         try:
-            data, modified[position] = read_stamped(ref)
+            if isinstance(read, OSError):
+                raise read
+            data, modified[position] = read
             content = content_digest(data)
             image = store_image(data, conversion.max_side, conversion.jpeg_quality, conversion.check_images)
         except (BadImageError, OSError) as error:
@@ -406,13 +403,7 @@ def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
 
 def digest_chunk(refs: Sequence[ImageRef]) -> list[str]:
     """Return the content digest of every image, empty if it cannot be read."""
-    digests = []
-    for ref in refs:
-        try:
-            digests.append(content_digest(read_bytes(ref)))
-        except OSError:
-            digests.append("")
-    return digests
+    return ["" if isinstance(read, OSError) else content_digest(read.data) for read in read_images(refs)]
 
 
 def content_digest(data: bytes) -> str:

@@ -35,10 +35,10 @@ from datasets.beton import (
 from datasets.files import DataError, exclusive, overlap, shown_name, sync_folder, write_whole
 from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
 from datasets.prepare.build import JOURNAL, Built, ImageRecord, LeftoversError, build_betons
-from datasets.prepare.convert import Check, Conversion, channel_statistics, chunks, digest_chunk
+from datasets.prepare.convert import Check, Conversion, channel_statistics, digest_chunk
 from datasets.sources.catalog import Dataset, SourceOptions, find_dataset, glyph_images
 from datasets.sources.glyphs import GENERATOR_VERSION, GlyphSettings, generate, is_generated
-from datasets.sources.index import ImageIndex, Source, SourceError, listed
+from datasets.sources.index import ImageIndex, Source, SourceError, listed, stored_chunks
 
 
 def publish(folder: Path, finished: Path, manifest: Manifest, records: Iterable[ImageRecord]) -> None:
@@ -125,16 +125,16 @@ def _image_differences(
     common = sorted(recorded.keys() & found.keys())
     changed = [name for name in common if recorded[name].size != found[name][1].size]
     if not changed:
-        digests: list[str] = []
+        parts = stored_chunks([found[name][1] for name in common], seed=0)
         with progress_bar("compare contents", len(common), show_progress) as advance:
-            for some in map_ordered(digest_chunk, chunks([found[name][1] for name in common]), num_processes):
-                digests += some
-                advance(len(some))
-        changed = [name for name, digest in zip(common, digests, strict=True) if recorded[name].content != digest]
+            for refs, digests in zip(parts, map_ordered(digest_chunk, parts, num_processes), strict=True):
+                pairs = zip(refs, digests, strict=True)
+                changed += [ref.name for ref, digest in pairs if recorded[ref.name].content != digest]
+                advance(len(refs))
     kinds = {
         "added": sorted(found.keys() - recorded.keys()),
         "removed": sorted(recorded.keys() - found.keys()),
-        "changed": changed,
+        "changed": sorted(changed),
         "now in another split": [name for name in common if recorded[name].split != found[name][0]],
         "now of another class": [
             name for name in common if recorded[name].class_name != index.classes[found[name][1].label]
@@ -192,9 +192,12 @@ def prepare(
     check_images: Check = "data",
     on_bad_image: Literal["error", "skip"] = "error",
     split_seed: int = 0,
+    group_by: str | None = None,
+    label_column: str | None = None,
     glyphs: GlyphSettings | None = None,
     num_processes: int | None = None,
     map_chunks: OrderedMap | None = None,
+    download: bool = False,
     force: bool = False,
     show_progress: bool = False,
 ) -> Prepared:
@@ -210,6 +213,7 @@ def prepare(
     Args:
         num_processes: None means one for each CPU that this process may use.
         map_chunks: runs the conversion instead of `num_processes` processes of this machine.
+        download: download what `source` lacks, for a data set of torchvision.
         force: prepare again, whatever the folder has.
 
     Raises:
@@ -228,6 +232,9 @@ def prepare(
         validation_fraction=validation_fraction,
         images_per_class=images_per_class,
         split_seed=split_seed,
+        group_by=group_by,
+        label_column=label_column,
+        download=download,
         glyphs=glyphs or GlyphSettings(),
     )
     if "source" in entry.uses:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from datasets.sources import elpv, glyphs
 from datasets.sources.folders import scan_image_folder
 from datasets.sources.glyphs import GlyphSettings
 from datasets.sources.index import Channels, Source, SourceError
+from datasets.sources.listing import Choice, scan_csv
+from datasets.sources.shards import find_shards, scan_shards
 from datasets.sources.tars import scan_imagenet
+from datasets.sources.torchvision_sets import SPLITS, scan_torchvision
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"
@@ -18,7 +22,10 @@ IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The options for finding, choosing and splitting images; `folder` is where the data is prepared."""
+    """The options for finding, choosing and splitting images, as in the configuration's `data` section.
+
+    `folder` is where the data is prepared.
+    """
 
     folder: Path
     source: Path | None = None
@@ -26,7 +33,15 @@ class SourceOptions:
     validation_fraction: float = 0.2
     images_per_class: int | None = None
     split_seed: int = 0
+    group_by: str | None = None
+    label_column: str | None = None
+    download: bool = False
     glyphs: GlyphSettings = field(default_factory=GlyphSettings)
+
+    def choice(self, wnids: Sequence[str] | None = None) -> Choice:
+        """Return how images of a list are chosen."""
+        chosen = (self.validation_fraction, self.images_per_class, self.split_seed, self.group_by, self.label_column)
+        return Choice(*chosen, wnids)
 
 
 @dataclass(frozen=True)
@@ -86,17 +101,41 @@ def _required_source(options: SourceOptions, dataset: str) -> Path:
 
 def _scan_imagenet100(options: SourceOptions) -> Source:
     source = _required_source(options, "imagenet100")
-    return scan_imagenet(source, imagenet100_ids(), options.images_per_class, options.split_seed)
+    return _scan_list(source, options, imagenet100_ids()) or scan_imagenet(
+        source, imagenet100_ids(), options.images_per_class, options.split_seed
+    )
 
 
 def _scan_image_folder(options: SourceOptions) -> Source:
-    return scan_image_folder(
-        _required_source(options, "imagefolder"),
+    source = _required_source(options, "imagefolder")
+    return _scan_list(source, options) or scan_image_folder(
+        source,
         options.validation_source,
         options.validation_fraction,
         options.images_per_class,
         options.split_seed,
+        options.group_by,
     )
+
+
+def _scan_list(source: Path, options: SourceOptions, wnids: Sequence[str] | None = None) -> Source | None:
+    """Return the source of shards or a CSV file; None if `source` is neither."""
+    choice, held_out = options.choice(wnids), options.validation_source
+    if source.suffix.lower() == ".csv" and source.is_file():
+        if held_out:
+            raise SourceError("data.validation_source is not for CSV files; write a column split instead")
+        return scan_csv(source, choice)
+    if not (shards := find_shards(source)):
+        return None
+    validation = find_shards(held_out) if held_out else []
+    if held_out and not validation:
+        raise SourceError(f"data.validation_source {held_out} has no shards, but data.source {source} has")
+    return scan_shards(shards, validation, choice)
+
+
+def _scan_torchvision(options: SourceOptions, name: str) -> Source:
+    root = _required_source(options, f"torchvision/{name}")
+    return scan_torchvision(name, root, options.choice(), options.download)
 
 
 def _scan_elpv(options: SourceOptions) -> Source:
@@ -115,23 +154,25 @@ ELPV_PROTOCOL = (
     "held out, stratified by label and cell type, every cell counts once, and nothing is pre-trained"
 )
 
+CHOICES = ("source", "validation_source", "validation_fraction", "images_per_class", "split_seed", "group_by")
+
 CATALOG = {
     entry.name: entry
     for entry in (
         Dataset(
             name="imagenet100",
-            description="100 categories of ILSVRC2012, the paper's choice, from a tree or the official tar files",
+            description="100 categories of ILSVRC2012, the paper's choice, as a tree, the official tars, or shards",
             licence="ImageNet terms of access: non-commercial research and education only",
             classes="100 WordNet ids, listed in datasets/imagenet100.txt",
-            uses=("source", "images_per_class", "split_seed"),
+            uses=(*CHOICES, "label_column"),
             scan=_scan_imagenet100,
         ),
         Dataset(
             name="imagefolder",
-            description="any folder of class folders, with or without a validation folder",
+            description="class folders, shards (Parquet, WebDataset) or a CSV file, with or without validation images",
             licence="that of your images",
-            classes="the names of the class folders, sorted",
-            uses=("source", "validation_source", "validation_fraction", "images_per_class", "split_seed"),
+            classes="the names of the class folders, sorted, or those that the labels give",
+            uses=(*CHOICES, "label_column"),
             scan=_scan_image_folder,
         ),
         Dataset(
@@ -158,6 +199,17 @@ CATALOG = {
             scan=_scan_glyphs,
             mean=(0.5, 0.5, 0.5),
             std=(0.2, 0.2, 0.2),
+        ),
+        *(
+            Dataset(
+                name=f"torchvision/{name}",
+                description=f"torchvision.datasets.{name}, from the folder that it takes as root",
+                licence=f"that of {name}'s publisher",
+                classes="torchvision's names of the classes, in its order",
+                uses=("source", "validation_fraction", "images_per_class", "split_seed", "group_by"),
+                scan=partial(_scan_torchvision, name=name),
+            )
+            for name in SPLITS
         ),
     )
 }

@@ -28,6 +28,7 @@ from datasets.sources.index import (
     special_kind,
     split_off,
     state_of,
+    with_groups,
 )
 
 VALIDATION_NAMES = ("val", "validation")
@@ -143,7 +144,12 @@ def class_folder_files(folder: Path, classes: Sequence[str], skipped: Counter[st
 
 
 def scan_image_folder(
-    source: Path, validation_source: Path | None, validation_fraction: float, images_per_class: int | None, seed: int
+    source: Path,
+    validation_source: Path | None,
+    validation_fraction: float,
+    images_per_class: int | None,
+    seed: int,
+    group_by: str | None = None,
 ) -> Source:
     """Find class folders, sorted by name, directly in `source` or in SOURCE/train.
 
@@ -158,7 +164,10 @@ def scan_image_folder(
     skipped: Counter[str] = Counter()
     classes = class_folders(train, skipped)
     if not classes:
-        raise SourceError(f"{train} has no class folders; put the images of each class into a separate folder")
+        raise SourceError(
+            f"{train} has no class folders; put the images of each class into a separate folder, or give the folder "
+            "of Parquet files or WebDataset tars, or a CSV file"
+        )
     validation_classes = class_folders(validation, skipped) if validation else []
     require_one_form([(train, classes), *([(validation, validation_classes)] if validation else [])])
     if unknown := sorted(set(validation_classes) - set(classes)):
@@ -175,11 +184,11 @@ def scan_image_folder(
         raise SourceError(f"the class folders in {train} have no images")
 
     def read_index() -> ImageIndex:
-        refs = file_refs(train_files, classes, "train/" if validation else "")
+        refs = with_groups(file_refs(train_files, classes, "train/" if validation else ""), group_by)
         if validation is None:
             kept, held_out = split_off(refs, validation_fraction, seed)
         else:
-            kept, held_out = refs, file_refs(validation_files, classes, "validation/")
+            kept, held_out = refs, with_groups(file_refs(validation_files, classes, "validation/"), group_by)
         splits = {"train": choose(kept, images_per_class, seed), "validation": held_out}
         return checked(ImageIndex([shown_name(name) for name in classes], splits))
 

@@ -1,23 +1,26 @@
 """The index of a data set's images: file, offset, size and label of each, found without reading them.
 
-Plain files and members of tar files are both read with one positioned read. Every choice (split, images_per_class,
-order) uses a seeded hash of an image's name. So it does not depend on the order in which a file system lists files,
-and a new image only moves images at the boundary between chosen and not chosen.
+Plain files and members of tar files are both read with one positioned read; rows of a Parquet file are read together
+with the others of their row group. Every choice (split, images_per_class, order) uses a seeded hash of an image's name.
+So it does not depend on the order in which a file system lists files, and a new image only moves images at the boundary
+between chosen and not chosen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets.files import DataError, shown_name
+from datasets.sources.rows import read_rows
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log"}
 IGNORED_SUFFIXES = TEXT_SUFFIXES | {".mat", ".npy", ".npz", ".pkl", ".db", ".ini", ".py", ".sh"}
@@ -31,7 +34,9 @@ class ImageRef(NamedTuple):
     """One image: `size` bytes at `offset` of the file `path`; a size of 0 if the entry cannot be an image.
 
     `name` is its path within the data set as valid text (files.shown_name), unique, with forward slashes; `path` opens
-    the file; `attributes` are the values of the index's `attribute_names`.
+    the file; `attributes` are the values of the index's `attribute_names`. `group` names what must not be split, such
+    as the scene of a frame. With a `row_group`, the image is row `offset` of a Parquet file, and `size` is the mean of
+    its row group.
     """
 
     name: str
@@ -40,15 +45,25 @@ class ImageRef(NamedTuple):
     offset: int
     size: int
     attributes: tuple[float, ...] = ()
+    group: str = ""
+    row_group: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the image is, for messages: its file, and the row or member of a file of many images."""
+        if self.row_group is not None:
+            return f"{self.path} (row {self.offset})"
+        return f"{self.path} (member {self.name})" if self.offset else self.path
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """The images of a data set by split, with class names by label."""
+    """The images of a data set by split, with class names by label; `unusable` has (place, reason) of other entries."""
 
     classes: list[str]
     splits: dict[str, list[ImageRef]]
     attribute_names: tuple[str, ...] = ()
+    unusable: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -68,13 +83,50 @@ class Source:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
+class ReadImage(NamedTuple):
+    """The bytes of an image, and the modification time of its file (ns)."""
+
+    data: bytes
+    modified: int
+
+
 def read_bytes(ref: ImageRef) -> bytes:
     """Return the bytes of an image; raise OSError if they cannot be read or the file has become shorter."""
-    return read_stamped(ref)[0]
+    (read,) = read_images([ref])
+    if isinstance(read, OSError):
+        raise read
+    return read.data
 
 
-def read_stamped(ref: ImageRef) -> tuple[bytes, int]:
-    """Return the bytes of an image as `read_bytes` does, and the file's modification time (ns)."""
+def read_images(refs: Sequence[ImageRef]) -> Iterator[ReadImage | OSError]:
+    """Read images and yield each, or why it cannot be read, in order; each row group is read once."""
+    rows = _rows_of([ref for ref in refs if ref.row_group is not None])
+    for ref in refs:
+        try:
+            read = _read_part(ref) if ref.row_group is None else rows.pop((ref.path, ref.offset))
+        except OSError as error:
+            read = error
+        yield read
+
+
+def _rows_of(refs: Sequence[ImageRef]) -> dict[tuple[str, int], ReadImage | OSError]:
+    """Read rows of Parquet files, by file and row."""
+    found: dict[tuple[str, int], ReadImage | OSError] = {}
+    for group in _grouped(refs, lambda ref: (ref.path, ref.row_group)):
+        path, row_group = group[0].path, group[0].row_group
+        assert row_group is not None
+        try:
+            images, modified = read_rows(path, row_group, [ref.offset for ref in group])
+        except OSError as error:
+            found |= {(path, ref.offset): error for ref in group}
+            continue
+        for ref, data in zip(group, images, strict=True):
+            empty = OSError("the row has no image; it may have the path of a file instead of its bytes")
+            found[path, ref.offset] = empty if data is None else ReadImage(data, modified)
+    return found
+
+
+def _read_part(ref: ImageRef) -> ReadImage:
     try:
         # Opening a named pipe would wait for its writer without O_NONBLOCK, which files ignore.
         descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -89,7 +141,7 @@ def read_stamped(ref: ImageRef) -> tuple[bytes, int]:
         os.close(descriptor)
     if len(data) != ref.size:
         raise OSError(f"{len(data)} bytes where {ref.size} were expected: the file changed while it was read")
-    return data, status.st_mtime_ns
+    return ReadImage(data, status.st_mtime_ns)
 
 
 SPECIAL_KINDS = {
@@ -138,9 +190,14 @@ def split_off(
 ) -> tuple[list[ImageRef], list[ImageRef]]:
     """Split images into (train, validation): `fraction` of every stratum for validation, at least one for each.
 
+    Images with a `group` stay together, so their strata get about this fraction.
+
     Raises:
-        SourceError: a stratum has only one image.
+        SourceError: a stratum has only one image, or only one group.
     """
+    refs = list(refs)
+    if any(ref.group for ref in refs):
+        return _split_groups(refs, fraction, seed, stratum)
     train, validation = [], []
     for group in _grouped(refs, stratum):
         if len(group) < 2:
@@ -152,9 +209,98 @@ def split_off(
     return train, validation
 
 
-def shuffled(refs: Iterable[ImageRef], seed: int) -> list[ImageRef]:
-    """Return images in storage order: classes are mixed, so any part of a beton is a fair sample."""
-    return _ranked(refs, seed)
+def _split_groups(
+    refs: Sequence[ImageRef], fraction: float, seed: int, stratum: Callable[[ImageRef], object]
+) -> tuple[list[ImageRef], list[ImageRef]]:
+    """Hold out whole groups: first those that bring the strata closer to `fraction`, then one for each stratum left.
+
+    A group stays in training if it has all images of a stratum that are left there.
+    """
+    groups = _grouped(refs, lambda ref: ref.group)
+    groups.sort(key=lambda group: seeded_hash(seed, group[0].group))
+    counts = [Counter(map(stratum, group)) for group in groups]
+    left = Counter(map(stratum, refs))
+    wanted = {one: max(round(count * fraction), 1) for one, count in left.items()}
+    held: set[int] = set()
+
+    def hold(number: int) -> None:
+        held.add(number)
+        left.subtract(counts[number])
+        for one, count in counts[number].items():
+            wanted[one] -= count
+
+    def may_hold(number: int) -> bool:
+        return number not in held and all(left[one] > count for one, count in counts[number].items())
+
+    for number, count in enumerate(counts):
+        closer = sum(abs(wanted[one]) - abs(wanted[one] - size) for one, size in count.items())
+        if closer > 0 and may_hold(number):
+            hold(number)
+    total = Counter(map(stratum, refs))
+    for number, count in enumerate(counts):
+        if may_hold(number) and any(left[one] == total[one] for one in count):
+            hold(number)
+    if whole := [one for one in total if left[one] == total[one]]:
+        examples = [next(ref.name for ref in refs if stratum(ref) == one) for one in whole]
+        raise SourceError(
+            "data.group_by leaves no way to put images of every class on both sides of the split; these classes, each "
+            f"given by an image, have too few groups: {listed(examples)}; give a data.group_by with smaller groups, or "
+            "validation images of your own"
+        )
+    parts: tuple[list[ImageRef], list[ImageRef]] = ([], [])
+    for number, group in enumerate(groups):
+        parts[number in held].extend(group)
+    return parts
+
+
+def with_groups(refs: Sequence[ImageRef], group_by: str | None) -> list[ImageRef]:
+    """Give each image its group: what the first group of the regular expression `group_by` matches in its name.
+
+    Without a group in the expression, it is the whole match. None changes nothing.
+
+    Raises:
+        SourceError: the expression matches nothing in some names.
+    """
+    if group_by is None:
+        return list(refs)
+    pattern = re.compile(group_by)
+    found = [pattern.search(ref.name) for ref in refs]
+    groups = [(match and match[1 if pattern.groups else 0]) or "" for match in found]
+    if without := [ref.name for ref, group in zip(refs, groups, strict=True) if not group]:
+        raise SourceError(
+            f"data.group_by {group_by!r} finds no group in the names of {len(without):,} images: {listed(without)}; "
+            "give an expression that matches in every name"
+        )
+    return [ref._replace(group=group) for ref, group in zip(refs, groups, strict=True)]
+
+
+def group_number(group: str) -> int:
+    """Return a number of 53 bits that identifies a group, the same in every data set."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest()) >> 11
+
+
+IMAGES_PER_CHUNK = 64
+ROWS_PER_CHUNK = 256
+BYTES_PER_CHUNK = 64 << 20
+
+
+def stored_chunks(refs: Sequence[ImageRef], seed: int) -> list[list[ImageRef]]:
+    """Return images in storage order, cut into the chunks in which they are read.
+
+    The order is random, so any part of a beton is a fair sample. Rows of Parquet files are only read at a reasonable
+    speed with the rest of their row group, so a chunk has whole row groups, chosen at random: as many as it takes for
+    ROWS_PER_CHUNK images or BYTES_PER_CHUNK, in random order.
+    """
+    if not any(ref.row_group is not None for ref in refs):
+        ranked = _ranked(refs, seed)
+        return [ranked[start : start + IMAGES_PER_CHUNK] for start in range(0, len(ranked), IMAGES_PER_CHUNK)]
+    groups = [_ranked(group, seed) for group in _grouped(refs, lambda ref: (ref.path, ref.row_group))]
+    chunks: list[list[ImageRef]] = []
+    for group in sorted(groups, key=lambda group: seeded_hash(seed, group[0].name)):
+        if not chunks or len(chunks[-1]) >= ROWS_PER_CHUNK or sum(ref.size for ref in chunks[-1]) >= BYTES_PER_CHUNK:
+            chunks.append([])
+        chunks[-1] += group
+    return [_ranked(chunk, seed) for chunk in chunks]
 
 
 def checked(index: ImageIndex) -> ImageIndex:
@@ -173,9 +319,24 @@ def checked(index: ImageIndex) -> ImageIndex:
         if missing:
             count = f"{len(missing)} of {len(index.classes)} classes"
             problems.append(f"{count} have no {split} images: {listed(missing, limit=100)}")
+    problems += _group_problems(index)
     if problems:
         raise SourceError("\n".join(problems))
     return index
+
+
+MIN_GROUPS = 10
+
+
+def _group_problems(index: ImageIndex) -> Iterator[str]:
+    sides = [{ref.group for ref in refs if ref.group} for refs in index.splits.values()]
+    if both := sorted(set.intersection(*sides)):
+        yield f"data.group_by gives groups that are in training and in validation: {listed(both)}"
+    if 0 < len(sides[-1]) < MIN_GROUPS:
+        yield (
+            f"data.group_by gives only {len(sides[-1])} groups of validation images; policies are fitted on some of "
+            f"them and reported on the others, so at least {MIN_GROUPS} are needed; give smaller groups"
+        )
 
 
 def _require_different(names: Sequence[str], what: str) -> None:

@@ -18,7 +18,7 @@ import ray
 import torch
 import yaml
 
-from datasets.beton import VALIDATION, Manifest, beton_path, read_jpeg, read_layout
+from datasets.beton import VALIDATION, Manifest, beton_path, enlarged_shares, load_manifest, read_jpeg, read_layout
 from datasets.files import lock_file, write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
@@ -189,6 +189,7 @@ def _write_report(
     config: Config, folder: RunFolder, manifest: Manifest, costs: Costs, about: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     validation = beton_path(config.data.folder, VALIDATION)
+    enlarged = enlarged_shares(validation, costs.resolutions, config.loader.validation_crop)
     return write_report(
         folder.report,
         evaluation_of(config, folder, costs),
@@ -201,6 +202,9 @@ def _write_report(
             "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
             "references": [asdict(published) for published in find_dataset(manifest.dataset).published],
             "data digest": manifest.digest,
+            "enlarged images": ", ".join(
+                f"{100 * share:.1f} % at {side} px" for side, share in zip(costs.resolutions, enlarged, strict=True)
+            ),
             **(about or {}),
             **environment(),
         },
@@ -220,7 +224,7 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
     return Evaluation(
         predictions,
         costs,
-        sample_checksums(config)[predictions.indices_N],
+        split_keys(config)[predictions.indices_N],
         other,
         name,
         budget=Budget(highest, None if drop is None else drop / 100),
@@ -241,13 +245,18 @@ def split_of(config: Config) -> Split:
 
 def select_mask(config: Config) -> np.ndarray | None:
     """Return which validation images models may be chosen on, bool, in beton order; None is all, if there are few."""
-    checksums_N = sample_checksums(config)
-    (select, _), *folds = split_of(config).parts(checksums_N)
-    return None if folds else np.isin(np.arange(len(checksums_N)), select)
+    keys_N = split_keys(config)
+    (select, _), *folds = split_of(config).parts(keys_N)
+    return None if folds else np.isin(np.arange(len(keys_N)), select)
 
 
-def sample_checksums(config: Config) -> np.ndarray:
-    """Return the checksum of every validation image, uint64, in the order of the beton."""
+def split_keys(config: Config) -> np.ndarray:
+    """Return what stays together when validation images are split, uint64, in the order of the beton.
+
+    It is an image's group with data.group_by, else the checksum of its bytes.
+    """
+    if groups := load_manifest(config.data.folder).splits[VALIDATION].groups:
+        return np.asarray(groups, np.uint64)
     return read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
 
 

@@ -190,7 +190,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"loader.{name} is [{low}, {high}]. Give 0 < low <= high{' <= 1' if name == 'crop_scale' else ''}"
     if config.data.dataset == "glyphs" and config.data.glyphs.min_height >= config.data.glyphs.max_height:
         yield "data.glyphs.min_height must be smaller than data.glyphs.max_height"
-    if config.data.dataset in ("imagefolder", "imagenet100") and config.data.source is None and not config.data.uri:
+    if config.data.dataset not in ("elpv", "glyphs") and config.data.source is None and not config.data.uri:
         yield f"data.source is missing. {config.data.dataset} needs the folder of its images, or data.uri"
     yield from _place_problems(config)
     shares = config.model.predictor.initial_shares
@@ -231,7 +231,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def _place_problems(config: Config) -> Iterator[str]:
     """Yield folders of this project that are inside the folder of the original images."""
-    if config.data.dataset not in ("imagefolder", "imagenet100"):
+    if config.data.dataset in ("elpv", "glyphs"):
         return
     store = sqlite_path(config.tracking.uri or "")
     places = {

@@ -41,6 +41,9 @@ def local_path(value: Any) -> Any:
         raise ValueError("give a path; the working folder is '.'")
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
         hint = f"write {text.removeprefix('file://')!r}" if scheme[1] == "file" else "mount it or copy it to a disk"
+        if scheme[1] == "hf":
+            name = text.removeprefix("hf://").removeprefix("datasets/")
+            hint = f"run `hf download --repo-type dataset --local-dir FOLDER {name}` and give FOLDER"
         raise ValueError(
             f"this field takes a local path, so {hint}. Only data.uri (prepared data), tracking.uri (MLflow) and "
             "jobs.prepare --upload take an address"
@@ -56,6 +59,14 @@ def local_path(value: Any) -> Any:
 LocalPath = Annotated[Path, BeforeValidator(local_path)]
 PathOrName = Annotated[str, Field(min_length=1), AfterValidator(local_path)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"it is no regular expression ({error}); write special characters with a backslash") from None
+    return text
 
 
 def _matching(pattern: str, allowed: str) -> AfterValidator:
@@ -113,16 +124,40 @@ class GlyphsConfig(Section):
 
 
 class DataConfig(Section):
-    dataset: Literal["imagenet100", "imagefolder", "elpv", "glyphs"]
+    dataset: Literal[
+        "imagenet100",
+        "imagefolder",
+        "elpv",
+        "glyphs",
+        "torchvision/Country211",
+        "torchvision/DTD",
+        "torchvision/EuroSAT",
+        "torchvision/FGVCAircraft",
+        "torchvision/Flowers102",
+        "torchvision/Food101",
+        "torchvision/GTSRB",
+        "torchvision/Imagenette",
+        "torchvision/OxfordIIITPet",
+        "torchvision/RenderedSST2",
+        "torchvision/StanfordCars",
+        "torchvision/SUN397",
+    ]
     """Name of the data set in datasets/sources/catalog.py."""
     folder: LocalPath
     """Folder of the prepared data: train.beton, validation.beton and manifest.json."""
     uri: Annotated[Text | None, Field(repr=False)] = None
     """Address of prepared data (s3://, gs://, hdfs:// or file://). Each node downloads it to data.folder once."""
     source: LocalPath | None = None
-    """Folder of the original images: class folders (imagefolder), or the ILSVRC2012 tree or its tars (imagenet100)."""
+    """Original images: a folder of class folders, or of Parquet or WebDataset shards, or a CSV file (imagefolder); the
+    ILSVRC2012 tree, its tars, or shards (imagenet100); the folder that torchvision's data set has as root."""
     validation_source: LocalPath | None = None
-    """Class folders for validation (imagefolder). null uses SOURCE/val or SOURCE/validation, or else a seeded split."""
+    """Folder for validation, laid out as source (imagefolder). null uses the validation images of source, or else a
+    seeded split."""
+    label_column: Text | None = None
+    """Column (Parquet, CSV) or key (.json of WebDataset) of the labels. null is label, or the only class label."""
+    group_by: Annotated[Text, AfterValidator(_regular_expression)] | None = None
+    """What keeps images, such as frames of a scene, on one side of every split: a column (Parquet, CSV), a key (.json),
+    or a regular expression on the image's name; its first group counts, or else the whole match. null splits freely."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of each class held out for validation when the data set has no validation images."""
     images_per_class: Positive | None = None

@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from datasets.beton import MANIFEST, TRAIN, VALIDATION, load_manifest
+from datasets.beton import MANIFEST, TRAIN, VALIDATION, beton_path, enlarged_shares, load_manifest
 from datasets.loading.order import count_batches
 from datasets.remote import redacted
 from datasets.sources.catalog import SourceOptions, find_dataset, imagenet100_ids
@@ -42,12 +42,16 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class NetworkSummary:
-    """One network at one input size. GFLOPs are 1e9 multiply-adds per image."""
+    """One network at one input size. GFLOPs are 1e9 multiply-adds per image.
+
+    `enlarged` is the share of the validation images that have fewer pixels; None if the data is not on this machine.
+    """
 
     name: str
     side: int
     gflops: float
     parameters: int
+    enlarged: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ def _counts_of_source(data: DataConfig) -> tuple[int, int, int]:
         validation_fraction=data.validation_fraction,
         images_per_class=data.images_per_class,
         split_seed=data.split_seed,
+        group_by=data.group_by,
+        label_column=data.label_column,
     )
     index = find_dataset(data.dataset).scan(options).read_index()
     return len(index.classes), len(index.splits[TRAIN]), len(index.splits[VALIDATION])
@@ -191,8 +197,11 @@ def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSum
     norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionBatchNorm2d)]
     private = sum(_count(layer.norms[0]) for layer in norms)
     used = _count(model.backbone) - private * (len(model.resolutions) - 1)
-    for side, gflops in zip(model.resolutions, costs.backbone_gflops, strict=True):
-        yield NetworkSummary(config.model.backbone, side, gflops, used)
+    validation, enlarged = beton_path(config.data.folder, VALIDATION), [None] * len(model.resolutions)
+    if validation.exists():
+        enlarged = enlarged_shares(validation, model.resolutions, config.loader.validation_crop)
+    for side, gflops, share in zip(model.resolutions, costs.backbone_gflops, enlarged, strict=True):
+        yield NetworkSummary(config.model.backbone, side, gflops, used, share)
     name = f"predictor {config.model.predictor.architecture}"
     yield NetworkSummary(name, model.predictor_size, costs.predictor_gflops, _count(model.predictor))
 

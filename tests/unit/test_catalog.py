@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import get_args
 
 import pytest
 
 from datasets.sources import elpv
 from datasets.sources.catalog import CATALOG, SourceOptions, find_dataset, imagenet100_ids
 from datasets.sources.index import SourceError
+from pipeline.config.schema import DataConfig
 from tests.unit.pictures import jpeg
 
 
-def test_catalog_describes_the_four_data_sets():
-    assert set(CATALOG) == {"imagenet100", "imagefolder", "elpv", "glyphs"}
+def test_catalog_describes_the_data_sets_that_the_configuration_allows():
+    assert set(CATALOG) == set(get_args(DataConfig.model_fields["dataset"].annotation))
+    assert {"imagenet100", "imagefolder", "elpv", "glyphs"} <= set(CATALOG)
     for name, entry in CATALOG.items():
         assert find_dataset(name) is entry
         assert entry.name == name
@@ -21,7 +24,9 @@ def test_catalog_describes_the_four_data_sets():
         assert entry.classes
         assert all(0 < value < 1 for value in (*entry.mean, *entry.std))
         assert set(entry.uses) <= set(SourceOptions.__dataclass_fields__)
-    with pytest.raises(ValueError, match="'cifar'; choose one of elpv, glyphs, imagefolder, imagenet100"):
+    with pytest.raises(
+        ValueError, match="'cifar'; choose one of elpv, glyphs, imagefolder, imagenet100, torchvision/Country211"
+    ):
         find_dataset("cifar")
 
 

@@ -88,6 +88,17 @@ def test_text_is_not_changed_on_the_command_line_or_in_a_file(file: Path, text: 
         assert load_config(file).name == text
 
 
+def test_a_data_set_of_hugging_face_is_downloaded_before(file):
+    [problem] = problems_of(file, "data.source=hf://datasets/uoft-cs/cifar10")
+    assert "run `hf download --repo-type dataset --local-dir FOLDER uoft-cs/cifar10` and give FOLDER" in problem
+
+
+def test_what_groups_images_is_a_regular_expression(file):
+    assert load_config(file, [r"data.group_by=^(.+)_\d+"]).data.group_by == r"^(.+)_\d+"
+    [problem] = problems_of(file, "data.group_by=(scene")
+    assert "it is no regular expression" in problem
+
+
 @pytest.mark.parametrize("key", ["data.source", "model.weights", "tracking.uri", "search.backbone"])
 def test_null_clears_optional_text_and_empty_text_is_refused(file: Path, key: str) -> None:
     assert value_of(load_config(file, [f"{key}=x", f"{key}=null", "data.uri=file:///d"]), key) is None

@@ -83,17 +83,18 @@ def test_statistics_are_those_of_the_training_pixels(tmp_path, source):
 @pytest.mark.parametrize("count", [IMAGES_IN_STATISTICS - 1, IMAGES_IN_STATISTICS, 2 * IMAGES_IN_STATISTICS + 1])
 def test_an_even_sample_of_many_images_is_counted(count):
     refs = [ImageRef(str(number), 0, "", 0, 0) for number in range(count)]
-    chunks = counted_chunks(refs, count_pixels=True)
+    parts = [refs[:5], refs[5:70], *(refs[start : start + 64] for start in range(70, count, 64))]
+    chunks = counted_chunks(parts, count_pixels=True)
     assert [ref for chunk in chunks for ref in chunk.refs] == refs
     counted = [int(chunk.refs[position].name) for chunk in chunks for position in chunk.counted]
     assert counted == list(range(0, count, -(-count // IMAGES_IN_STATISTICS)))
-    assert not any(len(chunk.counted) for chunk in counted_chunks(refs, count_pixels=False))
+    assert not any(len(chunk.counted) for chunk in counted_chunks(parts, count_pixels=False))
 
 
 def test_preparing_again_reads_no_image(tmp_path, source, monkeypatch):
     first = prepared(tmp_path / "out", source)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("datasets.prepare.convert.read_bytes", lambda ref: pytest.fail("an image was read"))
+    monkeypatch.setattr("datasets.prepare.convert.read_images", lambda refs: pytest.fail("an image was read"))
     again = prepared(tmp_path / "out", source)
     assert again.unchanged
     assert again.manifest == first.manifest

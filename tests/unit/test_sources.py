@@ -18,8 +18,8 @@ from datasets.sources.index import (
     is_ignored,
     listed,
     read_bytes,
-    shuffled,
     split_off,
+    stored_chunks,
 )
 from tests.unit.pictures import jpeg, write_class_folders
 
@@ -52,10 +52,10 @@ def test_choices_do_not_depend_on_the_order_of_listing_but_on_the_seed():
     backwards = images[::-1]
     assert [names(part) for part in split_off(images, 0.3, 1)] == [names(part) for part in split_off(backwards, 0.3, 1)]
     assert names(choose(images, 5, 1)) == names(choose(backwards, 5, 1))
-    assert shuffled(images, 1) == shuffled(backwards, 1)
+    assert stored_chunks(images, 1) == stored_chunks(backwards, 1)
     assert names(split_off(images, 0.3, 2)[1]) != names(split_off(images, 0.3, 1)[1])
     assert names(choose(images, 5, 2)) != names(choose(images, 5, 1))
-    assert shuffled(images, 2) != shuffled(images, 1)
+    assert stored_chunks(images, 2) != stored_chunks(images, 1)
 
 
 def test_new_images_hardly_move_the_others():
@@ -74,7 +74,7 @@ def test_images_per_class_keeps_all_of_a_smaller_class():
 
 
 def test_storage_order_mixes_the_classes():
-    labels = [ref.label for ref in shuffled(refs(10, 50), 0)]
+    labels = [ref.label for chunk in stored_chunks(refs(10, 50), 0) for ref in chunk]
     assert len(set(labels[:20])) >= 6
 
 
