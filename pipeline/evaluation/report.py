@@ -466,14 +466,18 @@ def write_report(
 def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping[str, Any]) -> Answers:
     """Which of the stated images the deployed policy gets right, for the gate between registered models."""
     predictions, calibration = evaluation.predictions, evaluation.calibration
-    if calibration is None:
-        indices_N, correct_N = predictions.indices_N, predictions.correct_NR[:, 0]
-    else:
-        indices_N = predictions.indices_N[calibration.stated]
-        correct_N = calibration.routed[ALL].correct_N(predictions.correct_NR[calibration.stated])
+    stated_M = np.arange(predictions.num_images) if calibration is None else calibration.stated
+    indices_N, correct_NR = predictions.indices_N[stated_M], predictions.correct_NR[stated_M]
+    correct_N = correct_NR[:, 0] if calibration is None else calibration.routed[ALL].correct_N(correct_NR)
     order_N = np.argsort(indices_N)
-    digest = str(context.get("data digest", ""))
-    return Answers(digest, indices_N[order_N], correct_N[order_N], float(report["headline"]["mean_gflops"]))
+    return Answers(
+        data_digest=str(context.get("data digest", "")),
+        indices_N=indices_N[order_N],
+        right_N=correct_N[order_N],
+        mean_gflops=float(report["headline"]["mean_gflops"]),
+        static_right_NR=correct_NR[order_N],
+        static_gflops_R=np.asarray(evaluation.costs.backbone_gflops),
+    )
 
 
 def _tiles(evaluation: Evaluation, classes: Sequence[str], read_image: Callable[[int], bytes]) -> list[list[Tile]]:
