@@ -17,6 +17,7 @@ from pipeline.evaluation.statistics import (
     class_weights,
     envelope,
     mcnemar_p,
+    mean_over_seeds,
     oracle_choice,
     paired_difference,
     percentile_interval,
@@ -206,31 +207,65 @@ def curve_points(curve: Sequence[Routed], correct_NR: np.ndarray, costs: Costs) 
 
 
 def predictor_gains(stated: Stated, curves: Mapping[str, Sequence[Routed]], costs_C: np.ndarray) -> dict[str, Any]:
-    """Return where a policy with a predictor is more accurate than the best one without that may cost as much.
+    """Return where a policy with a predictor is more accurate than everything without one that costs no more.
 
     Returns:
-        `points`: for each highest cost at which the two differ, `highest_cost`, `mean_cost` (of the policy with the
-        predictor), `kind`, `difference_points`, `low_points` and `high_points`: the better one of the two kinds with a
-        predictor minus the best cascade or static resolution. `pays_from` and `pays_to`: the lowest and the highest
-        cost at which the interval is above 0, null where there is none. All intervals hold at once (Bonferroni).
+        `points`: for each highest cost, the better one of the two kinds with a predictor against `best_without`, see
+        `gain_point`. `pays_from` and `pays_to`: the lowest and the highest cost at which the interval is above 0, null
+        where there is none. All intervals hold at once (Bonferroni).
     """
     kinds = [kind for kind in ("predictor", "predictor+cascade") if kind in curves]
     tests, points = max(1, len(kinds) * len(costs_C)), []
+    static_costs, _ = _static_points(stated, stated.weights_N)
+    statics_NS = np.column_stack([correct_N for *_, correct_N in stated.static_columns()])
     for place, highest in enumerate(costs_C):
-        other_N = curves["cascade"][place].correct_N(stated.correct_NR)
+        cascade_N = curves["cascade"][place].correct_N(stated.correct_NR)
         found = []
         for kind in kinds:
             routed = curves[kind][place]
-            answered_N = routed.correct_N(stated.correct_NR)
-            if not routed.predictor_N.any() or np.array_equal(answered_N, other_N):
+            if not routed.predictor_N.any():
                 continue
-            difference = paired_difference(*discordant(answered_N, other_N, stated.weights_N), tests=tests)
-            point = {"highest_cost": float(highest), "mean_cost": _routed_cost(routed, stated.costs)["mean_cost"]}
-            point |= {"kind": kind, "difference_points": 100 * difference.value}
-            found.append(point | {"low_points": 100 * difference.low, "high_points": 100 * difference.high})
+            cost = _routed_cost(routed, stated.costs)["mean_cost"]
+            other_N = best_without(statics_NS, static_costs, cascade_N, cost, stated.weights_N)
+            values_N = stated.weights_N * (routed.correct_N(stated.correct_NR) - other_N)
+            found.append(gain_point(kind, float(highest), cost, mean_over_seeds(values_N[None], tests)))
         points += [max(found, key=lambda point: point["low_points"])] if found else []
-    pays = [point["highest_cost"] for point in points if point["low_points"] > 0 and point["difference_points"] > 0]
-    return {"points": points, "pays_from": min(pays, default=None), "pays_to": max(pays, default=None)}
+    return gains(points)
+
+
+def best_without(
+    statics_NS: np.ndarray, costs_S: np.ndarray, cascade_N: np.ndarray, cost: float, weights_N: np.ndarray
+) -> np.ndarray:
+    """Return what the best policy without a predictor gets right, (N,): a cascade, or drawing between static networks.
+
+    Args:
+        statics_NS: whether each static network is right, bool.
+        cascade_N: whether the best cascade that may cost as much is right, bool.
+        cost: at which the envelope of the static networks is taken.
+    """
+    best, mixture = envelope(costs_S, (weights_N @ statics_NS / weights_N.sum())[None], np.array([cost]))
+    if weights_N @ cascade_N / weights_N.sum() >= best[0]:
+        return cascade_N.astype(np.float64)
+    lower, upper, weight = (values[0] for values in mixture)
+    return (1 - weight) * statics_NS[:, lower] + weight * statics_NS[:, upper]
+
+
+def gain_point(kind: str, highest_cost: float, mean_cost: float, gain: Estimate) -> dict[str, Any]:
+    """Return one of the points of `predictor_gains`."""
+    return {
+        "highest_cost": highest_cost,
+        "mean_cost": mean_cost,
+        "kind": kind,
+        "difference_points": 100 * gain.value,
+        "low_points": 100 * gain.low,
+        "high_points": 100 * gain.high,
+    }
+
+
+def gains(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return points with the lowest and the highest cost at which the gain is proven, `pays_from` and `pays_to`."""
+    pays = [point["highest_cost"] for point in points if point["low_points"] > 0]
+    return {"points": list(points), "pays_from": min(pays, default=None), "pays_to": max(pays, default=None)}
 
 
 def class_table(stated: Stated, classes: Sequence[str]) -> list[dict[str, Any]]:

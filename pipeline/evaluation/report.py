@@ -108,16 +108,16 @@ def predictor_sentence(report: Mapping[str, Any]) -> str | None:
     if found["pays_from"] is None:
         best = max(found["points"], key=lambda point: point["low_points"])
         return (
-            "A predictor does not pay here: at no cost is a policy with one proven more accurate than the best "
-            f"cascade (at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} {unit}, "
+            "A predictor does not pay here: at no cost is a policy with one proven more accurate than the best without "
+            f"(at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} {unit}, "
             f"{_interval(best)})."
         )
-    best = max(found["points"], key=lambda point: point["difference_points"])
+    best = max(found["points"], key=lambda point: point["low_points"])
     costs = [gflops(found[key]) for key in ("pays_from", "pays_to")]
     where = f"a highest cost of {costs[0]}" if costs[0] == costs[1] else f"highest costs from {costs[0]} to {costs[1]}"
     return (
-        f"A predictor pays for {where} {unit}: there {best['kind']} is up to {best['difference_points']:.1f} points "
-        f"more accurate than the best cascade ({_interval(best)})."
+        f"A predictor pays for {where} {unit}: {best['kind']} is {best['difference_points']:.1f} points more accurate "
+        f"than the best without at {gflops(best['mean_cost'])} {unit} ({_interval(best)})."
     )
 
 

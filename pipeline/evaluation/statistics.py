@@ -47,26 +47,22 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
 
-def paired_difference(only_first: float, only_second: float, num_images: float, tests: int = 1) -> Estimate:
+def paired_difference(only_first: float, only_second: float, num_images: float) -> Estimate:
     """Return the difference of two accuracies on the same images, first minus second.
 
     The interval is the adjusted Wald interval of Bonett and Price (2012), which keeps its coverage if few images
     differ. It is centered on the adjusted difference and cut at -1 and 1.
-
-    Args:
-        tests: how many differences are looked at, so that all their intervals cover at once (Bonferroni).
     """
     first, second = (only_first + 1) / (num_images + 2), (only_second + 1) / (num_images + 2)
     center = first - second
-    normal = float(ndtri(1 - (1 - CONFIDENCE) / (2 * tests)))
-    margin = normal * ((first + second - center**2) / (num_images + 2)) ** 0.5
+    margin = float(ndtri((1 + CONFIDENCE) / 2)) * ((first + second - center**2) / (num_images + 2)) ** 0.5
     value = (only_first - only_second) / num_images
     return Estimate(value, max(-1.0, center - margin), min(1.0, center + margin))
 
 
-def student_t(freedom: float) -> float:
-    """Return the factor of a standard error in the two-sided interval, by Student's t."""
-    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+def student_t(freedom: float, tests: int = 1) -> float:
+    """Return the factor of a standard error in the two-sided interval by Student's t, for `tests` of them at once."""
+    return float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * tests)))
 
 
 def mean_of(values_S: Sequence[float] | np.ndarray) -> Estimate | None:
@@ -78,12 +74,15 @@ def mean_of(values_S: Sequence[float] | np.ndarray) -> Estimate | None:
     return Estimate(mean, mean - margin, mean + margin)
 
 
-def mean_over_seeds(values_SN: np.ndarray) -> Estimate:
+def mean_over_seeds(values_SN: np.ndarray, tests: int = 1) -> Estimate:
     """Return the mean of S seeds' values on the same N images, with an interval over images and seeds.
 
     Images and seeds count as independent draws: the variance of the mean is var(means of images) / N + var(means of
     seeds) / S. Its degrees of freedom are Satterthwaite's, so few seeds that differ widen the interval as Student's t
     does. With one seed the interval covers the choice of images alone.
+
+    Args:
+        tests: how many means are looked at, so that all their intervals cover at once (Bonferroni).
     """
     S, N = values_SN.shape
     parts = [(float(values_SN.mean(axis=0).var(ddof=1)) / N, N - 1)] if N > 1 else []
@@ -91,7 +90,7 @@ def mean_over_seeds(values_SN: np.ndarray) -> Estimate:
     variance, value = sum(part for part, _ in parts), float(values_SN.mean())
     if variance == 0:
         return Estimate(value, value, value)
-    margin = student_t(variance**2 / sum(part**2 / freedom for part, freedom in parts)) * variance**0.5
+    margin = student_t(variance**2 / sum(part**2 / freedom for part, freedom in parts), tests) * variance**0.5
     return Estimate(value, max(-1.0, value - margin), min(1.0, value + margin))
 
 

@@ -390,14 +390,25 @@ def test_a_predictor_pays_where_it_is_proven_better_than_every_cascade():
     bad = [Routed(np.eye(3, dtype=bool)[[j] * 600], np.full(600, j), np.zeros(600, bool)) for j in (2, 1, 0)]
     curves, costs_C = {"cascade": bad, "predictor": [bad[0], good, good]}, np.array([0.1, 0.4, 0.9])
     found = predictor_gains(stated, curves, costs_C)
-    # At 0.1 no predictor runs, and at 0.9 the answers of static 96 px are the same.
-    assert [point["highest_cost"] for point in found["points"]] == [0.4]
+    # At 0.1 no predictor runs. At 0.9 a cascade is as accurate.
+    assert [point["highest_cost"] for point in found["points"]] == [0.4, 0.9]
     assert (found["pays_from"], found["pays_to"]) == (0.4, 0.4)
-    gain = found["points"][0]
-    assert gain["difference_points"] == pytest.approx(
-        100 * (good.correct_N(correct_NR).mean() - correct_NR[:, 1].mean())
-    )
-    one = paired_difference(*discordant(good.correct_N(correct_NR), correct_NR[:, 1]))
-    assert gain["low_points"] < 100 * one.low, "all costs are looked at, so each interval is wider"
-    nothing = predictor_gains(stated, curves | {"predictor": bad}, costs_C)
-    assert nothing == {"points": [], "pays_from": None, "pays_to": None}
+    gain, right_N = found["points"][0], good.correct_N(correct_NR)
+    cost = (chosen_N[:, None] == np.arange(3)).mean(axis=0) @ np.array(COSTS.backbone) + COSTS.predictor
+    best, _ = envelope(np.array(COSTS.backbone), correct_NR.mean(axis=0)[None], np.array([cost]))
+    assert gain["difference_points"] == pytest.approx(100 * (right_N.mean() - best[0]))
+    one = paired_difference(*discordant(right_N, correct_NR[:, 1]))
+    assert gain["high_points"] - gain["low_points"] > 100 * (one.high - one.low), "two intervals hold at once"
+    assert predictor_gains(stated, curves | {"predictor": bad}, costs_C)["points"] == []
+
+
+def test_a_predictor_that_tosses_a_coin_does_not_pay():
+    """It fills the gap between two static resolutions, where there is no cascade, and so does drawing at random."""
+    correct_NR, _, _ = easy_and_hard(3000)
+    coin_N = np.random.default_rng(0).integers(0, 2, 3000)
+    coin = Routed(coin_N[:, None] == np.arange(3), coin_N, np.ones(3000, bool))
+    cheap = Routed(np.eye(3, dtype=bool)[[2] * 3000], np.full(3000, 2), np.zeros(3000, bool))
+    stated = Stated(np.zeros(3000, np.int64), correct_NR, None, "", {}, COSTS)
+    assert coin.correct_N(correct_NR).mean() > correct_NR[:, 2].mean() + 0.1
+    found = predictor_gains(stated, {"cascade": [cheap], "predictor": [coin]}, np.array([0.7]))
+    assert found["pays_from"] is None
