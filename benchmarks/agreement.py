@@ -2,13 +2,14 @@
 
     python -m benchmarks.agreement --run runs/glyphs --data data/glyphs
 
-Once on the same crops that training evaluates on, where all answers must be equal, and once from the JPEG bytes, where
-the decoder may skip pixels that are not needed.
+Both run the policy that the run's budget chose. Once on the same crops that training evaluates on, where all answers
+must be equal, and once from the JPEG bytes, which Pillow decodes instead of the loader's kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,9 @@ from datasets.beton import VALIDATION, beton_path, read_jpeg
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
 from pipeline.config.run_folder import RunFolder
 from pipeline.evaluation.predictions import Predictions
-from pipeline.serving.export import export_model
+from pipeline.models.cost import measure_costs
+from pipeline.policies.route import Images, route
+from pipeline.serving.export import export_model, fitted_policies
 from pipeline.serving.runtime import Classifier, RoutedNetwork
 from pipeline.training.checkpoint import LoadedModel, load_model
 
@@ -32,13 +35,15 @@ Found = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 def compare(run: Path, data: Path) -> list[str]:
     """Lines that say how many of the registered model's answers equal those in the run's predictions.npz."""
-    loaded, predictions = load_model(RunFolder(run).model), Predictions.load(RunFolder(run).predictions)
-    beton = beton_path(data, VALIDATION)
-    chosen_N = predictions.chosen_N
-    trained = predictions.classes_NR[np.arange(len(chosen_N)), chosen_N], chosen_N
+    files = RunFolder(run)
+    loaded, predictions = load_model(files.model), Predictions.load(files.predictions)
+    beton, policies = beton_path(data, VALIDATION), fitted_policies(json.loads(files.report_json.read_text()))
     with TemporaryDirectory(prefix="agreement-") as folder:
-        export_model(loaded, Path(folder))
+        export_model(loaded, Path(folder), policies)
         network = RoutedNetwork(Path(folder))
+        logits = predictions.logits_NRK, predictions.labels_N, predictions.predictor_logits_NR
+        chosen_N = route(network.default_policy, Images.of(*logits, measure_costs(loaded.model))).last_N
+        trained = predictions.classes_NR[np.arange(len(chosen_N)), chosen_N], chosen_N
         from_crops = _from_crops(network, loaded, beton, predictions.indices_N)
         from_bytes = _from_bytes(network, [read_jpeg(beton, int(index)) for index in predictions.indices_N])
     return [

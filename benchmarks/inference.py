@@ -25,7 +25,7 @@ from pipeline.models.drnet import build_drnet
 from pipeline.serving.export import export_model
 from pipeline.serving.runtime import Classifier, RoutedNetwork
 from pipeline.serving.runtime.images import Picture
-from pipeline.serving.runtime.policy import Policy
+from pipeline.serving.runtime.policy import ALWAYS, NEVER, Policy, confidence
 from pipeline.training.checkpoint import LoadedModel
 
 NETWORKS = ("resnet50", "resnet18")
@@ -93,11 +93,24 @@ class FixedMix(RoutedNetwork):
     first = 0
 
     def first_resolution(self, policy: Policy, predictor_logits_NR: Tensor | None, num_images: int) -> Tensor:
+        if not policy.needs_predictor:
+            return super().first_resolution(policy, predictor_logits_NR, num_images)
         return (torch.arange(num_images) + self.first) % len(self.resolutions)
 
     def routed(self, crops: Crops, first: int = 0) -> None:
         self.first = first
         self.classify(crops)
+
+    def cascaded(self, crops: Crops, policy: Policy) -> None:
+        self.classify(crops, policy)
+
+    def thirds(self, crops: Crops) -> Policy:
+        """A cascade in which a third of these images ends at each of the three resolutions."""
+        largest, middle, smallest = range(len(RESOLUTIONS))
+        sure = [confidence(self.logits(j, crops[RESOLUTIONS[j]])) for j in (smallest, middle)]
+        first = float(sure[0].quantile(2 / 3))
+        second = float(sure[1][sure[0] < first].quantile(1 / 2))
+        return Policy((smallest, middle, largest), (first, second))
 
     def all_with_masks(self, crops: Crops) -> Tensor:
         """Run every image at every resolution and mask the answers, as published implementations do."""
@@ -146,8 +159,13 @@ def _parts(name: str, network: FixedMix, batch: int) -> dict[str, Callable[[], o
     parts |= {"predictor": partial(network.predictor_logits, crops[PREDICTOR_SIZE])}
     if batch == 1:
         parts |= {f"routed to {side} px": partial(network.routed, crops, j) for j, side in enumerate(RESOLUTIONS)}
+        for side, thresholds in zip(
+            RESOLUTIONS[::-1], ((ALWAYS, ALWAYS), (NEVER, ALWAYS), (NEVER, NEVER)), strict=True
+        ):
+            parts[f"cascade to {side} px"] = partial(network.cascaded, crops, Policy((2, 1, 0), thresholds))
     else:
         parts |= {"routed": partial(network.routed, crops)}
+        parts |= {"cascade": partial(network.cascaded, crops, network.thirds(crops))}
     return parts | {"all with masks": partial(network.all_with_masks, crops)}
 
 

@@ -54,7 +54,9 @@ def as_text(description: Description) -> str:
         if network.enlarged is not None
     ]
     low, high = description.lowest_gflops, description.highest_gflops
-    stages = [["stage", "epochs", "steps/epoch", "steps", "alpha", "of GFLOPs", "memory of a step, MB"]]
+    stages = [
+        ["stage", "epochs", "steps/epoch", "steps", "training GFLOPs", "alpha", "of GFLOPs", "memory of a step, MB"]
+    ]
     stages += [_stage_row(stage) for stage in description.stages]
     kept = [
         f"the {stage.name} stage keeps {stage.table_bytes / _MEGABYTE:,.1f} MB of logits on disk"
@@ -85,7 +87,8 @@ def _stage_row(stage: StageSummary) -> list[str]:
     elif stage.alpha_milliseconds is not None:
         target = [f"{stage.alpha_milliseconds:g} ms", "measured at start"]
     counts = [_number(stage.epochs), _number(stage.steps_per_epoch), _number(stage.total_steps)]
-    return [stage.name, *counts, *target, f"{memory.total / _MEGABYTE:,.0f} = {listed}"]
+    training = "unknown" if stage.training_gflops is None else f"{stage.training_gflops:,.0f}"
+    return [stage.name, *counts, training, *target, f"{memory.total / _MEGABYTE:,.0f} = {listed}"]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -79,7 +79,7 @@ def train_run(config: Config) -> RunResult:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
             checkpoint = _fit(config, folder.path, settings)
             costs = _measured(config, folder, costs)
-            kept = _collect(checkpoint, folder, costs, select_mask(config))
+            kept = _collect(checkpoint, folder, costs, select_mask(config), is_balanced(config))
             report = _write_report(config, folder, manifest, costs, {"joint stage": kept} if kept else {})
             write_whole(folder.finished, json.dumps({"finished": time.time()}))
     return RunResult(folder, report)
@@ -151,11 +151,18 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
                 return Path(result.checkpoint.path)
 
 
-def _collect(checkpoint: Path, folder: RunFolder, costs: Costs, select_N: np.ndarray | None = None) -> str | None:
+def _collect(
+    checkpoint: Path,
+    folder: RunFolder,
+    costs: Costs,
+    select_N: np.ndarray | None = None,
+    balanced: bool = False,
+) -> str | None:
     """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks.
 
     Args:
         select_N: the images on which the model before the joint stage and the one after it are compared; None is all.
+        balanced: they are compared by the mean accuracy over the classes.
 
     Returns:
         Which model the run keeps, if there is one from before the joint stage and one from after it.
@@ -165,7 +172,7 @@ def _collect(checkpoint: Path, folder: RunFolder, costs: Costs, select_N: np.nda
         before = merged(checkpoint, BEFORE_JOINT)
         before.save(folder.predictions_before_joint)
         predictions.save(folder.predictions_after_joint)
-        kept = better(before, predictions, costs, select_N)
+        kept = better(before, predictions, costs, select_N, balanced)
         append_event(folder.path, {"message": f"joint stage: {kept}"})
         if not kept.is_after:
             predictions, model = before, folder.before_joint
@@ -229,9 +236,14 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
         name,
         budget=Budget(highest, None if drop is None else drop / 100),
         split=split_of(config),
-        balanced=policy.select_by == "balanced_accuracy",
+        balanced=is_balanced(config),
         has_predictor=bool(config.stages.predictor or config.stages.joint),
     )
+
+
+def is_balanced(config: Config) -> bool:
+    """Whether models and policies are chosen by the mean accuracy over the classes."""
+    return config.policy.select_by == "balanced_accuracy"
 
 
 def split_of(config: Config) -> Split:

@@ -224,7 +224,8 @@ class WorkerReporter:
         self.message(f"evaluating {validation_loader.num_samples} validation images")
         with tempfile.TemporaryDirectory() as folder:
             for name, each in models.items():
-                collect_predictions(each, validation_loader.epoch(0)).save(Path(folder) / f"{name}-{self.rank}.npz")
+                found = collect_predictions(each, validation_loader.epoch(0), placebo=True)
+                found.save(Path(folder) / f"{name}-{self.rank}.npz")
             if self.rank == 0:
                 config = self.settings.config
                 save_model(RunFolder(Path(folder)).model, model, config, classes=self.manifest.classes)

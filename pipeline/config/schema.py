@@ -518,7 +518,8 @@ class PolicyConfig(Section):
     folds: Annotated[int, Field(ge=2)] = 5
     """Number of folds."""
     select_by: Literal["accuracy", "balanced_accuracy"] = "accuracy"
-    """What policies are chosen by. balanced_accuracy is the mean over the classes."""
+    """What policies and the model around the joint stage are chosen by, and what the verdict compares.
+    balanced_accuracy is the mean over the classes."""
 
 
 class Config(Section):

@@ -14,15 +14,17 @@ from pipeline.evaluation.statistics import (
     accuracy,
     balanced_accuracy,
     bootstrap_means,
+    class_weights,
     envelope,
     mcnemar_p,
+    mean_over_seeds,
     oracle_choice,
     paired_difference,
     percentile_interval,
     shares,
 )
 from pipeline.models.cost import Costs
-from pipeline.policies.calibrate import ALL
+from pipeline.policies.calibrate import ALL, discordant
 from pipeline.policies.route import Routed
 
 BOOTSTRAP_SEED = 0
@@ -39,6 +41,9 @@ class Stated:
             stage; None if there is none.
         other_name: what is said of that network: "before joint".
         routed: kind of policy or ALL -> what it does with these images; empty with one resolution.
+        placebo_NV: whether each of several shifted looks at the largest resolution is right, bool; V is 0 where there
+            are none.
+        balanced: what is compared is the mean accuracy over the classes.
     """
 
     labels_N: np.ndarray
@@ -47,6 +52,18 @@ class Stated:
     other_name: str
     routed: Mapping[str, Routed]
     costs: Costs
+    placebo_NV: np.ndarray | None = None
+    balanced: bool = False
+
+    @cached_property
+    def weights_N(self) -> np.ndarray:
+        """The weight of each image in what is compared; the mean is 1."""
+        return class_weights(self.labels_N) if self.balanced else np.ones(len(self.labels_N))
+
+    @property
+    def top1_key(self) -> str:
+        """Under which key the rows have what is compared."""
+        return "balanced_top1" if self.balanced else "top1"
 
     @property
     def is_routed(self) -> bool:
@@ -75,13 +92,14 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
     """Return the rows of the report's table.
 
     Each has `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its method),
-    `balanced_top1` (mean over the classes), `mean_gflops`, `mean_cost` (in the unit of the costs, by which rows are
-    compared) and `shares` (of the answers, per resolution).
+    `balanced_top1`, `balanced_low`, `balanced_high` (mean over the classes), `mean_gflops`, `mean_cost` (in the unit
+    of the costs, by which rows are compared) and `shares` (of the answers, per resolution).
 
     Kinds: `static` and `other` (one per resolution, of the network and of the other one), `routed` (the chosen
     policy), `policy` (the best policy of each other kind that costs no more), `random` (the same answers' shares drawn
     without looking at the images), `envelope` (the upper concave envelope of all static points at the routed cost: the
-    best that mixing static networks at random reaches) and `oracle` (the cheapest resolution that is right).
+    best that mixing static networks at random reaches), `oracle` (the cheapest resolution that is right) and `placebo`
+    (an oracle over as many shifted looks at the largest resolution: how much of the oracle is luck).
 
     Args:
         labels: what each kind of policy, and ALL, is called.
@@ -106,12 +124,13 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
         row = answered_row(name, what, labels[kind], routed.correct_N(stated.correct_NR), stated.labels_N)
         rows.append(row | _routed_cost(routed, costs) | {"policy": kind if kind != ALL else None})
     routed = stated.routed[ALL]
-    spent, resampled = _routed_cost(routed, costs), _Resampled.of(stated)
-    shares_R = shares(routed.last_N, R)
+    spent, weights_N = _routed_cost(routed, costs), class_weights(stated.labels_N)
+    resampled, shares_R = _Resampled.of(stated, np.ones(N)), shares(routed.last_N, R)
     random = percentile_interval(stated.correct_NR.mean(axis=0) @ shares_R, resampled.random_B)
-    static_costs, accuracies = _static_points(stated)
-    best, mixture = envelope(static_costs, accuracies[None], np.array([spent["mean_cost"]]))
+    at, (static_costs, accuracies) = np.array([spent["mean_cost"]]), _static_points(stated, np.ones(N))
+    best, mixture = envelope(static_costs, accuracies[None], at)
     line = percentile_interval(best[0], resampled.envelope_B)
+    balanced_line, _ = envelope(static_costs, _static_points(stated, weights_N)[1][None], at)
     lower, upper, weight = (values[0] for values in mixture)
     names = [label for _, label, _, _ in stated.static_columns()]
     label = names[upper] if weight == 1 else f"envelope, {names[lower]} to {names[upper].removeprefix('static ')}"
@@ -120,10 +139,25 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
         *rows,
         result_row("random", "random", "random, same shares", N, random, "bootstrap")
         | spent
-        | {"shares": shares_R.tolist()},
-        result_row("envelope", "envelope", label, N, line, "bootstrap") | _cost(*cost, np.zeros(R)),
+        | {"shares": shares_R.tolist(), "balanced_top1": float(weights_N @ stated.correct_NR @ shares_R / N)},
+        result_row("envelope", "envelope", label, N, line, "bootstrap")
+        | _cost(*cost, np.zeros(R))
+        | {"balanced_top1": float(balanced_line[0])},
         oracle_row(stated.correct_NR, stated.oracle_N, costs, stated.labels_N),
+        *_placebo_rows(stated),
     ]
+
+
+def _placebo_rows(stated: Stated) -> list[dict[str, Any]]:
+    """The row of kind `placebo`; it costs one look at the largest resolution, as if it knew which one to take."""
+    looks = stated.placebo_NV
+    if looks is None or looks.shape[1] == 0:
+        return []
+    largest, num_looks = int(np.argmax(stated.costs.resolutions)), looks.shape[1] + 1
+    label = f"placebo oracle, {num_looks} looks at {stated.costs.resolutions[largest]} px"
+    right_N = stated.correct_NR[:, largest] | looks.any(axis=1)
+    row = answered_row("placebo", "placebo", label, right_N, stated.labels_N)
+    return [row | mean_costs(np.eye(len(stated.costs.resolutions))[largest], stated.costs, with_predictor=False)]
 
 
 def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -131,10 +165,11 @@ def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict
 
     Each has `difference_points`, `low_points`, `high_points`, `interval` (its method), `cost_ratio` and `gflops_ratio`
     (the routed network's over the other's). Against a network with one answer for each image also `only_routed_right`,
-    `only_other_right` and `mcnemar_p` (exact, two-sided); null against the two mixtures.
+    `only_other_right` and `mcnemar_p` (exact, two-sided); null against the two mixtures. Of balanced accuracy there is
+    no such test.
     """
-    by_id = {row["id"]: row for row in rows}
-    routed, resampled = by_id["routed"], _Resampled.of(stated)
+    by_id, key = {row["id"]: row for row in rows}, stated.top1_key
+    routed, resampled = by_id["routed"], _Resampled.of(stated, stated.weights_N)
     routed_N = stated.routed[ALL].correct_N(stated.correct_NR)
     answers = {name: correct_N for name, _, _, correct_N in stated.static_columns()}
     answers |= {
@@ -144,14 +179,14 @@ def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict
     found: dict[str, dict[str, Any]] = {}
     for other, other_N in answers.items():
         only_routed, only_other = int((routed_N & ~other_N).sum()), int((~routed_N & other_N).sum())
-        difference = paired_difference(only_routed, only_other, len(routed_N))
+        difference = paired_difference(*discordant(routed_N, other_N, stated.weights_N))
         found[other] = difference_row(difference, "bonett-price", routed, by_id[other]) | {
             "only_routed_right": only_routed,
             "only_other_right": only_other,
-            "mcnemar_p": mcnemar_p(only_routed, only_other),
+            "mcnemar_p": None if stated.balanced else mcnemar_p(only_routed, only_other),
         }
     for other, other_B in (("random", resampled.random_B), ("envelope", resampled.envelope_B)):
-        gain = percentile_interval(routed["top1"] - by_id[other]["top1"], resampled.routed_B - other_B)
+        gain = percentile_interval(routed[key] - by_id[other][key], resampled.routed_B - other_B)
         found[other] = difference_row(gain, "bootstrap", routed, by_id[other]) | dict.fromkeys(
             ("only_routed_right", "only_other_right", "mcnemar_p")
         )
@@ -169,6 +204,68 @@ def curve_points(curve: Sequence[Routed], correct_NR: np.ndarray, costs: Costs) 
             | {"top1": top1.value, "top1_low": top1.low, "top1_high": top1.high}
         )
     return [point for place, point in enumerate(points) if place == 0 or point != points[place - 1]]
+
+
+def predictor_gains(stated: Stated, curves: Mapping[str, Sequence[Routed]], costs_C: np.ndarray) -> dict[str, Any]:
+    """Return where a policy with a predictor is more accurate than everything without one that costs no more.
+
+    Returns:
+        `points`: for each highest cost, the better one of the two kinds with a predictor against `best_without`, see
+        `gain_point`. `pays_from` and `pays_to`: the lowest and the highest cost at which the interval is above 0, null
+        where there is none. All intervals hold at once (Bonferroni).
+    """
+    kinds = [kind for kind in ("predictor", "predictor+cascade") if kind in curves]
+    tests, points = max(1, len(kinds) * len(costs_C)), []
+    static_costs, _ = _static_points(stated, stated.weights_N)
+    statics_NS = np.column_stack([correct_N for *_, correct_N in stated.static_columns()])
+    for place, highest in enumerate(costs_C):
+        cascade_N = curves["cascade"][place].correct_N(stated.correct_NR)
+        found = []
+        for kind in kinds:
+            routed = curves[kind][place]
+            if not routed.predictor_N.any():
+                continue
+            cost = _routed_cost(routed, stated.costs)["mean_cost"]
+            other_N = best_without(statics_NS, static_costs, cascade_N, cost, stated.weights_N)
+            values_N = stated.weights_N * (routed.correct_N(stated.correct_NR) - other_N)
+            found.append(gain_point(kind, float(highest), cost, mean_over_seeds(values_N[None], tests)))
+        points += [max(found, key=lambda point: point["low_points"])] if found else []
+    return gains(points)
+
+
+def best_without(
+    statics_NS: np.ndarray, costs_S: np.ndarray, cascade_N: np.ndarray, cost: float, weights_N: np.ndarray
+) -> np.ndarray:
+    """Return what the best policy without a predictor gets right, (N,): a cascade, or drawing between static networks.
+
+    Args:
+        statics_NS: whether each static network is right, bool.
+        cascade_N: whether the best cascade that may cost as much is right, bool.
+        cost: at which the envelope of the static networks is taken.
+    """
+    best, mixture = envelope(costs_S, (weights_N @ statics_NS / weights_N.sum())[None], np.array([cost]))
+    if weights_N @ cascade_N / weights_N.sum() >= best[0]:
+        return cascade_N.astype(np.float64)
+    lower, upper, weight = (values[0] for values in mixture)
+    return (1 - weight) * statics_NS[:, lower] + weight * statics_NS[:, upper]
+
+
+def gain_point(kind: str, highest_cost: float, mean_cost: float, gain: Estimate) -> dict[str, Any]:
+    """Return one of the points of `predictor_gains`."""
+    return {
+        "highest_cost": highest_cost,
+        "mean_cost": mean_cost,
+        "kind": kind,
+        "difference_points": 100 * gain.value,
+        "low_points": 100 * gain.low,
+        "high_points": 100 * gain.high,
+    }
+
+
+def gains(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return points with the lowest and the highest cost at which the gain is proven, `pays_from` and `pays_to`."""
+    pays = [point["highest_cost"] for point in points if point["low_points"] > 0]
+    return {"points": list(points), "pays_from": min(pays, default=None), "pays_to": max(pays, default=None)}
 
 
 def class_table(stated: Stated, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -201,28 +298,29 @@ class _Resampled:
     envelope_B: np.ndarray
 
     @classmethod
-    def of(cls, stated: Stated) -> _Resampled:
+    def of(cls, stated: Stated, weights_N: np.ndarray) -> _Resampled:
         R, routed = len(stated.costs.resolutions), stated.routed[ALL]
         statics = np.column_stack([correct_N for *_, correct_N in stated.static_columns()])
         columns = [
-            statics,
-            routed.correct_N(stated.correct_NR),
+            weights_N[:, None] * np.column_stack([statics, routed.correct_N(stated.correct_NR)]),
             np.eye(R)[routed.last_N],
             routed.cost_N(stated.costs),
+            weights_N,
         ]
         means_BC = bootstrap_means(np.column_stack(columns).astype(np.float64), BOOTSTRAP_SEED)
         num_static = statics.shape[1]
-        static_BS, routed_B, cost_B = means_BC[:, :num_static], means_BC[:, num_static], means_BC[:, -1]
-        shares_BR = means_BC[:, num_static + 1 : -1]
+        means_BC[:, : num_static + 1] /= means_BC[:, -1:]
+        static_BS, routed_B, cost_B = means_BC[:, :num_static], means_BC[:, num_static], means_BC[:, -2]
+        shares_BR = means_BC[:, num_static + 1 : -2]
         random_B = (shares_BR * static_BS[:, :R]).sum(axis=1)
-        return cls(routed_B, random_B, envelope(_static_points(stated)[0], static_BS, cost_B)[0])
+        return cls(routed_B, random_B, envelope(_static_points(stated, weights_N)[0], static_BS, cost_B)[0])
 
 
-def _static_points(stated: Stated) -> tuple[np.ndarray, np.ndarray]:
-    """Costs and accuracies of all static networks, (S,) each."""
+def _static_points(stated: Stated, weights_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Costs and weighted accuracies of all static networks, (S,) each."""
     columns = stated.static_columns()
     costs_S = np.array([stated.costs.backbone[index] for _, _, index, _ in columns])
-    return costs_S, np.array([correct_N.mean() for *_, correct_N in columns])
+    return costs_S, np.array([weights_N @ correct_N / weights_N.sum() for *_, correct_N in columns])
 
 
 def _static_gflops(stated: Stated) -> np.ndarray:
@@ -257,7 +355,10 @@ def answered_row(
 ) -> dict[str, Any]:
     """Return the row of a network that gives each image one answer, without its cost."""
     row = result_row(name, kind, label, len(correct_N), accuracy(int(correct_N.sum()), len(correct_N)), "wilson")
-    return row if labels_N is None else row | {"balanced_top1": balanced_accuracy(correct_N, labels_N)}
+    if labels_N is None:
+        return row
+    balanced = balanced_accuracy(correct_N, labels_N)
+    return row | {"balanced_top1": balanced.value, "balanced_low": balanced.low, "balanced_high": balanced.high}
 
 
 def result_row(name: str, kind: str, label: str, n: int, top1: Estimate, interval: str) -> dict[str, Any]:
@@ -273,6 +374,8 @@ def result_row(name: str, kind: str, label: str, n: int, top1: Estimate, interva
         "top1_high": top1.high,
         "interval": interval,
         "balanced_top1": None,
+        "balanced_low": None,
+        "balanced_high": None,
     }
 
 

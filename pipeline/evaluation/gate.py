@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,12 @@ import numpy as np
 from datasets.files import whole_file
 from pipeline.evaluation.statistics import CONFIDENCE, Estimate, mcnemar_p, paired_difference
 from pipeline.evaluation.tables import gflops, p_value, percent
+from pipeline.policies.calibrate import drop_bound
 
 FORMAT = 1
 NOT_WORSE_MARGIN = 1.0
 """The loss in points of top-1 that the interval must exclude if the user gives no bound."""
-_ARRAYS = ("indices_N", "right_N")
+_ARRAYS = ("indices_N", "right_N", "static_right_NR", "static_gflops_R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +29,16 @@ class Answers:
         indices_N: each image's position in the validation beton, int64, ascending.
         right_N: whether the answer of the deployed policy is correct, bool.
         mean_gflops: mean GFLOPs of an image, predictor included.
+        static_right_NR: whether each of the model's own resolutions is correct, bool; None in earlier files.
+        static_gflops_R: GFLOPs of an image at each of them.
     """
 
     data_digest: str
     indices_N: np.ndarray
     right_N: np.ndarray
     mean_gflops: float
+    static_right_NR: np.ndarray | None = None
+    static_gflops_R: np.ndarray | None = None
 
     @property
     def top1(self) -> float:
@@ -41,7 +46,7 @@ class Answers:
 
     def save(self, path: Path) -> None:
         """Write one compressed .npz file atomically; it takes about one byte per image."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: found for name in _ARRAYS if (found := getattr(self, name)) is not None}
         arrays |= {"format": np.int64(FORMAT), "mean_gflops": np.float64(self.mean_gflops)}
         with whole_file(path) as file:
             np.savez_compressed(file, allow_pickle=False, data_digest=np.str_(self.data_digest), **arrays)
@@ -53,7 +58,8 @@ class Answers:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
                     raise ValueError(f"its format is {found}; this version reads format {FORMAT}")
-                return cls(str(file["data_digest"]), *(file[name] for name in _ARRAYS), float(file["mean_gflops"]))
+                arrays = {name: file[name] for name in _ARRAYS if name in file}
+                return cls(data_digest=str(file["data_digest"]), mean_gflops=float(file["mean_gflops"]), **arrays)
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a file of model answers: {error}") from error
 
@@ -140,6 +146,34 @@ def compare_answers(challenger: Answers, champion: Answers) -> Comparison:
     )
 
 
+def common_images(first: Answers, second: Answers) -> tuple[Answers, Answers]:
+    """Return the answers of two models for the images that both are stated on.
+
+    Raises:
+        ValueError: the answers are for different data, or they have no image in common.
+    """
+    if first.data_digest != second.data_digest:
+        raise ValueError(
+            f"they were evaluated on different data (digests {first.data_digest} and {second.data_digest}); train both "
+            "on the same prepared data"
+        )
+    common = np.intersect1d(first.indices_N, second.indices_N)
+    if len(common) == 0:
+        raise ValueError("they are stated on different images; give both the same policy.select_share")
+
+    def among(answers: Answers) -> Answers:
+        inside_N = np.isin(answers.indices_N, common)
+        static_NR = answers.static_right_NR
+        return replace(
+            answers,
+            indices_N=common,
+            right_N=answers.right_N[inside_N],
+            static_right_NR=None if static_NR is None else static_NR[inside_N],
+        )
+
+    return among(first), among(second)
+
+
 def objections(found: Comparison, bounds: Bounds) -> list[str]:
     """Return the reasons to keep the champion, one sentence each; none if the challenger may replace it.
 
@@ -148,27 +182,60 @@ def objections(found: Comparison, bounds: Bounds) -> list[str]:
     points (among ten images McNemar's test misses even 5 lost ones). With `max_accuracy_drop` the interval alone
     decides, against that bound: a proven loss that the user accepts is no objection.
     """
-    said = []
-    low, margin = 100 * found.difference.low, bounds.max_accuracy_drop
-    significant = found.difference.value < 0 and found.mcnemar_p < 1 - CONFIDENCE
-    if margin is None and significant:
-        said.append(
-            f"it is less accurate: {points(found.difference)}, McNemar p {_equals(found.mcnemar_p)}; "
-            "--max-accuracy-drop POINTS accepts a loss"
-        )
-    elif low < -(NOT_WORSE_MARGIN if margin is None else margin):
-        allowed = NOT_WORSE_MARGIN if margin is None else margin
-        said.append(
-            f"a loss of more than {allowed:g} points is not excluded: {points(found.difference)} on "
-            f"{found.num_images:,} images; more validation images narrow the interval, and --max-accuracy-drop POINTS "
-            "accepts a larger loss"
-        )
+    said = list(_losses(found, bounds))
     if found.gflops_increase > bounds.max_gflops_increase + 1e-6:
         said.append(
             f"it costs {found.gflops_increase:.3g} % more GFLOPs, and {bounds.max_gflops_increase:g} % more is "
             "allowed; --max-gflops-increase PERCENT allows more"
         )
     return said
+
+
+def _losses(found: Comparison, bounds: Bounds, than: str = "") -> Iterator[str]:
+    """Yield the objection to a loss of accuracy; `than` names the other model where it is not the champion."""
+    low, margin = 100 * found.difference.low, bounds.max_accuracy_drop
+    if margin is None and found.difference.value < 0 and found.mcnemar_p < 1 - CONFIDENCE:
+        yield (
+            f"it is less accurate{than}: {points(found.difference)}, McNemar p {_equals(found.mcnemar_p)}; "
+            "--max-accuracy-drop POINTS accepts a loss"
+        )
+        return
+    allowed = NOT_WORSE_MARGIN if margin is None else margin
+    if low < -allowed:
+        yield (
+            f"a loss of more than {allowed:g} points{than} is not excluded: {points(found.difference)} on "
+            f"{found.num_images:,} images; more validation images narrow the interval, and --max-accuracy-drop POINTS "
+            "accepts a larger loss"
+        )
+
+
+def former_objections(found: Comparison, bounds: Bounds, version: str) -> list[str]:
+    """Return the objections to a loss against the best former champion, by the same rule as against the champion.
+
+    Without them, many challengers that each lose less than the gate can see would add up to any loss.
+    """
+    return list(_losses(found, bounds, f" than version {version}, the best former champion"))
+
+
+def static_objections(challenger: Answers, bounds: Bounds) -> list[str]:
+    """Return the objection that one of the challenger's own static resolutions is cheaper and not less accurate.
+
+    The one-sided bound must also exclude that the challenger is better by more than the loss that is allowed.
+    """
+    if challenger.static_right_NR is None or challenger.static_gflops_R is None:
+        return []
+    allowed = NOT_WORSE_MARGIN if bounds.max_accuracy_drop is None else bounds.max_accuracy_drop
+    for index in np.argsort(challenger.static_gflops_R):
+        static_N, cost = challenger.static_right_NR[:, index], float(challenger.static_gflops_R[index])
+        if cost >= challenger.mean_gflops * (1 - 1e-6) or static_N.sum() < challenger.right_N.sum():
+            continue
+        if 100 * drop_bound(challenger.right_N, static_N) <= allowed:
+            return [
+                f"its own static resolution of {gflops(cost)} GFLOPs is as accurate ({percent(static_N.mean(), 2)} "
+                f"against {percent(challenger.top1, 2)}) and cheaper ({gflops(challenger.mean_gflops)} GFLOPs); choose "
+                "another policy with jobs.calibrate, or train a static network"
+            ]
+    return []
 
 
 def comparison_table(found: Comparison, challenger: str, champion: str) -> str:

@@ -8,33 +8,37 @@ import numpy as np
 
 from pipeline.evaluation.budget import biased_choice, fit_bias
 from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.statistics import class_weights
 from pipeline.models.cost import Costs
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Top-1 of two models, as fractions, at the same mean cost of the backbone or less, in `unit`."""
+    """Accuracies of two models, as fractions, at the same mean cost of the backbone or less, in `unit`."""
 
-    top1_before: float
-    top1_after: float
+    accuracy_before: float
+    accuracy_after: float
     cost: float
     unit: str
+    balanced: bool = False
 
     @property
     def is_after(self) -> bool:
         """Whether the model from after the joint stage is at least as good."""
-        return self.top1_after >= self.top1_before
+        return self.accuracy_after >= self.accuracy_before
 
     def __str__(self) -> str:
         unit = "GFLOPs" if self.unit == "gflops" else "ms"
         return (
             f"the model from {'after' if self.is_after else 'before'} it is kept: at {self.cost:.4g} {unit} of the "
-            f"backbone, {100 * self.top1_after:.2f} % of the validation images are right after it and "
-            f"{100 * self.top1_before:.2f} % before it"
+            f"backbone, the accuracy{' over the classes' if self.balanced else ''} on validation images is "
+            f"{100 * self.accuracy_after:.2f} % after it and {100 * self.accuracy_before:.2f} % before it"
         )
 
 
-def better(before: Predictions, after: Predictions, costs: Costs, mask_N: np.ndarray | None = None) -> Comparison:
+def better(
+    before: Predictions, after: Predictions, costs: Costs, mask_N: np.ndarray | None = None, balanced: bool = False
+) -> Comparison:
     """Compare the routed accuracy of two models of the same images at the mean cost of the cheaper one.
 
     A bias on its predictor's logits brings the more expensive one down to that cost.
@@ -42,6 +46,7 @@ def better(before: Predictions, after: Predictions, costs: Costs, mask_N: np.nda
     Args:
         before, after: as `merge` gives them, so that images are in the same order.
         mask_N: which images are compared, bool; None is all.
+        balanced: by the mean accuracy over the classes.
 
     Raises:
         ValueError: the predictions are for other images, or none is compared.
@@ -53,9 +58,10 @@ def better(before: Predictions, after: Predictions, costs: Costs, mask_N: np.nda
         raise ValueError("there is no image to compare the models before and after the joint stage on")
     cost_R = np.asarray(costs.backbone)
     cost = min(float(cost_R[each.chosen_N[rows]].mean()) for each in (before, after))
-    top1 = []
+    labels_N, accuracies = before.labels_N[rows], []
+    weights_N = class_weights(labels_N) if balanced else np.ones(len(rows))
     for each in (before, after):
         logits_NR = each.predictor_logits_NR[rows]
         choice_N = biased_choice(logits_NR, costs, fit_bias(logits_NR, costs, cost))
-        top1.append(float(each.correct_NR[rows, choice_N].mean()))
-    return Comparison(*top1, cost=cost, unit=costs.unit)
+        accuracies.append(float(np.average(each.correct_NR[rows, choice_N], weights=weights_N)))
+    return Comparison(*accuracies, cost=cost, unit=costs.unit, balanced=balanced)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from pipeline.models.drnet import DRNet
 
 FORMAT = 1
-_ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR")
+_ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR", "shifted_classes_NV")
+SHIFT = 1 / 16
+"""of a crop's side, by which shifted crops of a placebo oracle are moved"""
+DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
+"""(down, right) in which they are moved, in turn"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,8 @@ class Predictions:
         indices_N: each image's position in the validation beton, int64.
         logits_NRK: the backbone's logits at each resolution, float32, finite.
         predictor_logits_NR: the predictor's logits over the resolutions, float32, finite.
+        shifted_classes_NV: the class that is answered for V shifted crops at the largest resolution, int64; V is 0
+            where none were run, as in files of earlier versions. See `shifted`.
 
     Raises:
         ValueError: shapes, dtypes or values do not match; the message names all of them.
@@ -43,8 +49,11 @@ class Predictions:
     indices_N: np.ndarray
     logits_NRK: np.ndarray
     predictor_logits_NR: np.ndarray
+    shifted_classes_NV: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     def __post_init__(self) -> None:
+        if not self.shifted_classes_NV.size:
+            object.__setattr__(self, "shifted_classes_NV", np.zeros((len(self.labels_N), 0), np.int64))
         problems = list(self._problems())
         if problems:
             raise ValueError(f"the arrays of the predictions do not match: {'; '.join(problems)}")
@@ -66,6 +75,11 @@ class Predictions:
     def correct_NR(self) -> np.ndarray:
         """Whether the answer at each resolution is correct, bool."""
         return self.classes_NR == self.labels_N[:, None]
+
+    @cached_property
+    def shifted_correct_NV(self) -> np.ndarray:
+        """Whether the answer for each shifted crop is correct, bool."""
+        return self.shifted_classes_NV == self.labels_N[:, None]
 
     @cached_property
     def chosen_N(self) -> np.ndarray:
@@ -95,7 +109,7 @@ class Predictions:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
                     raise ValueError(f"its format is {found}; this version reads format {FORMAT}")
-                return cls(tuple(file["resolutions"].tolist()), *(file[name] for name in _ARRAYS))
+                return cls(tuple(file["resolutions"].tolist()), *(file[name] for name in _ARRAYS if name in file))
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a predictions file: {error}; run jobs.evaluate again") from error
 
@@ -113,6 +127,7 @@ class Predictions:
             "indices_N": ((N,), np.int64),
             "logits_NRK": ((N, R, K), np.float32),
             "predictor_logits_NR": ((N, R), np.float32),
+            "shifted_classes_NV": ((N, self.shifted_classes_NV.shape[-1]), np.int64),
         }
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
@@ -129,7 +144,10 @@ class Predictions:
 
 
 def collect_predictions(
-    model: DRNet, batches: Iterable, backbone_logits: Callable[[Tensor], Tensor] | None = None
+    model: DRNet,
+    batches: Iterable,
+    backbone_logits: Callable[[Tensor], Tensor] | None = None,
+    placebo: bool = False,
 ) -> Predictions:
     """Run every image at every resolution and through the predictor, in eval mode and without gradients.
 
@@ -140,9 +158,12 @@ def collect_predictions(
         batches: with `images` (side -> uint8 (n, side, side, 3)), `labels` and `indices` (n,), on any device.
         backbone_logits: function from indices (n,) to the known backbone logits (n, R, K). If given, the backbone does
             not run, and `images` needs only the predictor's input.
+        placebo: also run R - 1 shifted crops at the largest resolution, so that an oracle over resolutions can be
+            compared with one over as many looks at a single one. It costs R - 1 passes at that resolution.
     """
-    device = next(model.parameters()).device
-    labels, indices, logits, predictor = [], [], [], []
+    device, R = next(model.parameters()).device, len(model.resolutions)
+    labels, indices, logits, predictor, looks = [], [], [], [], []
+    largest = int(np.argmax(model.resolutions))
     with training_mode(model, False), torch.inference_mode():
         for batch in batches:
             if len(batch.labels) == 0:
@@ -155,15 +176,31 @@ def collect_predictions(
                 logits_NRK = backbone_logits(batch.indices)
             logits.append(logits_NRK.float().cpu().numpy())
             predictor.append(model.predictor_logits(images).float().cpu().numpy())
+            looks.append(np.zeros((len(batch.labels), 0), np.int64))
+            for direction in DIRECTIONS[: R - 1] if placebo else ():
+                moved = images | {model.resolutions[largest]: shifted(images[model.resolutions[largest]], *direction)}
+                answers_N = model.static_logits(moved, largest).argmax(dim=1).cpu().numpy()
+                looks[-1] = np.column_stack([looks[-1], answers_N])
             # Copied because the loader may reuse the batch's memory.
             labels.append(batch.labels.cpu().numpy().astype(np.int64))
             indices.append(batch.indices.cpu().numpy().astype(np.int64))
-    R = len(model.resolutions)
     if not labels:
         labels, indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         logits, predictor = [np.zeros((0, R, 1), np.float32)], [np.zeros((0, R), np.float32)]
-    arrays = (np.concatenate(parts) for parts in (labels, indices, logits, predictor))
+        looks = [np.zeros((0, 0), np.int64)]
+    arrays = (np.concatenate(parts) for parts in (labels, indices, logits, predictor, looks))
     return Predictions(tuple(model.resolutions), *arrays)
+
+
+def shifted(pixels_NHWC: Tensor, down: int, right: int) -> Tensor:
+    """Move crops by SHIFT of their side; the edge that comes into view repeats the last row or column.
+
+    A mirror image would be another look too, but not everything keeps its class in a mirror.
+    """
+    side = pixels_NHWC.shape[1]
+    step, places = max(1, round(SHIFT * side)), torch.arange(side, device=pixels_NHWC.device)
+    rows_H, columns_W = ((places - step * sign).clamp(0, side - 1) for sign in (down, right))
+    return pixels_NHWC[:, rows_H][:, :, columns_W]
 
 
 def merge(parts: Sequence[Predictions], num_images: int | None = None) -> Predictions:

@@ -14,12 +14,20 @@ import numpy as np
 
 from datasets.files import write_whole
 from pipeline.evaluation.budget import budget_curve
-from pipeline.evaluation.comparison import BOOTSTRAP_SEED, Stated, class_table, compare, curve_points, table_rows
+from pipeline.evaluation.comparison import (
+    BOOTSTRAP_SEED,
+    Stated,
+    class_table,
+    compare,
+    curve_points,
+    predictor_gains,
+    table_rows,
+)
 from pipeline.evaluation.figures import Tile, draw_figures, draw_gallery, pick_tiles
 from pipeline.evaluation.gate import Answers
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.render import render_html, render_markdown
-from pipeline.evaluation.statistics import COLLAPSED_SHARE, CONFIDENCE, RESAMPLES, by_attribute
+from pipeline.evaluation.statistics import COLLAPSED_SHARE, CONFIDENCE, RESAMPLES, by_attribute, class_weights
 from pipeline.evaluation.style import DARK, LIGHT
 from pipeline.evaluation.tables import cost_words, gflops, percent, signed
 from pipeline.models.cost import Costs, Latency
@@ -30,15 +38,20 @@ from pipeline.serving.runtime.policy import Policy
 
 
 def judge(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `outcome`, `verdict` (text; its first sentence is the outcome) and `verdict_details` (further sentences).
+    """Return `outcome`, `verdict` (text; the outcome) and `verdict_details` (further sentences).
 
-    Outcomes: `static` (the policy that was chosen is a static resolution), `dominated` (a static resolution costs no
-    more and is no less accurate), `below_line` (below the envelope of the static resolutions at equal cost), `unproven`
-    (above it, but one of the 95 % intervals against envelope and random contains 0), `gain` (above both, and so are the
-    intervals), `single_resolution` (nothing to route).
+    The first sentence says at which costs a predictor pays, where there is one.
+
+    Outcomes: `constant` (not proven better than always answering the most frequent class), `static` (the policy that
+    was chosen is a static resolution), `dominated` (a static resolution costs no more and is no less accurate),
+    `below_line` (below the envelope of the static resolutions at equal cost), `unproven` (above it, but one of the
+    95 % intervals against envelope and random contains 0), `gain` (above both, and so are the intervals),
+    `single_resolution` (nothing to route).
     """
     rows = {row["id"]: row for row in report["rows"]}
     words = cost_words(report)
+    if (constant := _constant(report)) is not None:
+        return {"outcome": "constant", "verdict": constant, "verdict_details": []}
     if report["comparisons"] is None:
         row = report["headline"]
         text = (
@@ -68,18 +81,55 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
         )
     else:
         outcome, text = "gain", f"{_trade(report, rows)}, and {_against_envelope(report)}."
+    text = " ".join(filter(None, (predictor_sentence(report), text)))
+    if report["compared_by"] == "balanced_top1":
+        text = f"Accuracy is the mean over the classes here. {text}"
     return {"outcome": outcome, "verdict": text, "verdict_details": list(_details(report, rows))}
+
+
+def _constant(report: Mapping[str, Any]) -> str | None:
+    """Say that the model may as well always answer one class, if neither accuracy proves otherwise."""
+    head, majority = report["headline"], report["majority_class_top1"]
+    if head["top1_low"] > majority or head["balanced_low"] > 1 / len(report["by_class"]):
+        return None
+    return (
+        f"No better than a constant answer: {head['label']} reaches {percent(head['top1'])} (95 % CI "
+        f"{percent(head['top1_low'])} to {percent(head['top1_high'])}), and always answering the most frequent class "
+        f"reaches {percent(majority)}. Its mean accuracy over the classes is {percent(head['balanced_top1'])}."
+    )
+
+
+def predictor_sentence(report: Mapping[str, Any]) -> str | None:
+    """Say whether a predictor pays on these images, and at which costs; None where none was compared."""
+    found = report.get("predictor")
+    if found is None or not found["points"]:
+        return None
+    unit = cost_words(report).unit
+    if found["pays_from"] is None:
+        best = max(found["points"], key=lambda point: point["low_points"])
+        return (
+            "A predictor does not pay here: at no cost is a policy with one proven more accurate than the best without "
+            f"(at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} {unit}, "
+            f"{_interval(best)})."
+        )
+    best = max(found["points"], key=lambda point: point["low_points"])
+    costs = [gflops(found[key]) for key in ("pays_from", "pays_to")]
+    where = f"a highest cost of {costs[0]}" if costs[0] == costs[1] else f"highest costs from {costs[0]} to {costs[1]}"
+    return (
+        f"A predictor pays for {where} {unit}: {best['kind']} is {best['difference_points']:.1f} points more accurate "
+        f"than the best without at {gflops(best['mean_cost'])} {unit} ({_interval(best)})."
+    )
 
 
 def _dominating(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the most accurate static resolution that costs no more than the routed network and is no less accurate."""
-    routed = rows["routed"]
+    routed, key = rows["routed"], report["compared_by"]
     better = [
         row
         for row in report["rows"]
-        if row["kind"] in STATIC_KINDS and row["mean_cost"] <= routed["mean_cost"] and row["top1"] >= routed["top1"]
+        if row["kind"] in STATIC_KINDS and row["mean_cost"] <= routed["mean_cost"] and row[key] >= routed[key]
     ]
-    return max(better, key=lambda row: (row["top1"], -row["mean_cost"])) if better else None
+    return max(better, key=lambda row: (row[key], -row["mean_cost"])) if better else None
 
 
 def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str:
@@ -88,9 +138,10 @@ def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str
     clearly = low > 0 and points >= 0.05
     accurate = f"{points:.1f} points more accurate than" if clearly else "as accurate as"
     by = "" if clearly else f"{signed(points)} points, "
+    test = "" if found["mcnemar_p"] is None else f", McNemar {_p(found['mcnemar_p'])}"
     return (
         f"Static wins: {static['label']} is {accurate} the routed network ({by}95 % CI {signed(low)} "
-        f"to {signed(high)}, McNemar {_p(found['mcnemar_p'])}) at {1 / found['cost_ratio']:.2f} of its "
+        f"to {signed(high)}{test}) at {1 / found['cost_ratio']:.2f} of its "
         f"{cost_words(report).noun}."
     )
 
@@ -131,6 +182,14 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
         f"{gflops(oracle['mean_cost'])} {cost_words(report).unit}. Of the routed network's {routing['wrong']} wrong "
         f"answers, {routing['wrong_but_right_elsewhere']} are correct at another resolution."
     )
+    if "placebo" in rows:
+        placebo = rows["placebo"]
+        static = next(row for row in report["rows"] if row["kind"] == "static" and row["shares"] == placebo["shares"])
+        by_luck, all_in_all = (100 * (row["top1"] - static["top1"]) for row in (placebo, oracle))
+        yield (
+            f"Much of that can be luck: the {placebo['label']}, which takes the luckiest of slightly shifted crops, is "
+            f"{signed(by_luck)} points above {static['label']}, and the oracle {signed(all_in_all)}."
+        )
 
 
 def _rivals(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str]:
@@ -139,7 +198,7 @@ def _rivals(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str]
         if row["kind"] == "policy" and row["policy"] not in ("static", report["policies"]["chosen"]["kind"]):
             found = report["comparisons"][row["id"]]
             yield (
-                f"The best {row['label']} that costs no more reaches {percent(row['top1'])} at "
+                f"The best {row['label']} that costs no more reaches {percent(row[report['compared_by']])} at "
                 f"{gflops(row['mean_cost'])} {cost_words(report).unit}: the chosen policy is "
                 f"{_side(found['difference_points'], 'it')} ({_interval(found)})."
             )
@@ -199,7 +258,7 @@ class Evaluation:
         """What policies need to know of all validation images."""
         labels_N, weights_N = self.predictions.labels_N, None
         if self.balanced:
-            weights_N = 1 / np.bincount(labels_N, minlength=self.predictions.num_classes)[labels_N]
+            weights_N = class_weights(labels_N)
         predictor_NR = self.predictions.predictor_logits_NR if self.has_predictor else None
         logits = self.predictions.logits_NRK, labels_N, predictor_NR
         return Images.of(*logits, self.costs, weights_N)
@@ -235,11 +294,13 @@ def build_report(
         `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`, `dataset`, `n` (images
         that results are stated on), `num_classes`, `classes`, `resolutions`, `costs`; `outcome`, `verdict`,
         `verdict_details` (see `judge`); `headline` (what the model reaches as deployed); `best_static` (id of a row);
+        `compared_by` (the key of the rows that is compared, top1 or balanced_top1);
         `rows` (see `comparison.table_rows`); `comparisons` (row id -> the routed network against it, see
-        `comparison.compare`);
-        `policies` (see `_policies`); `budget_curve` (see `budget.budget_curve`); `routing`; `by_class` (see
-        `comparison.class_table`); `attributes`; `majority_class_top1`; `references`; `method`; `environment`. With one
-        resolution `comparisons`, `policies` and `routing` are null, `budget_curve` is empty.
+        `comparison.compare`); `policies` (see `_policies`); `predictor` (whether it pays, see
+        `comparison.predictor_gains`; null without one); `budget_curve` (see `budget.budget_curve`); `routing`;
+        `by_class` (see `comparison.class_table`); `attributes`; `majority_class_top1`; `references`; `method`;
+        `environment`. With one resolution `comparisons`, `policies`, `predictor` and `routing` are null, and
+        `budget_curve` is empty.
 
     Raises:
         ValueError: predictions, costs, classes and attributes do not belong together, or no policy meets the budget.
@@ -257,10 +318,12 @@ def build_report(
         evaluation.other_name,
         {} if calibration is None else calibration.routed,
         costs,
+        predictions.shifted_correct_NV[stated_M],
+        evaluation.balanced,
     )
     labels = {} if calibration is None else _labels(calibration, costs)
     rows = table_rows(stated, labels)
-    statics = [row for row in rows if row["kind"] in STATIC_KINDS]
+    statics, key = [row for row in rows if row["kind"] in STATIC_KINDS], stated.top1_key
     last_N = stated.routed[ALL].last_N if stated.is_routed else np.zeros(len(stated_M), np.int64)
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -279,10 +342,14 @@ def build_report(
             "latency": None if costs.latency is None else _latency(costs.latency),
         },
         "headline": next(row for row in rows if row["kind"] == ("routed" if stated.is_routed else "static")),
-        "best_static": max(statics, key=_accurate_then_cheap)["id"],
+        "best_static": max(statics, key=lambda row: (row[key], -row["mean_cost"]))["id"],
+        "compared_by": key,
         "rows": rows,
         "comparisons": compare(stated, rows) if stated.is_routed else None,
         "policies": None if calibration is None else _policies(calibration, evaluation, stated),
+        "predictor": predictor_gains(stated, calibration.curves, calibration.costs_C)
+        if calibration is not None and evaluation.has_predictor
+        else None,
         "budget_curve": budget_curve(predictions.predictor_logits_NR[stated_M], stated.correct_NR, costs)
         if stated.is_routed and evaluation.has_predictor
         else [],
@@ -399,14 +466,18 @@ def write_report(
 def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping[str, Any]) -> Answers:
     """Which of the stated images the deployed policy gets right, for the gate between registered models."""
     predictions, calibration = evaluation.predictions, evaluation.calibration
-    if calibration is None:
-        indices_N, correct_N = predictions.indices_N, predictions.correct_NR[:, 0]
-    else:
-        indices_N = predictions.indices_N[calibration.stated]
-        correct_N = calibration.routed[ALL].correct_N(predictions.correct_NR[calibration.stated])
+    stated_M = np.arange(predictions.num_images) if calibration is None else calibration.stated
+    indices_N, correct_NR = predictions.indices_N[stated_M], predictions.correct_NR[stated_M]
+    correct_N = correct_NR[:, 0] if calibration is None else calibration.routed[ALL].correct_N(correct_NR)
     order_N = np.argsort(indices_N)
-    digest = str(context.get("data digest", ""))
-    return Answers(digest, indices_N[order_N], correct_N[order_N], float(report["headline"]["mean_gflops"]))
+    return Answers(
+        data_digest=str(context.get("data digest", "")),
+        indices_N=indices_N[order_N],
+        right_N=correct_N[order_N],
+        mean_gflops=float(report["headline"]["mean_gflops"]),
+        static_right_NR=correct_NR[order_N],
+        static_gflops_R=np.asarray(evaluation.costs.backbone_gflops),
+    )
 
 
 def _tiles(evaluation: Evaluation, classes: Sequence[str], read_image: Callable[[int], bytes]) -> list[list[Tile]]:
@@ -430,10 +501,6 @@ def to_json(report: Mapping[str, Any]) -> str:
 
 
 _NAMED_CONTEXT = ("dataset", "git_commit", "created", "references")
-
-
-def _accurate_then_cheap(row: Mapping[str, Any]) -> tuple[float, float]:
-    return row["top1"], -row["mean_cost"]
 
 
 def _mismatches(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
+from pipeline.evaluation.gate import Answers, common_images, compare_answers
 from pipeline.evaluation.report import SCHEMA_VERSION
-from pipeline.evaluation.tables import markdown_table, signed
+from pipeline.evaluation.statistics import Estimate, mean_of, mean_over_seeds
+from pipeline.evaluation.tables import gflops, markdown_table, p_value, signed
 
+ENDS = ("low", "high")
 SUMMARIZED = (
     "routed_top1",
     "routed_gflops",
@@ -28,7 +32,8 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `num_seeds`, `dataset`, `resolutions`, `rows` (one per report: `name`, `outcome`, `best_static` and the values
         of SUMMARIZED, with the 95 % intervals of the two differences) and `summary`: for each value of SUMMARIZED its
-        `mean`, `std` (over the seeds, n - 1; null for one seed), `min` and `max`.
+        `mean`, `low` and `high` (Student's t interval) and `std` (n - 1), the last three null for one seed, `min` and
+        `max`.
 
     Raises:
         ValueError: there is no report; the reports differ in data set, resolutions, number of images or unit of cost;
@@ -49,7 +54,10 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         listing = "; ".join(
             f"{dataset}, {list(sides)} px, {n} images, by {unit}" for dataset, sides, n, unit in sorted(kinds, key=str)
         )
-        raise ValueError(f"reports of different runs cannot be summarized together: {listing}")
+        raise ValueError(
+            f"reports of different runs cannot be summarized together: {listing}. --against compares runs with other "
+            "resolutions, pair by pair"
+        )
     if reports[0]["comparisons"] is None:
         raise ValueError("reports with one resolution have no routed network to summarize")
     rows = [_row(report) for report in reports]
@@ -63,7 +71,7 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def seeds_markdown(summary: Mapping[str, Any]) -> str:
-    """Return a summary as a Markdown table: one row per seed, then mean and standard deviation."""
+    """Return a summary as a Markdown table: one row per seed, then the means with Student's t intervals."""
     header = ("run", "routed", "GFLOPs", "best static", "of its FLOPs", "against it", "above the envelope", "oracle")
     body = [
         (
@@ -92,6 +100,44 @@ def seeds_markdown(summary: Mapping[str, Any]) -> str:
     return markdown_table(header, [*body, tuple(f"**{cell}**" for cell in last)])
 
 
+def pairs_markdown(pairs: Sequence[tuple[str, Answers, str, Answers]]) -> str:
+    """Return runs against others of any resolutions as a Markdown table: one row per pair, then the mean.
+
+    Each pair is compared on the images that both are stated on. The interval of the mean is over images and seeds, by
+    Student's t.
+
+    Args:
+        pairs: name and answers of a run, and of the run that it is compared with.
+
+    Raises:
+        ValueError: the runs of a pair have no images in common.
+    """
+    body, differences, costs = [], [], []
+    for first_name, first, second_name, second in pairs:
+        try:
+            first, second = common_images(first, second)
+        except ValueError as error:
+            raise ValueError(f"{first_name} and {second_name} cannot be compared: {error}") from None
+        found = compare_answers(first, second)
+        differences.append((first.indices_N, first.right_N.astype(np.float64) - second.right_N))
+        costs.append(first.mean_gflops / second.mean_gflops)
+        spent = [f"{100 * each.top1:.2f} % at {gflops(each.mean_gflops)}" for each in (first, second)]
+        cells = _points(found.difference), p_value(found.mcnemar_p), f"{costs[-1]:.2f}"
+        body.append((first_name, spent[0], second_name, spent[1], f"{found.num_images:,}", *cells))
+    # One seed of a pair may be stated on other images than the next.
+    common = reduce(np.intersect1d, [indices_N for indices_N, _ in differences])
+    values_SN = np.stack([values_N[np.isin(indices_N, common)] for indices_N, values_N in differences])
+    mean = _points(mean_over_seeds(values_SN)) if len(common) else "no common images"
+    last = (f"mean of {len(pairs)} pairs", "", "", "", f"{len(common):,}", mean, "-", f"{np.mean(costs):.2f}")
+    header = ("run", "top-1 at GFLOPs", "against", "top-1 at GFLOPs", "images", "points", "McNemar p", "of its FLOPs")
+    return markdown_table(header, [*body, tuple(f"**{cell}**" if cell else "" for cell in last)])
+
+
+def _points(difference: Estimate) -> str:
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def _row(report: Mapping[str, Any]) -> dict[str, Any]:
     rows = {row["id"]: row for row in report["rows"]}
     best, routed, compared = rows[report["best_static"]], rows["routed"], report["comparisons"]
@@ -116,8 +162,9 @@ def _row(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "min": min(values), "max": max(values)}
+    found, std = mean_of(values), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    ends = {"low": None, "high": None} if found is None else {"low": found.low, "high": found.high}
+    return {"mean": float(np.mean(values)), **ends, "std": std, "min": min(values), "max": max(values)}
 
 
 def _with_interval(row: Mapping[str, Any], key: str) -> str:
@@ -125,7 +172,6 @@ def _with_interval(row: Mapping[str, Any], key: str) -> str:
 
 
 def _mean(spread: Mapping[str, Any], scale: float, form: str, unit: str = "") -> str:
-    """Format the mean and, with more than one seed, the standard deviation."""
-    mean = f"{scale * spread['mean']:{form}}"
-    deviation = "" if spread["std"] is None else f" \N{PLUS-MINUS SIGN} {scale * spread['std']:{form.lstrip('+')}}"
-    return f"{mean}{deviation}{unit}"
+    """Format the mean and, with more than one seed, its interval."""
+    mean = f"{scale * spread['mean']:{form}}{unit}"
+    return mean if spread["low"] is None else f"{mean} ({' to '.join(f'{scale * spread[end]:{form}}' for end in ENDS)})"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 from scipy.stats import binomtest, spearmanr
 
 from pipeline.models.cost import Costs
@@ -33,10 +33,12 @@ class Estimate:
     high: float
 
 
-def accuracy(num_right: int, num_images: int) -> Estimate:
-    """Return the share of correct answers with Wilson's score interval."""
-    interval = binomtest(num_right, num_images).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(num_right / num_images, float(interval.low), float(interval.high))
+def accuracy(num_right: float, num_images: float) -> Estimate:
+    """Return the share of correct answers with Wilson's score interval; the counts may be effective ones."""
+    share, square = num_right / num_images, float(ndtri((1 + CONFIDENCE) / 2)) ** 2
+    center = (num_right + square / 2) / (num_images + square)
+    margin = (square * (num_images * share * (1 - share) + square / 4)) ** 0.5 / (num_images + square)
+    return Estimate(share, max(0.0, center - margin), min(1.0, center + margin))
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
@@ -45,7 +47,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
 
-def paired_difference(only_first: int, only_second: int, num_images: int) -> Estimate:
+def paired_difference(only_first: float, only_second: float, num_images: float) -> Estimate:
     """Return the difference of two accuracies on the same images, first minus second.
 
     The interval is the adjusted Wald interval of Bonett and Price (2012), which keeps its coverage if few images
@@ -58,17 +60,37 @@ def paired_difference(only_first: int, only_second: int, num_images: int) -> Est
     return Estimate(value, max(-1.0, center - margin), min(1.0, center + margin))
 
 
-def mean_over_seeds(values_SN: np.ndarray) -> Estimate:
-    """Return the mean of S seeds' values on the same N images, with a normal interval over images and seeds.
+def student_t(freedom: float, tests: int = 1) -> float:
+    """Return the factor of a standard error in the two-sided interval by Student's t, for `tests` of them at once."""
+    return float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * tests)))
+
+
+def mean_of(values_S: Sequence[float] | np.ndarray) -> Estimate | None:
+    """Return the mean of S seeds' values with Student's t interval; None with one seed."""
+    S = len(values_S)
+    if S < 2:
+        return None
+    mean, margin = float(np.mean(values_S)), student_t(S - 1) * float(np.std(values_S, ddof=1)) / S**0.5
+    return Estimate(mean, mean - margin, mean + margin)
+
+
+def mean_over_seeds(values_SN: np.ndarray, tests: int = 1) -> Estimate:
+    """Return the mean of S seeds' values on the same N images, with an interval over images and seeds.
 
     Images and seeds count as independent draws: the variance of the mean is var(means of images) / N + var(means of
-    seeds) / S. With one seed the interval covers the choice of images alone.
+    seeds) / S. Its degrees of freedom are Satterthwaite's, so few seeds that differ widen the interval as Student's t
+    does. With one seed the interval covers the choice of images alone.
+
+    Args:
+        tests: how many means are looked at, so that all their intervals cover at once (Bonferroni).
     """
     S, N = values_SN.shape
-    variance = float(values_SN.mean(axis=0).var(ddof=1)) / N if N > 1 else 0.0
-    if S > 1:
-        variance += float(values_SN.mean(axis=1).var(ddof=1)) / S
-    value, margin = float(values_SN.mean()), float(ndtri((1 + CONFIDENCE) / 2)) * variance**0.5
+    parts = [(float(values_SN.mean(axis=0).var(ddof=1)) / N, N - 1)] if N > 1 else []
+    parts += [(float(values_SN.mean(axis=1).var(ddof=1)) / S, S - 1)] if S > 1 else []
+    variance, value = sum(part for part, _ in parts), float(values_SN.mean())
+    if variance == 0:
+        return Estimate(value, value, value)
+    margin = student_t(variance**2 / sum(part**2 / freedom for part, freedom in parts), tests) * variance**0.5
     return Estimate(value, max(-1.0, value - margin), min(1.0, value + margin))
 
 
@@ -83,10 +105,20 @@ def shares(chosen_N: np.ndarray, num_resolutions: int) -> np.ndarray:
     return np.bincount(chosen_N, minlength=num_resolutions) / len(chosen_N)
 
 
-def balanced_accuracy(correct_N: np.ndarray, labels_N: np.ndarray) -> float:
-    """Return the mean over the classes of the share of correct answers."""
-    classes, positions_N = np.unique(labels_N, return_inverse=True)
-    return float((np.bincount(positions_N, correct_N, len(classes)) / np.bincount(positions_N)).mean())
+def class_weights(labels_N: np.ndarray) -> np.ndarray:
+    """Return weights (N,) by which every class counts the same; their mean is 1."""
+    classes, positions_N, counts = np.unique(labels_N, return_inverse=True, return_counts=True)
+    return (len(labels_N) / len(classes) / counts)[positions_N]
+
+
+def balanced_accuracy(correct_N: np.ndarray, labels_N: np.ndarray) -> Estimate:
+    """Return the mean over the classes of the share of correct answers.
+
+    The interval is Wilson's, of as many equally weighted images as have the same variance (Kish 1965).
+    """
+    weights_N = class_weights(labels_N)
+    num_images = weights_N.sum() ** 2 / (weights_N**2).sum()
+    return accuracy(float(weights_N @ correct_N / weights_N.sum() * num_images), float(num_images))
 
 
 def envelope(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtri
@@ -79,6 +80,7 @@ class Calibration:
         curves: kind or ALL -> what policies of rising cost do with the stated rows.
         num_select: images that each of them was fitted on, the mean over the folds.
         folds: None where the halves are disjoint.
+        costs_C: the highest costs of the curves, (C,).
     """
 
     fronts: Mapping[str, list[FittedPolicy]]
@@ -88,6 +90,15 @@ class Calibration:
     curves: Mapping[str, list[Routed]]
     num_select: int
     folds: int | None
+    costs_C: np.ndarray
+
+
+class Discordant(NamedTuple):
+    """How many images only one of two classifiers gets right, among how many; fractions where these are weighted."""
+
+    only_first: float
+    only_second: float
+    num_images: float
 
 
 def hashed(keys_N: np.ndarray, seed: int) -> np.ndarray:
@@ -131,6 +142,7 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
         curves={kind: [at(kind, cost) for cost in grid] for kind in fronts if fronts[kind]},
         num_select=round(float(np.mean([len(rows) for rows, _ in parts]))),
         folds=None if len(parts) == 1 else len(parts),
+        costs_C=grid,
     )
 
 
@@ -150,7 +162,8 @@ def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> Fi
         return affordable[-1]
     best_N = images.correct_NR[:, int(weighted_accuracy(images.correct_NR, images.weights_N).argmax())]
     for point in affordable:
-        if drop_bound(best_N, route(point.policy, images).correct_N(images.correct_NR)) <= budget.max_drop:
+        answered_N = route(point.policy, images).correct_N(images.correct_NR)
+        if drop_bound(best_N, answered_N, images.weights_N) <= budget.max_drop:
             return point
     if budget.cost is None:  # the most accurate policies agree with the best static resolution almost everywhere
         return affordable[-1]
@@ -170,15 +183,36 @@ def weighted_accuracy(correct_NR: np.ndarray, weights_N: np.ndarray) -> np.ndarr
     return weights_N @ correct_NR / weights_N.sum()
 
 
-def drop_bound(first_N: np.ndarray, second_N: np.ndarray) -> float:
+def discordant(first_N: np.ndarray, second_N: np.ndarray, weights_N: np.ndarray | None = None) -> Discordant:
+    """Count the images that only one of two classifiers gets right, as far as they say something of its accuracy.
+
+    With weights the counts are those of as many equally weighted images as have the same variance (Kish 1965): of all
+    images, or of those on which the classifiers differ, whichever are fewer. A few images of a rare class then say as
+    little as they do.
+    """
+    only_first_N, only_second_N = first_N & ~second_N, ~first_N & second_N
+    if weights_N is None or np.ptp(weights_N) == 0:
+        return Discordant(int(only_first_N.sum()), int(only_second_N.sum()), len(first_N))
+    total, differ_N = weights_N.sum(), only_first_N | only_second_N
+    num_images = total**2 / (weights_N**2).sum()
+    if differ_N.any():
+        num_images = min(num_images, total * weights_N[differ_N].sum() / (weights_N[differ_N] ** 2).sum())
+    only_first, only_second = (weights_N[only_N].sum() / total * num_images for only_N in (only_first_N, only_second_N))
+    return Discordant(float(only_first), float(only_second), float(num_images))
+
+
+def drop_bound(first_N: np.ndarray, second_N: np.ndarray, weights_N: np.ndarray | None = None) -> float:
     """Upper one-sided bound of how much more accurate the first of two classifiers is on the same images.
 
     The adjusted Wald bound of Bonett and Price (2012). Classifiers that agree on every image have the bound 0.
+
+    Args:
+        weights_N: of the images in an accuracy; None counts them the same.
     """
-    only_first, only_second = int((first_N & ~second_N).sum()), int((~first_N & second_N).sum())
-    if only_first + only_second == 0:
+    found = discordant(first_N, second_N, weights_N)
+    if found.only_first + found.only_second == 0:
         return 0.0
-    count = len(first_N) + 2
-    first, second = (only_first + 1) / count, (only_second + 1) / count
+    count = found.num_images + 2
+    first, second = (found.only_first + 1) / count, (found.only_second + 1) / count
     margin = ((first + second - (first - second) ** 2) / count) ** 0.5
     return first - second + float(ndtri(CONFIDENCE)) * margin

@@ -19,15 +19,25 @@ from ray import tune
 from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
-from pipeline.cluster.driver import download_validation_split, environment, only_driver, train_run
+from pipeline.cluster.driver import (
+    download_validation_split,
+    environment,
+    only_driver,
+    split_keys,
+    split_of,
+    train_run,
+)
 from pipeline.cluster.group import run_group
 from pipeline.cluster.progress import event_writer, followed
 from pipeline.cluster.stopping import sigterm_as_sigint
 from pipeline.cluster.worker import data_of_node
 from pipeline.config.load import with_absolute_paths
 from pipeline.config.run_folder import RunFolder
-from pipeline.config.schema import Config, StagesConfig
+from pipeline.config.schema import Config, PolicyConfig, StagesConfig
+from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet, build_configured, place_model
+from pipeline.policies.calibrate import Budget, calibrate
+from pipeline.policies.route import Images
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources
 from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
 from pipeline.search.records import Record, SearchFolder, context_digest
@@ -83,14 +93,15 @@ def search_run(config: Config) -> SearchResult:
         download_validation_split(config)
         settings = _begin(config, folder, checked)
         _fill_tables(settings, checked.manifest)
-        correct_NR = _correct(settings, checked.manifest)
+        images = _validation_images(settings, checked)
+        correct_NR = images.correct_NR
         _run_trials(settings, checked, correct_NR, tracking)
         records = settings.records.read(settings.context)
         # An earlier attempt may have used more seeds.
         records = [record for record in records if 0 <= record.seed - config.seed < config.search.seeds]
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
         chosen = choose_finetuned(config, finetuned, correct_NR)
-        report = _report(settings, checked, records, correct_NR, finetuned, chosen)
+        report = _report(settings, checked, records, images, finetuned, chosen)
     return SearchResult(folder, report, chosen)
 
 
@@ -158,14 +169,15 @@ def _fill_worker(settings: SearchSettings) -> None:
         fill_table(settings.folder.tables, key, crop_epochs, loader, backbone_logits, device=device, tell=tell)
 
 
-def _correct(settings: SearchSettings, manifest: Manifest) -> np.ndarray:
-    """Return whether the backbone is correct for each validation image at each resolution, bool (N, R)."""
+def _validation_images(settings: SearchSettings, checked: Checked) -> Images:
+    """Return the backbone's answers for each validation image, on which policies without a predictor are fitted."""
     model = load_model(settings.folder.backbone).model
-    key = TableKey.of(model, settings.config, manifest, VALIDATION)
+    key = TableKey.of(model, settings.config, checked.manifest, VALIDATION)
     table = LogitTable(settings.tables, key, range(1))
-    logits_NRK = table.logits(0, torch.arange(key.num_samples)).numpy()
+    logits_NRK = table.logits(0, torch.arange(key.num_samples)).float().numpy()
     labels_N = read_layout(beton_path(settings.config.data.folder, VALIDATION)).metadata["label"]
-    return logits_NRK.argmax(axis=2) == labels_N[:, None]
+    costs = Costs(settings.config.model.resolutions, tuple(checked.backbone_gflops), predictor_gflops=0.0)
+    return Images.of(logits_NRK, labels_N, None, costs)
 
 
 def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarray, tracking: RunHandle) -> None:
@@ -278,6 +290,7 @@ def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
             "name": f"{config.name}-{record.key[:8]}",
             "model": record.candidate.model(config.model),
             "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
+            "policy": policy_of(config),
             "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
             # The search's own store: it may be a file in the storage of the search.
             "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
@@ -292,6 +305,19 @@ def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
     except ValueError as error:
         return Finetuned(record.candidate, run_config, None, str(error))
     return Finetuned(record.candidate, run_config, result.report)
+
+
+def policy_of(config: Config) -> PolicyConfig:
+    """How a finetuned run chooses its policy: by the search's budget, so that one without a predictor may win.
+
+    With both limits the run takes the most accurate policy within the budget, and the search checks the other limit.
+    """
+    search = config.search
+    if search.budget_gflops is not None and config.cost == "flops":
+        return config.policy.model_copy(update={"budget_gflops": search.budget_gflops, "max_accuracy_drop": None})
+    if search.max_accuracy_drop is not None:
+        return config.policy.model_copy(update={"max_accuracy_drop": search.max_accuracy_drop})
+    return config.policy
 
 
 def _save_start(start: Path, settings: SearchSettings, config: Config, weights: Path) -> None:
@@ -332,14 +358,14 @@ def _report(
     settings: SearchSettings,
     checked: Checked,
     records: Sequence[Record],
-    correct_NR: np.ndarray,
+    images: Images,
     finetuned: Sequence[Finetuned],
     chosen: Finetuned | None,
 ) -> dict[str, Any]:
     config = settings.config
     report = build_search_report(
         records,
-        correct_NR,
+        images.correct_NR,
         config=config,
         space=checked.space,
         backbone_gflops=checked.backbone_gflops,
@@ -352,6 +378,7 @@ def _report(
             "data digest": checked.manifest.digest,
             **environment(),
         },
+        calibration=calibrate(images, split_keys(config), Budget(), split_of(config)),
     )
     write_search_report(settings.folder.report, report)
     return report

@@ -16,8 +16,17 @@ import numpy as np
 
 from datasets.files import write_whole
 from pipeline.config.schema import Config
-from pipeline.evaluation.comparison import difference_row, mean_costs, oracle_row, result_row, static_rows
-from pipeline.evaluation.report import to_json
+from pipeline.evaluation.comparison import (
+    best_without,
+    difference_row,
+    gain_point,
+    gains,
+    mean_costs,
+    oracle_row,
+    result_row,
+    static_rows,
+)
+from pipeline.evaluation.report import predictor_sentence, to_json
 from pipeline.evaluation.statistics import CONFIDENCE, accuracy, mean_over_seeds, oracle_choice
 from pipeline.evaluation.style import LIGHT
 from pipeline.evaluation.tables import (
@@ -32,6 +41,8 @@ from pipeline.evaluation.tables import (
     result_table,
 )
 from pipeline.models.cost import Costs
+from pipeline.policies.calibrate import Calibration
+from pipeline.policies.route import Routed
 from pipeline.search.figures import draw_search_figures
 from pipeline.search.front import Point, Summary, choose, dominates, parameter_importance, pareto, summarize
 from pipeline.search.records import Record
@@ -74,6 +85,7 @@ def build_search_report(
     finetuned: Sequence[Finetuned],
     chosen: Finetuned | None,
     context: Mapping[str, Any],
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Everything in report.json, as plain Python values, from the records of the trials and the backbone's answers.
 
@@ -81,10 +93,12 @@ def build_search_report(
     included). Keys: `rows` (static resolutions and oracle, see `evaluation.comparison.table_rows`); `trials` (a row for
     every record); `front` (keys of the first seed's trials that no other dominates); `compared` (the paper's four and
     the finalists over all their seeds, see `_compared`); `against_paper` (for each of the four, what dominates it);
+    `predictor` and `policies` (whether a predictor pays, and the front of whole policies, see `_predictor`);
     `finetuned`; `chosen`; `importance`; `space`; `costs`; `method`; `environment`.
 
     Args:
         correct_NR: whether each resolution is right, by image of the validation beton, bool.
+        calibration: of policies without a predictor on the backbone's stored logits; None leaves them out.
         context: `dataset` and `git_commit` where they are known; everything else goes under `environment`.
     """
     papers = {candidate: number for number, candidate in paper_candidates(config).items()}
@@ -118,6 +132,7 @@ def build_search_report(
             _compared(summary, names, papers, correct_NR, costs) for summary in sorted(full, key=lambda s: s.gflops)
         ],
         "against_paper": [_against(number, summaries, full, names, papers) for number in sorted(papers.values())],
+        **_predictor(full, names, correct_NR, costs, calibration),
         "finetuned": [_finetuned(item, names) for item in finetuned],
         "chosen": None if chosen is None else _finetuned(chosen, names),
         "importance": parameter_importance(first, space),
@@ -169,7 +184,7 @@ def _compared(
 ) -> dict[str, Any]:
     """The row of a candidate over its seeds, and in `random` that of random routing with the same shares and cost."""
     name, N, records = names[summary.candidate], len(correct_NR), summary.records
-    method = "wilson" if summary.num_seeds == 1 else "normal"
+    method = "wilson" if summary.num_seeds == 1 else "student-t"
     random = mean_over_seeds(np.stack([correct_NR @ np.asarray(record.shares) for record in records]))
     low, high = summary.gflops_range
     cost = _routed_cost(summary.shares, summary.predictor_gflops, costs)
@@ -187,7 +202,7 @@ def _compared(
         "gflops_high": high,
         "predictor_gflops": summary.predictor_gflops,
         "outcomes": [record.outcome for record in records],
-        "random": result_row(f"{name}, random", "random", "random, same shares", N, random, "normal") | cost,
+        "random": result_row(f"{name}, random", "random", "random, same shares", N, random, "student-t") | cost,
     }
 
 
@@ -215,8 +230,53 @@ def _against(
     return row | {
         "dominated_by": names[best.candidate] if dominates(best.point, paper.point) else None,
         "compared_with": names[best.candidate],
-        **difference_row(best.minus(paper), "normal", *costs),
+        **difference_row(best.minus(paper), "student-t", *costs),
     }
+
+
+def _predictor(
+    full: Sequence[Summary],
+    names: Mapping[Candidate, str],
+    correct_NR: np.ndarray,
+    costs: Costs,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    """Every candidate, over its seeds, minus everything without a predictor that costs no more.
+
+    Returns:
+        `predictor`, as `evaluation.comparison.predictor_gains`, and `policies`: the front of candidates and policies
+        without a predictor, cheapest first, each with `label`, `top1` and `mean_gflops`. Both are for the images that
+        no cascade was fitted on. Without a calibration they are null and empty.
+    """
+    if calibration is None:
+        return {"predictor": None, "policies": []}
+    stated_NR, cascades = correct_NR[calibration.stated], calibration.curves["cascade"]
+    backbone_R = np.asarray(costs.backbone_gflops)
+    answered = [routed.correct_N(stated_NR) for routed in cascades]
+    spent = [float(routed.gflops_N(costs).mean()) for routed in cascades]
+    whole: list[dict[str, Any]] = [
+        {"label": label, "top1": float(right_N.mean()), "mean_gflops": cost}
+        for label, right_N, cost in zip((_label(routed, costs) for routed in cascades), answered, spent, strict=True)
+    ]
+    points: list[dict[str, Any]] = []
+    for summary in full:
+        right_SN, name = summary.right_SN[:, calibration.stated], names[summary.candidate]
+        whole.append({"label": name, "top1": float(right_SN.mean()), "mean_gflops": summary.gflops})
+        place = int(np.searchsorted(calibration.costs_C, summary.gflops, side="right")) - 1
+        if place < 0:
+            continue
+        other_N = best_without(stated_NR, backbone_R, answered[place], summary.gflops, np.ones(len(stated_NR)))
+        gain = mean_over_seeds(right_SN - other_N, tests=len(full))
+        points.append(gain_point(name, summary.gflops, summary.gflops, gain))
+    found = gains(points)
+    return {"predictor": found, "policies": pareto(whole, lambda row: (row["top1"], row["mean_gflops"]))}
+
+
+def _label(routed: Routed, costs: Costs) -> str:
+    """The resolutions that run, cheapest first: static 48 px, or cascade 32, 48 px."""
+    ran = np.flatnonzero(routed.ran_NR.any(axis=0))
+    sides = ", ".join(str(costs.resolutions[j]) for j in sorted(ran, key=lambda j: costs.backbone[j]))
+    return f"{'static' if len(ran) == 1 else 'cascade'} {sides} px"
 
 
 def _finetuned(item: Finetuned, names: Mapping[Candidate, str]) -> dict[str, Any]:
@@ -258,6 +318,8 @@ def render_search(report: Mapping[str, Any], figures: Collection[str]) -> str:
     """The report as Markdown; `figures` are the PNG files beside it."""
     parts = [f"# Search: {cell(report['name'])}", f"**{verdict(report)}**", "\n".join(_details(report))]
     parts.append(markdown_figure("front", "Accuracy against cost of every trial", figures))
+    if report["policies"]:
+        parts += ["## The front of whole policies", _POLICIES_NOTE, markdown_table(*_policies_table(report))]
     parts += ["## The paper's four and the finalists", _compared_note(report), markdown_table(*_compared_table(report))]
     if any(row["compared_with"] for row in report["against_paper"]):
         parts += ["Each of the four against the most accurate finalist that costs no more, on the same images:"]
@@ -280,7 +342,23 @@ def render_search(report: Mapping[str, Any], figures: Collection[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_POLICIES_NOTE = (
+    "Candidates, and policies without a predictor on the same backbone: cascades and static resolutions. All are "
+    "stated on validation images that no cascade was fitted on."
+)
+
+
+def _policies_table(report: Mapping[str, Any]) -> Table:
+    body = [(row["label"], percent(row["top1"], DIGITS), gflops(row["mean_gflops"])) for row in report["policies"]]
+    return ("policy", "top-1", "GFLOPs"), body
+
+
 def verdict(report: Mapping[str, Any]) -> str:
+    """Whether a predictor pays on these images, then the model to deploy or how the front compares with the paper."""
+    return " ".join(filter(None, (predictor_sentence(report), _outcome(report))))
+
+
+def _outcome(report: Mapping[str, Any]) -> str:
     """One sentence: the model to deploy, or how the front compares with the paper's four."""
     chosen = report["chosen"]
     if chosen is not None:
@@ -430,8 +508,8 @@ def _bad_table(rows: list[Mapping[str, Any]]) -> Table:
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
     return [
-        f"Top-1 on {report['n']:,} validation images. With one seed: Wilson's 95 % interval. With several: a normal "
-        "interval over images and seeds.",
+        f"Top-1 on {report['n']:,} validation images. With one seed: Wilson's 95 % interval. With several: an interval "
+        "over images and seeds by Student's t.",
         f"A trial trains the predictor for {report['method']['epochs']} epochs on stored logits of the frozen "
         "backbone. Its cost is in GFLOPs of 1e9 multiply-adds an image, predictor included, at the shares measured on "
         "these images.",

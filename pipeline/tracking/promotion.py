@@ -16,7 +16,15 @@ import mlflow
 from mlflow import MlflowClient
 
 from pipeline.config.schema import Config
-from pipeline.evaluation.gate import Answers, Bounds, Comparison, compare_answers, objections
+from pipeline.evaluation.gate import (
+    Answers,
+    Bounds,
+    Comparison,
+    compare_answers,
+    former_objections,
+    objections,
+    static_objections,
+)
 from pipeline.tracking.store import TrackingError, connect, explained, now_ms, tracking_uri
 
 ANSWERS_FILE = "answers.npz"
@@ -71,10 +79,34 @@ def weigh(client: MlflowClient, name: str, alias: str, number: str, bounds: Boun
     if champion == number:
         return Decision(name, alias, number, champion, None, [])
     try:
-        found = compare_answers(_answers(name, number), _answers(name, champion))
+        challenger = _answers(name, number)
+        found = compare_answers(challenger, _answers(name, champion))
     except ValueError as error:
         raise TrackingError(f"versions {number} and {champion} of {name}: {error}") from None
-    return Decision(name, alias, number, champion, found, objections(found, bounds))
+    said = objections(found, bounds) + static_objections(challenger, bounds)
+    best, against = _best_former(client, name, alias, challenger, number)
+    if against is not None and against.champion_top1 > found.champion_top1:
+        said += former_objections(against, bounds, best)
+    return Decision(name, alias, number, champion, found, said)
+
+
+def _best_former(
+    client: MlflowClient, name: str, alias: str, challenger: Answers, number: str
+) -> tuple[str, Comparison | None]:
+    """Return the most accurate version that had the alias before the champion, and the challenger against it.
+
+    Versions that were rolled back, deleted, or evaluated on other images do not count; None if none is left.
+    """
+    *formers, _ = standing(history(client, name, alias))
+    existing = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
+    versions = [version for version in dict.fromkeys(formers) if version in existing and version != number]
+    # The tag is the accuracy on the version's own images, so the first one on the challenger's images is the best.
+    for version in sorted(versions, key=lambda version: -float(existing[version].tags.get("accuracy", 0))):
+        try:
+            return version, compare_answers(challenger, _answers(name, version))
+        except ValueError:
+            continue
+    return "", None
 
 
 def record(client: MlflowClient, decision: Decision, found: Comparison) -> None:

@@ -86,6 +86,9 @@ class StageSummary:
     alpha_milliseconds: float | None
     reachable_gflops: tuple[float, float] | None
     memory: StepMemory
+    training_gflops: float | None
+    """GFLOPs of the whole stage: a backward pass counts as two forward passes, a routed image as alpha. None if the
+    data, or alpha in GFLOPs, is unknown."""
     table_bytes: int | None
     """Size of the logit tables that the stage keeps on disk, or None."""
 
@@ -219,8 +222,26 @@ def _stages(config: Config, model: DRNet, data: DataSummary, costs: Costs) -> It
             alpha_milliseconds=stage.alpha_milliseconds if routed else None,
             reachable_gflops=(costs.min_backbone_gflops, costs.max_backbone_gflops) if routed else None,
             memory=_step_memory(config, model, stage),
+            training_gflops=_training_gflops(stage, costs, data),
             table_bytes=_table_bytes(stage, model, data),
         )
+
+
+def _training_gflops(stage: Stage, costs: Costs, data: DataSummary) -> float | None:
+    """Return the GFLOPs that the stage spends on training images; validation is left out."""
+    if data.num_train is None:
+        return None
+    every, forward = sum(costs.backbone_gflops), 0.0
+    if isinstance(stage, PredictorStage):
+        trained = costs.predictor_gflops
+        forward = every * ((stage.num_crops or stage.epochs) if _trains_on_table(stage) else stage.epochs)
+    elif isinstance(stage, JointStage):
+        if stage.alpha_gflops is None:
+            return None
+        trained = costs.predictor_gflops + stage.alpha_gflops
+    else:
+        trained = every
+    return data.num_train * (3 * stage.epochs * trained + forward)
 
 
 def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:

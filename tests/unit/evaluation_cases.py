@@ -67,7 +67,7 @@ def evaluation_of(predictions: Predictions, costs: Costs = COSTS) -> Evaluation:
         routed = route(policy, images)
         point = FittedPolicy(policy, float(routed.cost_N(costs).mean()), float(predictions.correct_NR.mean()))
         fronts, curves = {"predictor": [point], ALL: [point]}, {"predictor": [routed], ALL: [routed]}
-        calibration = Calibration(fronts, point, np.arange(N), {ALL: routed}, curves, N, None)
+        calibration = Calibration(fronts, point, np.arange(N), {ALL: routed}, curves, N, None, np.zeros(0))
         evaluation.__dict__["calibration"] = calibration
     return evaluation
 

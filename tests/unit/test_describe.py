@@ -248,6 +248,20 @@ def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     job.main()
 
 
+def test_a_backward_pass_counts_as_two_forward_passes(tmp_path: Path):
+    routed = {"epochs": 2, "alpha_gflops": 0.005}
+    stages = {"backbone": {"epochs": 3}, "predictor": {**routed, "num_crops": 1}, "joint": routed}
+    found = describe(config_in(tmp_path, stages=stages))
+    *backbone, predictor = (network.gflops for network in found.networks)
+    assert [stage.training_gflops for stage in found.stages] == pytest.approx(
+        [
+            130 * 3 * 3 * sum(backbone),
+            130 * (3 * 2 * predictor + sum(backbone)),
+            130 * 3 * 2 * (predictor + 0.005),
+        ]
+    )
+
+
 def test_the_job_prints_aligned_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     run_job(tmp_path, monkeypatch)
     lines = capsys.readouterr().out.splitlines()
@@ -256,7 +270,8 @@ def test_the_job_prints_aligned_tables(tmp_path: Path, monkeypatch: pytest.Monke
     assert [row.split()[0] for row in rows] == ["small_resnet", "small_resnet", "predictor"]
     assert {len(row) for row in rows} == {len(header)}
     joint = next(line for line in lines if line.strip().startswith("joint"))
-    assert joint.split()[1:5] == ["1", "120", "120", "0.005"]
+    assert joint.split()[1:4] == ["1", "120", "120"]
+    assert joint.split()[5] == "0.005"
 
 
 def test_the_share_of_images_that_a_resolution_enlarges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

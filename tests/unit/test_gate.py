@@ -7,7 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.evaluation.gate import Answers, Bounds, compare_answers, comparison_table, objections
+from pipeline.evaluation.gate import (
+    Answers,
+    Bounds,
+    compare_answers,
+    comparison_table,
+    former_objections,
+    objections,
+    static_objections,
+)
 
 
 def answers(num_images: int, wrong: range, gflops: float = 1.0, digest: str = "d1") -> Answers:
@@ -97,6 +105,7 @@ def test_answers_can_be_saved(tmp_path):
     right_N = np.arange(200) % 3 > 0
     Answers("digest", np.arange(200), right_N, 0.25).save(tmp_path / "answers.npz")
     read = Answers.load(tmp_path / "answers.npz")
+    assert read.static_right_NR is None
     assert (read.data_digest, read.mean_gflops) == ("digest", 0.25)
     assert np.array_equal(read.right_N, right_N)
     assert np.array_equal(read.indices_N, np.arange(200))
@@ -117,3 +126,46 @@ def test_the_table_shows_both():
     assert lines[1].split()[1:6] == ["90.00", "%", "89.40", "%", "-0.60"]
     assert lines[2].split() == ["only", "it", "correct", "30", "0", "McNemar", "p", "<", "0.001"]
     assert lines[3].split() == ["GFLOPs", "1.00", "0.900", "-10.0", "%"]
+
+
+def test_many_small_losses_do_not_add_up():
+    """Twenty challengers, one after another, are each 0.3 points worse than the champion of their time.
+
+    Against that champion alone all pass, because each loss is too small to see. With the best former champion they
+    stop within the margin of a point.
+    """
+
+    def lost(with_formers: bool, seed: int) -> float:
+        generator = np.random.default_rng(seed)
+        champion, formers = answers(5000, range(200)), []
+        for _ in range(20):
+            right_N = champion.right_N.copy()
+            right_N[generator.choice(np.flatnonzero(right_N), 20, replace=False)] = False
+            right_N[generator.choice(np.flatnonzero(~right_N), 5, replace=False)] = True
+            challenger = replace(champion, right_N=right_N)
+            said = objections(compare_answers(challenger, champion), Bounds(max_accuracy_drop=1.0))
+            if with_formers and formers:
+                best = max(formers, key=lambda former: former.top1)
+                said += former_objections(compare_answers(challenger, best), Bounds(max_accuracy_drop=1.0), "1")
+            if not said:
+                formers.append(champion)
+                champion = challenger
+        return 100 * (0.96 - champion.top1)
+
+    assert lost(False, 0) > 4
+    for seed in range(5):
+        assert 0 < lost(True, seed) <= 1
+
+
+def test_a_model_that_its_own_static_resolution_beats_is_refused():
+    static_NR = np.column_stack([np.arange(5000) >= 490, np.arange(5000) >= 500, np.arange(5000) >= 1500])
+    routed = replace(CHAMPION, static_right_NR=static_NR, static_gflops_R=np.array([1.5, 0.8, 0.2]))
+    (objection,) = static_objections(routed, Bounds())
+    assert "its own static resolution of 0.800 GFLOPs is as accurate (90.00 % against 90.00 %)" in objection
+    assert static_objections(replace(routed, mean_gflops=0.8), Bounds()) == [], "the policy is that resolution"
+    assert static_objections(replace(routed, right_N=static_NR[:, 0]), Bounds()) == [], "the routed model is better"
+    assert static_objections(CHAMPION, Bounds()) == [], "files of earlier versions say nothing of it"
+    # Ten images do not prove that a static network is as good.
+    few = answers(10, range(1))
+    few = replace(few, static_right_NR=few.right_N[::-1, None], static_gflops_R=np.array([0.5]))
+    assert static_objections(few, Bounds()) == []

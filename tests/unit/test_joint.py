@@ -63,7 +63,7 @@ def test_the_more_accurate_model_at_the_cost_of_the_cheaper_one_is_kept() -> Non
     before, after = random_predictions(1), random_predictions(1, top1_R=(0.5, 0.4, 0.3))
     worse = better(before, after, COSTS)
     assert not worse.is_after
-    assert worse.top1_before == before.correct_NR[np.arange(N), before.chosen_N].mean()
+    assert worse.accuracy_before == before.correct_NR[np.arange(N), before.chosen_N].mean()
     assert "the model from before it is kept" in str(worse)
     assert better(after, before, COSTS).is_after
     assert better(before, before, COSTS).is_after, "without a difference the run ends as it was configured"
@@ -77,7 +77,7 @@ def test_a_model_that_is_right_more_often_only_because_it_costs_more_is_not_bett
     assert routed[1] > routed[0] + 0.05
     found = better(before, after, COSTS)
     assert found.cost == pytest.approx(cost_of(before, COSTS, 0.0))
-    assert found.top1_after == pytest.approx(found.top1_before, abs=2 / N)
+    assert found.accuracy_after == pytest.approx(found.accuracy_before, abs=2 / N)
 
 
 def test_only_the_images_of_the_mask_are_compared() -> None:
@@ -90,8 +90,8 @@ def test_only_the_images_of_the_mask_are_compared() -> None:
         np.where(first[:, None, None], good.logits_NRK, bad.logits_NRK),
         good.predictor_logits_NR,
     )
-    assert better(mixed, good, COSTS, first).top1_before == better(mixed, good, COSTS, first).top1_after
-    assert better(good, mixed, COSTS, ~first).top1_after < better(good, mixed, COSTS, ~first).top1_before
+    assert better(mixed, good, COSTS, first).accuracy_before == better(mixed, good, COSTS, first).accuracy_after
+    assert better(good, mixed, COSTS, ~first).accuracy_after < better(good, mixed, COSTS, ~first).accuracy_before
     with pytest.raises(ValueError, match="no image"):
         better(good, bad, COSTS, np.zeros(N, bool))
 

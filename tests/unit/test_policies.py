@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.models.cost import Costs
-from pipeline.policies.calibrate import ALL, Budget, Split, calibrate, choose, drop_bound, hashed
+from pipeline.policies.calibrate import ALL, Budget, Split, calibrate, choose, discordant, drop_bound, hashed
 from pipeline.policies.fit import KINDS, _Fitting, _swept, fit_policies
 from pipeline.policies.route import Images, route
 from pipeline.serving.runtime.policy import (
@@ -207,3 +207,25 @@ def test_the_bound_of_a_drop_is_one_sided() -> None:
     second_N = np.arange(1000) < 880
     assert 0.02 < drop_bound(first_N, second_N) < 0.035
     assert drop_bound(second_N, first_N) < 0
+
+
+def test_a_loss_in_a_rare_class_counts_as_much_as_the_class() -> None:
+    """Ten of 1,000 images are of the rare class. A classifier that gets them all wrong loses 1 or 50 points."""
+    rare_N, everything_N = np.arange(1000) < 10, np.ones(1000, bool)
+    weights_N = np.where(rare_N, 50.0, 1000 / 1980)
+    assert drop_bound(everything_N, ~rare_N) < 0.02
+    assert drop_bound(everything_N, ~rare_N, weights_N) > 0.5
+    # Equal weights are no weights, and the counts say what share of the weighted images differs.
+    assert discordant(everything_N, ~rare_N, np.full(1000, 3.0)) == (10, 0, 1000)
+    found = discordant(everything_N, ~rare_N, weights_N)
+    assert found.only_first / found.num_images == pytest.approx(0.5)
+    assert found.num_images == pytest.approx(20), "ten images of half the weight say as much as 20 equal ones"
+
+
+def test_the_bound_of_a_weighted_drop_holds() -> None:
+    """One class of nine counts as much as the other; 6 % of the first and 2 % of the second class are lost."""
+    generator, labels_N = np.random.default_rng(0), np.arange(1000) % 10 == 0
+    weights_N = np.where(labels_N, 5.0, 1000 / 1800)
+    lost = [generator.random(1000) < np.where(labels_N, 0.06, 0.02) for _ in range(400)]
+    held = [drop_bound(np.ones(1000, bool), ~lost_N, weights_N) >= 0.04 for lost_N in lost]
+    assert 0.91 <= np.mean(held) <= 0.995

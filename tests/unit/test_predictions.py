@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import ModelConfig
-from pipeline.evaluation.predictions import Predictions, collect_predictions, merge
+from pipeline.evaluation.predictions import DIRECTIONS, Predictions, collect_predictions, merge, shifted
 from pipeline.models.drnet import DRNet, build_drnet
 
 NUM_CLASSES = 5
@@ -56,7 +56,7 @@ def random_predictions(indices: list[int], R: int = 2, K: int = 3) -> Prediction
 
 def assert_equal(first: Predictions, second: Predictions) -> None:
     assert first.resolutions == second.resolutions
-    for name in ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR"):
+    for name in ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR", "shifted_classes_NV"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
         assert getattr(first, name).dtype == getattr(second, name).dtype
 
@@ -73,6 +73,37 @@ def test_collect_runs_every_image_at_every_resolution_and_through_the_predictor(
     np.testing.assert_array_equal(found.predictor_logits_NR, expected.numpy())
     np.testing.assert_array_equal(found.labels_N, torch.cat([batch.labels for batch in batches]).numpy())
     assert found.indices_N.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_looks_of_a_placebo_are_answers_for_shifted_crops_at_the_largest_resolution(model):
+    batches = batches_of(model, [3, 2])
+    side = max(model.resolutions)
+    found = collect_predictions(model, batches, placebo=True)
+    assert found.shifted_classes_NV.shape == (5, len(model.resolutions) - 1)
+    model.eval()
+    with torch.inference_mode():
+        moved = [shifted(batch.images[side], *DIRECTIONS[0]) for batch in batches]
+        expected = [model.static_logits({side: pixels}, model.resolutions.index(side)) for pixels in moved]
+    assert found.shifted_classes_NV[:, 0].tolist() == torch.cat(expected).argmax(dim=1).tolist()
+    (plain,) = {collect_predictions(model, batches).shifted_classes_NV.shape}
+    assert plain == (5, 0)
+
+
+def test_a_shifted_crop_repeats_its_edge():
+    pixels = torch.arange(4, dtype=torch.uint8).view(1, 1, 4, 1).expand(1, 4, 4, 3)
+    right, left = shifted(pixels, 0, 1), shifted(pixels, 0, -1)
+    assert right[0, 0, :, 0].tolist() == [0, 0, 1, 2]
+    assert left[0, 0, :, 0].tolist() == [1, 2, 3, 3]
+    assert torch.equal(shifted(pixels.transpose(1, 2), 1, 0), right.transpose(1, 2))
+
+
+def test_a_file_of_an_earlier_version_has_no_shifted_crops(tmp_path):
+    predictions = random_predictions([0, 1, 2])
+    predictions.save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as file:
+        np.savez(tmp_path / "old.npz", **{name: file[name] for name in file if name != "shifted_classes_NV"})
+    assert_equal(Predictions.load(tmp_path / "old.npz"), predictions)
+    assert Predictions.load(tmp_path / "old.npz").shifted_correct_NV.shape == (3, 0)
 
 
 def test_collect_skips_empty_batches(model):

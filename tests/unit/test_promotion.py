@@ -107,6 +107,14 @@ def test_a_more_expensive_version_needs_a_bound(registry):
     assert registry.at("expensive") == "4"
 
 
+def test_a_challenger_may_not_be_worse_than_the_best_former_champion(registry):
+    """Version 3 is as good as the champion, but version 4 once was the champion and is 2.5 points better."""
+    config = registry.with_alias("former", "4", "1")
+    (objection,) = promote(config, "3", Bounds()).objections
+    assert objection.startswith("it is less accurate than version 4, the best former champion: -2.45 points")
+    assert promote(config, "3", Bounds(max_accuracy_drop=4)).objections == []
+
+
 def test_a_rollback_goes_back_step_by_step(registry):
     config = registry.with_alias("back", "1", "3", "4")
     assert roll_back(config) == ("3", "4")

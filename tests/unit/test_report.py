@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.evaluation.figures import draw_gallery, pick_tiles
-from pipeline.evaluation.report import Evaluation, build_report, to_json, write_report
+from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.report import Evaluation, build_report, judge, to_json, write_report
 from pipeline.models.cost import Costs
 from tests.unit.evaluation_cases import (
     CLASSES,
@@ -112,6 +113,51 @@ class TestVerdict:
             "At 1.17 of the FLOPs of static 96 px the routed network is 6.0 points above it"
         )
         assert "6.0 points above the envelope of the static resolutions" in report["verdict"]
+
+    def test_the_majority_class_alone_never_looks_good(self):
+        """Of 1,000 images 900 are of one class, and the network answers it for nearly all of them."""
+        labels_N = np.repeat([0, 1, 2, 3], [900, 40, 30, 30])
+        found = np.zeros((1000, 3), np.int64)
+        found[[900, 905, 950]] = labels_N[[900, 905, 950], None]
+        logits_NRK = np.eye(4, dtype=np.float32)[found]
+        predictions = Predictions(SIDES, labels_N, np.arange(1000), logits_NRK, np.zeros((1000, 3), np.float32))
+        report = build_report(evaluation_of(predictions), classes=CLASSES, attributes={}, name="run", context=CONTEXT)
+        assert report["outcome"] == "constant"
+        assert report["verdict"].startswith("No better than a constant answer: routed: predictor 32, 64, 96 px reaches")
+        assert "always answering the most frequent class reaches 90.0 %" in report["verdict"]
+        assert "mean accuracy over the classes is 27.1 %" in report["verdict"]
+
+    def test_the_first_sentence_says_whether_a_predictor_pays(self):
+        report = report_of(*PERFECT)
+        point = {"highest_cost": 0.4, "mean_cost": 0.384, "kind": "predictor"}
+        point |= {"difference_points": 2.0, "low_points": 0.5, "high_points": 3.5}
+        pays = judge(report | {"predictor": {"points": [point], "pays_from": 0.4, "pays_to": 0.4}})
+        assert pays["outcome"] == "gain"
+        assert pays["verdict"].startswith(
+            "A predictor pays for a highest cost of 0.400 GFLOPs: predictor is 2.0 points more accurate than the best "
+            "without at 0.384 GFLOPs (95 % CI +0.5 to +3.5). At 0.43 of the FLOPs"
+        )
+        not_at_all = judge(report | {"predictor": {"points": [point], "pays_from": None, "pays_to": None}})
+        assert not_at_all["verdict"].startswith("A predictor does not pay here: ")
+
+    def test_balanced_accuracy_decides_where_it_is_asked_for(self):
+        """96 px is right for 8 of 10 images of every class, 32 px for all of the first class."""
+        labels_N = np.repeat([0, 1, 2, 3], [700, 100, 100, 100])
+        right_NR = np.column_stack([np.arange(1000) % 10 < 8, np.arange(1000) % 10 < 3, labels_N == 0])
+        found = np.where(right_NR, labels_N[:, None], (labels_N[:, None] + 1) % 4)
+        logits_NRK, logits_NR = np.eye(4, dtype=np.float32)[found], np.eye(3, dtype=np.float32)[np.zeros(1000, int)]
+        predictions = Predictions(SIDES, labels_N, np.arange(1000), logits_NRK, logits_NR)
+        found = {}
+        for balanced in (False, True):
+            evaluation = evaluation_of(predictions)
+            object.__setattr__(evaluation, "balanced", balanced)
+            found[balanced] = build_report(evaluation, classes=CLASSES, attributes={}, name="run", context=CONTEXT)
+        assert found[True]["best_static"] == found[False]["best_static"] == "static-96"
+        assert (found[True]["compared_by"], found[False]["compared_by"]) == ("balanced_top1", "top1")
+        against = {balanced: report["comparisons"]["static-32"] for balanced, report in found.items()}
+        assert against[False]["difference_points"] == pytest.approx(10)
+        assert against[True]["difference_points"] == pytest.approx(55)
+        assert found[True]["verdict"].startswith("Accuracy is the mean over the classes here. ")
 
     def test_one_resolution(self):
         report = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))

@@ -14,6 +14,9 @@ from PIL import Image
 from pipeline.evaluation.comparison import result_row
 from pipeline.evaluation.statistics import Estimate, oracle_choice
 from pipeline.evaluation.style import DARK
+from pipeline.models.cost import Costs
+from pipeline.policies.calibrate import Budget, Calibration, Split, calibrate
+from pipeline.policies.route import Images
 from pipeline.search.figures import draw_search_figures
 from pipeline.search.front import parameter_importance
 from pipeline.search.records import Record, choice_letters
@@ -171,3 +174,38 @@ def test_importance_finds_the_decisive_parameter() -> None:
 
 def test_text_in_a_table_is_escaped_once(report: dict[str, Any]) -> None:
     assert "| data set | a \\| b |" in render_search(report | {"dataset": "a | b"}, ())
+
+
+def cascades(fitted: float) -> Calibration:
+    """Of 200 images whose 32 px answers are all that a cascade needs, up to a share that runs at 48 px too."""
+    correct_NR = correct_of()
+    images = Images(
+        confidence_NR=np.where(correct_NR, 0.99, fitted).astype(np.float32),
+        correct_NR=correct_NR,
+        predictor_logits_NR=None,
+        weights_N=np.ones(len(correct_NR)),
+        costs=Costs(CONFIG.model.resolutions, BACKBONE_GFLOPS, 0.0),
+    )
+    return calibrate(images, np.arange(len(correct_NR), dtype=np.uint64), Budget(), Split())
+
+
+def test_no_predictor_is_a_candidate_and_the_first_sentence_says_whether_one_pays() -> None:
+    """With honest confidence a cascade is perfect. With equal confidence it is no better than a static network."""
+    honest = report_of(records(), chosen=None, finetuned=[], calibration=cascades(0.3))
+    assert honest["predictor"]["pays_from"] is None
+    assert verdict(honest).startswith("A predictor does not pay here: at no cost is a policy with one proven more")
+    assert {row["label"].split()[0] for row in honest["policies"]} <= {"static", "cascade"}
+    costs = [row["mean_gflops"] for row in honest["policies"]]
+    assert costs == sorted(costs)
+    assert "## The front of whole policies" in render_search(honest, [])
+    first, correct_NR = drawn(7), correct_of()
+    best_N = oracle_choice(correct_NR, BACKBONE_GFLOPS)
+    perfect: dict[str, Any] = {"choices": choice_letters(best_N), "accuracy": float(correct_NR.any(axis=1).mean())}
+    found = [record for record in records() if record.candidate != first]
+    found += [record_of(first, 0.3, seed, **perfect) for seed in (0, 1)]
+    equal = report_of(found, chosen=None, finetuned=[], calibration=cascades(0.99))
+    assert verdict(equal).startswith("A predictor pays for ")
+    assert "GFLOPs: A is " in verdict(equal)
+    assert "A" in {row["label"] for row in equal["policies"]}
+    without = report_of(found, chosen=None, finetuned=[])
+    assert (without["predictor"], without["policies"]) == (None, [])

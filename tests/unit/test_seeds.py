@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.evaluation.seeds import SUMMARIZED, seeds_markdown, summarize_seeds
+from jobs.compare import pairs
+from pipeline.evaluation.gate import Answers
+from pipeline.evaluation.seeds import SUMMARIZED, pairs_markdown, seeds_markdown, summarize_seeds
 from pipeline.models.cost import Costs
 from tests.unit.evaluation_cases import CONTEXT, PERFECT, easy_and_hard, report_of
 
@@ -33,13 +35,15 @@ def test_seeds_are_summarized_by_mean_and_spread():
     json.dumps(summary, allow_nan=False)
     lines = seeds_markdown(summary).splitlines()
     assert len(lines) == 2 + 3 + 1
-    assert f"{found['mean']:+.1f} ± {found['std']:.1f}" in lines[-1]
+    margin = 4.3026527 * found["std"] / 3**0.5
+    assert (found["low"], found["high"]) == pytest.approx((found["mean"] - margin, found["mean"] + margin))
+    assert f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})" in lines[-1]
 
 
 def test_one_seed_has_no_spread():
     summary = summarize_seeds(seed_reports()[:1])
-    assert summary["summary"]["routed_top1"]["std"] is None
-    assert "±" not in seeds_markdown(summary)
+    assert [summary["summary"]["routed_top1"][key] for key in ("std", "low", "high")] == [None] * 3
+    assert " to " not in seeds_markdown(summary).splitlines()[-1]
 
 
 def test_reports_of_different_runs_are_rejected():
@@ -51,3 +55,31 @@ def test_reports_of_different_runs_are_rejected():
     single = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
     with pytest.raises(ValueError, match="one resolution"):
         summarize_seeds([single])
+
+
+def answers_of(wrong: range, stated: range = range(1000), gflops: float = 1.0, digest: str = "d") -> Answers:
+    return Answers(digest, np.asarray(stated), ~np.isin(np.asarray(stated), wrong), gflops)
+
+
+def test_runs_of_other_resolutions_are_compared_on_the_images_that_both_are_stated_on():
+    """The first run is stated on a half; what the static one gets wrong on the other half does not count."""
+    routed, static = answers_of(range(0), range(500), 0.4), answers_of(range(490, 800), gflops=0.5)
+    other = answers_of(range(480, 800), gflops=0.5)
+    lines = pairs_markdown([("a", routed, "b", static), ("a1", routed, "b1", other)]).splitlines()
+    assert "| a | 100.00 % at 0.400 | b | 98.00 % at 0.50 | 500 | +2.00 (" in lines[2]
+    assert lines[2].endswith("| 0.002 | 0.80 |")
+    assert "| **mean of 2 pairs** |  |  |  | **500** | **+3.00 (" in lines[-1]
+    # Two seeds that differ by 2 points: Student's t with about one degree of freedom.
+    low = float(lines[-1].split("+3.00 (")[1].split(" to ")[0])
+    assert low < 0
+    with pytest.raises(ValueError, match=r"a and b cannot be compared: they were evaluated on different data"):
+        pairs_markdown([("a", routed, "b", answers_of(range(0), digest="e"))])
+    with pytest.raises(ValueError, match="stated on different images"):
+        pairs_markdown([("a", routed, "b", answers_of(range(0), range(500, 1000)))])
+
+
+def test_pairs_need_as_many_runs_with_answers(tmp_path):
+    with pytest.raises(ValueError, match="2 runs and 1 after --against"):
+        pairs([tmp_path / "a", tmp_path / "b"], [tmp_path / "c"])
+    with pytest.raises(ValueError, match=r"answers\.npz missing"):
+        pairs([tmp_path / "a"], [tmp_path / "c"])

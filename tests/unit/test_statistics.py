@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.budget import biased_choice, budget_curve
-from pipeline.evaluation.comparison import Stated, compare, table_rows
+from pipeline.evaluation.comparison import Stated, compare, predictor_gains, table_rows
 from pipeline.evaluation.statistics import (
     MAX_BINS,
     accuracy,
@@ -20,13 +20,15 @@ from pipeline.evaluation.statistics import (
     by_attribute,
     envelope,
     mcnemar_p,
+    mean_of,
+    mean_over_seeds,
     oracle_choice,
     paired_difference,
     percentile_interval,
     shares,
 )
 from pipeline.models.cost import Costs
-from pipeline.policies.calibrate import ALL
+from pipeline.policies.calibrate import ALL, discordant
 from pipeline.policies.route import Routed
 from tests.unit.evaluation_cases import COSTS, easy_and_hard
 
@@ -153,8 +155,8 @@ def test_the_bootstrap_depends_on_the_seed_alone():
 
 def test_balanced_accuracy_is_the_mean_over_the_classes():
     labels_N = np.array([0] * 90 + [2] * 10)
-    assert balanced_accuracy(labels_N == 0, labels_N) == 0.5
-    assert balanced_accuracy(np.ones(100, bool), labels_N) == 1.0
+    assert balanced_accuracy(labels_N == 0, labels_N).value == pytest.approx(0.5)
+    assert balanced_accuracy(np.ones(100, bool), labels_N).value == pytest.approx(1.0)
 
 
 def test_the_percentile_interval_holds_95_percent():
@@ -341,3 +343,72 @@ def test_a_constant_attribute_or_choice_has_no_rank_correlation():
     correct_NR, varied = np.ones((40, 3), bool), np.arange(40.0)
     assert by_attribute(np.ones(40), correct_NR, np.arange(40) % 3, COSTS)["spearman"] is None
     assert by_attribute(varied, correct_NR, np.zeros(40, np.int64), COSTS)["spearman"] is None
+
+
+def test_a_mean_of_few_seeds_has_students_interval():
+    """For three seeds the factor is 4.30, not 1.96."""
+    found = mean_of([1.0, 2.0, 3.0])
+    assert (found.value, found.high - found.value) == pytest.approx((2.0, 4.3026527 / math.sqrt(3)))
+    assert mean_of([1.0]) is None
+    # Without noise of the images, an interval over images and seeds is that of the seeds.
+    values_SN = np.tile(np.array([[0.5], [0.6], [0.7]]), 50)
+    assert mean_over_seeds(values_SN).high == pytest.approx(0.6 + 4.3026527 * 0.1 / math.sqrt(3))
+
+
+def test_with_balanced_accuracy_every_comparison_weighs_the_classes():
+    """A tenth of the images is of the class that only 96 px gets right."""
+    labels_N = (np.arange(400) % 10 == 0).astype(np.int64)
+    correct_NR = np.column_stack([np.ones(400, bool), labels_N == 0, labels_N == 0])
+    rows, compared = rows_of(correct_NR, np.full(400, 1), COSTS, labels_N=labels_N, balanced=True)
+    assert (rows["routed"]["top1"], rows["routed"]["balanced_top1"]) == (0.9, pytest.approx(0.5))
+    assert rows["routed"]["balanced_low"] < 0.5 < rows["routed"]["balanced_high"]
+    assert (rows["random"]["top1"], rows["random"]["balanced_top1"]) == (pytest.approx(0.9), pytest.approx(0.5))
+    lost = compared["static-96"]
+    assert lost["difference_points"] == pytest.approx(-50)
+    assert lost["low_points"] < -50 < lost["high_points"] < -30
+    assert lost["mcnemar_p"] is None
+    # Mixing 32 and 96 px at the cost of 64 px and the predictor gets more of the rare class.
+    assert compared["envelope"]["difference_points"] == pytest.approx(-50 * (0.43 - 0.1) / 0.8)
+    assert compared["envelope"]["high_points"] < 0
+    assert rows_of(correct_NR, np.full(400, 1), COSTS, labels_N=labels_N)[1]["static-96"]["difference_points"] == -10
+
+
+def test_a_placebo_oracle_has_the_luck_of_as_many_looks():
+    correct_NR = np.array([[False, True, False], [False, False, False], [True, False, False], [False, False, False]])
+    placebo_NV = np.array([[False, True], [False, False], [False, False], [True, True]])
+    rows, _ = rows_of(correct_NR, np.zeros(4, np.int64), COSTS, placebo_NV=placebo_NV)
+    assert (rows["oracle"]["top1"], rows["placebo"]["top1"], rows["static-96"]["top1"]) == (0.5, 0.75, 0.25)
+    assert rows["placebo"]["label"] == "placebo oracle, 3 looks at 96 px"
+    assert rows["placebo"]["mean_gflops"] == rows["static-96"]["mean_gflops"]
+    assert "placebo" not in rows_of(correct_NR, np.zeros(4, np.int64), COSTS)[0]
+
+
+def test_a_predictor_pays_where_it_is_proven_better_than_every_cascade():
+    correct_NR, chosen_N, _ = easy_and_hard(600)
+    stated = Stated(np.zeros(600, np.int64), correct_NR, None, "", {}, COSTS)
+    good = Routed(chosen_N[:, None] == np.arange(3), chosen_N, np.ones(600, bool))
+    bad = [Routed(np.eye(3, dtype=bool)[[j] * 600], np.full(600, j), np.zeros(600, bool)) for j in (2, 1, 0)]
+    curves, costs_C = {"cascade": bad, "predictor": [bad[0], good, good]}, np.array([0.1, 0.4, 0.9])
+    found = predictor_gains(stated, curves, costs_C)
+    # At 0.1 no predictor runs. At 0.9 a cascade is as accurate.
+    assert [point["highest_cost"] for point in found["points"]] == [0.4, 0.9]
+    assert (found["pays_from"], found["pays_to"]) == (0.4, 0.4)
+    gain, right_N = found["points"][0], good.correct_N(correct_NR)
+    cost = (chosen_N[:, None] == np.arange(3)).mean(axis=0) @ np.array(COSTS.backbone) + COSTS.predictor
+    best, _ = envelope(np.array(COSTS.backbone), correct_NR.mean(axis=0)[None], np.array([cost]))
+    assert gain["difference_points"] == pytest.approx(100 * (right_N.mean() - best[0]))
+    one = paired_difference(*discordant(right_N, correct_NR[:, 1]))
+    assert gain["high_points"] - gain["low_points"] > 100 * (one.high - one.low), "two intervals hold at once"
+    assert predictor_gains(stated, curves | {"predictor": bad}, costs_C)["points"] == []
+
+
+def test_a_predictor_that_tosses_a_coin_does_not_pay():
+    """It fills the gap between two static resolutions, where there is no cascade, and so does drawing at random."""
+    correct_NR, _, _ = easy_and_hard(3000)
+    coin_N = np.random.default_rng(0).integers(0, 2, 3000)
+    coin = Routed(coin_N[:, None] == np.arange(3), coin_N, np.ones(3000, bool))
+    cheap = Routed(np.eye(3, dtype=bool)[[2] * 3000], np.full(3000, 2), np.zeros(3000, bool))
+    stated = Stated(np.zeros(3000, np.int64), correct_NR, None, "", {}, COSTS)
+    assert coin.correct_N(correct_NR).mean() > correct_NR[:, 2].mean() + 0.1
+    found = predictor_gains(stated, {"cascade": [cheap], "predictor": [coin]}, np.array([0.7]))
+    assert found["pays_from"] is None
