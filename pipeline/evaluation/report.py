@@ -187,8 +187,8 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
         static = next(row for row in report["rows"] if row["kind"] == "static" and row["shares"] == placebo["shares"])
         by_luck, all_in_all = (100 * (row["top1"] - static["top1"]) for row in (placebo, oracle))
         yield (
-            f"The oracle is {signed(all_in_all)} points above {static['label']}. The {placebo['label']}, which differ by a "
-            f"slight shift, is {signed(by_luck)} points above it by luck alone."
+            f"The oracle is {signed(all_in_all)} points above {static['label']}. By luck alone the {placebo['label']}, "
+            f"which differ by a slight shift, is {signed(by_luck)} points above it."
         )
 
 
