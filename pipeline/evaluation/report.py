@@ -106,7 +106,7 @@ def predictor_sentence(report: Mapping[str, Any]) -> str | None:
         return None
     unit = cost_words(report).unit
     if found["pays_from"] is None:
-        best = max(found["points"], key=lambda point: point["low_points"])
+        best = max(found["points"], key=lambda point: point["difference_points"])
         return (
             "A predictor does not pay here: at no cost is a policy with one proven more accurate than the best without "
             f"(at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} {unit}, "
@@ -187,8 +187,8 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
         static = next(row for row in report["rows"] if row["kind"] == "static" and row["shares"] == placebo["shares"])
         by_luck, all_in_all = (100 * (row["top1"] - static["top1"]) for row in (placebo, oracle))
         yield (
-            f"Much of that can be luck: the {placebo['label']}, which takes the luckiest of slightly shifted crops, is "
-            f"{signed(by_luck)} points above {static['label']}, and the oracle {signed(all_in_all)}."
+            f"The oracle is {signed(all_in_all)} points above {static['label']}. By luck alone the {placebo['label']}, "
+            f"which differ by a slight shift, is {signed(by_luck)} points above it."
         )
 
 
