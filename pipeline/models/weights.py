@@ -288,7 +288,7 @@ _PACKAGES = {
 def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     own = network.state_dict()
     misfits = [key for key in state if key in own and state[key].shape != own[key].shape]
-    classifier, expected = _classifier_keys(network), set(own)
+    classifier, expected = classifier_keys(network), set(own)
     if classifier and not classifier & set(state):
         logger.warning("%s: has no classifier; ours starts at random", source)
         expected -= classifier
@@ -308,7 +308,7 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     network.load_state_dict(dict(state), strict=False)
 
 
-def _classifier_keys(network: nn.Module) -> set[str]:
+def classifier_keys(network: nn.Module) -> set[str]:
     """Returns the state-dict keys of the classifier: timm names it, in other networks it is the last linear layer."""
     named = getattr(network, "pretrained_cfg", {}).get("classifier")
     if named is None:
