@@ -133,6 +133,14 @@ def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
     return costs if config.cost == "flops" else replace(costs, latency=Latency.load(folder.latency))
 
 
+def _precision(config: Config, folder: RunFolder) -> str:
+    """Return the precision of the forward passes in training, and why, if the run has chosen it."""
+    if not folder.precision.exists():
+        return config.training.precision
+    chosen = json.loads(folder.precision.read_text())
+    return f"{chosen['name']}, because {chosen['reason']}"
+
+
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
     """Run the worker group and return the folder of the last checkpoint; raises what `run_group` raises."""
     require_healthy(config, settings.data_digest)
@@ -201,6 +209,7 @@ def _write_report(
             "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
             "references": [asdict(published) for published in find_dataset(manifest.dataset).published],
             "data digest": manifest.digest,
+            "precision": _precision(config, folder),
             **(about or {}),
             **environment(),
         },

@@ -202,6 +202,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     backbone = config.stages.backbone
     if backbone and backbone.distillation != "none" and len(resolutions) == 1:
         yield "stages.backbone.distillation needs several model.resolutions. Set it to none"
+    if backbone and backbone.freeze_epochs > backbone.epochs:
+        yield f"stages.backbone.freeze_epochs is {backbone.freeze_epochs:g}. Give at most its epochs, {backbone.epochs}"
     predictor = config.stages.predictor
     if predictor and predictor.objective == "correctness" and config.stages.joint:
         yield (

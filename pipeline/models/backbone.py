@@ -7,6 +7,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -129,12 +130,13 @@ class ResolutionBackbone(nn.Module):
         Raises:
             ValueError: timm does not cut this network.
         """
-        if not hasattr(self.network, "group_matcher"):
+        matcher: Any = getattr(self.network, "group_matcher", None)
+        if matcher is None:
             raise ValueError("layer_decay needs a backbone of timm, which groups its layers. Give timm/NAME, or 1")
         from timm.models import group_parameters
 
         plain = self.at(0)
-        groups = group_parameters(plain, plain.group_matcher(coarse=False), reverse=True)
+        groups = group_parameters(plain, matcher(coarse=False), reverse=True)
         names = {parameter: name for name, parameter in self.network.named_parameters()}
         for path, layer in self.network.named_modules():
             for private in layer.norms if layer in self._norms else ():

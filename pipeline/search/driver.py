@@ -28,7 +28,7 @@ from pipeline.config.load import with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, StagesConfig
 from pipeline.models.drnet import DRNet, build_configured, place_model
-from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources
+from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
 from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
 from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
@@ -67,7 +67,7 @@ def search_run(config: Config) -> SearchResult:
         ValueError: another driver is running this search, or the logit tables cannot be computed.
         KeyboardInterrupt: the search was stopped by Ctrl-C or SIGTERM.
     """
-    config, folder = with_absolute_paths(config), SearchFolder.of(config)
+    config, folder = with_run_precision(with_absolute_paths(config)), SearchFolder.of(config)
     checked = check_search(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     with (

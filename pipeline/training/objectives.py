@@ -202,6 +202,7 @@ class Forward:
     """
 
     def __init__(self, model: DRNet, precision: str):
+        assert precision in ("float32", "bfloat16"), precision
         self.model, self.enabled = model, precision == "bfloat16"
         self.synchronized = has_synchronized_norms(model)
 
@@ -250,8 +251,8 @@ class BackboneObjective(Objective):
     With distillation (Wang et al., ECCV 2020): L = sum_j (L_ce(y_j) + weight * KL(p_ensemble || p_j)), and
     L_ce(ensemble) for the ensemble's own weights where they are learned.
 
-    In the first freeze_epochs, only the classifier has a gradient, and batch norms keep their statistics. Whether a step
-    is one of these follows from its progress, so a resume needs no state.
+    In the first freeze_epochs, only the classifier has a gradient, and batch norms keep their statistics. Progress
+    alone says whether a step is one of these, so a resume needs no state.
     """
 
     def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device):

@@ -132,7 +132,9 @@ def backbone_scales(backbone: ResolutionBackbone, stage: Stage) -> dict[nn.Param
         return scales
     if stage.layer_decay < 1:
         scales = {parameter: stage.layer_decay**depth for parameter, depth in backbone.layer_depths().items()}
-    return scales | {parameter: scales[parameter] * stage.head_lr_scale for parameter in backbone.classifier_parameters()}
+    for parameter in backbone.classifier_parameters():
+        scales[parameter] *= stage.head_lr_scale
+    return scales
 
 
 def _groups(scales: Mapping[nn.Parameter, float], stage: Stage) -> Iterator[tuple[float, float, list[nn.Parameter]]]:
