@@ -284,8 +284,8 @@ def test_the_choice_is_made_once_and_kept(tmp_path: Path) -> None:
     assert precision_of_run(fixed, CPU, file).name == chosen.name
 
 
-def test_describe_says_which_input_and_precision_the_shipped_configuration_has() -> None:
-    config = load_config("imagefolder", ["data.source=missing", "cluster.storage=missing"])
+def test_describe_says_which_input_and_precision_the_shipped_configuration_has(tmp_path: Path) -> None:
+    config = load_config("imagefolder", ["data.source=missing", f"cluster.storage={tmp_path}"])
     found = describe(config)
     assert found.input == (
         "normalized with mean [0.5, 0.5, 0.5] and standard deviation [0.5, 0.5, 0.5] of the weights "
