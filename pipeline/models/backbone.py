@@ -180,13 +180,18 @@ def build_backbone(
     if name == SMALL_RESNET:
         network = _with_rates(partial(SmallResNet, num_classes, width), name, rates, {})
     elif name.startswith(TIMM):
-        network = _timm(name, num_classes, width, rates)
+        network = _with_rates(partial(_timm, name, num_classes, width), name, rates, TIMM_RATES)
     else:
-        network = _torchvision(name, num_classes, width, rates)
+        network = _with_rates(partial(_torchvision, name, num_classes, width), name, rates, TORCHVISION_RATES)
     avoid_unsafe_projections(network)
     if weights is not None:
         load_weights(network, name, weights)
     return ResolutionBackbone(network, num_resolutions)
+
+
+TIMM_RATES = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
+TORCHVISION_RATES = {"dropout": "dropout", "drop_path": "stochastic_depth_prob"}
+"""The name of the constructor's argument for each rate."""
 
 
 def _with_rates(
@@ -212,14 +217,15 @@ def _with_rates(
         raise ValueError(f"backbone {name} has no {unknown[0]}. Set model.{unknown[0]}=null") from None
 
 
-def _timm(name: str, num_classes: int, width: float, rates: Mapping[str, float | None]) -> nn.Module:
+def _timm(name: str, num_classes: int, width: float, **rates: Any) -> nn.Module:
     import timm
 
-    build = partial(timm.create_model, name.removeprefix(TIMM), num_classes=num_classes)
-    return _with_rates(build, name, rates, {"dropout": "drop_rate", "drop_path": "drop_path_rate"})
+    if width != 1:
+        raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
+    return timm.create_model(name.removeprefix(TIMM), num_classes=num_classes, **rates)
 
 
-def _torchvision(name: str, num_classes: int, width: float, rates: Mapping[str, float | None]) -> nn.Module:
+def _torchvision(name: str, num_classes: int, width: float, **rates: Any) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, [SMALL_RESNET, *known], n=3, cutoff=0.4)
@@ -229,8 +235,7 @@ def _torchvision(name: str, num_classes: int, width: float, rates: Mapping[str, 
         raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
     if name in _AUXILIARY_OUTPUTS:
         raise ValueError(f"backbone {name} has auxiliary outputs while training; choose one with a single output")
-    build = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
-    network = _with_rates(build, name, rates, {"dropout": "dropout", "drop_path": "stochastic_depth_prob"})
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **rates)
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
         raise ValueError(
             f"backbone {name} has no BatchNorm2d, which dynamic resolution needs; "
