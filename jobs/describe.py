@@ -70,6 +70,7 @@ def as_text(description: Description) -> str:
         *([f"validation images that are smaller and so enlarged: {', '.join(enlarged)}"] if enlarged else []),
         f"cost of an image, predictor included: {_gflops(low)} GFLOPs (all images at the smallest resolution) to "
         f"{_gflops(high)} GFLOPs (all at the largest)",
+        f"input: {description.input}\nprecision: {description.precision}",
         f"{_table(stages)}\nmemory is per worker, with {description.images_per_worker} images in a step",
         *kept,
     ]

@@ -28,7 +28,8 @@ from tests.synthetic import config_of, run_of, without_timings
 
 ROUTED = {"epochs": 1, "lr": 0.05, "alpha_gflops": 0.0006, "eta": 0.5, "ema_decay": 0.5}
 STAGES = {
-    "backbone": {"epochs": 2, "lr": 0.05, "schedule": "cosine", "distillation": "learned", "ema_decay": 0.5},
+    "backbone": {"epochs": 2, "lr": 0.05, "schedule": "cosine", "distillation": "learned", "ema_decay": 0.5}
+    | {"freeze_epochs": 0.5, "head_lr_scale": 2.0},
     "predictor": ROUTED | {"epochs": 2, "optimizer": "adamw", "lr": 0.01, "logits": "table"},
     "joint": ROUTED | {"clip_grad_norm": 1.0},
 }

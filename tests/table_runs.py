@@ -12,7 +12,7 @@ from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomRes
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
-from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 from pipeline.training import distributed
 from pipeline.training.run import Run
 from tests.betons import photograph, write_images
@@ -61,7 +61,7 @@ def loader_of(config: Config, split: str) -> MultiResolutionLoader:
         beton_path(config.data.folder, split),
         {*config.model.resolutions, config.model.predictor.input_size},
         config.training.batch_size,
-        crop=random if split == TRAIN else CenterCrop(settings.validation_crop),
+        crop=random if split == TRAIN else CenterCrop(validation_crop(config)),
         shuffle=split == TRAIN,
         seed=config.seed,
         rank=distributed.rank(),

@@ -38,6 +38,7 @@ from pipeline.evaluation.joint import better
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import Evaluation, write_report
 from pipeline.models.cost import Costs, Latency
+from pipeline.models.drnet import validation_crop
 from pipeline.policies.calibrate import Budget, Split
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
@@ -133,6 +134,14 @@ def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
     return costs if config.cost == "flops" else replace(costs, latency=Latency.load(folder.latency))
 
 
+def _precision(config: Config, folder: RunFolder) -> str:
+    """Return the precision of the forward passes in training, and why, if the run has chosen it."""
+    if not folder.precision.exists():
+        return config.training.precision
+    chosen = json.loads(folder.precision.read_text())
+    return f"{chosen['name']}, because {chosen['reason']}"
+
+
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
     """Run the worker group and return the folder of the last checkpoint; raises what `run_group` raises."""
     require_healthy(config, settings.data_digest)
@@ -196,7 +205,7 @@ def _write_report(
     config: Config, folder: RunFolder, manifest: Manifest, costs: Costs, about: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     validation = beton_path(config.data.folder, VALIDATION)
-    enlarged = enlarged_shares(validation, costs.resolutions, config.loader.validation_crop)
+    enlarged = enlarged_shares(validation, costs.resolutions, validation_crop(config))
     return write_report(
         folder.report,
         evaluation_of(config, folder, costs),
@@ -212,6 +221,7 @@ def _write_report(
             "enlarged images": ", ".join(
                 f"{100 * share:.1f} % at {side} px" for side, share in zip(costs.resolutions, enlarged, strict=True)
             ),
+            "precision": _precision(config, folder),
             **(about or {}),
             **environment(),
         },

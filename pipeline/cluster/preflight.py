@@ -11,9 +11,9 @@ import ray
 from datasets.beton import Manifest, verify_betons
 from datasets.staging import remote_manifest
 from pipeline.config.load import ConfigError
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, LayerRates
 from pipeline.models.cost import Costs, measure_costs
-from pipeline.models.drnet import build_drnet
+from pipeline.models.drnet import build_drnet, normalization
 from pipeline.tracking.store import sqlite_file, tracking_uri
 from pipeline.training.checkpoint import load_model
 from pipeline.training.run import alpha_problems
@@ -39,8 +39,12 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
         problems.append(f"{'data.uri' if data.uri else 'data.folder'}: {error}")
     try:
         num_classes = len(manifest.classes) if manifest else 2
-        costs = measure_costs(build_drnet(config.model, num_classes, (0.5,) * 3, (0.25,) * 3))
+        normalization(config.model)
+        model = build_drnet(config.model, num_classes, (0.5,) * 3, (0.25,) * 3)
+        costs = measure_costs(model)
         problems.extend(alpha_problems(config, costs))
+        if any(isinstance(stage, LayerRates) and stage.layer_decay < 1 for _, stage in config.stages.present()):
+            model.backbone.layer_depths()
     except ValueError as error:
         problems.append(f"model: {error}")
     problems.extend(_start_problems(config, manifest))
@@ -55,8 +59,15 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
 
 def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
     """Yield what prevents a stage from starting with another run's model."""
-    # What a network was initialized from does not matter when it starts from another run's model.
-    start: Any = {"weights": True, "predictor": {"initial_shares"}}
+    # What a network was initialized from does not matter when it starts from another run's model, and what regularizes
+    # its training may change. The normalization belongs to the model.
+    start: Any = {
+        "weights": True,
+        "normalization": True,
+        "dropout": True,
+        "drop_path": True,
+        "predictor": {"initial_shares"},
+    }
     ours = config.model.model_dump(exclude=start)
     for name, stage in config.stages.present():
         if stage.init_from is None:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray.train
@@ -33,7 +33,17 @@ from pipeline.training import distributed
 from pipeline.training.assembly import build_model, equip_for_training, open_loaders
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model, save_model
 from pipeline.training.loop import train
-from pipeline.training.run import BEFORE_JOINT, EVALUATE, Goodput, Progress, Run, costs_of_run, refuse_unreachable
+from pipeline.training.run import (
+    BEFORE_JOINT,
+    EVALUATE,
+    Goodput,
+    Progress,
+    Run,
+    costs_of_run,
+    precision_of_run,
+    refuse_unreachable,
+    with_precision,
+)
 
 PREDICTIONS = "predictions"
 
@@ -54,8 +64,11 @@ class WorkerSettings:
 def run_worker(settings: WorkerSettings) -> None:
     """Do all work of one worker of a run; see `run_group` for the errors that end the run."""
     goodput = Goodput()
-    config, context, folder = settings.config, ray.train.get_context(), RunFolder(settings.run_folder)
+    context, folder = ray.train.get_context(), RunFolder(settings.run_folder)
     device = ray.train.torch.get_device()
+    precision = precision_of_run(settings.config, device, folder.precision)
+    settings = replace(settings, config=with_precision(settings.config, precision))
+    config = settings.config
     # On rank 0's node only: two machines must not append to one file over a network.
     tell = event_writer(settings.run_folder if context.get_node_rank() == 0 else None)
     manifest = data_of_node(config.data, settings.data_digest, tell)
@@ -100,6 +113,7 @@ def run_worker(settings: WorkerSettings) -> None:
             start = f"resuming from {state.name}" if state else "starting"
             num_workers = context.get_world_size()
             reporter.message(f"{start} with {num_workers} worker{'s' if num_workers > 1 else ''}")
+            reporter.message(f"training.precision: {precision.name}, because {precision.reason}")
             train(run, state)
             models = {PREDICTIONS: model}
             if config.stages.joint and folder.before_joint.exists():

@@ -207,6 +207,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"stages.backbone.distillation is {backbone.distillation}, whose teacher needs every resolution in every "
             "step. Set stages.backbone.resolutions_per_step=null, or distillation=largest"
         )
+    if backbone and backbone.freeze_epochs > backbone.epochs:
+        yield f"stages.backbone.freeze_epochs is {backbone.freeze_epochs:g}. Give at most its epochs, {backbone.epochs}"
     predictor = config.stages.predictor
     if predictor and predictor.objective == "correctness" and config.stages.joint:
         yield (

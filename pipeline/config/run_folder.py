@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "latency.json"
 
     @property
+    def precision(self) -> Path:
+        """The choice of a run with training.precision=auto, made once so that a resumed run computes the same."""
+        return self.path / "precision.json"
+
+    @property
     def predictions(self) -> Path:
         """The logits of all validation images."""
         return self.path / "predictions.npz"

@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from datasets.remote import redacted
 
 Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 REGISTERED = "models:/"
@@ -199,8 +200,9 @@ class LoaderConfig(Section):
     """Range of the training crop's width / height."""
     flip: bool = True
     """Mirror half of the training images."""
-    validation_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """Side of the center crop in validation, as a fraction of the image's shorter side (224 of 256 in the paper)."""
+    validation_crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Side of the center crop in validation, as a fraction of the image's shorter side. null is what model.weights were
+    evaluated with, or 0.875 without such weights (224 of 256 in the paper)."""
 
 
 class PredictorConfig(Section):
@@ -222,6 +224,10 @@ class PredictorConfig(Section):
     """Relative frequency at which an untrained predictor draws each resolution. null is about equal."""
 
 
+Mean = tuple[Fraction, Fraction, Fraction]
+Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+
 class ModelConfig(Section):
     backbone: Text = "resnet50"
     """small_resnet, or a torchvision classification model with BatchNorm2d."""
@@ -229,6 +235,14 @@ class ModelConfig(Section):
     """Factor on the channel counts of small_resnet. Other backbones have a fixed width."""
     weights: PathOrName | None = None
     """Initial weights of the backbone: a state-dict file or the name of a torchvision weights enum. null is random."""
+    normalization: Literal["auto", "weights", "data"] | tuple[Mean, Deviation] = "auto"
+    """Mean and standard deviation that normalize the input. weights: those that model.weights were trained with. data:
+    those of the training images. auto: weights if they have any, or else data. Or [mean, std], three values of 0 to 1
+    each. A stage with init_from keeps those of its model."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout before the backbone's classifier. null is the backbone's own."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Probability to skip the last block of the backbone, lower in earlier blocks. null is the backbone's own."""
     resolutions: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1)] = (224, 168, 112)
     """Candidate resolutions in pixels, largest first."""
     predictor: PredictorConfig = PredictorConfig()
@@ -268,9 +282,20 @@ class Stage(Section):
     """Decay per step of a moving average of the weights, which is evaluated and ends the stage. null is off."""
 
 
-class BackboneStage(Stage):
+class LayerRates(Section):
+    """Learning rates of a backbone's layers relative to each other."""
+
+    head_lr_scale: PositiveFloat = 1.0
+    """Learning rate of the backbone's classifier, as a multiple of lr. A new classifier learns faster than the rest."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from one group of layers to the one below it, as timm groups its networks."""
+
+
+class BackboneStage(LayerRates, Stage):
     """Trains the backbone at all resolutions and sums their losses."""
 
+    freeze_epochs: Annotated[float, Field(ge=0)] = 0
+    """Epochs at the start of the stage that train the classifier alone; batch norms keep their statistics."""
     resolutions_per_step: Annotated[int, Field(ge=2)] | None = None
     """Number of resolutions that a step trains: the largest, the smallest, and the others in turn. null trains all."""
     distillation: Literal["none", "largest", "mean", "learned"] = "none"
@@ -347,7 +372,7 @@ class PredictorStage(RoutedStage):
         return self.objective == "gumbel"
 
 
-class JointStage(RoutedStage):
+class JointStage(LayerRates, RoutedStage):
     """Trains predictor and backbone together."""
 
     predictor_lr_scale: Annotated[float, Field(gt=0)] = 0.1
@@ -376,8 +401,9 @@ class TrainingConfig(Section):
     """Number of images in one optimizer step, over all workers."""
     accumulate: Positive = 1
     """Number of slices that a worker runs its part of a batch in, to save memory. Batch norm sees one slice."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward passes. bfloat16 uses autocast."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Precision of the forward passes. bfloat16 uses autocast. auto is bfloat16 if every worker's GPU, or CPU where it
+    has none, computes bfloat16 natively; the choice is made once and kept in precision.json of the run."""
     channels_last: bool = True
     """Store activations and convolution weights in the channels_last memory format."""
     compile: bool = False

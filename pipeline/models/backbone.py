@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -15,7 +17,7 @@ from torchvision.models.resnet import BasicBlock
 from pipeline.models.dry_run import meta_forward, meta_images
 from pipeline.models.norms import keep_resolution, make_resolution_aware
 from pipeline.models.projection import avoid_unsafe_projections
-from pipeline.models.weights import load_weights
+from pipeline.models.weights import TIMM, classifier_keys, load_weights
 
 
 class SmallResNet(nn.Module):
@@ -115,6 +117,32 @@ class ResolutionBackbone(nn.Module):
         for norm in self._norms:
             norm.frozen = frozen
 
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters of the layer that computes the logits."""
+        keys = classifier_keys(self.network)
+        return [parameter for name, parameter in self.network.named_parameters() if name in keys]
+
+    def layer_depths(self) -> dict[nn.Parameter, int]:
+        """Returns how many groups of layers, as timm cuts the network, lie between each parameter and the output.
+
+        Private copies of a norm belong to the group of the layer that they replace.
+
+        Raises:
+            ValueError: timm does not cut this network.
+        """
+        matcher: Any = getattr(self.network, "group_matcher", None)
+        if matcher is None:
+            raise ValueError("layer_decay needs a backbone of timm, which groups its layers. Give timm/NAME, or 1")
+        from timm.models import group_parameters
+
+        plain = self.at(0)
+        groups = group_parameters(plain, matcher(coarse=False), reverse=True)
+        names = {parameter: name for name, parameter in self.network.named_parameters()}
+        for path, layer in self.network.named_modules():
+            for private in layer.norms if layer in self._norms else ():
+                names |= {parameter: f"{path}.{name}" for name, parameter in private.named_parameters()}
+        return {parameter: max(groups.values()) - groups[name] for parameter, name in names.items()}
+
     def at(self, resolution_index: int) -> nn.Module:
         """Returns a separate copy of the network with one candidate's plain BatchNorm2d, for export and cost."""
         self.select(resolution_index)
@@ -124,7 +152,14 @@ class ResolutionBackbone(nn.Module):
 
 
 def build_backbone(
-    name: str, num_classes: int, num_resolutions: int, *, width: float = 1.0, weights: str | None = None
+    name: str,
+    num_classes: int,
+    num_resolutions: int,
+    *,
+    width: float = 1.0,
+    weights: str | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
 ) -> ResolutionBackbone:
     """Build a resolution-aware backbone by name.
 
@@ -135,18 +170,62 @@ def build_backbone(
         width: channel multiplier of `small_resnet`.
         weights: a state-dict file of the plain network, or the name of one of torchvision's weights for it, such as
             `IMAGENET1K_V2`; every candidate's batch norm starts from the same values. None is random.
+        dropout, drop_path: probabilities of dropout before the classifier and of skipping the last block; None is the
+            network's own.
 
     Raises:
-        ValueError: the name, the width or the weights do not fit.
+        ValueError: the name, the width, the weights or a probability do not fit.
     """
-    network = SmallResNet(num_classes, width) if name == SMALL_RESNET else _torchvision(name, num_classes, width)
+    rates = {"dropout": dropout, "drop_path": drop_path}
+    if name == SMALL_RESNET:
+        network = _with_rates(partial(SmallResNet, num_classes, width), name, rates, {})
+    elif name.startswith(TIMM):
+        network = _with_rates(partial(_timm, name, num_classes, width), name, rates, TIMM_RATES)
+    else:
+        network = _with_rates(partial(_torchvision, name, num_classes, width), name, rates, TORCHVISION_RATES)
     avoid_unsafe_projections(network)
     if weights is not None:
         load_weights(network, name, weights)
     return ResolutionBackbone(network, num_resolutions)
 
 
-def _torchvision(name: str, num_classes: int, width: float) -> nn.Module:
+TIMM_RATES = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
+TORCHVISION_RATES = {"dropout": "dropout", "drop_path": "stochastic_depth_prob"}
+"""The name of the constructor's argument for each rate."""
+
+
+def _with_rates(
+    build: Callable[..., nn.Module], name: str, rates: Mapping[str, float | None], arguments: Mapping[str, str]
+) -> nn.Module:
+    """Build a network with the rates that are given.
+
+    Args:
+        arguments: name of the constructor's argument for each rate.
+
+    Raises:
+        ValueError: the constructor does not take a rate.
+    """
+    given = {key: rate for key, rate in rates.items() if rate is not None}
+    for key in given.keys() - arguments.keys():
+        raise ValueError(f"backbone {name} has no {key}. Set model.{key}=null")
+    try:
+        return build(**{arguments[key]: rate for key, rate in given.items()})
+    except TypeError as error:
+        unknown = [key for key in given if f"unexpected keyword argument '{arguments[key]}'" in str(error)]
+        if not unknown:
+            raise
+        raise ValueError(f"backbone {name} has no {unknown[0]}. Set model.{unknown[0]}=null") from None
+
+
+def _timm(name: str, num_classes: int, width: float, **rates: Any) -> nn.Module:
+    import timm
+
+    if width != 1:
+        raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
+    return timm.create_model(name.removeprefix(TIMM), num_classes=num_classes, **rates)
+
+
+def _torchvision(name: str, num_classes: int, width: float, **rates: Any) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, [SMALL_RESNET, *known], n=3, cutoff=0.4)
@@ -156,7 +235,7 @@ def _torchvision(name: str, num_classes: int, width: float) -> nn.Module:
         raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
     if name in _AUXILIARY_OUTPUTS:
         raise ValueError(f"backbone {name} has auxiliary outputs while training; choose one with a single output")
-    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **rates)
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
         raise ValueError(
             f"backbone {name} has no BatchNorm2d, which dynamic resolution needs; "

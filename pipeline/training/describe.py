@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
+import torch
 from torch import nn
 
 from datasets.beton import MANIFEST, TRAIN, VALIDATION, beton_path, enlarged_shares, load_manifest
@@ -14,13 +15,14 @@ from datasets.remote import redacted
 from datasets.sources.catalog import SourceOptions, find_dataset, imagenet100_ids
 from datasets.sources.glyphs import LETTERS
 from datasets.staging import remote_manifest
+from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, DataConfig, JointStage, PredictorStage, RoutedStage, Stage
 from pipeline.models.cost import Costs, measure_costs
-from pipeline.models.drnet import DRNet, build_drnet
+from pipeline.models.drnet import DRNet, build_drnet, normalization, validation_crop
 from pipeline.models.dry_run import measure_activations, tensor_bytes
 from pipeline.models.norms import ResolutionBatchNorm2d
 from pipeline.training.logit_table import logits_bytes
-from pipeline.training.run import alpha_problems
+from pipeline.training.run import Precision, alpha_problems, precision_of_run, with_precision
 
 _IMAGENET100_VALIDATION_IMAGES = 5000
 _ASSUMED_CLASSES = 1000
@@ -108,6 +110,10 @@ class Description:
     lowest_gflops: float
     highest_gflops: float
     images_per_worker: int
+    input: str
+    """Where the normalization of the input comes from, and its center crop in validation."""
+    precision: str
+    """What training.precision stands for on this machine, and why."""
     stages: list[StageSummary]
     problems: list[str]
 
@@ -118,7 +124,8 @@ def describe(config: Config) -> Description:
     Raises:
         ValueError: the model cannot be built, or the prepared data is damaged.
     """
-    data = summarize_data(config.data)
+    data, precision = summarize_data(config.data), _precision(config)
+    config = with_precision(config, precision)
     plain = config.model.model_copy(update={"weights": None})
     model = build_drnet(plain, data.num_classes or _ASSUMED_CLASSES, (0.5,) * 3, (0.5,) * 3)
     costs = measure_costs(model)
@@ -131,9 +138,27 @@ def describe(config: Config) -> Description:
         lowest_gflops=costs.min_backbone_gflops + (costs.predictor_gflops if routed else 0),
         highest_gflops=costs.max_backbone_gflops + (costs.predictor_gflops if routed else 0),
         images_per_worker=config.training.batch_size // config.cluster.num_workers,
+        input=_input(config),
+        precision=f"{precision.name}, because {precision.reason}",
         stages=list(_stages(config, model, data, costs)),
         problems=alpha_problems(config, costs),
     )
+
+
+def _precision(config: Config) -> Precision:
+    """Return the run's precision, or what one worker on this machine would choose."""
+    use_gpu = torch.cuda.is_available() and config.cluster.use_gpu is not False
+    device = torch.device("cuda" if use_gpu else "cpu")
+    return precision_of_run(config, device, RunFolder.of(config).precision, keep=False)
+
+
+def _input(config: Config) -> str:
+    found, crop = normalization(config.model), f"center crop {validation_crop(config):.3g} of the shorter side"
+    if found is None:
+        return f"normalized with mean and standard deviation of the training images, {crop}"
+    mean, std = ("[" + ", ".join(f"{value:.3g}" for value in values) + "]" for values in found)
+    source = "configuration" if isinstance(config.model.normalization, tuple) else f"weights {config.model.weights}"
+    return f"normalized with mean {mean} and standard deviation {std} of the {source}, {crop}"
 
 
 def summarize_data(data: DataConfig) -> DataSummary:
@@ -202,7 +227,7 @@ def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSum
     used = _count(model.backbone) - private * (len(model.resolutions) - 1)
     validation, enlarged = beton_path(config.data.folder, VALIDATION), [None] * len(model.resolutions)
     if validation.exists():
-        enlarged = enlarged_shares(validation, model.resolutions, config.loader.validation_crop)
+        enlarged = enlarged_shares(validation, model.resolutions, validation_crop(config))
     for side, gflops, share in zip(model.resolutions, costs.backbone_gflops, enlarged, strict=True):
         yield NetworkSummary(config.model.backbone, side, gflops, used, share)
     name = f"predictor {config.model.predictor.architecture}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from datasets.beton import TRAIN, Manifest
 from datasets.files import exclusive, write_whole
 from pipeline.config.schema import Config
-from pipeline.models.drnet import DRNet
+from pipeline.models.drnet import DRNet, validation_crop
 from pipeline.training import distributed
 from pipeline.training.run import Batches
 
@@ -79,7 +79,7 @@ class TableKey:
             "ratio": [*loader.crop_ratio],
             "flip": loader.flip,
         }
-        crop = augmentation if split == TRAIN else {"centre": loader.validation_crop}
+        crop = augmentation if split == TRAIN else {"centre": validation_crop(config)}
         return cls(
             backbone=backbone_digest(model),
             data=manifest.digest,

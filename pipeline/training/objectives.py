@@ -204,6 +204,7 @@ class Forward:
     """
 
     def __init__(self, model: DRNet, precision: str):
+        assert precision in ("float32", "bfloat16"), precision
         self.model, self.enabled = model, precision == "bfloat16"
         self.synchronized = has_synchronized_norms(model)
 
@@ -267,10 +268,14 @@ class BackboneObjective(Objective):
 
     With distillation L = sum_j (L_ce(y_j) + weight * KL(p_teacher || p_j)). The teacher is the largest resolution,
     which does not learn from itself, or the ensemble (Wang et al., ECCV 2020), with L_ce(ensemble) for learned weights.
+
+    In the first freeze_epochs, only the classifier has a gradient, and batch norms keep their statistics. Progress
+    alone says whether a step is one of these, so a resume needs no state.
     """
 
     def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device):
         self.forward, self.stage = forward, stage
+        self.frozen = False
         self.mixing = Mixing(stage) if stage.mixup_alpha or stage.cutmix_alpha else None
         self.ensemble: Ensemble | None = None
         if stage.distillation in ("mean", "learned"):
@@ -279,6 +284,7 @@ class BackboneObjective(Objective):
             self.own = self.ensemble
 
     def __call__(self, batch: StepBatch) -> Sums:
+        self._freeze(batch.epoch < self.stage.freeze_epochs)
         mixed: Mixed | None = None
         if self.mixing is not None:  # once for all slices, so that mixtures do not depend on slicing
             sides = self.forward.model.resolutions
@@ -289,6 +295,17 @@ class BackboneObjective(Objective):
             _add(sums, self._train_on(batch.part(rows), mixed.part(rows) if mixed else None))
         return sums
 
+    def _freeze(self, frozen: bool) -> None:
+        """Train the classifier alone, or the whole backbone."""
+        if frozen != self.frozen:
+            backbone, self.frozen = self.forward.model.backbone, frozen
+            backbone.requires_grad_(not frozen)
+            for parameter in backbone.classifier_parameters():
+                parameter.requires_grad_(True)
+
+    def _logits(self, images: Mapping[int, Tensor], index: int) -> Tensor:
+        return self.forward.backbone(images, index, training=True, frozen_statistics=self.frozen)
+
     def _train_on(self, part: StepBatch, mixed: Mixed | None) -> Sums:
         """Run a slice forward and backward; `mixed` holds the slice's mixtures, if any."""
         sides = self.forward.model.resolutions
@@ -296,7 +313,7 @@ class BackboneObjective(Objective):
         teacher_NK: Tensor | None = None
         indices = sandwich(len(sides), self.stage.resolutions_per_step, part.step)
         if self.ensemble is None:
-            students = (self.forward.backbone(part.images, index, training=True) for index in indices)
+            students = (self._logits(part.images, index) for index in indices)
         else:
             students = self._students(part.images)
             teacher_NK = self.ensemble(torch.stack(students, dim=1))
@@ -328,16 +345,15 @@ class BackboneObjective(Objective):
         backbone = self.forward.model.backbone
         smaller = [
             checkpoint(
-                self.forward.backbone,
+                self._logits,
                 images,
                 index,
-                training=True,
                 use_reentrant=False,
                 context_fn=lambda: (nullcontext(), kept_statistics(backbone)),
             )
             for index in range(1, len(self.forward.model.resolutions))
         ]
-        return [self.forward.backbone(images, 0, training=True), *smaller]
+        return [self._logits(images, 0), *smaller]
 
 
 class RoutedObjective(Objective):

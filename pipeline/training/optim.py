@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.config.schema import JointStage, RoutedStage, Stage
+from pipeline.config.schema import JointStage, LayerRates, RoutedStage, Stage
+from pipeline.models.backbone import ResolutionBackbone
 from pipeline.models.drnet import DRNet
 
 # torch.optim.lr_scheduler.OneCycleLR's defaults (Smith and Topin, "Super-Convergence", 2018).
@@ -95,13 +96,18 @@ def build_optimizer(model: DRNet, stage: Stage, own: nn.Module | None = None) ->
 
     Args:
         own: the objective's own parameters. They have no weight decay, which would pull ensemble weights together.
+
+    Raises:
+        ValueError: the stage has a layer_decay, and the layers of the backbone are in no groups.
     """
     predictor_scale = stage.predictor_lr_scale if isinstance(stage, JointStage) else 1.0
     groups = [
         {"params": parameters, "lr": stage.lr, "lr_scale": scale, "weight_decay": decay}
-        for module, scale in ((model.backbone, 1.0), (model.predictor, predictor_scale))
-        for parameters, decay in _decay_groups(module, stage)
-        if parameters
+        for scales in (
+            backbone_scales(model.backbone, stage),
+            dict.fromkeys(model.predictor.parameters(), predictor_scale),
+        )
+        for scale, decay, parameters in _groups(scales, stage)
     ]
     if own is not None and (parameters := [parameter for parameter in own.parameters() if parameter.requires_grad]):
         groups.append({"params": parameters, "lr": stage.lr, "lr_scale": 1.0, "weight_decay": 0.0})
@@ -115,11 +121,28 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Paramete
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _decay_groups(module: nn.Module, stage: Stage) -> Iterator[tuple[list[nn.Parameter], float]]:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if stage.decay_norm_and_bias:
-        yield trained, stage.weight_decay
-        return
-    # Weights of convolutions and classifiers have two dimensions or more; batch norm and biases have one.
-    yield [parameter for parameter in trained if parameter.ndim > 1], stage.weight_decay
-    yield [parameter for parameter in trained if parameter.ndim <= 1], 0.0
+def backbone_scales(backbone: ResolutionBackbone, stage: Stage) -> dict[nn.Parameter, float]:
+    """Returns the learning rate of each of the backbone's parameters as a multiple of the schedule's.
+
+    It is layer_decay ** d for a layer with d groups of layers between it and the output, as in BEiT (Bao et al., ICLR
+    2022), times head_lr_scale for the classifier.
+    """
+    scales = dict.fromkeys(backbone.parameters(), 1.0)
+    if not isinstance(stage, LayerRates):
+        return scales
+    if stage.layer_decay < 1:
+        scales = {parameter: stage.layer_decay**depth for parameter, depth in backbone.layer_depths().items()}
+    for parameter in backbone.classifier_parameters():
+        scales[parameter] *= stage.head_lr_scale
+    return scales
+
+
+def _groups(scales: Mapping[nn.Parameter, float], stage: Stage) -> Iterator[tuple[float, float, list[nn.Parameter]]]:
+    """Yield the parameters that are trained by (lr_scale, weight decay), both of the group."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, scale in scales.items():
+        # Weights of convolutions and classifiers have two dimensions or more; batch norm and biases have one.
+        decay = stage.weight_decay if stage.decay_norm_and_bias or parameter.ndim > 1 else 0.0
+        if parameter.requires_grad:
+            groups.setdefault((scale, decay), []).append(parameter)
+    yield from ((*key, parameters) for key, parameters in groups.items())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets.beton import Manifest
+from datasets.files import write_whole
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config, RoutedStage
 from pipeline.models.cost import Costs, Latency, measure_costs, measure_latency
@@ -95,6 +97,62 @@ def costs_of_run(model: DRNet, config: Config, file: Path, *, resumed: bool) -> 
     if isinstance(found, ValueError):
         raise found
     return replace(costs, latency=found)
+
+
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
+"""How Linux names CPUs that multiply bfloat16 natively: Intel's, AMD's and Arm's."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precision of a run's forward passes, and why it has this one."""
+
+    name: str
+    reason: str
+
+
+def native_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> tuple[bool, str]:
+    """Returns whether a device computes bfloat16 natively, and a clause that says why."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native, f"the GPU {torch.cuda.get_device_name(device)} {'has' if native else 'lacks'} bfloat16"
+    lines = cpuinfo.read_text().lower().splitlines() if cpuinfo.exists() else []
+    flags = {flag for line in lines if line.startswith(("flags", "features")) for flag in line.split()}
+    found = sorted(flags & BFLOAT16_FLAGS)
+    return bool(found), f"the CPU has {' and '.join(found)}" if found else "the CPU has no bfloat16 arithmetic"
+
+
+def choose_precision(found: Sequence[tuple[bool, str]]) -> Precision:
+    """Returns bfloat16 where every worker's device computes it natively, from the workers' `native_bfloat16`."""
+    lacking = [reason for native, reason in found if not native]
+    return Precision("float32", lacking[0]) if lacking else Precision("bfloat16", found[0][1])
+
+
+def precision_of_run(
+    config: Config, device: torch.device, file: Path, *, keep: bool = True, cpuinfo: Path = CPUINFO
+) -> Precision:
+    """Return the precision that training.precision stands for. Every rank must call it, and gets the same.
+
+    Args:
+        file: where rank 0 keeps the first choice, so that the run resumes with it on other machines too.
+        keep: False only reads the file.
+        cpuinfo: Linux's list of what the CPU can do.
+    """
+    if config.training.precision != "auto":
+        return Precision(config.training.precision, "it is configured")
+    chosen = choose_precision(distributed.gather(native_bfloat16(device, cpuinfo)))
+    if distributed.rank() == 0:
+        if file.exists():
+            chosen = Precision(**json.loads(file.read_text()))
+        elif keep:
+            write_whole(file, json.dumps(asdict(chosen)))
+    return distributed.from_first_rank(chosen)
+
+
+def with_precision(config: Config, precision: Precision) -> Config:
+    """Return the configuration with the precision in place of auto."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"precision": precision.name})})
 
 
 def refuse_unreachable(config: Config, costs: Costs) -> None:

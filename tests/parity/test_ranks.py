@@ -17,12 +17,13 @@ from pipeline.training import distributed, objectives
 from pipeline.training.monitoring import DivergedError, DivergenceMonitor, Meter
 from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.optim import MovingAverage, build_optimizer, trained_parameters
-from pipeline.training.run import Progress, costs_of_run
+from pipeline.training.run import Progress, costs_of_run, precision_of_run
 from tests.small import COSTS_R, batch_of, small_model
 
 # alpha lies within the reachable costs, so E[F] over the global batch decides whether the penalty acts.
 STAGES = {
     "backbone": BackboneStage(epochs=1, lr=0.05),
+    "frozen": BackboneStage(epochs=1, lr=0.05, freeze_epochs=1, head_lr_scale=3),
     "distillation": BackboneStage(epochs=1, lr=0.05, distillation="learned"),
     "predictor": PredictorStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
     "correctness": PredictorStage(epochs=1, lr=0.05, objective="correctness"),
@@ -97,11 +98,27 @@ def costs_on(folder: str) -> list[float]:
     return [*costs.backbone, costs.predictor]
 
 
+def precision_on(rank: int, folder: str) -> list[str]:
+    """Returns the precision that this rank trains with, and the one it resumes with; rank 1's CPU lacks bfloat16."""
+    tree = {"name": "ranks", "training": {"precision": "auto"}, "stages": {"backbone": {"epochs": 1}}}
+    config = parse_config(tree | {"data": {"dataset": "glyphs", "folder": folder}})
+    chosen, cpuinfo = [], Path(folder) / f"cpuinfo-{rank}"
+    for lacking in (1, None):
+        cpuinfo.write_text("flags: avx2" if rank == lacking else "flags: amx_bf16")
+        found = precision_of_run(config, torch.device("cpu"), Path(folder) / "precision.json", cpuinfo=cpuinfo)
+        chosen.append(f"{found.name}, because {found.reason}")
+    return chosen
+
+
 def run_rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     results: dict = {case: result for norm in NUM_SLICES for case, result in steps_of(rank, world_size, norm).items()}
-    results |= {"divergence": divergence_of(rank, world_size), "milliseconds": costs_on(folder)}
+    results |= {
+        "precision": precision_on(rank, folder),
+        "divergence": divergence_of(rank, world_size),
+        "milliseconds": costs_on(folder),
+    }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -136,7 +153,7 @@ def test_the_steps_moved_the_weights(case: str) -> None:
     before = small_model().state_dict() | {"scores_R": torch.zeros(3)}
     moved = {name for name, value in whole[case][0].items() if not torch.equal(value, before[_plain(name)])}
     assert any(name.endswith("weight") for name in moved)
-    assert any(name.endswith("running_var") for name in moved) == ("synchronized" in case)
+    assert any(name.endswith("running_var") for name in moved) == ("synchronized" in case and "frozen" not in case)
     assert ("scores_R" in moved) == case.startswith("distillation")
 
 
@@ -174,6 +191,14 @@ def test_all_ranks_have_the_same_milliseconds_to_the_bit(world_size: int) -> Non
     first, *others = (result["milliseconds"] for result in results_of(world_size))
     assert min(first) > 0
     assert others == [first] * (world_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "chosen"),
+    [(1, "bfloat16, because the CPU has amx_bf16"), (3, "float32, because the CPU has no bfloat16 arithmetic")],
+)
+def test_all_ranks_have_the_precision_that_every_device_computes_and_keep_it(world_size: int, chosen: str) -> None:
+    assert [result["precision"] for result in results_of(world_size)] == world_size * [[chosen, chosen]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

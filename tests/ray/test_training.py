@@ -51,7 +51,7 @@ def config_of(folder: Path, name: str, **changed: object) -> Config:
                 "resolutions": [48, 32],
                 "predictor": {"input_size": 24, "width": 0.25},
             },
-            "training": {"batch_size": 20, "checkpoint_steps": 4},
+            "training": {"batch_size": 20, "checkpoint_steps": 4, "precision": "auto"},
             "stages": {"backbone": {"epochs": 6, "lr": 0.02}, "predictor": routed, "joint": routed},
             "cluster": {"num_workers": 2, "cpus_per_worker": 1, "storage": str(folder / "runs")},
             "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
@@ -72,6 +72,9 @@ def test_a_run_leaves_a_model_a_report_and_all_predictions(undisturbed: Config) 
     report = json.loads(folder.report_json.read_text())
     assert report["n"] == 50
     assert {row["id"] for row in report["rows"]} >= {"static-48", "static-32", "routed", "random", "oracle"}
+    chosen = json.loads(folder.precision.read_text())
+    assert report["environment"]["precision"] == f"{chosen['name']}, because {chosen['reason']}"
+    assert chosen["name"] in ("float32", "bfloat16")
     assert load_model(folder.model).classes == tuple("BCDEFGHKRS")
     before, after, final = map(
         Predictions.load, (folder.predictions_before_joint, folder.predictions_after_joint, folder.predictions)

