@@ -80,7 +80,12 @@ def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], st
     """
     num_resolutions = len(config.resolutions)
     backbone = build_backbone(
-        config.backbone, num_classes, num_resolutions, width=config.backbone_width, weights=config.weights
+        config.backbone,
+        num_classes,
+        num_resolutions,
+        width=config.backbone_width,
+        weights=config.weights,
+        private_norms=config.private_norms,
     )
     predictor = build_configured(config.predictor, num_resolutions)
     return DRNet(backbone, predictor, config.resolutions, config.predictor.input_size, mean, std)

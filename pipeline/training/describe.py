@@ -18,7 +18,7 @@ from pipeline.config.schema import Config, DataConfig, JointStage, PredictorStag
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.models.dry_run import measure_activations, tensor_bytes
-from pipeline.models.norms import ResolutionBatchNorm2d
+from pipeline.models.norms import ResolutionNorm
 from pipeline.training.logit_table import logits_bytes
 from pipeline.training.run import alpha_problems
 
@@ -188,9 +188,8 @@ def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]
 
 def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSummary]:
     """Yield the backbone at each resolution with the parameters used there, then the predictor."""
-    norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionBatchNorm2d)]
-    private = sum(_count(layer.norms[0]) for layer in norms)
-    used = _count(model.backbone) - private * (len(model.resolutions) - 1)
+    norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionNorm)]
+    used = _count(model.backbone) - sum(_count(layer.norms[1:]) for layer in norms)
     for side, gflops in zip(model.resolutions, costs.backbone_gflops, strict=True):
         yield NetworkSummary(config.model.backbone, side, gflops, used)
     name = f"predictor {config.model.predictor.architecture}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.models.drnet import DRNet
-from pipeline.models.norms import ResolutionBatchNorm2d
+from pipeline.models.norms import ResolutionNorm
 from pipeline.training import objectives
 from pipeline.training.objectives import Forward, StepBatch, build_objective
 from pipeline.training.optim import build_optimizer
@@ -106,8 +106,8 @@ def test_which_images_move_the_statistics_of_a_resolution(joint: JointStage) -> 
         fc.bias.copy_(torch.tensor([50.0, -50.0, -50.0]))  # everything chooses resolution 0
     before = copy.deepcopy(model)
     build_objective(model, joint, COSTS_R)(batch)
-    norms = [module for module in model.modules() if isinstance(module, ResolutionBatchNorm2d)]
-    old_norms = [module for module in before.modules() if isinstance(module, ResolutionBatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, ResolutionNorm)]
+    old_norms = [module for module in before.modules() if isinstance(module, ResolutionNorm)]
     assert norms
     expected = {"frozen": [False, False, False], "all": [True, True, True], "routed": [True, False, False]}
     for norm, old in zip(norms, old_norms, strict=True):
