@@ -24,6 +24,7 @@ from pipeline.models.cost import count_macs
 from pipeline.models.drnet import DRNet
 from pipeline.models.dry_run import meta_images
 from pipeline.models.predictor import build_predictor, predictor_shape
+from pipeline.models.projection import avoid_unsafe_projections
 from pipeline.models.weights import TIMM
 from pipeline.serving.export import exported
 
@@ -95,12 +96,18 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def _theirs(name: str) -> nn.Module:
-    """Build timm's network; where it has a fixed size by default, timm's own switch lets it take others."""
+    """Build timm's network; where it has a fixed size by default, timm's own switch lets it take others.
+
+    Its strided 1x1 convolutions of few channels (RepVGG, MobileOne, FastViT) are replaced as ours are: their kernel can
+    corrupt memory, and rounds differently in the last bit.
+    """
     try:
-        return timm.create_model(name, num_classes=CLASSES, dynamic_img_size=True)
+        network = timm.create_model(name, num_classes=CLASSES, dynamic_img_size=True)
     except TypeError:
         torch.manual_seed(3)
-        return timm.create_model(name, num_classes=CLASSES)
+        network = timm.create_model(name, num_classes=CLASSES)
+    avoid_unsafe_projections(network)
+    return network
 
 
 def _shifted(build: Callable[[], AnyNetwork]) -> AnyNetwork:

@@ -19,6 +19,7 @@ from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.models.dry_run import measure_activations, tensor_bytes
 from pipeline.models.norms import ResolutionNorm
+from pipeline.models.weights import weights_input
 from pipeline.training.logit_table import logits_bytes
 from pipeline.training.run import alpha_problems
 
@@ -125,8 +126,16 @@ def describe(config: Config) -> Description:
         highest_gflops=costs.max_backbone_gflops + (costs.predictor_gflops if routed else 0),
         images_per_worker=config.training.batch_size // config.cluster.num_workers,
         stages=list(_stages(config, model, data, costs)),
-        problems=alpha_problems(config, costs),
+        problems=[*_weights_problems(config), *alpha_problems(config, costs)],
     )
+
+
+def _weights_problems(config: Config) -> Iterator[str]:
+    """Yield why there are no such weights, as far as that is known without a download."""
+    try:
+        weights_input(config.model.backbone, config.model.weights)
+    except ValueError as error:
+        yield f"model.weights: {error}"
 
 
 def summarize_data(data: DataConfig) -> DataSummary:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import StdConv2d
 from torch import nn
 from torchvision.models.regnet import BlockParams, RegNet
 
@@ -85,6 +86,11 @@ def test_only_unsafe_convolutions_are_replaced() -> None:
     after = network.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_narrow_convolution_of_another_kind_is_not_replaced_silently() -> None:
+    with pytest.raises(ValueError, match="strided 1x1 StdConv2d of 8 input channels"):
+        avoid_unsafe_projections(nn.Sequential(StdConv2d(8, 16, 1, stride=2)))
 
 
 def narrow_networks() -> list[nn.Module]:

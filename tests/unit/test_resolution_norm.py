@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from pipeline.models.norms import (
@@ -106,6 +107,21 @@ def test_kept_statistics_normalize_with_the_batch_and_stay():
     assert torch.equal(again, reference(batch))
     module(batch)
     assert all(torch.equal(value, reference.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def test_a_frozen_layer_keeps_its_statistics_and_its_dropout_drops():
+    norm = BatchNormAct2d(3, act_layer=nn.ReLU, drop_layer=nn.Dropout)
+    layer, batch = ResolutionNorm(norm, 2), images(4, 3, 8, 8)
+    layer.frozen = True
+    layer.train()
+    torch.manual_seed(0)
+    expected = nn.functional.dropout(batch / (1 + norm.eps) ** 0.5).relu()
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer(batch), expected)
+    assert norm.num_batches_tracked == 0
+    layer.frozen = False
+    layer.train()(batch)
+    assert norm.num_batches_tracked == 1
 
 
 def test_a_norm_used_in_two_places_stays_one_norm():

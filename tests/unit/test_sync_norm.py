@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.models.backbone import build_backbone
 from pipeline.models.norms import (
     ResolutionNorm,
     SynchronizedBatchNorm,
@@ -48,3 +49,25 @@ def test_settings_and_mode_are_kept() -> None:
     layer = SynchronizedBatchNorm.of(norm)
     assert (layer.num_features, layer.eps, layer.momentum, layer.training) == (3, 1e-3, None, False)
     assert layer.running_mean is norm.running_mean
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["timm/test_efficientnet", "timm/efficientvit_m0"])
+def test_it_keeps_the_activation_of_timms_batch_norms_and_takes_one_dimension(name: str, training: bool) -> None:
+    """The first network's batch norms hold an activation, and the second one has some after its pooling."""
+    plain = build_backbone(name, 5, 2).train(training)
+    synchronized, images = copy.deepcopy(plain), torch.randn(4, 3, 64, 64)
+    synchronize_batch_norms(synchronized)
+    kinds = {type(layer) for layer in synchronized.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+    assert kinds == {SynchronizedBatchNorm}
+    assert torch.equal(synchronized(images, 1), plain(images, 1))
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in synchronized.state_dict().items())
+
+
+def test_another_kind_of_batch_norm_is_refused() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match=r"type Doubled cannot be synchronized; set training.sync_batch_norm=false"):
+        SynchronizedBatchNorm.of(Doubled(3))
