@@ -68,7 +68,9 @@ def _sources(config: Config) -> Iterator[tuple[str, Path]]:
 
 def _starts(config: Config) -> Iterator[tuple[str, Path]]:
     weights = Path(config.model.weights or "")
-    if weights.suffix in (".pt", ".pth", ".bin") or len(weights.parts) > 1:  # otherwise a name of published weights
+    if (
+        weights.suffix in (".pt", ".pth", ".bin", ".safetensors") or len(weights.parts) > 1
+    ):  # otherwise a name of published weights
         yield "model.weights", weights
     for key, named in (("backbone", config.search.backbone), ("tables", config.search.tables)):
         if named and not str(named).startswith(REGISTERED):

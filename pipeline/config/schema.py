@@ -230,11 +230,15 @@ Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 class ModelConfig(Section):
     backbone: Text = "resnet50"
-    """small_resnet, or a torchvision classification model with BatchNorm2d."""
+    """small_resnet, a torchvision classification model, or timm/NAME. It must take images of several sizes."""
     backbone_width: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the channel counts of small_resnet. Other backbones have a fixed width."""
     weights: PathOrName | None = None
-    """Initial weights of the backbone: a state-dict file or the name of a torchvision weights enum. null is random."""
+    """Initial weights of the backbone: a state-dict file (.pth, .safetensors), pretrained (the default of timm or
+    torchvision), a timm tag, the name of a torchvision weights enum, or package:NAME. null is random."""
+    private_norms: Literal["auto", "batch_norm", "all", "none"] = "auto"
+    """Norms with a copy for each resolution. auto: batch_norm if the backbone has any, otherwise all. none: all layers
+    are shared, so running statistics mix resolutions and fit none of them; for comparisons."""
     normalization: Literal["auto", "weights", "data"] | tuple[Mean, Deviation] = "auto"
     """Mean and standard deviation that normalize the input. weights: those that model.weights were trained with. data:
     those of the training images. auto: weights if they have any, or else data. Or [mean, std], three values of 0 to 1

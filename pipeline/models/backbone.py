@@ -1,4 +1,4 @@
-"""The backbone: a torchvision classification network, or our small one, with a private batch norm per resolution."""
+"""The backbone: a network of torchvision or timm, or our small one, with norms that are private to a resolution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from pipeline.models.dry_run import meta_forward, meta_images
-from pipeline.models.norms import keep_resolution, make_resolution_aware
+from pipeline.models.norms import PrivateNorms, keep_resolution, make_resolution_aware
 from pipeline.models.projection import avoid_unsafe_projections
 from pipeline.models.weights import TIMM, classifier_keys, load_weights
 
@@ -82,31 +82,33 @@ def remove_mean(stem: nn.Conv2d) -> None:
 
 SMALL_RESNET = "small_resnet"
 _AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
-_PROBE_SIDES = (224, 160)
+_PROBE_SIDES = (224, 160, 196, 256, 288, 128)
+"""A network must take two of these: multiples of the usual strides and patches."""
 
 
 class ResolutionBackbone(nn.Module):
-    """One network for R candidate resolutions: convolutions and classifier shared, each batch norm private.
+    """One network for R candidate resolutions: all layers shared, except norms that are private to each.
 
     Args:
-        network: a classification network with BatchNorm2d, (N, 3, H, W) -> (N, K); changed in place.
+        network: a classification network (N, 3, H, W) -> (N, K); changed in place.
         num_resolutions: R.
+        private_norms: which norms have a copy for each resolution, as in `make_resolution_aware`.
     """
 
-    def __init__(self, network: nn.Module, num_resolutions: int):
+    def __init__(self, network: nn.Module, num_resolutions: int, private_norms: PrivateNorms = "auto"):
         super().__init__()
         self.num_resolutions = num_resolutions
         # A plain list: the layers are registered in `network` and must not be in the state dict twice.
-        self._norms = make_resolution_aware(network, num_resolutions)
+        self._norms = make_resolution_aware(network, num_resolutions, private_norms)
         self.network = network
 
     def forward(self, images: Tensor, resolution_index: int) -> Tensor:
-        """Logits (N, K) of images (N, 3, H, W), normalized with the batch norms of candidate `resolution_index`."""
+        """Logits (N, K) of images (N, 3, H, W), normalized with the norms of candidate `resolution_index`."""
         self.select(resolution_index)
         return self.network(images)
 
     def select(self, resolution_index: int) -> None:
-        """Make one candidate's batch norms active; raises ValueError for an index outside [0, R)."""
+        """Make one candidate's norms active; raises ValueError for an index outside [0, R)."""
         if not 0 <= resolution_index < self.num_resolutions:
             raise ValueError(f"resolution index {resolution_index} is not in 0..{self.num_resolutions - 1}")
         for norm in self._norms:
@@ -144,7 +146,7 @@ class ResolutionBackbone(nn.Module):
         return {parameter: max(groups.values()) - groups[name] for parameter, name in names.items()}
 
     def at(self, resolution_index: int) -> nn.Module:
-        """Returns a separate copy of the network with one candidate's plain BatchNorm2d, for export and cost."""
+        """Returns a separate copy of the network with one candidate's plain norms, for export and cost."""
         self.select(resolution_index)
         network = copy.deepcopy(self.network)
         keep_resolution(network, resolution_index)
@@ -160,33 +162,36 @@ def build_backbone(
     weights: str | None = None,
     dropout: float | None = None,
     drop_path: float | None = None,
+    private_norms: PrivateNorms = "auto",
 ) -> ResolutionBackbone:
     """Build a resolution-aware backbone by name.
 
     Args:
-        name: `small_resnet`, or a torchvision classification model with BatchNorm2d that takes images of any size.
+        name: `small_resnet`, a torchvision classification model, or `timm/NAME`; it must take images of several sizes.
         num_classes: K; the classifier has this many outputs.
         num_resolutions: R.
         width: channel multiplier of `small_resnet`.
-        weights: a state-dict file of the plain network, or the name of one of torchvision's weights for it, such as
-            `IMAGENET1K_V2`; every candidate's batch norm starts from the same values. None is random.
+        weights: as in `load_weights`; every candidate's norms start from the same values. None is random.
         dropout, drop_path: probabilities of dropout before the classifier and of skipping the last block; None is the
             network's own.
+        private_norms: which norms have a copy for each resolution, as in `make_resolution_aware`.
 
     Raises:
-        ValueError: the name, the width, the weights or a probability do not fit.
+        ValueError: the name, the width, the weights, a probability or the norms do not fit.
     """
+    if width != 1 and name != SMALL_RESNET:
+        raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
     rates = {"dropout": dropout, "drop_path": drop_path}
     if name == SMALL_RESNET:
         network = _with_rates(partial(SmallResNet, num_classes, width), name, rates, {})
-    elif name.startswith(TIMM):
-        network = _with_rates(partial(_timm, name, num_classes, width), name, rates, TIMM_RATES)
     else:
-        network = _with_rates(partial(_torchvision, name, num_classes, width), name, rates, TORCHVISION_RATES)
+        build, arguments = (_timm, TIMM_RATES) if name.startswith(TIMM) else (_torchvision, TORCHVISION_RATES)
+        network = _with_rates(partial(build, name, num_classes), name, rates, arguments)
+        _check_outputs(network, name, num_classes)
     avoid_unsafe_projections(network)
     if weights is not None:
         load_weights(network, name, weights)
-    return ResolutionBackbone(network, num_resolutions)
+    return ResolutionBackbone(network, num_resolutions, private_norms)
 
 
 TIMM_RATES = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
@@ -217,36 +222,67 @@ def _with_rates(
         raise ValueError(f"backbone {name} has no {unknown[0]}. Set model.{unknown[0]}=null") from None
 
 
-def _timm(name: str, num_classes: int, width: float, **rates: Any) -> nn.Module:
-    import timm
-
-    if width != 1:
-        raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
-    return timm.create_model(name.removeprefix(TIMM), num_classes=num_classes, **rates)
-
-
-def _torchvision(name: str, num_classes: int, width: float, **rates: Any) -> nn.Module:
+def _torchvision(name: str, num_classes: int, **rates: Any) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        near = difflib.get_close_matches(name, [SMALL_RESNET, *known], n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"give {SMALL_RESNET} or a torchvision model"
-        raise ValueError(f"{name!r} is not a known backbone; {hint}")
-    if width != 1:
-        raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
+        import timm
+
+        if timm.is_model(name.partition(".")[0]):
+            raise ValueError(f"{name!r} is not a known backbone; did you mean {TIMM}{name.partition('.')[0]}?")
+        raise _unknown(name, [SMALL_RESNET, *known], f"give {SMALL_RESNET}, a torchvision model or {TIMM}NAME")
     if name in _AUXILIARY_OUTPUTS:
         raise ValueError(f"backbone {name} has auxiliary outputs while training; choose one with a single output")
-    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **rates)
-    if not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **rates)
+
+
+def _timm(name: str, num_classes: int, **rates: Any) -> nn.Module:
+    """Build a network of timm; position embeddings follow the image size where the network can resample them."""
+    import timm
+
+    architecture, _, tag = name.removeprefix(TIMM).partition(".")
+    if not timm.is_model(architecture):
+        known = [TIMM + model for model in timm.list_models()]
+        raise _unknown(TIMM + architecture, known, "timm.list_models() names all")
+    if tag:
         raise ValueError(
-            f"backbone {name} has no BatchNorm2d, which dynamic resolution needs; "
-            "choose one that has, such as resnet50, mobilenet_v2, efficientnet_b0 or regnet_y_400mf"
+            f"backbone {name} names weights too; set model.backbone={TIMM}{architecture} and model.weights={tag}"
         )
+    state = torch.get_rng_state()
+    try:
+        return timm.create_model(architecture, num_classes=num_classes, dynamic_img_size=True, **rates)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+    torch.set_rng_state(state)
+    return timm.create_model(architecture, num_classes=num_classes, **rates)
+
+
+def _unknown(name: str, known: list[str], otherwise: str) -> ValueError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else otherwise
+    return ValueError(f"{name!r} is not a known backbone; {hint}")
+
+
+def _check_outputs(network: nn.Module, name: str, num_classes: int) -> None:
+    """Raise ValueError unless the network takes several sizes and returns logits alone, in training mode too."""
+    fitting: list[int] = []
+    reason = ""
     for side in _PROBE_SIDES:
         try:
-            meta_forward(network, meta_images(side))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise ValueError(f"backbone {name} does not take images of {side} px, only of a fixed size") from error
-    return network
+            logits = [meta_forward(network, meta_images(side, 2), training=training) for training in (False, True)]
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = reason or f"{side} px: {str(error).strip().splitlines()[0] if str(error).strip() else 'fails'}"
+            continue
+        if not all(isinstance(output, Tensor) and output.shape == (2, num_classes) for output in logits):
+            raise ValueError(f"backbone {name} returns more than logits; choose one with a single output of K classes")
+        fitting.append(side)
+        if len(fitting) == 2:
+            return
+    only = f"takes images of {fitting[0]} px only" if fitting else "takes images of a size of its own"
+    raise ValueError(
+        f"backbone {name} {only} ({reason}), but dynamic resolution needs several sizes. Choose one without a fixed "
+        "size, such as resnet50, timm/tf_efficientnet_lite0, timm/convnext_nano or timm/vit_tiny_patch16_224"
+    )
 
 
 GRAPHS_PER_RESOLUTION = 16

@@ -88,6 +88,7 @@ def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], st
         weights=config.weights,
         dropout=config.dropout,
         drop_path=config.drop_path,
+        private_norms=config.private_norms,
     )
     predictor = build_configured(config.predictor, num_resolutions)
     return DRNet(backbone, predictor, config.resolutions, config.predictor.input_size, mean, std)

@@ -14,21 +14,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 
-def meta_forward(module: nn.Module, *inputs: Any) -> Any:
-    """Run `module(*inputs)` in eval mode on the meta device, where tensors have shapes and no values."""
+def meta_forward(module: nn.Module, *inputs: Any, training: bool = False) -> Any:
+    """Run `module(*inputs)` on the meta device, where tensors have shapes and no values."""
     state = {
         name: torch.empty_like(value, device="meta")
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
     on_meta = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
     # Eager: after a first call on the meta device, torch.compile would silently leave the module uncompiled for good.
-    with training_mode(module, False), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    with training_mode(module, training), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return functional_call(module, state, on_meta)
 
 
-def meta_images(side: int) -> Tensor:
-    """Returns one image (1, 3, side, side) without values."""
-    return torch.empty(1, 3, side, side, device="meta")
+def meta_images(side: int, count: int = 1) -> Tensor:
+    """Returns images (count, 3, side, side) without values."""
+    return torch.empty(count, 3, side, side, device="meta")
 
 
 @contextmanager

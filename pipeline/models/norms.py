@@ -1,31 +1,35 @@
-"""Batch norm: private to each resolution, synchronized over ranks in training, folded for inference."""
+"""Norm layers: private to each resolution, synchronized over ranks in training, folded for inference."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.func import functional_call
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import Node
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+PrivateNorms = Literal["auto", "batch_norm", "all", "none"]
 
 
-class ResolutionBatchNorm2d(nn.Module):
-    """R private copies of one BatchNorm2d, of which `active` normalizes (Zhu et al., NeurIPS 2021, section 3.3).
+class ResolutionNorm(nn.Module):
+    """Private copies of one norm layer, of which the one of resolution `active` normalizes.
 
     An activation's statistics change with the input resolution. So everything in a batch norm (mean, variance, scale,
-    shift) is private to a resolution, while convolutions and classifier are shared.
+    shift) is private to a resolution, while convolutions and classifier are shared (Zhu et al., NeurIPS 2021, section
+    3.3). Other norms have private scale and shift.
 
     Args:
         norm: the layer to copy. With one candidate, it computes exactly what it did.
-        num_resolutions: R, the number of candidates.
+        num_copies: the number of candidates R, or 1 for a layer that all candidates share.
     """
 
     active: int
@@ -34,19 +38,26 @@ class ResolutionBatchNorm2d(nn.Module):
     frozen: bool
     """Normalize with the running statistics in training mode too; set it before `train()`."""
 
-    def __init__(self, norm: nn.BatchNorm2d, num_resolutions: int):
+    def __init__(self, norm: nn.Module, num_copies: int):
         super().__init__()
-        self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_resolutions - 1))])
+        self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_copies - 1))])
         self.active = 0
         self.keeps_statistics = self.frozen = False
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, which leaves a frozen layer in inference mode."""
-        return super().train(mode and not self.frozen)
+        """Set training mode, which leaves the statistics of a frozen layer in inference mode."""
+        super().train(mode)
+        for norm in self.norms:
+            norm.training = mode and not self.frozen  # not that of its activation and dropout
+        return self
+
+    def at(self, index: int) -> nn.Module:
+        """Returns the layer that candidate `index` uses."""
+        return self.norms[index if len(self.norms) > 1 else 0]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Normalize (N, C, H, W) with the active copy."""
-        norm = self.norms[self.active]
+        """Normalize (N, C, H, W), or whatever shape the layer takes, with the active copy."""
+        norm = self.at(self.active)
         if self.keeps_statistics:
             return functional_call(norm, {name: value.clone() for name, value in norm.named_buffers()}, features)
         return norm(features)
@@ -55,30 +66,56 @@ class ResolutionBatchNorm2d(nn.Module):
         return f"active={self.active}"
 
 
-def make_resolution_aware(module: nn.Module, num_resolutions: int) -> list[ResolutionBatchNorm2d]:
-    """Replace every BatchNorm2d inside `module`, in place, by a ResolutionBatchNorm2d that starts from its values.
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_TIMM_NORMS = {f"timm.layers.{file}" for file in ("norm", "norm_act", "grn", "evo_norm", "filter_response_norm")}
+"""Modules of timm that define norms which are no kind of torch's."""
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    known = isinstance(layer, _BATCH_NORMS + _OTHER_NORMS)
+    return known or any(kind.__module__ in _TIMM_NORMS for kind in type(layer).__mro__)
+
+
+def make_resolution_aware(
+    module: nn.Module, num_resolutions: int, private: PrivateNorms = "auto"
+) -> list[ResolutionNorm]:
+    """Replace norm layers inside `module`, in place, by a ResolutionNorm that starts from their values.
+
+    Args:
+        private: the layers with a copy for each resolution: `batch_norm`, `all` norms, `none`, or `auto`, which is
+            `batch_norm` in a network that has any and `all` in others. A batch norm with one copy for all resolutions
+            is replaced as well, since its statistics can be frozen or kept.
 
     Returns:
         The new layers, in the order of `module.modules()`.
 
     Raises:
-        ValueError: `num_resolutions` is not positive, or `module` has no BatchNorm2d or is resolution-aware already.
+        ValueError: `num_resolutions` is not positive, or `module` has no such layers or is resolution-aware already.
     """
+    kind = type(module).__name__
     if num_resolutions < 1:
         raise ValueError(f"num_resolutions is {num_resolutions}; give at least 1")
     parents = list(module.modules())
-    if any(isinstance(parent, ResolutionBatchNorm2d) for parent in parents):
-        raise ValueError(f"{type(module).__name__} is resolution-aware already")
-    replaced: dict[nn.BatchNorm2d, ResolutionBatchNorm2d] = {}
+    if any(isinstance(parent, ResolutionNorm) for parent in parents):
+        raise ValueError(f"{kind} is resolution-aware already")
+    if private == "auto":
+        private = "batch_norm" if any(isinstance(layer, _BATCH_NORMS) for layer in parents) else "all"
+    replaced: dict[nn.Module, ResolutionNorm] = {}
     for parent in parents:
         for name, child in list(parent._modules.items()):
-            if not isinstance(child, nn.BatchNorm2d):
+            is_batch_norm = isinstance(child, _BATCH_NORMS)
+            if child is None or not (is_batch_norm or (private == "all" and _is_norm(child))):
                 continue
             if child not in replaced:
-                replaced[child] = ResolutionBatchNorm2d(child, num_resolutions)
+                replaced[child] = ResolutionNorm(child, 1 if private == "none" else num_resolutions)
             setattr(parent, name, replaced[child])
-    if not replaced:
-        raise ValueError(f"{type(module).__name__} has no BatchNorm2d, so it cannot be made resolution-aware")
+    if not replaced and private != "none":
+        lacks = "batch norm" if private == "batch_norm" else "norm layer"
+        raise ValueError(
+            f"{kind} has no {lacks} that could be private to a resolution. Set model.private_norms=none to share all "
+            "weights, or choose another backbone"
+        )
     return list(replaced.values())
 
 
@@ -88,7 +125,7 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
 
     For a forward pass that is repeated: a batch counts once.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, ResolutionBatchNorm2d)]
+    layers = [layer for layer in module.modules() if isinstance(layer, ResolutionNorm)]
     for layer in layers:
         layer.keeps_statistics = True
     try:
@@ -99,30 +136,49 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def keep_resolution(module: nn.Module, index: int) -> None:
-    """Replace every ResolutionBatchNorm2d of `module`, in place, by its plain BatchNorm2d of candidate `index`."""
+    """Replace every ResolutionNorm of `module`, in place, by the plain layer of candidate `index`."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, ResolutionBatchNorm2d):
-                setattr(parent, name, child.norms[index])
+            if isinstance(child, ResolutionNorm):
+                setattr(parent, name, child.at(index))
 
 
-class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d that, in training mode, normalizes with statistics over all ranks' values.
+class SynchronizedBatchNorm(_BatchNorm):
+    """A BatchNorm1d or BatchNorm2d that, in training mode, normalizes with statistics over all ranks' values.
 
     All ranks must run it in the same order, even a rank without images. Gradients of scale and shift come from the
     rank's own images, as for any parameter; the input's gradient includes its effect on other ranks' outputs. In a
-    single process, or in inference mode, it equals BatchNorm2d to the last bit.
+    single process, or in inference mode, it equals them to the last bit. Like timm's BatchNormAct2d it then
+    applies the dropout and activation that it holds, if any.
     """
 
     @classmethod
-    def of(cls, norm: nn.BatchNorm2d) -> SynchronizedBatchNorm2d:
-        """Returns the synchronized form of a layer, with the same parameters and buffers."""
+    def of(cls, norm: _BatchNorm) -> SynchronizedBatchNorm:
+        """Returns the synchronized form of a layer, with the same parameters, buffers, dropout and activation.
+
+        Raises:
+            ValueError: the layer is another kind of batch norm.
+        """
+        if type(norm).forward is not _BatchNorm.forward and list(norm._modules) != ["drop", "act"]:
+            raise ValueError(
+                f"a batch norm of type {type(norm).__name__} cannot be synchronized; set training.sync_batch_norm=false"
+            )
         layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
-        layer._parameters, layer._buffers = norm._parameters, norm._buffers
-        return layer.train(norm.training)
+        layer._parameters, layer._buffers, layer._modules = norm._parameters, norm._buffers, norm._modules
+        layer.training = norm.training
+        return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, H, W); N may be 0 where another rank has images."""
+        """Normalize (N, C, H, W) or (N, C); N may be 0 where another rank has images."""
+        features = self._normalized(input)
+        for layer in self.children():
+            features = layer(features)
+        return features
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept every shape (N, C, ...)."""
+
+    def _normalized(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
         count, mean_C, variance_C = _global_statistics(input)
@@ -143,15 +199,15 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:
-    """Replace every BatchNorm2d inside `module`, in place, by its synchronized form; the state dict stays the same."""
+    """Replace every batch norm inside `module`, in place, by its synchronized form; the state dict stays the same."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, SynchronizedBatchNorm2d.of(child))
+            if isinstance(child, _BATCH_NORMS):
+                setattr(parent, name, SynchronizedBatchNorm.of(child))
 
 
 def has_synchronized_norms(module: nn.Module) -> bool:
-    return any(isinstance(layer, SynchronizedBatchNorm2d) for layer in module.modules())
+    return any(isinstance(layer, SynchronizedBatchNorm) for layer in module.modules())
 
 
 @torch.no_grad()
@@ -164,7 +220,7 @@ def _global_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels = features.shape[1]
     mine = torch.zeros(2 * channels + 1, device=features.device)
     if features.numel():
-        variance_C, mean_C = torch.var_mean(features.float(), dim=(0, 2, 3), correction=0)
+        variance_C, mean_C = torch.var_mean(features.float(), dim=_all_but_channels(features), correction=0)
         mine = torch.cat([mean_C, variance_C, mine.new_tensor([features.numel() // channels])])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
@@ -188,55 +244,67 @@ class _Normalize(torch.autograd.Function):
         """Computes dx = w / sigma * (dy - E[dy] - xhat * E[dy * xhat]), E over all ranks (Ioffe and Szegedy, 2015)."""
         features, weight, mean_C, inverse_std_C, count = ctx.saved_tensors
         gradient = gradients[0].float()
-        normalized = (features.float() - _channels(mean_C)) * _channels(inverse_std_C)
-        bias_gradient_C = gradient.sum(dim=(0, 2, 3))
-        weight_gradient_C = (gradient * normalized).sum(dim=(0, 2, 3))
+        shape, others = (1, -1) + (1,) * (features.ndim - 2), _all_but_channels(features)
+        normalized = (features.float() - mean_C.view(shape)) * inverse_std_C.view(shape)
+        bias_gradient_C = gradient.sum(dim=others)
+        weight_gradient_C = (gradient * normalized).sum(dim=others)
         sums_2C = torch.stack([bias_gradient_C, weight_gradient_C])
         dist.all_reduce(sums_2C)
         mean_gradient_C, mean_product_C = sums_2C / count
         scale_C = inverse_std_C if weight is None else inverse_std_C * weight
-        centered = gradient - _channels(mean_gradient_C) - normalized * _channels(mean_product_C)
-        input_gradient = (centered * _channels(scale_C)).to(features.dtype)
+        centered = gradient - mean_gradient_C.view(shape) - normalized * mean_product_C.view(shape)
+        input_gradient = (centered * scale_C.view(shape)).to(features.dtype)
         _, with_weight, with_bias, *_ = ctx.needs_input_grad
         affine = (weight_gradient_C if with_weight else None, bias_gradient_C if with_bias else None)
         return input_gradient, *affine, None, None, None, None
 
 
-def _channels(values_C: Tensor) -> Tensor:
-    return values_C.view(1, -1, 1, 1)
+def _all_but_channels(features: Tensor) -> list[int]:
+    return [0, *range(2, features.ndim)]
 
 
-def fold_batch_norms(network: nn.Module) -> GraphModule:
-    """Returns a copy of `network` in inference mode with batch norms folded into the convolutions before them.
+_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+
+
+@torch.no_grad()
+def fold_batch_norms(program: ExportedProgram) -> int:
+    """Fold the batch norms of an inference program, in place, into the convolutions before them.
 
     With w, b of the convolution, mean m, variance v, scale g, shift s of the norm and k = g / sqrt(v + eps), a
     convolution with weight k * w and bias k * (b - m) + s replaces both. A batch norm stays where its input is anything
-    but the output of one convolution that nothing else uses.
+    but the output of one convolution that nothing else uses. The graph of a program shows operations, not layers, so it
+    does not matter which kind of layer computes them, and an activation inside a layer stays.
+
+    Returns:
+        How many batch norms were folded.
     """
-    network = copy.deepcopy(network).eval()
-    traced = GraphModule(network, _LayerTracer().trace(network))
-    uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    for node in list(traced.graph.nodes):
-        norm = _layer(traced, node)
-        before = node.args[0] if node.args else None
-        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, Node):
+    signature, state = program.graph_signature, program.state_dict
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+    def stored(node: Any) -> Any:
+        return None if node is None else state[names[node.name]]
+
+    folded = 0
+    for norm in list(program.graph.nodes):
+        convolution = norm.args[0] if norm.target is torch.ops.aten.batch_norm.default else None
+        if not isinstance(convolution, Node) or convolution.target not in _CONVOLUTIONS or len(convolution.users) > 1:
             continue
-        convolution = _layer(traced, before)
-        if isinstance(convolution, nn.Conv2d) and len(before.users) == 1 and uses[before.target] == 1:
-            traced.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            node.replace_all_uses_with(before)
-            traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
+        arguments: list[Any] = [*convolution.args]
+        weight, bias = arguments[1], arguments[2] if len(arguments) > 2 else None
+        _, scale, shift, mean, variance, _, _, eps, _ = norm.args
+        if not _is_own_tensor(weight, names) or not _is_own_tensor(shift, names) or (bias and bias.name not in names):
+            continue
+        state[names[weight.name]], state[names[shift.name]] = fuse_conv_bn_weights(
+            stored(weight), stored(bias), stored(mean), stored(variance), eps, stored(scale), stored(shift)
+        )
+        convolution.args = (*arguments[:2], shift, *arguments[3:])
+        norm.replace_all_uses_with(convolution)
+        program.graph.erase_node(norm)
+        folded += 1
+    program.graph_module.recompile()
+    return folded
 
 
-class _LayerTracer(Tracer):
-    """Keeps every layer whole that is a kind of torch's convolution."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _layer(traced: GraphModule, node: Node) -> nn.Module | None:
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _is_own_tensor(node: Any, names: dict[str, str]) -> bool:
+    """Returns whether an argument is a stored tensor that one operation uses."""
+    return isinstance(node, Node) and node.name in names and len(node.users) == 1

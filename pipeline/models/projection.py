@@ -33,10 +33,19 @@ class NarrowProjection(nn.Conv2d):
 
 
 def avoid_unsafe_projections(module: nn.Module) -> None:
-    """Replace every strided 1x1 convolution of few channels inside `module`, in place, by a NarrowProjection."""
+    """Replace every strided 1x1 convolution of few channels inside `module`, in place, by a NarrowProjection.
+
+    Raises:
+        ValueError: such a convolution computes something else, as one with standardized weights does.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, nn.Conv2d) and _is_unsafe(child):
+                if type(child).forward is not nn.Conv2d.forward:
+                    raise ValueError(
+                        f"{type(module).__name__} has a strided 1x1 {type(child).__name__} of {child.in_channels} "
+                        "input channels, which can corrupt memory on a CPU; choose another backbone"
+                    )
                 setattr(parent, name, NarrowProjection.of(child))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet
@@ -47,9 +49,10 @@ def export_model(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] 
     costs = measure_costs(model)
     routed = len(model.resolutions) > 1
     if routed:
-        _export(folded(model, model.predictor), model.predictor_size, folder / PREDICTOR_FILE)
+        torch.export.save(exported(model, model.predictor, model.predictor_size), folder / PREDICTOR_FILE)
     for index, side in enumerate(model.resolutions):
-        _export(folded(model, model.backbone.at(index)), side, folder / BACKBONE_FILE.format(side=side))
+        program = exported(model, model.backbone.at(index), side)
+        torch.export.save(program, folder / BACKBONE_FILE.format(side=side))
     meta = {
         "classes": loaded.classes,
         "resolutions": model.resolutions,
@@ -83,18 +86,14 @@ def fitted_policies(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def folded(model: DRNet, network: nn.Module) -> nn.Module:
-    """Returns a copy of `network` that takes pixels, with batch norms folded into the convolutions before them."""
-    return _FromPixels(model, fold_batch_norms(network))
-
-
-def _export(program: nn.Module, side: int, path: Path) -> None:
+def exported(model: DRNet, network: nn.Module, side: int) -> ExportedProgram:
+    """Returns the program of a copy of `network`, uint8 (N, S, S, 3) -> logits, with batch norms folded."""
     # torch.export treats a batch of one as a constant and does not write channels_last weights completely.
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    program.to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
+    pixels = _FromPixels(model, copy.deepcopy(network)).eval()
+    pixels.to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]  # torch's stubs lack it
     with torch.no_grad():
-        exported = torch.export.export(
-            program.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-        )
-    exported.example_inputs = None  # they would be stored as a pickle
-    torch.export.save(exported, path)
+        program = torch.export.export(pixels, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    fold_batch_norms(program)
+    program.example_inputs = None  # they would be stored as a pickle
+    return program

@@ -20,7 +20,8 @@ from pipeline.config.schema import Config, DataConfig, JointStage, PredictorStag
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import DRNet, build_drnet, normalization, validation_crop
 from pipeline.models.dry_run import measure_activations, tensor_bytes
-from pipeline.models.norms import ResolutionBatchNorm2d
+from pipeline.models.norms import ResolutionNorm
+from pipeline.models.weights import weights_input
 from pipeline.training.logit_table import logits_bytes
 from pipeline.training.run import Precision, alpha_problems, precision_of_run, with_precision
 
@@ -141,7 +142,7 @@ def describe(config: Config) -> Description:
         input=_input(config),
         precision=f"{precision.name}, because {precision.reason}",
         stages=list(_stages(config, model, data, costs)),
-        problems=alpha_problems(config, costs),
+        problems=[*_weights_problems(config), *alpha_problems(config, costs)],
     )
 
 
@@ -159,6 +160,14 @@ def _input(config: Config) -> str:
     mean, std = ("[" + ", ".join(f"{value:.3g}" for value in values) + "]" for values in found)
     source = "configuration" if isinstance(config.model.normalization, tuple) else f"weights {config.model.weights}"
     return f"normalized with mean {mean} and standard deviation {std} of the {source}, {crop}"
+
+
+def _weights_problems(config: Config) -> Iterator[str]:
+    """Yield why there are no such weights, as far as that is known without a download."""
+    try:
+        weights_input(config.model.backbone, config.model.weights)
+    except ValueError as error:
+        yield f"model.weights: {error}"
 
 
 def summarize_data(data: DataConfig) -> DataSummary:
@@ -222,9 +231,8 @@ def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]
 
 def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSummary]:
     """Yield the backbone at each resolution with the parameters used there, then the predictor."""
-    norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionBatchNorm2d)]
-    private = sum(_count(layer.norms[0]) for layer in norms)
-    used = _count(model.backbone) - private * (len(model.resolutions) - 1)
+    norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionNorm)]
+    used = _count(model.backbone) - sum(_count(layer.norms[1:]) for layer in norms)
     validation, enlarged = beton_path(config.data.folder, VALIDATION), [None] * len(model.resolutions)
     if validation.exists():
         enlarged = enlarged_shares(validation, model.resolutions, validation_crop(config))

@@ -111,13 +111,16 @@ def test_width_scales_only_the_small_network():
     [
         ("resnet51", "resnet50"),
         ("small_resent", "small_resnet"),
-        ("qqqq", "small_resnet or a torchvision model"),
+        ("qqqq", "small_resnet, a torchvision model or timm/NAME"),
+        ("resnet50d", r"did you mean timm/resnet50d\?"),
+        ("resnet50d.ra2_in1k", r"did you mean timm/resnet50d\?"),
+        ("timm/resnet5d", "did you mean timm/resnet50d"),
+        ("timm/resnet50d.ra2_in1k", r"model\.backbone=timm/resnet50d and model\.weights=ra2_in1k"),
         ("fasterrcnn_resnet50_fpn", "not a known backbone"),
         ("googlenet", "auxiliary outputs"),
         ("inception_v3", "auxiliary outputs"),
-        ("squeezenet1_1", "no BatchNorm2d"),
-        ("convnext_tiny", "no BatchNorm2d"),
-        ("maxvit_t", "fixed size"),
+        ("squeezenet1_1", "no norm layer .* model.private_norms=none"),
+        ("maxvit_t", "takes images of 224 px only"),
     ],
 )
 def test_a_backbone_that_does_not_fit_is_refused(name: str, message: str):

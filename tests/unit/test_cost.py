@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -47,6 +48,33 @@ def test_mean_cost_of_a_share_vector(resnet50_costs: Costs):
 )
 def test_count_against_hand_calculation(layer: nn.Module, shape: tuple[int, ...], macs: int):
     assert count_macs(layer, torch.empty(shape)) == macs
+
+
+def counted_slowly(network: nn.Module, side: int) -> int:
+    """Multiply-adds of convolutions and linear layers from the real shapes of their outputs, layer by layer."""
+    counts = []
+
+    def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        counts.append(output.numel() * layer.weight[0].numel())
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.inference_mode():
+        network.eval()(torch.zeros(1, 3, side, side))
+    return sum(counts)
+
+
+@pytest.mark.parametrize("side", [96, 64])
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_vit"])
+def test_networks_of_timm_cost_what_their_layers_and_their_attention_do(name: str, side: int):
+    backbone = build_backbone(f"timm/{name}", 5, 2)
+    network = timm.create_model(name, num_classes=5, **({"dynamic_img_size": True} if name == "test_vit" else {}))
+    expected = counted_slowly(network, side)
+    if name == "test_vit":  # query times key and weights times value, for every pair of tokens
+        width = network.get_parameter("cls_token").shape[-1]
+        expected += len(network.blocks) * 2 * ((side // 16) ** 2 + 1) ** 2 * width
+    assert count_macs(backbone, torch.empty(1, 3, side, side), 1) == expected
 
 
 def test_counting_changes_nothing():

@@ -91,6 +91,8 @@ def test_a_file_that_was_not_sent_is_named_with_the_reason(package: Path) -> Non
     weights, start = package_problems(config, package)
 
     assert weights.startswith("model.weights weights/net.pth is not in the package")
+    [weights] = package_problems(config_of(model={"weights": "net.safetensors"}), package)
+    assert weights.startswith("model.weights net.safetensors is not in the package")
     assert start.startswith("stages.backbone.init_from runs/other/model.pt is not in the package")
     assert ".gitignore and .rayignore" in start
     stages = {"backbone": {"epochs": 1, "init_from": "there.pt"}}

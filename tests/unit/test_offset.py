@@ -19,7 +19,7 @@ from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet
 from pipeline.models.predictor import build_predictor, predictor_shape, start_with_shares
-from pipeline.serving.export import folded
+from pipeline.serving.export import exported
 from pipeline.training.checkpoint import load_model, save_model
 from pipeline.training.loop import train
 from pipeline.training.objectives import Forward, build_objective
@@ -190,7 +190,7 @@ def test_scores_are_outputs_or_their_sigmoids_plus_the_offset_in_every_form(
         save_model(tmp_path / "model.pt", model, config, classes=list("abcde"))
         assert torch.equal(load_model(tmp_path / "model.pt").model.predictor_logits(images), expected_NR)
 
-        program = torch.export.export(folded(model, model.predictor), (images[model.predictor_size],)).module()
+        program = exported(model, model.predictor, model.predictor_size).module()
         torch.testing.assert_close(program(images[model.predictor_size]), expected_NR, rtol=1e-4, atol=1e-5)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import StdConv2d
 from torch import nn
 from torchvision.models.regnet import BlockParams, RegNet
 
@@ -87,6 +88,11 @@ def test_only_unsafe_convolutions_are_replaced() -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_a_narrow_convolution_of_another_kind_is_not_replaced_silently() -> None:
+    with pytest.raises(ValueError, match="strided 1x1 StdConv2d of 8 input channels"):
+        avoid_unsafe_projections(nn.Sequential(StdConv2d(8, 16, 1, stride=2)))
+
+
 def narrow_networks() -> list[nn.Module]:
     shapes = [predictor_shape(architecture) for architecture in (1, 2, 3, 4)]
     backbones = [build_backbone("small_resnet", 5, 2, width=width) for width in (0.25, 0.5)]
@@ -112,21 +118,14 @@ def test_the_projections_of_a_narrow_network_of_torchvision_are_replaced() -> No
     torch.testing.assert_close(network(images), expected)
 
 
-def test_batch_norms_are_folded_into_narrow_projections() -> None:
+def test_a_narrow_network_exports_with_a_dynamic_batch_and_folded_batch_norms() -> None:
     network = build_backbone("small_resnet", 5, 1, width=0.5).at(0).eval()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             layer.running_mean.normal_(0, 0.1)
-    folded = fold_batch_norms(network)
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-5)
-
-
-def test_a_narrow_network_exports_with_a_dynamic_batch() -> None:
-    network = build_backbone("small_resnet", 5, 1, width=0.5).at(0).eval()
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(network, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},)).module()
+    program = torch.export.export(network, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    assert fold_batch_norms(program) == sum(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
     images = torch.randn(5, 3, 32, 32)
-    torch.testing.assert_close(program(images), network(images))
+    torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-5)

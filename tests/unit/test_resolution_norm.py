@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from pipeline.models.norms import (
-    ResolutionBatchNorm2d,
+    ResolutionNorm,
     keep_resolution,
     kept_statistics,
     make_resolution_aware,
 )
 
 
-def select(layers: list[ResolutionBatchNorm2d], index: int) -> None:
+def select(layers: list[ResolutionNorm], index: int) -> None:
     for layer in layers:
         layer.active = index
 
@@ -38,8 +39,8 @@ def test_copies_start_from_the_values_and_settings_of_the_norm_they_replace():
         module[1].running_mean.uniform_()
     original = copy.deepcopy(module[1])
     make_resolution_aware(module, 3)
-    assert isinstance(module[1], ResolutionBatchNorm2d)
-    assert isinstance(module[2][2], ResolutionBatchNorm2d)
+    assert isinstance(module[1], ResolutionNorm)
+    assert isinstance(module[2][2], ResolutionNorm)
     for norm in module[1].norms:
         assert (norm.eps, norm.momentum) == (1e-3, 0.3)
         for name, value in original.state_dict().items():
@@ -77,7 +78,7 @@ def test_statistics_of_each_resolution_equal_those_of_a_network_that_saw_this_re
 
 def test_running_statistics_follow_the_formula_from_a_resolutions_own_images_alone():
     """m <- (1 - momentum) m + momentum mean, v <- ... with the variance over n - 1, channel by channel in loops."""
-    layer = ResolutionBatchNorm2d(nn.BatchNorm2d(2, momentum=0.3), 2)
+    layer = ResolutionNorm(nn.BatchNorm2d(2, momentum=0.3), 2)
     mean, variance = [[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]
     for step, index in enumerate((0, 1, 0)):
         layer.active = index
@@ -108,6 +109,21 @@ def test_kept_statistics_normalize_with_the_batch_and_stay():
     assert all(torch.equal(value, reference.state_dict()[name]) for name, value in module.state_dict().items())
 
 
+def test_a_frozen_layer_keeps_its_statistics_and_its_dropout_drops():
+    norm = BatchNormAct2d(3, act_layer=nn.ReLU, drop_layer=nn.Dropout)
+    layer, batch = ResolutionNorm(norm, 2), images(4, 3, 8, 8)
+    layer.frozen = True
+    layer.train()
+    torch.manual_seed(0)
+    expected = nn.functional.dropout(batch / (1 + norm.eps) ** 0.5).relu()
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer(batch), expected)
+    assert norm.num_batches_tracked == 0
+    layer.frozen = False
+    layer.train()(batch)
+    assert norm.num_batches_tracked == 1
+
+
 def test_a_norm_used_in_two_places_stays_one_norm():
     shared = nn.BatchNorm2d(3)
     module = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
@@ -125,9 +141,9 @@ def test_channels_last_survives():
 @pytest.mark.parametrize(
     ("module", "count", "message"),
     [
-        (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm1d(3)), 2, "no BatchNorm2d"),
+        (nn.Sequential(nn.Conv2d(3, 3, 1)), 2, "no norm layer"),
         (network(), 0, "at least 1"),
-        (nn.Sequential(ResolutionBatchNorm2d(nn.BatchNorm2d(3), 2)), 2, "already"),
+        (nn.Sequential(ResolutionNorm(nn.BatchNorm2d(3), 2)), 2, "already"),
     ],
 )
 def test_modules_that_cannot_be_resolution_aware_are_refused(module: nn.Module, count: int, message: str):

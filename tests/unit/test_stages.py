@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.models.drnet import DRNet
-from pipeline.models.norms import ResolutionBatchNorm2d
+from pipeline.models.norms import ResolutionNorm
 from pipeline.training import objectives
 from pipeline.training.objectives import Forward, StepBatch, build_objective, sandwich
 from pipeline.training.optim import build_optimizer
@@ -107,8 +107,8 @@ def test_which_images_move_the_statistics_of_a_resolution(joint: JointStage) -> 
         fc.bias.copy_(torch.tensor([50.0, -50.0, -50.0]))  # everything chooses resolution 0
     before = copy.deepcopy(model)
     build_objective(model, joint, COSTS_R)(batch)
-    norms = [module for module in model.modules() if isinstance(module, ResolutionBatchNorm2d)]
-    old_norms = [module for module in before.modules() if isinstance(module, ResolutionBatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, ResolutionNorm)]
+    old_norms = [module for module in before.modules() if isinstance(module, ResolutionNorm)]
     assert norms
     expected = {"frozen": [False, False, False], "all": [True, True, True], "routed": [True, False, False]}
     for norm, old in zip(norms, old_norms, strict=True):
@@ -307,5 +307,5 @@ def test_a_step_of_some_resolutions_equals_the_naive_sum_over_them(distillation:
     expected = gradients(reference)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
-    norm = next(module for module in model.modules() if isinstance(module, ResolutionBatchNorm2d))
+    norm = next(module for module in model.modules() if isinstance(module, ResolutionNorm))
     assert [int(layer.num_batches_tracked) for layer in norm.norms] == [1, 0, 1]

@@ -6,9 +6,11 @@ import importlib.util
 import logging
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from pipeline.models.weights import WeightsInput, load_weights, weights_input
 
@@ -72,3 +74,45 @@ def test_the_package_of_lite0_loads_layer_by_layer(caplog: pytest.LogCaptureFixt
         load_weights(other, LITE0, LITE0_PACKAGE)
     assert "1000 classes" in caplog.text
     assert torch.equal(other.bn2.running_var, stored["_bn1.running_var"])
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of Hugging Face's hub, without a network; returns where test_efficientnet's snapshot belongs."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model, commit = tmp_path / "models--timm--test_efficientnet.r160_in1k", "0" * 40
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots" / commit).mkdir(parents=True)
+    return model / "snapshots" / commit
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "r160_in1k"])
+def test_weights_of_timm_come_from_the_hubs_cache(hub: Path, weights: str) -> None:
+    torch.manual_seed(1)
+    stored = timm.create_model("test_efficientnet").state_dict()
+    save_file(stored, hub / "model.safetensors")
+    network = timm.create_model("test_efficientnet", num_classes=5)
+    classifier, state = network.classifier.weight.clone(), torch.get_rng_state()
+    load_weights(network, "timm/test_efficientnet", weights)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(network.classifier.weight, classifier)
+    loaded = network.state_dict()
+    assert all(torch.equal(value, stored[key]) for key, value in loaded.items() if not key.startswith("classifier."))
+
+
+def test_weights_that_cannot_be_downloaded_say_from_where_and_what_to_do(hub: Path) -> None:
+    with pytest.raises(ValueError, match=r"downloaded from timm/test_efficientnet\.r160_in1k .*give its path"):
+        load_weights(timm.create_model("test_efficientnet"), "timm/test_efficientnet", "pretrained")
+
+
+def test_weights_without_a_classifier_leave_ours_at_random(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = timm.create_model("test_vit", num_classes=5)
+    stored = {key: value + 1 for key, value in network.state_dict().items() if not key.startswith("head.")}
+    save_file(stored, tmp_path / "net.safetensors")
+    head = network.head.weight.clone()
+    load_weights(network, "timm/test_vit", str(tmp_path / "net.safetensors"))
+    assert "has no classifier" in caplog.text
+    assert torch.equal(network.head.weight, head)
+    assert torch.equal(network.cls_token, stored["cls_token"])
