@@ -82,13 +82,17 @@ def make_resolution_aware(module: nn.Module, num_resolutions: int) -> list[Resol
     return list(replaced.values())
 
 
+def resolution_norms(module: nn.Module) -> list[ResolutionBatchNorm2d]:
+    return [layer for layer in module.modules() if isinstance(layer, ResolutionBatchNorm2d)]
+
+
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
     """Leave the running statistics inside `module` as they are during the body, in training mode too.
 
     For a forward pass that is repeated: a batch counts once.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, ResolutionBatchNorm2d)]
+    layers = resolution_norms(module)
     for layer in layers:
         layer.keeps_statistics = True
     try:
