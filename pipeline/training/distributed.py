@@ -6,6 +6,7 @@ sub-batches that may be empty on a rank), and the private batch norms of an unch
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -196,7 +197,7 @@ class _Bucket:
         sizes = [tensor.numel() for tensor in tensors]
         self.flat = torch.zeros(-(-sum(sizes) // world_size()) * world_size(), device=device)
         # With a parameter's own strides, so that neither copies nor the optimizer permute channels_last weights.
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        starts = itertools.accumulate([0, *sizes[:-1]])
         self.parts = [
             self.flat.as_strided(tensor.shape, tensor.stride(), start)
             for tensor, start in zip(tensors, starts, strict=True)
