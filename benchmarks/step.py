@@ -19,10 +19,10 @@ from pipeline.config.schema import BackboneStage, JointStage, ModelConfig
 from pipeline.models.backbone import compile_backbone
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
-from pipeline.training.distributed import sum_gradients
+from pipeline.training.distributed import GradientReducer
 from pipeline.training.loop import set_learning_rate
 from pipeline.training.objectives import StepBatch, build_objective
-from pipeline.training.optim import build_optimizer, trained_parameters
+from pipeline.training.optim import build_optimizer, completion_order
 
 BATCH = 32
 STAGES = {
@@ -129,12 +129,12 @@ def our_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "
     """The training loop's step, without its reports."""
     objective = build_objective(model, stage, _costs(model), precision)
     optimizer = build_optimizer(model, stage)
-    parameters = list(trained_parameters(optimizer))
+    reducer = GradientReducer(*completion_order(model, objective.own))
 
     def step(batch: StepBatch) -> None:
         set_learning_rate(optimizer, stage.lr)
-        sums = objective(batch)
-        sum_gradients(parameters, sums["loss"])
+        sums = objective(batch, reducer.last_pass)
+        reducer.finish(sums["loss"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -412,6 +412,11 @@ class TrainingConfig(Section):
     """Store activations and convolution weights in the channels_last memory format."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
+    backward: Literal["apart", "together"] = "apart"
+    """Backward passes of the backbone stage: apart is one for each resolution, which holds the activations of one.
+    together is one for all, which hides more of the network's time behind it and holds the activations of all."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the gradients that workers send. bfloat16 halves the bytes; sums over workers are float32."""
     sync_batch_norm: bool = False
     """Compute batch-norm statistics over the images of all workers, for small batches on each."""
     checkpoint_epochs: Positive = 1

@@ -119,13 +119,17 @@ def make_resolution_aware(
     return list(replaced.values())
 
 
+def resolution_norms(module: nn.Module) -> list[ResolutionNorm]:
+    return [layer for layer in module.modules() if isinstance(layer, ResolutionNorm)]
+
+
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
     """Leave the running statistics inside `module` as they are during the body, in training mode too.
 
     For a forward pass that is repeated: a batch counts once.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, ResolutionNorm)]
+    layers = resolution_norms(module)
     for layer in layers:
         layer.keeps_statistics = True
     try:

@@ -16,13 +16,14 @@ from datasets.sources.catalog import SourceOptions, find_dataset, imagenet100_id
 from datasets.sources.glyphs import LETTERS
 from datasets.staging import remote_manifest
 from pipeline.config.run_folder import RunFolder
-from pipeline.config.schema import Config, DataConfig, JointStage, PredictorStage, RoutedStage, Stage
+from pipeline.config.schema import BackboneStage, Config, DataConfig, JointStage, PredictorStage, RoutedStage, Stage
 from pipeline.models.cost import Costs, measure_costs
 from pipeline.models.drnet import DRNet, build_drnet, normalization, validation_crop
 from pipeline.models.dry_run import measure_activations, tensor_bytes
 from pipeline.models.norms import ResolutionNorm
 from pipeline.models.weights import weights_input
 from pipeline.training.logit_table import logits_bytes
+from pipeline.training.objectives import sandwich
 from pipeline.training.run import Precision, alpha_problems, precision_of_run, with_precision
 
 _IMAGENET100_VALIDATION_IMAGES = 5000
@@ -273,7 +274,11 @@ def _training_gflops(stage: Stage, costs: Costs, data: DataSummary) -> float | N
             return None
         trained = costs.predictor_gflops + stage.alpha_gflops
     else:
-        trained = every
+        assert isinstance(stage, BackboneStage)
+        period = range(max(1, len(costs.backbone) - 2))  # steps after which every resolution has had its turns
+        steps = [sandwich(len(costs.backbone), stage.resolutions_per_step, step) for step in period]
+        trained = sum(costs.backbone_gflops[index] for indices in steps for index in indices) / len(steps)
+        forward = -2 * stage.freeze_epochs * trained  # a frozen backbone runs forward only
     return data.num_train * (3 * stage.epochs * trained + forward)
 
 

@@ -1,18 +1,24 @@
 """What ranks exchange. Without a process group, everything works as for a single rank.
 
-This replaces DistributedDataParallel because a step runs several backward passes (one per resolution, on sub-batches
-that may be empty on a rank), and the private batch norms of an unchosen resolution get no gradient. One flat sum per
-step is exact in all these cases.
+GradientReducer replaces DistributedDataParallel because a step runs several backward passes (one per resolution, on
+sub-batches that may be empty on a rank), and the private batch norms of an unchosen resolution get no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
+from queue import SimpleQueue
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 
 Value = TypeVar("Value")
 
@@ -33,25 +39,222 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-    """Replace every gradient by its sum over the ranks, in one message for each dtype.
+BUCKET_BYTES = 4 * 2**20
+"""The least size of a message, if enough gradients are left. More latency below it, less overlap above it."""
 
-    A parameter without gradient counts as zero, also with a single rank, so that the optimizer treats a resolution
-    that no image chose in the same way on any number of ranks.
+
+class GradientReducer:
+    """Sums gradients over the ranks, and sends them while the backward pass that completes them still runs.
+
+    The parameters form buckets in the order in which a backward pass completes their gradients. A bucket is sent once
+    all of its gradients are complete and the one before it is sent. So every rank sends the same messages in the same
+    order, whatever its images are. A thread sends them, in a process group of their own: the step's other messages
+    (synchronized batch norms, the mean cost) neither wait for them nor get mixed up with them.
+
+    Within a `with` block each step runs its backward passes, the last one under `last_pass()`, and then `finish`. A
+    single process has no hooks, no thread and no copies.
 
     Args:
-        loss: this rank's loss, a scalar that is summed in the same message.
+        early: parameters that get a gradient in the last backward pass of every step, in the order of that pass.
+        late: the others, sent at the end with the loss in one message, always as float32.
+        wire: dtype of the other messages. bfloat16 halves their bytes; the sums over the ranks are float32.
+        bucket_bytes: the least size of a bucket in float32.
 
-    Returns:
-        The sum of `loss` over the ranks, without gradient.
+    Attributes:
+        num_sent: messages of this step that have left before `finish`.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    total = loss.detach().clone()
-    _reduce_in_place([*(parameter.grad for parameter in trained if parameter.grad is not None), total])
-    return total
+
+    def __init__(
+        self,
+        early: Sequence[nn.Parameter],
+        late: Sequence[nn.Parameter] = (),
+        *,
+        wire: torch.dtype = torch.float32,
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
+        self.num_sent = 0
+        self._parameters, self._wire, self._completing = [*early, *late], wire, False
+        if world_size() == 1:
+            return
+        device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self._early = [_Bucket(group, device) for group in _cut(early, bucket_bytes)]
+        self._last = _Bucket([*late, torch.zeros((), device=device)], device)
+        self._group = _gradient_group(dist.group.WORLD)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._queue: SimpleQueue[_Bucket | None] = SimpleQueue()
+
+    def __enter__(self) -> Self:
+        if world_size() > 1:
+            self._hooks = [
+                parameter.register_post_accumulate_grad_hook(partial(self._changed, bucket))
+                for bucket in self._early
+                for parameter in bucket.tensors
+            ]
+            # A daemon, because a rank that fails must be able to exit while the others do not answer.
+            threading.Thread(target=self._send_queued, name="gradients", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if world_size() > 1:
+            for hook in self._hooks:
+                hook.remove()
+            self._queue.put(None)
+
+    @contextmanager
+    def last_pass(self) -> Iterator[None]:
+        """Mark a backward pass after which no other pass of the step changes the gradients that it reaches."""
+        self._completing = True
+        try:
+            yield
+        finally:
+            self._completing = False
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """Replace every gradient by its sum over the ranks.
+
+        A parameter without gradient counts as zero, also with a single rank, so that the optimizer treats a resolution
+        that no image chose in the same way on any number of ranks. A frozen one gets none, so the optimizer skips it.
+
+        Args:
+            loss: this rank's loss, a scalar that is summed in the last message.
+
+        Returns:
+            The sum of `loss` over the ranks, without gradient.
+
+        Raises:
+            RuntimeError: another rank did not answer.
+        """
+        if world_size() == 1:
+            for parameter in self._parameters:
+                if parameter.grad is None and parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+            return loss.detach().clone()
+        for bucket in self._early[self.num_sent :]:
+            self._send(bucket)
+        *_, total = self._last.tensors
+        total.grad = loss.detach()
+        self._send(self._last)
+        self.num_sent = 0
+        for bucket in (*self._early, self._last):
+            bucket.wait()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        assert total.grad is not None
+        return total.grad.clone()
+
+    def wait_for(self, message: int, seconds: float) -> None:
+        """Wait for the sums of one of the `num_sent` messages; raises TimeoutError after `seconds`."""
+        self._early[message].sent.result(seconds)
+
+    def _changed(self, bucket: _Bucket, parameter: Tensor) -> None:
+        """Note a change of a parameter's gradient; autograd calls it during backward passes."""
+        assert parameter in bucket.missing, "a gradient changed after it was complete"
+        if not self._completing:
+            return
+        bucket.missing.remove(parameter)
+        while self.num_sent < len(self._early) and not self._early[self.num_sent].missing:
+            self._send(self._early[self.num_sent])
+            self.num_sent += 1
+
+    def _send(self, bucket: _Bucket) -> None:
+        bucket.fill()
+        if self._stream is not None:
+            bucket.filled = torch.cuda.current_stream(self._stream.device).record_event()
+        self._queue.put(bucket)
+
+    def _send_queued(self) -> None:
+        """Run the thread that sends buckets, one after the other."""
+        while (bucket := self._queue.get()) is not None:
+            wire = torch.float32 if bucket is self._last else self._wire
+            try:
+                with self._on_stream(bucket):
+                    _sum_in_place(bucket.flat, wire, self._group)
+                bucket.sent.set_result(None)
+            except Exception as error:
+                bucket.sent.set_exception(error)
+
+    def _on_stream(self, bucket: _Bucket) -> AbstractContextManager:
+        """Order the messages of a GPU behind the bucket's gradients, beside the backward pass."""
+        if self._stream is None:
+            return nullcontext()
+        assert bucket.filled is not None
+        self._stream.wait_event(bucket.filled)
+        return torch.cuda.stream(self._stream)
+
+
+class _Bucket:
+    """Gradients that are sent in one message, and where in the message they are.
+
+    Attributes:
+        missing: the tensors whose gradients are not complete yet.
+        flat: the message, float32, as long as a multiple of the number of ranks.
+        filled: on a GPU, after this event `flat` holds the gradients.
+        sent: done when `flat` holds the sums, on a GPU when they are queued.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device):
+        self.tensors, self.missing = tensors, set(tensors)
+        sizes = [tensor.numel() for tensor in tensors]
+        self.flat = torch.zeros(-(-sum(sizes) // world_size()) * world_size(), device=device)
+        # With a parameter's own strides, so that neither copies nor the optimizer permute channels_last weights.
+        starts = itertools.accumulate([0, *sizes[:-1]])
+        self.parts = [
+            self.flat.as_strided(tensor.shape, tensor.stride(), start)
+            for tensor, start in zip(tensors, starts, strict=True)
+        ]
+        self.filled: torch.cuda.Event | None = None
+        self.sent: Future[None] = Future()
+
+    def fill(self) -> None:
+        """Copy the gradients into the message; one that is None counts as zero."""
+        for tensor, part in zip(self.tensors, self.parts, strict=True):
+            part.zero_() if tensor.grad is None else part.copy_(tensor.grad)
+
+    def wait(self) -> None:
+        """Wait for the sums, make them the gradients, and get ready for the next step."""
+        self.sent.result()
+        for tensor, part in zip(self.tensors, self.parts, strict=True):
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter):  # not frozen
+                tensor.grad = part
+        self.missing, self.sent = set(self.tensors), Future()
+
+
+def _cut(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[Tensor]]:
+    """Cut parameters into consecutive groups of at least `bucket_bytes`; the last one may be smaller."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for parameter in parameters:
+        if room <= 0:
+            groups.append([])
+            room = bucket_bytes
+        groups[-1].append(parameter)
+        room -= parameter.nbytes
+    return groups
+
+
+def _sum_in_place(flat: Tensor, wire: torch.dtype, group: dist.ProcessGroup) -> None:
+    """Replace a float32 message by its sum over the ranks; its length is a multiple of their number.
+
+    With another dtype on the wire, each rank receives the others' values of its share of the message, adds them in
+    float32, rounds the sum and sends it to all. So a value is rounded twice, however many ranks there are.
+    """
+    if wire == flat.dtype:
+        dist.all_reduce(flat, group=group)
+        return
+    sent = flat.to(wire)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    share = received.view(world_size(), -1).sum(dim=0, dtype=flat.dtype).to(wire)
+    dist.all_gather_single(sent, share, group=group)
+    flat.copy_(sent)
+
+
+@cache
+def _gradient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Returns the group of gradient messages, which all ranks of `world` create together."""
+    group = dist.new_group(timeout=default_pg_timeout)  # NCCL's own default is shorter
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def average_running_statistics(model: nn.Module) -> None:

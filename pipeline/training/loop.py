@@ -21,10 +21,17 @@ from pipeline.models.drnet import DRNet
 from pipeline.models.dry_run import training_mode
 from pipeline.training import distributed
 from pipeline.training.checkpoint import TrainingState, load_model
+from pipeline.training.distributed import GradientReducer
 from pipeline.training.logit_table import LogitTable, TableKey, fill_table
 from pipeline.training.monitoring import DivergenceMonitor, Meter, collapse_warning
 from pipeline.training.objectives import Forward, Objective, StepBatch, build_objective, gumbel_noise, step_seed
-from pipeline.training.optim import MovingAverage, build_optimizer, learning_rate, trained_parameters
+from pipeline.training.optim import (
+    MovingAverage,
+    build_optimizer,
+    completion_order,
+    learning_rate,
+    trained_parameters,
+)
 from pipeline.training.run import (
     AFTER_BACKBONE,
     BEFORE_JOINT,
@@ -242,7 +249,8 @@ def prepare_stage(
 ) -> StageState:
     """Build what a stage trains with, or restore it from a `state` of this stage. Every rank must call it."""
     costs_R = torch.tensor(run.costs.backbone, device=run.device)
-    objective = build_objective(run.model, stage, costs_R, run.config.training.precision)
+    settings = run.config.training
+    objective = build_objective(run.model, stage, costs_R, settings.precision, settings.backward)
     optimizer = build_optimizer(run.model, stage, objective.own)
     averaged = MovingAverage(run.model, stage.ema_decay) if stage.ema_decay is not None else None
     data = data or open_stage_data(run, stage, data_epoch)
@@ -263,7 +271,10 @@ def train_epoch(run: Run, stage_state: StageState, progress: Progress) -> dict[s
     """
     stage, optimizer, before = stage_state.stage, stage_state.optimizer, run.goodput.seconds
     parameters, checkpoint_steps = list(trained_parameters(optimizer)), run.config.training.checkpoint_steps
-    with closing(stage_state.data.epoch(progress.data_epoch, progress.step)) as batches:
+    with (
+        closing(stage_state.data.epoch(progress.data_epoch, progress.step)) as batches,
+        gradient_reducer(run, stage_state.objective) as reducer,
+    ):
         for step in range(progress.step, progress.steps):
             now, done = replace(progress, step=step), replace(progress, step=step + 1)
             run.goodput.enter(DATA_WAIT)
@@ -273,8 +284,8 @@ def train_epoch(run: Run, stage_state: StageState, progress: Progress) -> dict[s
             set_learning_rate(optimizer, learning_rate(stage, now.epochs_done))
             torch.manual_seed(step_seed(run.config.seed, progress.data_epoch, step, distributed.rank()))
 
-            sums = stage_state.objective(step_batch)
-            loss = distributed.sum_gradients(parameters, sums["loss"]) / step_batch.global_size
+            sums = stage_state.objective(step_batch, reducer.last_pass)
+            loss = reducer.finish(sums["loss"]) / step_batch.global_size
             gradient_norm = clip(parameters, stage.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -312,6 +323,13 @@ def place(batch, run: Run, data: StageData, progress: Progress) -> StepBatch:
         step=progress.epoch * progress.steps + progress.step,
         num_slices=run.config.training.accumulate,
     )
+
+
+def gradient_reducer(run: Run, objective: Objective) -> GradientReducer:
+    """Build what sums the gradients of a stage over the ranks. Every rank must call it."""
+    objective.unfreeze()  # hooks belong to every parameter of the stage, whatever the next step freezes
+    wire = getattr(torch, run.config.training.gradient_dtype)
+    return GradientReducer(*completion_order(run.model, objective.own), wire=wire)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

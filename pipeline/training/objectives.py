@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,12 @@ class Ensemble(nn.Module):
 MIN_IMAGES_FOR_STATISTICS: int = 2
 
 
+Sums = dict[str, Tensor]
+"""Sums over a rank's images of the reported values: loss, correct answers, choices, cost."""
+LastPass = Callable[[], AbstractContextManager[None]]
+"""Surrounds a backward pass after which no other one changes the gradients of the parameters that it reaches."""
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """One rank's part of a global batch, on the model's device."""
@@ -146,6 +154,10 @@ class StepBatch:
         bounds = [len(self) * part // self.num_slices for part in range(self.num_slices + 1)]
         return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 
+    def passes(self, last_pass: LastPass) -> Iterable[tuple[slice, LastPass]]:
+        """Returns the rows of each slice, the last one with `last_pass`."""
+        return zip(self.slices(), [*itertools.repeat(nullcontext, self.num_slices - 1), last_pass], strict=True)
+
     def part(self, rows: slice) -> StepBatch:
         """Returns the images of these rows as part of the same global batch."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -158,10 +170,6 @@ def _rows_of(value: Any, rows: slice) -> Any:
     return value[rows] if isinstance(value, Tensor) else value
 
 
-Sums = dict[str, Tensor]
-"""Sums over a rank's images of the reported values: loss, correct answers, choices, cost."""
-
-
 class Objective(ABC):
     """Adds a step's gradient to the parameters and returns what to report.
 
@@ -171,22 +179,28 @@ class Objective(ABC):
 
     own: nn.Module = nn.Module()
 
+    def unfreeze(self) -> None:  # noqa: B027  most objectives freeze nothing
+        """Have every parameter that the stage trains require a gradient; the next step freezes what it must."""
+
     @abstractmethod
-    def __call__(self, batch: StepBatch) -> Sums: ...
+    def __call__(self, batch: StepBatch, last_pass: LastPass = nullcontext) -> Sums: ...
 
 
-def build_objective(model: DRNet, stage: Stage, costs_R: Tensor, precision: str = "float32") -> Objective:
+def build_objective(
+    model: DRNet, stage: Stage, costs_R: Tensor, precision: str = "float32", backward: str = "apart"
+) -> Objective:
     """Build the objective of a stage, and freeze what the stage does not train.
 
     Args:
         costs_R: the backbone's cost at each resolution in the unit of the stage's alpha, on the model's device.
         precision: float32, or bfloat16 to run forward passes under autocast.
+        backward: training.backward, for the backbone stage.
     """
     forward = Forward(model, precision)
     model.requires_grad_(True)
     if isinstance(stage, BackboneStage):
         model.predictor.requires_grad_(False)
-        return BackboneObjective(forward, stage, costs_R.device)
+        return BackboneObjective(forward, stage, costs_R.device, together=backward == "together")
     correctness = isinstance(stage, PredictorStage) and stage.objective == "correctness"
     model.predictor.clear_offset(gives_probabilities=correctness)
     if isinstance(stage, PredictorStage):
@@ -207,6 +221,22 @@ class Forward:
         assert precision in ("float32", "bfloat16"), precision
         self.model, self.enabled = model, precision == "bfloat16"
         self.synchronized = has_synchronized_norms(model)
+
+    def layer_by_layer(self, images: Mapping[int, Tensor], index: int, *, frozen_statistics: bool = False) -> Tensor:
+        """Runs `backbone` in training mode for a backward pass that goes layer by layer over all resolutions.
+
+        Autograd orders the operations of a backward pass by their numbers in the thread that ran them forward. In a
+        thread of its own, a layer has the same numbers at every resolution. So the gradients of the last layers are
+        complete, and can be sent, when the pass has reached only these layers. A single process sends nothing, and
+        synchronized batch norms exchange messages in an order that equal numbers would leave open.
+        """
+        run = partial(self.backbone, images, index, training=True, frozen_statistics=frozen_statistics)
+        device = images[self.model.resolutions[index]].device
+        if distributed.world_size() == 1 or self.synchronized:
+            return run()
+        prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        with ThreadPoolExecutor(1, initializer=prepare) as thread:
+            return thread.submit(run).result()
 
     def backbone(
         self, images: Mapping[int, Tensor], index: int, *, training: bool, frozen_statistics: bool = False
@@ -271,10 +301,13 @@ class BackboneObjective(Objective):
 
     In the first freeze_epochs, only the classifier has a gradient, and batch norms keep their statistics. Progress
     alone says whether a step is one of these, so a resume needs no state.
+
+    A step's last backward pass hides the time of the messages, so it is that of the largest resolution unless that one
+    teaches. `together` runs one pass for all resolutions, which hides more and holds the activations of all.
     """
 
-    def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device):
-        self.forward, self.stage = forward, stage
+    def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device, *, together: bool):
+        self.forward, self.stage, self.together = forward, stage, together
         self.frozen = False
         self.mixing = Mixing(stage) if stage.mixup_alpha or stage.cutmix_alpha else None
         self.ensemble: Ensemble | None = None
@@ -283,7 +316,7 @@ class BackboneObjective(Objective):
             self.ensemble = Ensemble(num_resolutions, learned=stage.distillation == "learned").to(device)
             self.own = self.ensemble
 
-    def __call__(self, batch: StepBatch) -> Sums:
+    def __call__(self, batch: StepBatch, last_pass: LastPass = nullcontext) -> Sums:
         self._freeze(batch.epoch < self.stage.freeze_epochs)
         mixed: Mixed | None = None
         if self.mixing is not None:  # once for all slices, so that mixtures do not depend on slicing
@@ -291,9 +324,12 @@ class BackboneObjective(Objective):
             mixed = self.mixing({side: batch.images[side] for side in sides}, batch.labels_N)
             batch = replace(batch, images=mixed.images, labels_N=mixed.dominant_N)
         sums: Sums = {}
-        for rows in batch.slices():
-            _add(sums, self._train_on(batch.part(rows), mixed.part(rows) if mixed else None))
+        for rows, ending in batch.passes(last_pass):
+            _add(sums, self._train_on(batch.part(rows), mixed.part(rows) if mixed else None, ending))
         return sums
+
+    def unfreeze(self) -> None:
+        self._freeze(False)
 
     def _freeze(self, frozen: bool) -> None:
         """Train the classifier alone, or the whole backbone."""
@@ -306,28 +342,38 @@ class BackboneObjective(Objective):
     def _logits(self, images: Mapping[int, Tensor], index: int) -> Tensor:
         return self.forward.backbone(images, index, training=True, frozen_statistics=self.frozen)
 
-    def _train_on(self, part: StepBatch, mixed: Mixed | None) -> Sums:
+    def _train_on(self, part: StepBatch, mixed: Mixed | None, last_pass: LastPass) -> Sums:
         """Run a slice forward and backward; `mixed` holds the slice's mixtures, if any."""
         sides = self.forward.model.resolutions
         sums: Sums = {"loss": torch.zeros((), device=part.labels_N.device)}
+        losses: list[Tensor] = []
         teacher_NK: Tensor | None = None
         indices = sandwich(len(sides), self.stage.resolutions_per_step, part.step)
-        if self.ensemble is None:
-            students = (self._logits(part.images, index) for index in indices)
-        else:
-            students = self._students(part.images)
-            teacher_NK = self.ensemble(torch.stack(students, dim=1))
-            sums["accuracy_ensemble"] = _correct(teacher_NK, part.labels_N)
-        for index, logits_NK in zip(indices, students, strict=True):
+        smaller = indices[:0:-1]
+        order = [*smaller, 0] if self.stage.distillation == "none" else [0, *smaller]
+        logits_of: Callable[[int], Tensor] = partial(self._logits, part.images)
+        if self.ensemble is not None or self.together:
+            students = self._students(part.images, indices)
+            logits_of = students.__getitem__
+            if self.ensemble is not None:
+                teacher_NK = self.ensemble(torch.stack([*students.values()], dim=1))
+                sums["accuracy_ensemble"] = _correct(teacher_NK, part.labels_N)
+        for index in order:
+            logits_NK = logits_of(index)
             loss = self._cross_entropy(logits_NK, part, mixed)
             if teacher_NK is not None:
                 loss = loss + self.stage.distillation_weight * summed_distillation(logits_NK, teacher_NK)
             elif self.stage.distillation == "largest":
                 teacher_NK = logits_NK.detach()
-            sums["loss"] += _backward(loss, part)
+            if self.together:
+                losses.append(loss)
+            else:
+                sums["loss"] += _backward(loss, part, last_pass if index == order[-1] else nullcontext)
             if len(indices) == len(sides) or index in (0, len(sides) - 1):  # the others miss some steps
                 sums[f"accuracy_{sides[index]}"] = _correct(logits_NK, part.labels_N)
-        if teacher_NK is not None and teacher_NK.requires_grad:
+        if self.together:
+            sums["loss"] += _backward(torch.stack(losses).sum(), part, last_pass)
+        if teacher_NK is not None and teacher_NK.requires_grad:  # reaches the ensemble's scores only
             sums["loss"] += _backward(self._cross_entropy(teacher_NK, part, mixed), part)
         return sums
 
@@ -335,25 +381,30 @@ class BackboneObjective(Objective):
         targets = part.labels_N if mixed is None else mixed.targets(logits_NK.shape[1])
         return summed_cross_entropy(logits_NK, targets, self.stage.label_smoothing)
 
-    def _students(self, images: Mapping[int, Tensor]) -> list[Tensor]:
-        """Returns logits (N, K) at all resolutions, which the teacher needs before the first backward pass.
+    def _students(self, images: Mapping[int, Tensor], indices: Sequence[int]) -> dict[int, Tensor]:
+        """Returns logits (N, K) at the resolutions `indices`, largest first, before the first backward pass.
 
-        The largest resolution keeps its activations. The others compute theirs again in the backward pass, when the
-        largest's are gone; batch norm does not count that pass. So peak memory is that of the largest alone, at the
-        price of one more forward pass of the smaller ones.
+        Together, all keep their activations. Apart, the largest resolution does, and goes backward first. The others
+        compute theirs again in the backward pass, when the largest's are gone; batch norm does not count that pass. So
+        peak memory is that of the largest alone, at the price of one more forward pass of the smaller ones.
         """
         backbone = self.forward.model.backbone
-        smaller = [
-            checkpoint(
+        if self.together:
+            return {
+                index: self.forward.layer_by_layer(images, index, frozen_statistics=self.frozen) for index in indices
+            }
+        largest, *smaller = indices
+        students = {
+            index: checkpoint(
                 self._logits,
                 images,
                 index,
                 use_reentrant=False,
                 context_fn=lambda: (nullcontext(), kept_statistics(backbone)),
             )
-            for index in range(1, len(self.forward.model.resolutions))
-        ]
-        return [self._logits(images, 0), *smaller]
+            for index in smaller
+        }
+        return {largest: self._logits(images, largest), **students}
 
 
 class RoutedObjective(Objective):
@@ -372,23 +423,24 @@ class RoutedObjective(Objective):
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
         """Returns the backbone's logits (N, R, K) for a slice and the indices that its images chose."""
 
-    def __call__(self, batch: StepBatch) -> Sums:
+    def __call__(self, batch: StepBatch, last_pass: LastPass = nullcontext) -> Sums:
         tau, alpha = temperature(self.stage, batch.epoch), cost_target(self.stage, batch.epoch)
         choice_NR = straight_through_choice(self.forward.predictor(batch.images), batch.gumbel_NR, tau)
         # The graph is cut here; the predictor runs backward once, at the end.
         cut_NR = choice_NR.detach().requires_grad_()
         sums: Sums = {}
-        for rows in batch.slices():
+        for rows, ending in batch.passes(last_pass):
             part, h_NR = batch.part(rows), cut_NR[rows]
             logits_NK = mixed_logits(h_NR, self.logits(part, h_NR.detach().argmax(dim=1)))
             loss = summed_cross_entropy(logits_NK, part.labels_N, self.stage.label_smoothing)
-            _add(sums, {"loss": _backward(loss, part), "accuracy_routed": _correct(logits_NK, part.labels_N)})
+            _add(sums, {"loss": _backward(loss, part, ending), "accuracy_routed": _correct(logits_NK, part.labels_N)})
         cost_N = cut_NR @ self.costs_R
         local_cost = cost_N.sum() / batch.global_size
         others_cost = distributed.sum_over_ranks(local_cost) - local_cost.detach()
         penalty = self.stage.eta * cost_penalty(local_cost, others_cost, self.costs_R, alpha)
         penalty.backward()
-        choice_NR.backward(cut_NR.grad)
+        with last_pass():
+            choice_NR.backward(cut_NR.grad)
         _add(sums, {"loss": penalty.detach() * len(batch), f"{self.unit}_backbone": cost_N.detach().sum()})
         return sums | {f"share_{index}": share for index, share in enumerate(cut_NR.detach().sum(dim=0))}
 
@@ -409,7 +461,7 @@ class CorrectnessObjective(Objective):
     def __init__(self, forward: Forward):
         self.forward = forward
 
-    def __call__(self, batch: StepBatch) -> Sums:
+    def __call__(self, batch: StepBatch, last_pass: LastPass = nullcontext) -> Sums:
         logits_NRK = torch.cat([self.forward.known_logits(batch.part(rows)) for rows in batch.slices()])
         labels_NR1 = batch.labels_N[:, None, None].expand(-1, logits_NRK.shape[1], 1)
         targets_NR = logits_NRK.softmax(dim=2).gather(2, labels_NR1).squeeze(2)
@@ -417,7 +469,7 @@ class CorrectnessObjective(Objective):
         loss = functional.binary_cross_entropy_with_logits(outputs_NR, targets_NR, reduction="sum")
         best_NR = functional.one_hot(outputs_NR.detach().argmax(dim=1), outputs_NR.shape[1]).float()
         routed_NK = mixed_logits(best_NR, logits_NRK)
-        sums = {"loss": _backward(loss, batch), "accuracy_routed": _correct(routed_NK, batch.labels_N)}
+        sums = {"loss": _backward(loss, batch, last_pass), "accuracy_routed": _correct(routed_NK, batch.labels_N)}
         return sums | {f"share_{index}": share for index, share in enumerate(best_NR.sum(dim=0))}
 
 
@@ -457,13 +509,14 @@ class JointObjective(RoutedObjective):
         frozen = self.norm_statistics != "routed"
         if len(trained) or not len(part) or (self.forward.synchronized and not frozen):
             sub_batch = {side: images[trained]}
-            logits.append(self.forward.backbone(sub_batch, index, training=True, frozen_statistics=frozen))
+            logits.append(self.forward.layer_by_layer(sub_batch, index, frozen_statistics=frozen))
         return torch.cat(logits)[torch.cat([valued, trained]).argsort()]
 
 
-def _backward(loss: Tensor, part: StepBatch) -> Tensor:
+def _backward(loss: Tensor, part: StepBatch, last_pass: LastPass = nullcontext) -> Tensor:
     """Add the gradient of a slice's summed loss, divided by the global batch's size; returns the sum."""
-    (loss / part.global_size).backward()
+    with last_pass():
+        (loss / part.global_size).backward()
     return loss.detach()
 
 

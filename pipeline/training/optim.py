@@ -12,6 +12,7 @@ from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_f
 from pipeline.config.schema import JointStage, LayerRates, RoutedStage, Stage
 from pipeline.models.backbone import ResolutionBackbone
 from pipeline.models.drnet import DRNet
+from pipeline.models.norms import resolution_norms
 
 # torch.optim.lr_scheduler.OneCycleLR's defaults (Smith and Topin, "Super-Convergence", 2018).
 ONE_CYCLE_START = 1 / 25
@@ -119,6 +120,17 @@ def build_optimizer(model: DRNet, stage: Stage, own: nn.Module | None = None) ->
 def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
     """Yield every parameter that the optimizer updates, in its order."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def completion_order(model: DRNet, own: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Returns the trained parameters as GradientReducer takes them: early ones in a backward pass's order, and late.
+
+    Late are those that the last backward pass may not reach: the private batch norms, because no image may choose their
+    resolution, and the objective's own parameters.
+    """
+    late = {p: None for part in (*resolution_norms(model.backbone), own) for p in part.parameters() if p.requires_grad}
+    forward = [*model.predictor.parameters(), *model.backbone.parameters()]
+    return [p for p in reversed(forward) if p.requires_grad and p not in late], list(late)
 
 
 def backbone_scales(backbone: ResolutionBackbone, stage: Stage) -> dict[nn.Parameter, float]:

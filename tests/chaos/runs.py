@@ -71,10 +71,10 @@ class Driver:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def ended(self) -> int:
-        """Wait for the process, and return its exit code."""
+    def ended(self, timeout: float = 300) -> int:
+        """Wait for the process, for at most `timeout` seconds, and return its exit code."""
         try:
-            return self.process.wait(timeout=300)
+            return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"the driver did not end:\n{self.output}") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.namespaces import Network
 from datasets.beton import MANIFEST
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
@@ -25,16 +26,10 @@ from tests.unit.tracking_fixtures import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-NETWORK = "10.213.77"
+SUBNET = "10.213.77"
 PORT = 6399
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--block"]
 STORE = ["--object-store-memory", str(100 * 1024**2)]
-
-
-def sh(*commands: str) -> None:
-    for command in commands:
-        done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
 class Nodes:
@@ -42,27 +37,15 @@ class Nodes:
 
     def __init__(self, stack: ExitStack, disk: Path):
         self.disk, self.processes = disk, []
-        self.address, self.log = f"{NETWORK}.1:{PORT}", disk.with_suffix(".log")
-        bridge = f"drnet{os.getpid()}"[:15]
-        sh(f"ip link add {bridge} type bridge")
-        stack.callback(sh, f"ip link del {bridge}")
-        sh(f"ip addr add {NETWORK}.1/24 dev {bridge}", f"ip link set {bridge} up")
+        self.address, self.log = f"{SUBNET}.1:{PORT}", disk.with_suffix(".log")
+        network = Network(stack, SUBNET)
         stack.callback(self.stop)
-        head = ["--head", "--port", str(PORT), "--node-ip-address", f"{NETWORK}.1", "--num-cpus", "0"]
+        head = ["--head", "--port", str(PORT), "--node-ip-address", f"{SUBNET}.1", "--num-cpus", "0"]
         self.start([*RAY, *head, *STORE, "--include-dashboard", "false"])
         self.wait_for(1)  # a node that finds no head exits after a while
         for number in (2, 3):
-            space, link = f"{bridge}-{number}", f"dv{os.getpid()}-{number}"[:15]
-            sh(f"ip netns add {space}")
-            stack.callback(sh, f"ip netns del {space}")
-            sh(
-                f"ip link add {link} type veth peer name eth0 netns {space}",
-                f"ip link set {link} master {bridge} up",
-                f"ip -n {space} addr add {NETWORK}.{number}/24 dev eth0",
-                f"ip -n {space} link set eth0 up",
-                f"ip -n {space} link set lo up",
-            )
-            node = ["--address", self.address, "--node-ip-address", f"{NETWORK}.{number}", "--num-cpus", "1"]
+            space = network.join(number)
+            node = ["--address", self.address, "--node-ip-address", f"{SUBNET}.{number}", "--num-cpus", "1"]
             # /tmp/ray too: nodes that start at the same time in one folder can use each other's sockets.
             own_disk = 'mount -t tmpfs -o size=64m tmpfs "$0" && mount -t tmpfs tmpfs /tmp/ray && exec "$@"'
             inside = ["ip", "netns", "exec", space, "unshare", "--mount", "sh", "-c", own_disk, str(disk)]
@@ -106,7 +89,6 @@ class Nodes:
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
-    assert os.geteuid() == 0, "run `make chaos` as root: this test creates network and mount namespaces"
     disk = tmp_path / "disk"
     disk.mkdir()
     with ExitStack() as stack:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from pipeline.cluster.checkpoints import SNAPSHOT, STATE_FILE
 from pipeline.cluster.driver import train_run
@@ -15,6 +17,7 @@ from pipeline.config.schema import Config
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import (
     CHECKPOINT_STEPS,
+    Driver,
     Saboteur,
     checkpoints,
     config_of,
@@ -25,6 +28,7 @@ from tests.chaos.runs import (
     reported,
     require_same,
     signal_worker,
+    starts,
 )
 
 pytestmark = pytest.mark.ray
@@ -101,3 +105,40 @@ def test_a_checkpoint_damaged_during_a_run_is_replaced_by_the_one_before(undistu
     _, found, *_ = failures(run)
     assert "using the checkpoint before it" in found
     record(Row("newest checkpoint emptied while workers restart", f"`{found}`", "same result"))
+
+
+@pytest.mark.chaos
+def test_eight_workers_on_few_cores_resume_as_four_and_as_eight(folder: Path) -> None:
+    counts, shares = [8, 4, 8], []
+    store = {"object_store_memory": 100 * 1024**2}
+    cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args={"num_cpus": max(counts), **store})
+    try:
+        for attempt, count in enumerate(counts, 1):
+            config = config_of(
+                folder,
+                "eight-workers",
+                stages={"predictor": None, "joint": None},
+                training={"batch_size": 16},
+                cluster={"num_workers": count, "hang_seconds": 300},
+            )
+            run = RunFolder.of(config).path
+            driver = Driver(config, cluster.address)
+            if attempt == len(counts):
+                assert driver.ended(900) == 0, driver.output
+                break
+
+            def stop(driver: Driver = driver) -> None:
+                (controller,) = ray_processes("TrainController")
+                shares.append(sum(controller.cpu_times()[:2]) / (time.time() - controller.create_time()))
+                driver.process.terminate()
+
+            with Saboteur(run, (lambda run=run, least=2 * attempt: len(checkpoints(run)) >= least, stop)):
+                assert driver.ended(900) == 130, driver.output
+    finally:
+        cluster.shutdown()
+    started = [event["message"] for event in starts(run)]
+    assert [message.partition(" with ")[2] for message in started] == [f"{count} workers" for count in counts]
+    assert [message.split()[0] for message in started] == ["starting", "resuming", "resuming"]
+    percent = ", ".join(f"{100 * share:.1f} % with {count}" for share, count in zip(shares, counts, strict=False))
+    outcome = f"finished; Ray Train's controller takes of one CPU {percent} workers"
+    record(Row("8 workers on few cores, stopped twice", "; ".join(f"`{message}`" for message in started), outcome))

@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from pipeline.config.load import parse_config
 from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.models.norms import synchronize_batch_norms
 from pipeline.training import distributed, objectives
+from pipeline.training.distributed import GradientReducer
 from pipeline.training.monitoring import DivergedError, DivergenceMonitor, Meter
 from pipeline.training.objectives import StepBatch, build_objective
-from pipeline.training.optim import MovingAverage, build_optimizer, trained_parameters
+from pipeline.training.optim import MovingAverage, build_optimizer, completion_order
 from pipeline.training.run import Progress, costs_of_run, precision_of_run
 from tests.small import COSTS_R, batch_of, small_model
 
@@ -25,6 +27,8 @@ STAGES = {
     "backbone": BackboneStage(epochs=1, lr=0.05),
     "frozen": BackboneStage(epochs=1, lr=0.05, freeze_epochs=1, head_lr_scale=3),
     "distillation": BackboneStage(epochs=1, lr=0.05, distillation="learned"),
+    "backbone together": BackboneStage(epochs=1, lr=0.05),
+    "distillation together": BackboneStage(epochs=1, lr=0.05, distillation="learned"),
     "predictor": PredictorStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
     "correctness": PredictorStage(epochs=1, lr=0.05, objective="correctness"),
     "joint": JointStage(epochs=1, lr=0.05, alpha_gflops=1.2, eta=1.0),
@@ -37,37 +41,39 @@ PARTS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2, 3], [4]], 3: [[0, 2, 3], [], [1, 4]
 # Batch norm with running statistics, or with the batch's over all ranks: with a rank's own, k ranks differ by design.
 # With running statistics, k ranks take k slices, and one process takes the whole batch.
 NUM_SLICES: dict[str, int | None] = {"running": None, "synchronized": 1, "synchronized, sliced": 2}
+BUCKET_BYTES = 4096
+"""Several messages even for the predictor."""
 CASES = [f"{stage} {norm}" for stage in STAGES for norm in NUM_SLICES]
 
 States = dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]]
 
 
+def part_of(rank: int, world_size: int, num_slices: int) -> StepBatch:
+    """Returns a rank's part of the batch of 5."""
+    whole, mine = batch_of(5), torch.tensor(PARTS[world_size][rank], dtype=torch.long)
+    images = {side: images[mine] for side, images in whole.images.items()}
+    return StepBatch(images, whole.labels_N[mine], whole.gumbel_NR[mine], global_size=5, num_slices=num_slices)
+
+
 def steps_of(rank: int, world_size: int, norm: str) -> States:
     """Two steps of every stage on this rank's part; the weights after them and the meter's means."""
     objectives.MIN_IMAGES_FOR_STATISTICS = 1000 if norm == "running" else 2
-    whole = batch_of(5)
-    mine = torch.tensor(PARTS[world_size][rank], dtype=torch.long)
-    batch = StepBatch(
-        {side: images[mine] for side, images in whole.images.items()},
-        whole.labels_N[mine],
-        whole.gumbel_NR[mine],
-        global_size=5,
-        num_slices=NUM_SLICES[norm] or world_size,
-    )
+    batch = part_of(rank, world_size, NUM_SLICES[norm] or world_size)
     results = {}
     for name, stage in STAGES.items():
         model, meter = small_model(), Meter()
         if norm != "running":
             synchronize_batch_norms(model)
-        objective = build_objective(model, stage, COSTS_R)
+        objective = build_objective(model, stage, COSTS_R, backward="together" if "together" in name else "apart")
         optimizer, averaged = build_optimizer(model, stage, objective.own), MovingAverage(model, 0.5)
-        for _ in range(2):
-            sums = objective(batch)
-            meter.update(sums, batch.global_size)
-            loss = distributed.sum_gradients(trained_parameters(optimizer), sums["loss"])
-            optimizer.step()
-            optimizer.zero_grad()
-            averaged.update_parameters(model)
+        with GradientReducer(*completion_order(model, objective.own), bucket_bytes=BUCKET_BYTES) as reducer:
+            for _ in range(2):
+                sums = objective(batch, reducer.last_pass)
+                meter.update(sums, batch.global_size)
+                loss = reducer.finish(sums["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+                averaged.update_parameters(model)
         distributed.average_running_statistics(model)
         distributed.average_running_statistics(averaged.module)
         state = model.state_dict() | objective.own.state_dict()
@@ -76,12 +82,52 @@ def steps_of(rank: int, world_size: int, norm: str) -> States:
     return results
 
 
+def messages_of(rank: int, world_size: int) -> dict[str, list[int]]:
+    """Returns how many messages have left whenever a backward pass reaches the first layer.
+
+    There, the last pass waits until all ranks have the sum of the first message.
+    """
+    found = {}
+    for name in ("backbone", "backbone together", "joint"):
+        model, counts = small_model(), []
+        objective = build_objective(model, STAGES[name], COSTS_R, backward=name.partition(" ")[2] or "apart")
+        with GradientReducer(*completion_order(model, objective.own), bucket_bytes=BUCKET_BYTES) as reducer:
+
+            def reached(gradient: torch.Tensor, reducer=reducer, counts=counts) -> None:
+                counts.append(reducer.num_sent)
+                if reducer.num_sent:
+                    reducer.wait_for(0, seconds=60)
+
+            def watch(layer: nn.Module, inputs: tuple, output: torch.Tensor, reached=reached) -> None:
+                if output.requires_grad:
+                    output.register_hook(reached)
+
+            stem = model.backbone.network.stem
+            assert isinstance(stem, nn.Sequential)
+            stem[0].register_forward_hook(watch)
+            reducer.finish(objective(part_of(rank, world_size, 1), reducer.last_pass)["loss"])
+        found[name] = counts
+    return found
+
+
+def rounded_of(rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
+    """Returns gradients of an early and a late parameter before and after they are summed as bfloat16."""
+    torch.manual_seed(rank)
+    early, late = (nn.Parameter(torch.zeros(33)) for _ in range(2))
+    gradients = [torch.randn(33), torch.randn(33)]
+    early.grad, late.grad = (gradient.clone() for gradient in gradients)
+    with GradientReducer([early], [late], wire=torch.bfloat16) as reducer:
+        loss = reducer.finish(torch.tensor(1 / 3))
+    return (*gradients, early.grad, late.grad, loss)
+
+
 def divergence_of(rank: int, world_size: int) -> str:
     """Returns a rank's error when the loss of the last rank is NaN in the second step."""
     watch = DivergenceMonitor(max_loss=None, last_checkpoint="checkpoint_x")
     for step in (1, 2, 3):
         loss = torch.tensor(math.nan if (step, rank) == (2, world_size - 1) else 1.0)
-        total = distributed.sum_gradients([], loss)
+        with GradientReducer([]) as reducer:
+            total = reducer.finish(loss)
         watch.step(Progress("joint", 0, 1, 7, step, 9), total, torch.tensor(1.0), torch.tensor([10 * step + rank]))
     try:
         watch.check()
@@ -118,6 +164,8 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         "precision": precision_on(rank, folder),
         "divergence": divergence_of(rank, world_size),
         "milliseconds": costs_on(folder),
+        "messages": messages_of(rank, world_size),
+        "rounded": rounded_of(rank, world_size),
     }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -184,6 +232,28 @@ def test_all_ranks_end_with_the_same_bits() -> None:
     for other in others:
         for case in CASES:
             assert all(torch.equal(value, other[case][0][name]) for name, value in first[case][0].items())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_messages_leave_before_the_last_backward_pass_ends(world_size: int) -> None:
+    for result in results_of(world_size):
+        smaller, middle, largest = result["messages"]["backbone"]
+        assert smaller == middle == 0, "these passes are not the last"
+        assert largest > 0
+        assert len(result["messages"]["backbone together"]) == 3
+        # All resolutions go through a layer before any goes through the one before it.
+        assert min(result["messages"]["backbone together"]) > 0
+        assert min(result["messages"]["joint"]) > 0
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_bfloat16_messages_are_summed_in_float32(world_size: int) -> None:
+    early, late, summed, late_summed, loss = zip(*(result["rounded"] for result in results_of(world_size)), strict=True)
+    expected = torch.stack([gradient.bfloat16().float() for gradient in early]).sum(dim=0).bfloat16().float()
+    for rank in range(world_size):
+        assert torch.equal(summed[rank], expected)
+        torch.testing.assert_close(late_summed[rank], torch.stack(late).sum(dim=0))
+        torch.testing.assert_close(loss[rank], torch.tensor(world_size / 3))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
