@@ -137,3 +137,20 @@ def test_a_run_without_a_joint_stage_ends_with_its_only_model(tmp_path: Path) ->
     assert run.model.read_bytes() == b"after"
     assert np.array_equal(Predictions.load(run.predictions).logits_NRK, only.logits_NRK)
     assert not run.predictions_before_joint.exists()
+
+
+def test_by_balanced_accuracy_a_rare_class_counts_as_much_as_the_others() -> None:
+    """One model gets nine of ten images right, but none of the rare class; the other one half of each class."""
+    labels_N = (np.arange(N) % 10 == 0).astype(np.int64)
+    right = {"common": labels_N == 0, "both": np.arange(N) // 10 % 5 < 3}
+    found = {}
+    for name, right_N in right.items():
+        logits_NRK = np.eye(2, dtype=np.float32)[np.where(right_N, labels_N, 1 - labels_N)]
+        logits_NRK = np.repeat(logits_NRK[:, None], 3, axis=1)
+        logits_NR = np.eye(3, dtype=np.float32)[np.zeros(N, int)]
+        found[name] = Predictions(COSTS.resolutions, labels_N, np.arange(N), logits_NRK, logits_NR)
+    plain = better(found["common"], found["both"], COSTS)
+    assert (plain.accuracy_before, plain.accuracy_after) == pytest.approx((0.9, 0.6))
+    balanced = better(found["common"], found["both"], COSTS, balanced=True)
+    assert (balanced.accuracy_before, balanced.accuracy_after) == pytest.approx((0.5, 0.6))
+    assert "accuracy over the classes" in str(balanced)
