@@ -39,7 +39,7 @@ CONTRACT = tuple(
 )
 """Small networks of many families."""
 REFUSED = {
-    "maxvit_rmlp_pico_rw_256": "px only",
+    "maxvit_pico_rw_256": "px only",
     "halonet26t": "px only",
     "beit_base_patch16_224": "px only",
     "cait_xxs24_224": "px only",

@@ -85,8 +85,8 @@ def test_the_stored_files_import_nothing_of_this_project():
     assert third_party == {"mlflow", "numpy", "pandas", "torch", "PIL"}
 
 
-@pytest.mark.parametrize(("name", "num_folded"), [("resnet18", 20), ("timm/resnet10t", 16), ("densenet121", 59)])
-def test_a_folded_program_equals_the_network(name, num_folded):
+@pytest.mark.parametrize("name", ["resnet18", "timm/test_efficientnet", "densenet121"])
+def test_a_folded_program_equals_the_network(name):
     """In densenet most batch norms come before a convolution; in timm's networks some hold an activation."""
     torch.manual_seed(1)
     network = randomized(build_backbone(name, 7, 1).eval()).at(0)
@@ -94,9 +94,11 @@ def test_a_folded_program_equals_the_network(name, num_folded):
     images = torch.randn(3, 3, 64, 64)
     program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    assert fold_batch_norms(program) == num_folded
+    num_folded = fold_batch_norms(program)
     left = [node for node in program.graph.nodes if node.target is torch.ops.aten.batch_norm.default]
     assert len(left) == len(norms) - num_folded
+    assert num_folded > 10
+    assert bool(left) == (name == "densenet121")
     with torch.inference_mode():
         expected, answer = network(images), program.module()(images)
     scale = expected.abs().max().item()
