@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Server:
         rows = [[base64.b64encode(file).decode()]]
         return json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}}).encode()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -81,8 +81,9 @@ class Served(BaseModel):
         return f"{self.name} v{self.version} {resolution}px"
 
 
-def router(served: Served) -> serve.Application:
-    """Builds the application that answers HTTP; Serve's configuration names this function."""
+def router(args: Served | Mapping[str, Any]) -> serve.Application:
+    """Builds the application that answers HTTP; Serve's configuration names this function, with a mapping."""
+    served = Served.model_validate(args)
     serving = served.serving
     options = _options(serving, serving.gpus_per_replica if served.split == "together" else 0.0) | {
         "max_ongoing_requests": REQUESTS_AT_ONCE,
@@ -92,8 +93,9 @@ def router(served: Served) -> serve.Application:
     return serve.deployment(serve.ingress()(Router), name="Router").options(**options).bind(served.model_dump())
 
 
-def resolution(served: Served) -> serve.Application:
-    """Builds the application of one resolution; Serve's configuration names this function."""
+def resolution(args: Served | Mapping[str, Any]) -> serve.Application:
+    """Builds the application of one resolution; Serve's configuration names this function, with a mapping."""
+    served = Served.model_validate(args)
     options = _options(served.serving, served.serving.gpus_per_replica)
     options |= {"max_ongoing_requests": 2 * REQUESTS_AT_ONCE}
     return serve.deployment(Resolution, name="Resolution").options(**options).bind(served.model_dump())

@@ -5,35 +5,47 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
+import importlib
 import itertools
 import json
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pandas as pd
 import psutil
 import pytest
+from mlflow import MlflowClient
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from pipeline.cluster.serve_model import plan_for, serve_config, serve_model
+from pipeline.cluster.serve_model import _follow, plan_for, serve_config, serve_model
 from pipeline.config.schema import ServingConfig
 from pipeline.serving.pyfunc import REQUESTS_AT_ONCE
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.tracking.store import TrackingError
+from tests.chaos.matrix import Row, record
 from tests.unit.browser import CHROMIUM, opened
 from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import finish_run, free_port, fresh_store, make_config, make_model, wait_until
 
 pytestmark = pytest.mark.ray
 
+SPLIT: dict[str, Any] = {
+    "split": "by_resolution",
+    "max_replicas": 2,
+    "target_ongoing_requests": 1.0,
+    "scale_up_seconds": 0.5,
+    "scale_down_seconds": 2.0,
+}
 TOKEN = "token of sixteen characters or more"
 QUEUED = 3
 FILES = [jpeg(60, 50, seed=seed) for seed in range(8)]
@@ -135,7 +147,7 @@ def test_an_address_a_header_and_mlflows_parameters_pick_the_policy(port: int) -
     ("request_", "status", "reason"),
     [
         ({"body": b"hello"}, 400, "not a JPEG, PNG, WebP, BMP or TIFF file"),
-        ({"body": FILES[0][:400]}, 400, "truncated"),
+        ({"body": FILES[0][:400]}, 400, "runcated"),
         ({"body": b"", "path": "/?policy=40"}, 400, "policy is '40'; give one of registered, predictor, 48, 32"),
         ({"body": FILES[0], "path": "/?budget=0.001"}, 400, "give at least 0.01"),
         ({"body": FILES[0], "path": "/?budget=1&policy=48"}, 400, "contradict"),
@@ -223,13 +235,13 @@ class Load:
 
 
 @contextmanager
-def load(port: int, num_clients: int = 4) -> Iterator[Load]:
+def load(port: int, num_clients: int = 4, path: str = "/") -> Iterator[Load]:
     found, over, numbers = Load(), threading.Event(), itertools.count()
 
     def client() -> None:
         while not over.is_set():
             number = next(numbers) % len(FILES)
-            status, headers, content = ask(port, FILES[number])
+            status, headers, content = ask(port, FILES[number], path=path)
             found.answers.append((status, headers.get("x-model", ""), number))
             if status == 200:
                 label = content["predictions"][0]["label"]
@@ -254,10 +266,15 @@ def test_a_rollout_under_load_fails_no_request_and_names_the_version(port: int) 
     """Version 2 also runs in another split, so both change at once."""
     with load(port) as during:
         wait_until(lambda: len(during.answers) > 8, "clients are served")
-        serve_model(SECOND, settings(port, split="by_resolution"), TOKEN, show=lambda _: None)
+        serve_model(SECOND, settings(port, **SPLIT), TOKEN, show=lambda _: None)
         since = len(during.answers)
         wait_until(lambda: len(during.answers) > since + 16, "the new version answers")
     assert during.statuses() == {200}
+    record(
+        Row(
+            "another version and split rolled out under load", "nothing", f"{len(during.answers)} requests, none failed"
+        )
+    )
     assert {model for _, model, _ in during.answers[:8]} == {"models:/drnet/1"}
     assert {model for _, model, _ in during.answers[since + 8 :]} == {"models:/drnet/2"}
     for version in ("models:/drnet/1", "models:/drnet/2"):
@@ -270,25 +287,88 @@ def test_a_rollout_under_load_fails_no_request_and_names_the_version(port: int) 
     require_answers(content["predictions"], [*FILES, b"hello"], SECOND, budget_gflops=0.025)
 
 
+def num_running(app: str) -> int:
+    return serve.status().applications[app].deployments["Resolution"].replica_states.get("RUNNING", 0)
+
+
+def test_replicas_follow_the_shares_of_the_traffic(port: int) -> None:
+    """Depends on the rollout, which lets each resolution have two replicas."""
+    for side, other in ((48, 32), (32, 48)):
+        with load(port, 8, f"/?policy={side}") as during:
+            wait_until(lambda side=side: num_running(f"drnet v2 {side}px") == 2, f"{side} px has two replicas")
+            wait_until(lambda other=other: num_running(f"drnet v2 {other}px") == 1, f"{other} px has one replica")
+        assert during.statuses() == {200}
+
+
 def test_a_killed_replica_of_a_resolution_loses_no_answer(port: int) -> None:
     """Depends on the rollout, which splits the model."""
     with load(port) as during:
         wait_until(lambda: len(during.answers) > 8, "clients are served")
         killed = replicas("Resolution")
-        assert len(killed) == 2
+        assert len(killed) >= 2
         for each in killed:
             each.send_signal(signal.SIGKILL)
         psutil.wait_procs(killed)
-        since = len(during.answers)
+        since, started = len(during.answers), time.monotonic()
         wait_until(lambda: len(during.answers) > since + 16, "new replicas answer")
+        seconds = time.monotonic() - started
     assert during.statuses() == {200}
+    outcome = f"{len(during.answers)} requests, all answered, none repeated by its client"
+    record(Row("all replicas of all resolutions killed under load", "requests wait", outcome, seconds))
 
 
 def test_a_killed_router_is_replaced(port: int) -> None:
-    (killed,) = replicas("Router")
-    killed.send_signal(signal.SIGKILL)
-    psutil.wait_procs([killed])
+    killed = replicas("Router")
+    assert killed
+    for each in killed:
+        each.send_signal(signal.SIGKILL)
+    psutil.wait_procs(killed)
+    started = time.monotonic()
     wait_until(lambda: ask(port, FILES[0])[0] == 200, "a new router answers")
+    record(Row("all routers killed", "errors, or a wait", "the next requests are answered", time.monotonic() - started))
+
+
+def test_an_alias_is_followed_and_a_lost_registry_changes_nothing(
+    port: int, registry: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Version 2 runs already with these settings, so nothing restarts."""
+    said: list[str] = []
+    first = plan_for(CHAMPION, settings(port, **SPLIT), TOKEN)
+    assert _follow(first, CHAMPION, TOKEN, said.append) is first
+    client = MlflowClient(registry)
+    client.set_registered_model_alias("drnet", "champion", "2")
+    try:
+        second = _follow(first, CHAMPION, TOKEN, said.append)
+    finally:
+        client.set_registered_model_alias("drnet", "champion", "1")
+    assert second.router.model == SECOND
+    assert said == [
+        f"{CHAMPION} is {SECOND} now; rolling it out",
+        f"{SECOND} answers at http://127.0.0.1:{port}",
+    ]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/gone.db")
+    assert _follow(second, CHAMPION, TOKEN, said.append) is second
+    assert said[-1].startswith(f"{SECOND} keeps running: {tmp_path}/gone.db does not exist")
+    assert ask(port, FILES[0])[1]["x-model"] == SECOND
+
+
+def test_a_version_of_an_older_register_is_refused_and_one_without_policies_is_not(
+    registry: str, tmp_path: Path
+) -> None:
+    model = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/drnet/1", dst_path=str(tmp_path / "model")))
+    (meta,) = model.rglob("meta.json")
+    about = json.loads(meta.read_text())
+    client = MlflowClient(registry)
+    client.create_registered_model("other")
+
+    def without(key: str) -> str:
+        meta.write_text(json.dumps({name: value for name, value in about.items() if name != key}))
+        return f"models:/other/{client.create_model_version('other', str(model)).version}"
+
+    assert not plan_for(without("policies"), settings(8000), TOKEN).has_policies
+    with pytest.raises(TrackingError, match=r"an older jobs\.register created it\. Register its run again"):
+        plan_for(without("format"), settings(8000), TOKEN)
+    assert plan_for(CHAMPION, settings(8000), TOKEN).has_policies
 
 
 def test_mistakes_are_reported_before_anything_changes(port: int) -> None:
@@ -311,5 +391,5 @@ def test_the_configuration_for_serve_deploy_is_one(registry: str) -> None:
     assert TOKEN not in json.dumps(config)
     for app in schema.applications:
         module, _, name = app.import_path.partition(":")
-        assert module == "pipeline.serving.deployments"
-        assert name in ("router", "resolution")
+        built = getattr(importlib.import_module(module), name)(app.args)
+        assert isinstance(built, serve.Application)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 
 import pytest
 from starlette.requests import Request
 
-from pipeline.cluster.serve_model import choose_split, read_token
+from pipeline.cluster.serve_model import _require_free_port, choose_split, read_token
 from pipeline.config.load import ConfigError, load_serving
 from pipeline.config.schema import ServingConfig
 from pipeline.serving.http import (
@@ -158,6 +159,14 @@ def test_the_token_comes_from_the_environment_or_a_file(monkeypatch, tmp_path):
 )
 def test_resolutions_are_apart_where_each_has_a_gpu(section, num_resolutions, num_gpus, split):
     assert choose_split(ServingConfig(**section), num_resolutions, num_gpus) == split
+
+
+def test_a_port_in_use_is_named_before_anything_starts():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} of 127\.0\.0\.1 cannot be used .*Set serving\.port"):
+            _require_free_port(ServingConfig(port=port))
+    _require_free_port(ServingConfig(port=port))
 
 
 def test_the_section_is_read_without_a_configuration():
