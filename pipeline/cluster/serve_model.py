@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus
 
 from datasets.remote import redacted
 from pipeline.cluster.connection import ADDRESS, ray_cluster
+from pipeline.cluster.progress import show_line
 from pipeline.cluster.stopping import restored
 from pipeline.config.schema import ServingConfig
 from pipeline.serving.deployments import ARTIFACTS, META, Served, resolution, router
@@ -166,7 +167,7 @@ def serve_model(
     token: str | None,
     *,
     follow_alias: bool = False,
-    show: Callable[[str], None] = print,
+    show: Callable[[str], None] = show_line,
 ) -> None:
     """Run a model, or roll it out where another version of it runs.
 
@@ -186,7 +187,7 @@ def serve_model(
         _require_free_port(serving)
         _require_room(plan, cores)
     # On this machine CPUs are only counted: twice as many leave room for the replicas of the next version.
-    with ray_cluster(2 * cores), _stop_event() as stop:
+    with ray_cluster(2 * cores):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         plan = plan_for(model_uri, serving, token, ray.cluster_resources().get("GPU", 0.0))
         if not is_private:
@@ -195,12 +196,11 @@ def serve_model(
             show(f"{plan.router.model} has no fitted policies, so a budget in a request is refused")
         deploy(plan)
         show(f"{plan.router.model} answers at {plan.address} ({plan.router.split.replace('_', ' ')})")
-        try:
-            while follow_alias or is_private:
-                if stop.wait(serving.follow_seconds if follow_alias else None):
-                    break
+        if not follow_alias and not is_private:
+            return
+        with _stop_event() as stop:
+            while not stop.wait(serving.follow_seconds if follow_alias else None):
                 plan = _follow(plan, model_uri, token, show)
-        finally:
             if is_private:
                 show("stopping: the requests in progress are answered")
                 serve.delete(plan.router.name)
@@ -275,7 +275,7 @@ def _wait_for_replacement(name: str) -> None:
     while time.monotonic() < deadline:
         app = serve.status().applications[name]
         states = [state for about in app.deployments.values() for state in about.replica_states]
-        if app.status == ApplicationStatus.RUNNING and set(states) == {"RUNNING"}:
+        if app.status == ApplicationStatus.RUNNING and not {"STOPPING", "UPDATING"} & set(states):
             return
         time.sleep(0.2)
     raise ChildProcessError(f"the replicas of {name} are not replaced after {SECONDS_TO_REPLACE:.0f} s")
