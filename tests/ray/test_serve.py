@@ -294,6 +294,7 @@ def num_running(app: str) -> int:
     return serve.status().applications[app].deployments["Resolution"].replica_states.get("RUNNING", 0)
 
 
+@pytest.mark.chaos
 def test_replicas_follow_the_shares_of_the_traffic(port: int) -> None:
     """Depends on the rollout, which lets each resolution have two replicas."""
     for side, other in ((48, 32), (32, 48)):
@@ -301,6 +302,8 @@ def test_replicas_follow_the_shares_of_the_traffic(port: int) -> None:
             wait_until(lambda side=side: num_running(f"drnet v2 {side}px") == 2, f"{side} px has two replicas")
             wait_until(lambda other=other: num_running(f"drnet v2 {other}px") == 1, f"{other} px has one replica")
         assert during.statuses() == {200}
+    outcome = "replicas follow in both directions; every request is answered"
+    record(Row("all traffic moves to one resolution, then to another", "slower answers for seconds", outcome))
 
 
 def test_a_killed_replica_of_a_resolution_loses_no_answer(port: int) -> None:
@@ -320,6 +323,7 @@ def test_a_killed_replica_of_a_resolution_loses_no_answer(port: int) -> None:
     record(Row("all replicas of all resolutions killed under load", "requests wait", outcome, seconds))
 
 
+@pytest.mark.chaos
 def test_a_killed_router_is_replaced(port: int) -> None:
     killed = replicas("Router")
     assert killed
