@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from benchmarks.harness import Row, compare
 from benchmarks.inference import build_model
 from benchmarks.photographs import write_photographs
-from benchmarks.served import Client, RayServer, Server
+from benchmarks.served import START_SECONDS, Client, RayServer, Server
 from pipeline.serving.package import save_pyfunc
 
 NETWORKS = ("resnet18", "resnet50")
@@ -153,8 +153,9 @@ def rollout(model: Path, files: list[bytes], threads: int) -> str:
             client.set_registered_model_alias(model.name, "champion", "2")
             over.wait()
 
-        first, _ = _disturbed(server, disturb)
-    return f"a rollout in {SECONDS:.0f} s: statuses {_shown(first)}, models {_shown(server.models)}"
+        newest = f"models:/{model.name}/2"
+        first, _ = _disturbed(server, disturb, done=lambda: server.models[newest] > 100)
+    return f"a rollout: statuses {_shown(first)}, models {_shown(server.models)}"
 
 
 class FollowingServer(RayServer):
@@ -180,8 +181,10 @@ def _answered(server: RayServer, count: int) -> None:
         list(clients.map(send, range(32)))
 
 
-def _disturbed(server: RayServer, disturb: Callable[[threading.Event], None]) -> tuple[Counter[int], Counter[int]]:
-    """Send for SECONDS while `disturb` runs; returns the statuses of first and of repeated requests."""
+def _disturbed(
+    server: Server, disturb: Callable[[threading.Event], None], done: Callable[[], bool] = lambda: True
+) -> tuple[Counter[int], Counter[int]]:
+    """Send for SECONDS and until `done` while `disturb` runs; returns statuses of first and of repeated requests."""
     over, first, second, numbers = threading.Event(), Counter[int](), Counter[int](), itertools.count()
 
     def send(_: int) -> None:
@@ -199,7 +202,9 @@ def _disturbed(server: RayServer, disturb: Callable[[threading.Event], None]) ->
     with ThreadPoolExecutor(17) as pool:
         sending = [pool.submit(send, n) for n in range(16)]
         disturbing = pool.submit(disturb, over)
-        time.sleep(SECONDS)
+        started = time.monotonic()
+        while (passed := time.monotonic() - started) < SECONDS or (not done() and passed < START_SECONDS):
+            time.sleep(0.2)
         over.set()
         for each in (*sending, disturbing):
             each.result()
