@@ -23,6 +23,7 @@ BENCHES = {
     "step": "a training step of each stage, against an equal step in plain PyTorch",
     "overhead": "epochs under Ray Train, against the same loop under torchrun",
     "recovery": "time to resume after a killed worker, against Ray's own restart",
+    "serve": "a registered model on Ray Serve, against mlflow models serve, and under disturbances",
     "search": "a trial on logit tables, against the same predictor trained live; two at once, against one",
 }
 

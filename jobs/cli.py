@@ -38,7 +38,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
-def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
+def job_parser(job: str, summary: str | None, *, needs_config: bool = True) -> argparse.ArgumentParser:
     """Build a parser with `--config` and overrides; `summary` is the job module's docstring."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}",
@@ -46,7 +46,7 @@ def job_parser(job: str, summary: str | None) -> argparse.ArgumentParser:
         epilog=field_reference(),
         formatter_class=_Help,
     )
-    parser.add_argument("--config", required=True, help="YAML file, or the name of one in jobs/configs")
+    parser.add_argument("--config", required=needs_config, help="YAML file, or the name of one in jobs/configs")
     parser.add_argument(
         "overrides",
         nargs="*",

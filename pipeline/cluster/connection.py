@@ -35,8 +35,10 @@ _USUAL_MISTAKES = {8265: "8265 is the port of the dashboard. ", 10001: "10001 is
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(num_cpus: int | None = None) -> Iterator[None]:
     """Use the connected cluster if there is one, else connect to RAY_ADDRESS, else start a private local cluster.
+
+    A private one has `num_cpus` CPUs to reserve; None is as many as this machine has.
 
     Ray sets RAY_ADDRESS inside a Ray job. A cluster that only happens to run on this machine is not joined: it may be
     the private cluster of another run, and would end with it.
@@ -58,7 +60,7 @@ def ray_cluster() -> Iterator[None]:
             raise ConnectionError(f"{ADDRESS} is {address}, but Ray cannot connect: {error}") from error
     else:
         _prepare_local_cluster()
-        ray.init(address="local", include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from datasets.files import is_within
 from datasets.remote import redacted
 from pipeline.config.explain import explain, explain_yaml, shown
 from pipeline.config.job_package import NOT_IN_PACKAGE, job_package
-from pipeline.config.schema import Config, ModelConfig, PredictorStage, RoutedStage, Section
+from pipeline.config.schema import Config, ModelConfig, PredictorStage, RoutedStage, Section, ServingConfig
 from pipeline.config.sqlite import sqlite_path
 from pipeline.config.yaml_tree import field_name, field_of, is_optional, is_text, read_yaml, section_of
 
@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "registry.",
     "search.",
     "policy.",
+    "serving.",
     "data.num_processes",
     "loader.num_threads",
     "loader.batches_ahead",
@@ -85,6 +86,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         problems += _apply(tree, override)
     return parse_config(tree, source=str(file), problems=problems)
+
+
+def load_serving(overrides: Sequence[str]) -> ServingConfig:
+    """Read the section `serving` from overrides alone, without a configuration.
+
+    Raises:
+        ConfigError: with every problem of the overrides together.
+    """
+    tree: dict[str, Any] = {}
+    problems = [
+        f"override {redacted(override)!r} belongs to a configuration; add --config, or give serving.KEY=VALUE"
+        for override in overrides
+        if not override.startswith("serving.")
+    ]
+    if not problems:
+        problems += [problem for override in overrides for problem in _apply(tree, override)]
+        try:
+            found = _ServingAlone.model_validate(tree)
+        except ValidationError as error:
+            problems += explain(error)
+    if problems:
+        raise ConfigError(problems, "the command line")
+    return found.serving
+
+
+class _ServingAlone(Section):
+    serving: ServingConfig = ServingConfig()
 
 
 def parse_config(tree: dict[str, Any], source: str = "the configuration", problems: Sequence[str] = ()) -> Config:

@@ -469,6 +469,57 @@ class RegistryConfig(Section):
     """Alias that jobs.register sets."""
 
 
+class ServingConfig(Section):
+    """Settings of jobs.serve, which runs a registered model on Ray Serve."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen at. Any other than this machine's own needs a token."""
+    port: Annotated[int, Field(gt=0, lt=65536)] = 8000
+    """Port to listen at."""
+    split: Literal["auto", "together", "by_resolution"] = "auto"
+    """together: each replica holds all programs. by_resolution: each resolution is a deployment of its own, which
+    scales alone. auto is together, and by_resolution where GPUs suffice for a replica of each resolution."""
+    min_replicas: Positive = 1
+    """Smallest number of replicas of each deployment."""
+    max_replicas: Positive | None = None
+    """Largest number of replicas of each deployment. null is min_replicas."""
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8.0
+    """Mean number of requests that a replica works on, above which replicas are added."""
+    scale_up_seconds: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds of more load before a replica is added."""
+    scale_down_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds of less load before a replica is removed."""
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that a replica reserves. It computes with as many threads, at least one."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that a replica reserves: 0, a fraction of one, or a whole number. With by_resolution the router has none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of convolutions and matrix products."""
+    max_batch_size: Positive | None = None
+    """Largest number of calls in a batch of a resolution's deployment. null is the number of images that run fastest
+    together. Only by_resolution uses it."""
+    batch_wait_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that a batch waits for more images. Only by_resolution uses it."""
+    max_queued_requests: Positive = 256
+    """Number of requests that may wait for a replica. The next one is answered with status 503 and Retry-After."""
+    max_body_mb: Annotated[float, Field(gt=0)] = 32.0
+    """Largest body of a request in MB (1e6 bytes). A larger one is answered with status 413."""
+    follow_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds between two looks at the alias, with --follow-alias."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is less than min_replicas {self.min_replicas}. Raise it"
+            )
+        if self.gpus_per_replica > 1 and self.gpus_per_replica % 1:
+            raise ValueError(
+                f"gpus_per_replica is {self.gpus_per_replica:g}. Give a fraction of one, or a whole number"
+            )
+        return self
+
+
 Span = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
@@ -577,3 +628,4 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    serving: ServingConfig = ServingConfig()

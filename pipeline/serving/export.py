@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet
 from pipeline.models.norms import fold_batch_norms
-from pipeline.serving.runtime.programs import BACKBONE_FILE, META_FILE, PREDICTOR_FILE
+from pipeline.serving.runtime.programs import BACKBONE_FILE, FORMAT, META_FILE, PREDICTOR_FILE
 from pipeline.training.checkpoint import LoadedModel
 
 
@@ -54,6 +54,7 @@ def export_model(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] 
         program = exported(model, model.backbone.at(index), side)
         torch.export.save(program, folder / BACKBONE_FILE.format(side=side))
     meta = {
+        "format": FORMAT,
         "classes": loaded.classes,
         "resolutions": model.resolutions,
         "predictor_size": model.predictor_size,

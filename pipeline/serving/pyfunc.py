@@ -82,7 +82,7 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
             MlflowException: a parameter makes no sense; MLflow's server answers with status 400.
         """
         try:
-            policy = self.classifier.network.policy_for(**_wishes(params or {}))
+            policy = self.classifier.network.policy_for(**wishes(params or {}))
         except ValueError as error:
             raise mlflow.exceptions.MlflowException.invalid_parameter_value(str(error)) from None
         answers = list(self.classifier.classify(model_input[IMAGE_COLUMN].tolist(), policy))
@@ -93,7 +93,7 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
         return pd.DataFrame(columns)
 
 
-def _wishes(params: dict[str, Any]) -> dict[str, float]:
+def wishes(params: dict[str, Any]) -> dict[str, float]:
     """Returns the parameters that are given; raises ValueError if one is not a finite number."""
     given = {}
     for name, default in PARAMS.items():

@@ -238,9 +238,17 @@ def download_trained(model_uri: str, folder: Path) -> Path:
     Raises:
         TrackingError: there is no such version, jobs.register did not create it, or the server cannot be reached.
     """
-    found = find_model(model_uri)
-    with explained(found.tracking_uri):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{found.uri}/{MODEL_FILE}", dst_path=str(folder)))
+    return download(find_model(model_uri), MODEL_FILE, folder)
+
+
+def download(model: FoundModel, artifact: str, folder: Path) -> Path:
+    """Download a file of a registered version into `folder`.
+
+    Raises:
+        TrackingError: jobs.register did not create the version, or the server cannot be reached.
+    """
+    with explained(model.tracking_uri):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{model.uri}/{artifact}", dst_path=str(folder)))
 
 
 def open_model(model_uri: str, budget_bias: float = 0.0) -> mlflow.pyfunc.PyFuncModel:

@@ -22,7 +22,7 @@ HEAD = """# What happens when things die
 Each row below is a test in `tests/chaos`: it disturbs a small run on real Ray processes, and compares the result with
 an uninterrupted run. "Same result" means: the same weights bit for bit, the same rows in the report, and in MLflow
 every metric once with the same value. `make chaos` runs all of them and writes this page; `make test` includes killed
-workers and a failing MLflow server.
+workers, a failing MLflow server, and killed replicas of a served model.
 
 **What is lost.** At most the work since the last checkpoint that Ray Train has recorded: one interval
 (`training.checkpoint_epochs`, `training.checkpoint_steps`), and the steps trained while a checkpoint is written. In the

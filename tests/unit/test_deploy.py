@@ -15,10 +15,13 @@ import ray.autoscaler._private.util as launcher
 import ray.dashboard.modules.metrics.dashboards.default_dashboard_panels as rays_panels
 import yaml
 from jsonschema import ValidationError
+from ray.serve.schema import ServeDeploySchema
 
 from jobs.cli import job_parser, parsed_config
 from pipeline.cluster.progress import GAUGES, TAGS
+from pipeline.cluster.serve_model import Plan, serve_config
 from pipeline.cluster.stopping import WAIT_VARIABLE
+from pipeline.serving.deployments import METRICS, SECONDS_TO_DRAIN, Served
 
 ROOT = Path(__file__).resolve().parents[2]
 AWS = (ROOT / "ray_cluster.yaml").read_text()
@@ -85,8 +88,8 @@ def test_a_jobs_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in tracked if "__pycache__" not in path.parts} <= set(names)
 
 
-# The fields that deploy/rayjob.yaml uses, from KubeRay's reference of ray.io/v1 (1.6.2), because no package ships the
-# CRD's schema. Other fields are refused, so that a new field is looked up first.
+# The fields that deploy/rayjob.yaml and rayservice.yaml use, from KubeRay's reference of ray.io/v1 (1.6.2), because no
+# package ships the CRDs' schemas. Other fields are refused, so that a new field is looked up first.
 POD = {
     "type": "object",
     "required": ["spec"],
@@ -122,6 +125,44 @@ POD = {
 }
 START = {"type": "object", "additionalProperties": {"type": "string"}}
 COUNT = {"type": "integer", "minimum": 0}
+CLUSTER = {
+    "type": "object",
+    "required": ["headGroupSpec"],
+    "additionalProperties": False,
+    "properties": {
+        "rayVersion": {"type": "string"},
+        "authOptions": {
+            "additionalProperties": False,
+            "properties": {"mode": {"enum": ["disabled", "token"]}},
+        },
+        "headGroupSpec": {
+            "type": "object",
+            "required": ["rayStartParams", "template"],
+            "additionalProperties": False,
+            "properties": {
+                "serviceType": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+                "rayStartParams": START,
+                "template": POD,
+            },
+        },
+        "workerGroupSpecs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+                "additionalProperties": False,
+                "properties": {
+                    "groupName": {"type": "string"},
+                    "replicas": COUNT,
+                    "minReplicas": COUNT,
+                    "maxReplicas": COUNT,
+                    "rayStartParams": START,
+                    "template": POD,
+                },
+            },
+        },
+    },
+}
 RAY_JOB = {
     "type": "object",
     "required": ["apiVersion", "kind", "metadata", "spec"],
@@ -140,45 +181,24 @@ RAY_JOB = {
                 "backoffLimit": COUNT,
                 "shutdownAfterJobFinishes": {"type": "boolean"},
                 "ttlSecondsAfterFinished": COUNT,
-                "rayClusterSpec": {
-                    "type": "object",
-                    "required": ["headGroupSpec"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "rayVersion": {"type": "string"},
-                        "authOptions": {
-                            "additionalProperties": False,
-                            "properties": {"mode": {"enum": ["disabled", "token"]}},
-                        },
-                        "headGroupSpec": {
-                            "type": "object",
-                            "required": ["rayStartParams", "template"],
-                            "additionalProperties": False,
-                            "properties": {
-                                "serviceType": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
-                                "rayStartParams": START,
-                                "template": POD,
-                            },
-                        },
-                        "workerGroupSpecs": {
-                            "type": "array",
-                            "items": {
-                                "type": "object",
-                                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
-                                "additionalProperties": False,
-                                "properties": {
-                                    "groupName": {"type": "string"},
-                                    "replicas": COUNT,
-                                    "minReplicas": COUNT,
-                                    "maxReplicas": COUNT,
-                                    "rayStartParams": START,
-                                    "template": POD,
-                                },
-                            },
-                        },
-                    },
-                },
+                "rayClusterSpec": CLUSTER,
             },
+        },
+    },
+}
+RAY_SERVICE = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayService"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "required": ["serveConfigV2", "rayClusterConfig"],
+            "additionalProperties": False,
+            "properties": {"serveConfigV2": {"type": "string"}, "rayClusterConfig": CLUSTER},
         },
     },
 }
@@ -202,10 +222,7 @@ def test_the_ray_job_is_of_this_project(ray_job: dict[str, Any]) -> None:
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    assert (
-        f'"ray[default,train,tune]=={cluster["rayVersion"].rpartition(".")[0]}.*"'
-        in (ROOT / "pyproject.toml").read_text()
-    )
+    require_rays_version(cluster)
     assert set(yaml.safe_load(spec["runtimeEnvYAML"])) == {"env_vars"}
     words = spec["entrypoint"].split()
     assert words[:3] == ["python", "-m", "jobs.train"]
@@ -221,6 +238,33 @@ def test_the_ray_job_is_of_this_project(ray_job: dict[str, Any]) -> None:
         }
 
 
+def require_rays_version(cluster: dict[str, Any]) -> None:
+    required = re.search(r'"ray\[[a-z,]+\]==([0-9.]+)\.\*"', (ROOT / "pyproject.toml").read_text())
+    assert required
+    assert cluster["rayVersion"].rpartition(".")[0] == required[1]
+
+
+def test_the_ray_service_is_of_this_project() -> None:
+    service = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())
+    jsonschema.validate(service, RAY_SERVICE)
+    cluster = service["spec"]["rayClusterConfig"]
+    require_rays_version(cluster)
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (app,) = ServeDeploySchema.model_validate(config).applications
+    served = Served.model_validate(app.args)
+    plan = Plan(served, (), has_policies=True)
+    assert serve_config(plan) == config | {"applications": [app.model_dump(exclude_unset=True)]}
+    assert served.token_sha256, "a service that others can reach needs a token"
+    [workers] = cluster["workerGroupSpecs"]
+    [worker] = workers["template"]["spec"]["containers"]
+    assert float(worker["resources"]["requests"]["cpu"]) * workers["replicas"] >= 2 * plan.num_cpus, (
+        "room for a rollout"
+    )
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > SECONDS_TO_DRAIN
+
+
 def test_every_metric_of_the_dashboard_is_ours_or_rays() -> None:
     dashboard = json.loads((ROOT / "deploy" / "grafana_dashboard.json").read_text())
     panels = dashboard["panels"]
@@ -230,11 +274,15 @@ def test_every_metric_of_the_dashboard_is_ours_or_rays() -> None:
         for target in panel.get("targets", [])
         for name in re.findall(r"\bray_\w+", target["expr"])
     }
+    served = {name for name in asked if name.startswith("ray_drnet_serve_")}
+    assert {re.sub("_(total|bucket|sum|count)$", "", name) for name in served} == {f"ray_{name}" for name in METRICS}
+    asked -= served
     ours = {f"ray_{name}" for name in GAUGES}
-    rays = set(re.findall(r"\bray_\w+", Path(str(rays_panels.__file__)).read_text()))
+    panels_of_ray = Path(str(rays_panels.__file__)).parent.glob("*.py")
+    rays = {name for file in panels_of_ray for name in re.findall(r"\bray_\w+", file.read_text())}
     assert ours <= asked, "each of our gauges is shown"
     assert asked - ours <= rays
-    labels = {*TAGS, "resolution", "instance", "GpuIndex", "GpuDeviceName"}
+    labels = {*TAGS, "resolution", "instance", "GpuIndex", "GpuDeviceName", "program", "deployment", "error_code"}
     for panel in panels:
         for target in panel.get("targets", []):
             assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= labels

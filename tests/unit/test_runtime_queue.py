@@ -52,7 +52,8 @@ def test_which_program_runs_next(heads, expected):
 def test_images_of_many_calls_share_a_batch_and_return_in_order():
     program = Recorded(100)
     program.may_go.clear()
-    queue = ProgramQueue([program], [4], patience_seconds=TIMEOUT)
+    ran: list[tuple[int, int, int]] = []
+    queue = ProgramQueue([program], [4], TIMEOUT, ran=lambda *batch: ran.append(batch))
     calls = [queue.submit(0, numbers(0))]
     assert program.entered.wait(TIMEOUT)
     calls += [queue.submit(0, numbers(*values)) for values in ([1, 2], [3], [4, 5, 6])]  # while it is busy
@@ -60,6 +61,7 @@ def test_images_of_many_calls_share_a_batch_and_return_in_order():
     assert [results(rows) for rows in calls] == [[100], [101, 102], [103], [104, 105, 106]]
     assert program.sizes == [1, 4, 2]
     queue.close()
+    assert ran == [(0, 1, 6), (0, 4, 2), (0, 2, 0)]
 
 
 def test_the_fuller_batch_runs_first():

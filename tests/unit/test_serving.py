@@ -251,6 +251,23 @@ def test_a_cascade_gives_the_answers_that_evaluation_states(model, with_policies
             assert answer.gflops == pytest.approx(gflops_N[n])
 
 
+def test_a_policy_has_a_name(with_policies):
+    network = with_policies
+    assert network.named_policy("registered") == network.default_policy
+    assert network.named_policy("predictor") == Policy((1, 0), (0.0,), 0.0)
+    assert [network.named_policy(str(side)) for side in network.resolutions] == [Policy((0,)), Policy((1,))]
+    with pytest.raises(ValueError, match="policy is '40'; give one of registered, predictor, 48, 32"):
+        network.named_policy("40")
+
+
+def test_a_network_runs_the_programs_that_it_is_given(programs, network, model):
+    part = RoutedNetwork(programs, files=[network.backbone_file(1)])
+    crops = random_crops(model, 3)[model.resolutions[1]]
+    assert torch.equal(part.logits(1, crops), network.logits(1, crops))
+    with pytest.raises(KeyError, match="backbone_48"):
+        part.logits(0, random_crops(model, 3)[48])
+
+
 def test_a_request_names_a_budget(with_policies):
     network = with_policies
     assert network.default_policy == Policy((1, 0), (0.0,), 0.0)

@@ -5,5 +5,7 @@ Start with classifier.py. Imports inside are relative, because each loaded model
 
 from .classifier import Answer as Answer
 from .classifier import Classifier as Classifier
+from .classifier import ProgramQueue as ProgramQueue
+from .classifier import program_queue as program_queue
 from .programs import Placement as Placement
 from .programs import RoutedNetwork as RoutedNetwork

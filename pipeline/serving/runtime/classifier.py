@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,26 @@ from .programs import RoutedNetwork, images_at_once
 
 Program = Callable[[Tensor], Tensor]
 _Item = tuple[float, Tensor, Future[Tensor]]
+
+
+class Row(Protocol):
+    """A row of logits that may not be there yet."""
+
+    def result(self) -> Tensor:
+        """Wait for the row; raises what the program raised."""
+        ...
+
+
+class Programs(Protocol):
+    """Where programs run: on a thread of this process, or elsewhere."""
+
+    def submit(self, program: int, images: Sequence[Tensor]) -> Sequence[Row]:
+        """Run a program on images of one shape; returns a row for each."""
+        ...
+
+    def close(self) -> None:
+        """End the threads."""
+        ...
 
 
 class ProgramQueue:
@@ -34,10 +54,18 @@ class ProgramQueue:
             answers fill the other batches.
         batch_sizes: the most images that each program runs at once.
         patience_seconds: how long an image may wait for fuller batches to run first.
+        ran: called after each batch with the program's index, the batch's size, and how many images wait for it.
     """
 
-    def __init__(self, programs: Sequence[Program], batch_sizes: Sequence[int], patience_seconds: float):
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        batch_sizes: Sequence[int],
+        patience_seconds: float,
+        ran: Callable[[int, int, int], None] | None = None,
+    ):
         self._programs, self._batch_sizes, self._patience_seconds = programs, batch_sizes, patience_seconds
+        self._ran = ran
         self._waiting: list[deque[_Item]] = [deque() for _ in programs]
         self._changed = threading.Condition()
         self._closed = False
@@ -77,6 +105,8 @@ class ProgramQueue:
             else:
                 for future, row in zip(futures, rows, strict=True):
                     future.set_result(row)
+            if self._ran:
+                self._ran(program, len(images), len(self._waiting[program]))
 
     def _next_batch(self) -> tuple[int, list[Tensor], list[Future[Tensor]]] | None:
         """Wait for a batch; returns None when the queue is closed and empty."""
@@ -108,6 +138,17 @@ IMAGES_AT_ONCE = 64
 PATIENCE_SECONDS = 0.05
 
 
+def program_queue(network: RoutedNetwork, ran: Callable[[int, int, int], None] | None = None) -> ProgramQueue:
+    """Returns a queue of all programs of a network, the predictor first if it is routed; for `ran` see ProgramQueue."""
+    programs = [partial(network.logits, index) for index in range(len(network.resolutions))]
+    sides = list(network.resolutions)
+    if network.is_routed:
+        programs, sides = [network.predictor_logits, *programs], [network.predictor_size, *sides]
+    # No larger than what runs at once anyway, so that the first results return while the others run.
+    batch_sizes = [images_at_once(side, network.device) for side in sides]
+    return ProgramQueue(programs, batch_sizes, PATIENCE_SECONDS, ran)
+
+
 @dataclass(frozen=True)
 class Answer:
     """The answer for one image: everything but `error`, or only `error` and no cost."""
@@ -135,7 +176,7 @@ class _Image:
     ran: list[int] = field(default_factory=list)
     """Indices of the resolutions that ran."""
     gflops: float = 0.0
-    logits: Future[Tensor] | None = None
+    logits: Row | None = None
     error: str | None = None
 
 
@@ -145,21 +186,13 @@ class Classifier:
     Args:
         network: nothing else may run it at the same time.
         num_threads: the number of decoding threads; None is one for each CPU of the process.
-        patience_seconds: see ProgramQueue.
+        programs: where the network's programs run, the predictor first if it is routed; None is a thread.
     """
 
-    def __init__(
-        self, network: RoutedNetwork, num_threads: int | None = None, patience_seconds: float = PATIENCE_SECONDS
-    ):
+    def __init__(self, network: RoutedNetwork, num_threads: int | None = None, programs: Programs | None = None):
         self.network = network
-        programs = [partial(network.logits, index) for index in range(len(network.resolutions))]
-        sides = list(network.resolutions)
-        if network.is_routed:
-            programs, sides = [network.predictor_logits, *programs], [network.predictor_size, *sides]
-        self._first_backbone = len(programs) - len(network.resolutions)
-        # No larger than what runs at once anyway, so that the first results return while the others run.
-        batch_sizes = [images_at_once(side, network.device) for side in sides]
-        self._queue = ProgramQueue(programs, batch_sizes, patience_seconds)
+        self._first_backbone = int(network.is_routed)
+        self._queue = programs or program_queue(network)
         self._decoders = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), "decoder")
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from .policy import Policy, can_stop, confidence, first_resolution, next_resolution, predictor_policy
+from .policy import (
+    Policy,
+    can_stop,
+    confidence,
+    first_resolution,
+    next_resolution,
+    predictor_policy,
+    static_policy,
+)
 
 WARM_UPS = 2
 """Passes before a recording, which choose algorithms and allocate their workspaces."""
@@ -75,6 +83,8 @@ def filled_size(count: int) -> int:
     return -(-count // step) * step
 
 
+FORMAT = 2
+"""The number in meta.json that says what this package offers; jobs.serve needs 2."""
 META_FILE, PREDICTOR_FILE, BACKBONE_FILE = "meta.json", "predictor.pt2", "backbone_{side}.pt2"
 PRECISIONS = ("float32", "bfloat16")
 BATCH_LIMIT = 256
@@ -132,12 +142,13 @@ class RoutedNetwork:
 
     Args:
         folder: holds meta.json, a backbone_SIDE.pt2 for each resolution and, with several, predictor.pt2.
+        files: the programs to load, where others run elsewhere; None is all.
 
     Raises:
         ValueError: a program holds a pickle, which could run any code when it is loaded.
     """
 
-    def __init__(self, folder: Path, placement: Placement | None = None):
+    def __init__(self, folder: Path, placement: Placement | None = None, files: Collection[str] | None = None):
         meta = json.loads((folder / META_FILE).read_text())
         self.placement = placement or Placement()
         self.device = torch.empty(0, device=self.placement.device).device  # with its number, unlike the placement's
@@ -155,27 +166,30 @@ class RoutedNetwork:
             for found in meta.get("policies", [])
         ]
         self.default_policy = Policy(**meta["policy"]) if "policy" in meta else self.predictor_policy()
-        self._predictor = self._program(folder / PREDICTOR_FILE) if len(self.resolutions) > 1 else None
-        self._backbones = [self._program(folder / BACKBONE_FILE.format(side=side)) for side in self.resolutions]
+        present = [PREDICTOR_FILE] * self.is_routed + [self.backbone_file(j) for j in range(len(self.resolutions))]
+        self._programs = {name: self._program(folder / name) for name in present if files is None or name in files}
 
     @property
     def is_routed(self) -> bool:
         """Whether there are several resolutions, and so a predictor."""
-        return self._predictor is not None
+        return len(self.resolutions) > 1
 
     @property
     def largest_side(self) -> int:
         """The largest side of the images that the programs take, pixels."""
         return max(self.predictor_size if self.is_routed else 0, *self.resolutions)
 
+    def backbone_file(self, index: int) -> str:
+        """Returns the name of the file with the program of resolution `index`."""
+        return BACKBONE_FILE.format(side=self.resolutions[index])
+
     def predictor_logits(self, images: Tensor) -> Tensor:
         """Returns logits (N, R) over the resolutions for uint8 (N, S, S, 3), S the predictor's side."""
-        assert self._predictor is not None
-        return self._run(self._predictor, images).cpu()
+        return self._run(self._programs[PREDICTOR_FILE], images).cpu()
 
     def logits(self, index: int, images: Tensor) -> Tensor:
         """Returns class logits (N, K) at resolution `index` for uint8 (N, S, S, 3), S its side."""
-        return self._run(self._backbones[index], images).cpu()
+        return self._run(self._programs[self.backbone_file(index)], images).cpu()
 
     def predictor_policy(self, budget_bias: float = 0.0) -> Policy:
         """Returns the policy that runs each image once, where the predictor chooses.
@@ -226,6 +240,18 @@ class RoutedNetwork:
             (found for found in self.policies if found.accuracy >= lowest), key=lambda found: found.gflops
         ).policy
 
+    def named_policy(self, name: str) -> Policy:
+        """Returns the policy `registered`, `predictor`, or of one resolution that runs alone, such as `224`.
+
+        Raises:
+            ValueError: the name is another one.
+        """
+        named = {"registered": self.default_policy} | ({"predictor": self.predictor_policy()} if self.is_routed else {})
+        named |= {str(side): static_policy(index) for index, side in enumerate(self.resolutions)}
+        if name not in named:
+            raise ValueError(f"policy is {name!r}; give one of {', '.join(named)}")
+        return named[name]
+
     def first_resolution(self, policy: Policy, predictor_logits_NR: Tensor | None, num_images: int) -> Tensor:
         """Returns where each image starts, int64 (N,)."""
         return first_resolution(policy, predictor_logits_NR, self._relative_costs, num_images)
@@ -253,7 +279,7 @@ class RoutedNetwork:
             group = (now_N == index).nonzero().flatten()
             if not len(group):
                 continue
-            rows = self._run(self._backbones[index], crops[self.resolutions[index]][group])
+            rows = self._run(self._programs[self.backbone_file(index)], crops[self.resolutions[index]][group])
             ran_NR[group, index], choice_N[group] = True, index
             if can_stop(policy, index):
                 logits_NK[group] = rows.cpu()

@@ -1,0 +1,49 @@
+"""Serve a registered model over HTTP with Ray Serve: batches across requests, replicas that scale, versions that roll.
+
+Runs on the cluster at RAY_ADDRESS (set in a Ray job), or on this machine until SIGTERM or Ctrl-C. On a cluster the same
+command rolls out another version without a failed request. The registry is MLFLOW_TRACKING_URI, else mlflow.db in the
+project folder. Requests need the token of DRNET_SERVE_TOKEN or of the file DRNET_SERVE_TOKEN_FILE, if one is set.
+"""
+
+from __future__ import annotations
+
+from jobs.cli import job_config, job_parser, run_job
+from pipeline.config.load import load_serving
+
+
+def main() -> None:
+    parser = job_parser("serve", __doc__, needs_config=False)
+    parser.add_argument(
+        "--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; default: registry.name of --config"
+    )
+    parser.add_argument(
+        "--follow-alias", action="store_true", help="keep running and roll out the alias's new versions"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the configuration for `serve deploy`, run nothing"
+    )
+    args = parser.parse_intermixed_args()
+    if args.config:
+        config = job_config(args)
+        serving, model = config.serving, f"models:/{config.registry.name}@{config.registry.alias}"
+    else:
+        serving, model = load_serving(args.overrides), None
+    model = args.model or model
+    if model is None:
+        raise ValueError("give --model models:/NAME@ALIAS, or --config with its registry.name")
+    if args.follow_alias and "@" not in model:
+        raise ValueError(f"--follow-alias needs an alias, but the model is {model}. Give models:/NAME@ALIAS")
+    # Ray, MLflow and torch take seconds to import: a mistyped key is reported before.
+    from pipeline.cluster.serve_model import plan_for, read_token, serve_config, serve_model
+
+    token = read_token()
+    if args.dry_run:
+        import yaml
+
+        print(yaml.safe_dump(serve_config(plan_for(model, serving, token)), sort_keys=False), end="")
+    else:
+        serve_model(model, serving, token, follow_alias=args.follow_alias)
+
+
+if __name__ == "__main__":
+    run_job(main)
