@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.remote import HIDDEN, redacted
-from pipeline.config.schema import REGISTERED, Config
+from pipeline.config.fields import REGISTERED
+from pipeline.config.schema import Config
 from pipeline.config.sqlite import sqlite_path
 
 UNPACKED_IN = "working_dir_files"

@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from datasets.beton import Manifest
+from pipeline.config.fields import REGISTERED
 from pipeline.config.run_folder import RunFolder
-from pipeline.config.schema import REGISTERED, Config, ModelConfig
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 from pipeline.tracking.registry import download_trained
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model

@@ -19,8 +19,9 @@ from mlflow.utils.validation import (
 )
 from pydantic import ValidationError
 
+from pipeline.config.fields import LocalPath
 from pipeline.config.load import ConfigError, load_config, parse_config
-from pipeline.config.schema import Config, LocalPath, RegistryConfig, Section, TrackingConfig
+from pipeline.config.schema import Config, RegistryConfig, Section, TrackingConfig
 from pipeline.config.yaml_tree import choices, read_yaml, section_of
 
 FILE = """\
