@@ -74,10 +74,17 @@ def field_reference() -> str:
     """List every field of the configuration with type, default, meaning and unit."""
     lines = ["configuration fields (key, type, default, meaning):"]
     for key, kind, default, meaning in describe_fields():
-        lines.append(
-            f"  {key}  [{kind}]  default {default}" if default != "(required)" else f"  {key}  [{kind}]  required"
+        need = "required" if default == "(required)" else f"default {default}"
+        head = f"{key}  [{kind}]  {need}"
+        lines += textwrap.wrap(
+            head,
+            width=104,
+            initial_indent="  ",
+            subsequent_indent=" " * 4,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
-        lines.extend(textwrap.wrap(meaning, width=104, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines += textwrap.wrap(meaning, width=104, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 

@@ -179,14 +179,16 @@ def build_backbone(
     Raises:
         ValueError: the name, the width, the weights, a probability or the norms do not fit.
     """
-    if width != 1 and name != SMALL_RESNET:
-        raise ValueError(f"backbone {name} has one width, {width:g} cannot be applied; only {SMALL_RESNET} is scaled")
     rates = {"dropout": dropout, "drop_path": drop_path}
     if name == SMALL_RESNET:
         network = _with_rates(partial(SmallResNet, num_classes, width), name, rates, {})
     else:
         build, arguments = (_timm, TIMM_RATES) if name.startswith(TIMM) else (_torchvision, TORCHVISION_RATES)
         network = _with_rates(partial(build, name, num_classes), name, rates, arguments)
+        if width != 1:
+            raise ValueError(
+                f"backbone {name} has one width. Set model.backbone_width=1; only {SMALL_RESNET} is scaled"
+            )
         _check_outputs(network, name, num_classes)
     avoid_unsafe_projections(network)
     if weights is not None:

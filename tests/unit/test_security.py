@@ -170,9 +170,9 @@ def test_mlflow_loads_no_pickle() -> None:
 
 
 def test_nothing_listens_on_all_addresses() -> None:
-    """The dashboard and the tracking server listen on this machine only, unless a user changes that."""
+    """Everything listens on this machine only, unless a user changes that; a pod on Kubernetes has its own address."""
     kinds = ("*.py", "*.md", "*.yaml", "*.sh", "Makefile")
     files = {file for kind in kinds for file in ROOT.glob(kind)} | set(CODE)
     files |= {file for folder in ("deploy", "docs", "scripts", "jobs/configs") for file in (ROOT / folder).rglob("*.*")}
     texts = {str(file.relative_to(ROOT)): file.read_bytes() for file in files if file.suffix not in (".png", ".svg")}
-    assert [name for name, text in texts.items() if b"0.0.0.0" in text] == []
+    assert [name for name, text in texts.items() if b"0.0.0.0" in text] == ["deploy/rayservice.yaml"]
