@@ -163,45 +163,48 @@ CLUSTER = {
         },
     },
 }
-RAY_JOB = {
-    "type": "object",
-    "required": ["apiVersion", "kind", "metadata", "spec"],
-    "additionalProperties": False,
-    "properties": {
-        "apiVersion": {"const": "ray.io/v1"},
-        "kind": {"const": "RayJob"},
-        "metadata": {"type": "object", "required": ["name"]},
-        "spec": {
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {
-                "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
-                "entrypoint": {"type": "string"},
-                "runtimeEnvYAML": {"type": "string"},
-                "backoffLimit": COUNT,
-                "shutdownAfterJobFinishes": {"type": "boolean"},
-                "ttlSecondsAfterFinished": COUNT,
-                "rayClusterSpec": CLUSTER,
-            },
+
+
+def resource(kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of one of KubeRay's resources."""
+    return {
+        "type": "object",
+        "required": ["apiVersion", "kind", "metadata", "spec"],
+        "additionalProperties": False,
+        "properties": {
+            "apiVersion": {"const": "ray.io/v1"},
+            "kind": {"const": kind},
+            "metadata": {"type": "object", "required": ["name"]},
+            "spec": spec,
+        },
+    }
+
+
+RAY_JOB = resource(
+    "RayJob",
+    {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+            "entrypoint": {"type": "string"},
+            "runtimeEnvYAML": {"type": "string"},
+            "backoffLimit": COUNT,
+            "shutdownAfterJobFinishes": {"type": "boolean"},
+            "ttlSecondsAfterFinished": COUNT,
+            "rayClusterSpec": CLUSTER,
         },
     },
-}
-RAY_SERVICE = {
-    "type": "object",
-    "required": ["apiVersion", "kind", "metadata", "spec"],
-    "additionalProperties": False,
-    "properties": {
-        "apiVersion": {"const": "ray.io/v1"},
-        "kind": {"const": "RayService"},
-        "metadata": {"type": "object", "required": ["name"]},
-        "spec": {
-            "type": "object",
-            "required": ["serveConfigV2", "rayClusterConfig"],
-            "additionalProperties": False,
-            "properties": {"serveConfigV2": {"type": "string"}, "rayClusterConfig": CLUSTER},
-        },
+)
+RAY_SERVICE = resource(
+    "RayService",
+    {
+        "type": "object",
+        "required": ["serveConfigV2", "rayClusterConfig"],
+        "additionalProperties": False,
+        "properties": {"serveConfigV2": {"type": "string"}, "rayClusterConfig": CLUSTER},
     },
-}
+)
 
 
 @pytest.fixture
