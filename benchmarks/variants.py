@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
 
 from benchmarks.harness import ROOT
 from benchmarks.overhead import opened_run
 from benchmarks.policies import reached
 from pipeline.config.load import load_config
 from pipeline.evaluation.predictions import Predictions, collect_predictions
+from pipeline.evaluation.statistics import mean_of
 from pipeline.models.cost import Costs
 from pipeline.policies.route import Images
 from pipeline.training.loop import train
@@ -54,11 +54,10 @@ def images_of(folder: Path) -> Images:
 
 def interval(values: list[float]) -> str:
     """Return the mean of percentages over the seeds with the half width of its 95 % interval."""
-    mean, count = 100 * float(np.mean(values)), len(values)
-    if count < 2:
-        return f"{mean:.2f}"
-    half = 100 * stats.t.ppf(0.975, count - 1) * float(np.std(values, ddof=1)) / np.sqrt(count)
-    return f"{mean:.2f} ± {half:.2f}"
+    found = mean_of(values)
+    if found is None:
+        return f"{100 * values[0]:.2f}"
+    return f"{100 * found.value:.2f} ± {100 * (found.high - found.value):.2f}"
 
 
 def table(folders: dict[str, list[Path]], costs: list[float], kind: str) -> list[str]:
