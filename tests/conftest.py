@@ -33,7 +33,10 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "ML
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` if there is no CUDA device."""
+    """Keep the tests that start clusters on one worker of pytest-xdist; skip `gpu` if there is no CUDA device."""
+    for item in items:
+        if item.path.parent.name in ("chaos", "ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """An append-only file of records, with the byte offset up to which one server has received them.
+    """An append-only file of records, with the byte offset up to which one server has received them in one run.
 
     A run's folder has one journal that the driver and rank 0 write, and one for each node's system metrics.
 
@@ -73,18 +73,19 @@ class Journal:
                 if record is not None:
                     yield place, record
 
-    def delivered(self, server: str) -> int:
-        """Return the offset up to which `server` has the records; 0 for a server that has none."""
+    def delivered(self, server: str, run_id: str | None = None) -> int:
+        """Return the offset up to which `server` has the records in a run, by default in any; 0 if it has none."""
         try:
             content = json.loads(self._delivered_path.read_text())
-            if content["server"] == server and content["place"] <= self.path.stat().st_size:
+            same = content["server"] == server and run_id in (None, content["run_id"])
+            if same and content["place"] <= self.path.stat().st_size:
                 return content["place"]
         except (OSError, ValueError, KeyError, TypeError):
             pass  # absent or damaged: sending everything again is correct, only slower
         return 0
 
-    def set_delivered(self, server: str, place: int) -> None:
-        write_whole(self._delivered_path, json.dumps({"server": server, "place": place}))
+    def set_delivered(self, server: str, run_id: str, place: int) -> None:
+        write_whole(self._delivered_path, json.dumps({"server": server, "run_id": run_id, "place": place}))
 
     def num_pending(self, server: str) -> int:
         """Return how many records `server` does not have yet."""
@@ -178,23 +179,18 @@ class Delivery:
         Raises:
             Exception: any error of the server's client or the file system; what was not sent stays pending.
         """
-        client = self._connect()
-        while batch := list(islice(self.journal.read(self.journal.delivered(self._server)), _RECORDS_AT_ONCE)):
+        client, run_id = self._connect()
+        while batch := list(islice(self.journal.read(self.journal.delivered(self._server, run_id)), _RECORDS_AT_ONCE)):
             self._send(client, [record for _, record in batch])
-            self.journal.set_delivered(self._server, batch[-1][0])
+            self.journal.set_delivered(self._server, run_id, batch[-1][0])
 
-    def _connect(self) -> MlflowClient:
+    def _connect(self) -> tuple[MlflowClient, str]:
         if self._client is None:
             self._client = connect(self.uri)
         if self.run_id is None:
-            description = Description.load(self._folder)
-            if self._creates_run:
-                self.run_id, created = find_or_create_run(self._client, self.uri, description)
-                if created:
-                    self.journal.set_delivered(self._server, 0)
-            else:
-                self.run_id = find_run(self._client, self.uri, description)
-        return self._client
+            find = find_or_create_run if self._creates_run else find_run
+            self.run_id = find(self._client, self.uri, Description.load(self._folder))
+        return self._client, self.run_id
 
     def _send(self, client: MlflowClient, records: list[Record]) -> None:
         """Send records in order; skip one that MLflow will never accept, with a warning."""

@@ -77,8 +77,8 @@ def describe_run(config: Config, folder: Path, manifest: Manifest) -> Descriptio
     return description
 
 
-def find_or_create_run(client: MlflowClient, uri: str, description: Description) -> tuple[str, bool]:
-    """Return the run's id and whether it was created; complete a run that was only partly described.
+def find_or_create_run(client: MlflowClient, uri: str, description: Description) -> str:
+    """Return the run's id. Create the run if there is none, and complete one that was only partly described.
 
     Raises:
         TrackingError: the experiment was deleted.
@@ -87,7 +87,6 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
     experiment = experiment_id(client, uri, description.experiment)
     tagged = f"tags.`{KEY_TAG}` = '{description.key}'"
     run = _one_run(client, experiment, tagged)
-    created = run is None
     if run is None:
         tags = {KEY_TAG: description.key, **description.tags}
         client.create_run(experiment, description.started_ms, tags, description.name)
@@ -102,31 +101,36 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
         client.log_inputs(run_id, [DatasetInput(Dataset(**description.dataset), [context])])
         client.log_text(run_id, description.config, "config.yaml")
         client.set_tag(run_id, DESCRIBED_TAG, "true")
-    elif not created:
+    else:
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in description.tags.items()])
-    return run_id, created
+    return run_id
 
 
 def find_run(client: MlflowClient, uri: str, description: Description) -> str:
-    """Return the id of the run.
+    """Return the id of the run, once it is fully described: `find_or_create_run` deletes no such run as a duplicate.
 
     Raises:
         TrackingError: the run does not exist yet, or the experiment was deleted.
         MlflowException: the server cannot be reached, or refuses.
     """
     experiment = experiment_id(client, uri, description.experiment)
-    run = _one_run(client, experiment, f"tags.`{KEY_TAG}` = '{description.key}'")
+    described = f"tags.`{KEY_TAG}` = '{description.key}' and tags.`{DESCRIBED_TAG}` = 'true'"
+    run = _one_run(client, experiment, described)
     if run is None:
         raise TrackingError(f"the run {description.name} does not exist in {redacted(uri)} yet")
     return run.info.run_id
 
 
 def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
-    """Return the run that a condition selects, or None; if there are several, delete all but the oldest.
+    """Return the run that a condition selects, or None; if there are several, delete all but one.
 
-    When the response to a creation is lost, MLflow's client retries and creates a second run.
+    When the response to a creation is lost, MLflow's client retries and creates a second run. The one that stays is a
+    run that is fully described, because others may already write to it.
     """
-    found = sorted(client.search_runs([experiment], condition), key=lambda run: (run.info.start_time, run.info.run_id))
+    found = sorted(
+        client.search_runs([experiment], condition),
+        key=lambda run: (DESCRIBED_TAG not in run.data.tags, run.info.start_time, run.info.run_id),
+    )
     for other in found[1:]:
         client.delete_run(other.info.run_id)
     return found[0] if found else None

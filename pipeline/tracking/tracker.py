@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -233,15 +233,15 @@ def _monitor(handle: RunHandle, node: str, ended: threading.Event) -> None:
     try:
         name = NODE_JOURNALS.replace("*", node)
         first = 1 + max((record["step"] for _, record in Journal(handle.folder, name).read()), default=-1)
-        logger = RunLogger(handle, name)
-        monitor = SystemMetricsMonitor(handle.run_id, node_id=node, tracking_uri=handle.uri)
-        for step in count(first):
-            monitor.collect_metrics()
-            if ended.wait(monitor.sampling_interval):
-                break
-            logger.metrics(None, {f"system/{node}/{key}": of for key, of in monitor.aggregate_metrics().items()}, step)
-            for part in monitor.monitors:
-                part.clear_metrics()
-        logger.close()
+        with closing(RunLogger(handle, name)) as logger:
+            monitor = SystemMetricsMonitor(handle.run_id, node_id=node, tracking_uri=handle.uri)
+            for step in count(first):
+                monitor.collect_metrics()
+                if ended.wait(monitor.sampling_interval):
+                    break
+                values = monitor.aggregate_metrics()
+                logger.metrics(None, {f"system/{node}/{key}": value for key, value in values.items()}, step)
+                for part in monitor.monitors:
+                    part.clear_metrics()
     except Exception as error:
         _logger.warning("system metrics of %s are no longer recorded: %s", node, error)

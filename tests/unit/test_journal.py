@@ -77,16 +77,18 @@ def test_lines_of_two_writers_do_not_mix(tmp_path):
     assert sorted(read) == sorted((str(writer), step) for writer in range(2) for step in range(50))
 
 
-def test_delivery_is_remembered_for_one_server(tmp_path):
+def test_delivery_is_remembered_for_one_server_and_run(tmp_path):
     journal = Journal(tmp_path)
     journal.append(artifacts_record("a", None))
     journal.append(artifacts_record("b", None))
     (first_place, _), _ = journal.read()
     assert journal.num_pending(SERVER) == 2
-    journal.set_delivered(SERVER, first_place)
+    journal.set_delivered(SERVER, "run", first_place)
     assert Journal(tmp_path).delivered(SERVER) == first_place
     assert journal.num_pending(SERVER) == 1
     assert journal.num_pending("http://another") == 2
+    assert journal.delivered(SERVER, "run") == first_place
+    assert journal.delivered(SERVER, "another run") == 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"server": "http://server"}'])
@@ -100,5 +102,5 @@ def test_a_damaged_offset_sends_everything_again(tmp_path, content):
 def test_a_journal_shorter_than_its_offset_is_sent_from_the_start(tmp_path):
     journal = Journal(tmp_path)
     journal.append(artifacts_record("a", None))
-    journal.set_delivered(SERVER, 10_000)
+    journal.set_delivered(SERVER, "run", 10_000)
     assert journal.delivered(SERVER) == 0

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.tracking import runs
-from pipeline.tracking.journal import JOURNAL_FILE, Journal, metrics_record
+from pipeline.tracking.journal import JOURNAL_FILE, NODE_JOURNALS, Journal, metrics_record
 from pipeline.tracking.runs import Description
 from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, explanation, tracking_uri
 from pipeline.tracking.tracker import RunHandle, RunLogger, close_run, open_run, replay, system_metrics
@@ -210,6 +210,25 @@ def test_a_run_that_is_deleted_during_training_keeps_its_values_for_the_next_sta
     again = open_run(make_config(tmp_path), folder, make_manifest())
     assert again.run_id != opened.run_id
     assert MlflowClient(opened.uri).get_run(again.run_id).data.metrics == {"first": 1.0, "second": 2.0}
+
+
+def test_a_node_sends_everything_again_to_a_new_run(opened, tmp_path, folder):
+    node = RunLogger(opened, NODE_JOURNALS.replace("*", "node-1"))
+    node.metrics(None, {"cpu": 1.0}, 0)
+    node.close()
+    MlflowClient(opened.uri).delete_run(opened.run_id)
+    again = open_run(make_config(tmp_path), folder, make_manifest())
+    assert history(opened.uri, again.run_id, "cpu") == [(0, 1.0)]
+
+
+def test_a_run_in_use_is_not_the_duplicate_that_is_deleted(opened, tmp_path, folder):
+    client, description = MlflowClient(opened.uri), Description.load(folder)
+    experiment = client.get_run(opened.run_id).info.experiment_id
+    # Ids are random and start times equal, so one of several late duplicates comes first in any order of those two.
+    for _ in range(8):
+        client.create_run(experiment, description.started_ms, {runs.KEY_TAG: description.key}, description.name)
+    assert open_run(make_config(tmp_path), folder, make_manifest()).run_id == opened.run_id
+    assert [run.info.run_id for run in runs_of(opened.uri)] == [opened.run_id]
 
 
 def test_a_deleted_experiment_stops_the_start_with_advice(opened, tmp_path, folder):
