@@ -42,7 +42,7 @@ test: lint ## lint, then every test; TESTS="tests/unit -k config" runs some of t
 
 chaos: setup ## run every row of the fault matrix as root, about half an hour; writes docs/faults.md
 	rm -f faults.jsonl
-	DRNET_FAULTS=$(CURDIR)/faults.jsonl $(PYTHON) -m pytest -m "" tests/chaos tests/ray/test_training.py tests/ray/test_submit.py tests/ray/test_serve.py
+	DRNET_FAULTS=$(CURDIR)/faults.jsonl $(PYTHON) -m pytest -m "" tests/chaos tests/ray tests/unit/test_compile.py
 	$(PYTHON) -m tests.chaos.matrix faults.jsonl > docs/faults.md
 	rm faults.jsonl
 

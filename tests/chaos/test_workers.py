@@ -34,18 +34,20 @@ from tests.chaos.runs import (
 pytestmark = pytest.mark.ray
 
 
-def test_workers_killed_in_every_stage_do_not_change_the_result(undisturbed: Config, folder: Path) -> None:
-    config = config_of(folder, "workers-killed")
+@pytest.mark.parametrize("num_stages", [1, pytest.param(4, marks=pytest.mark.chaos)])
+def test_workers_killed_in_every_stage_do_not_change_the_result(
+    undisturbed: Config, folder: Path, num_stages: int
+) -> None:
+    config = config_of(folder, f"workers-killed-{num_stages}")
     run = RunFolder.of(config).path
-    acts = {
-        "worker killed (SIGKILL) in the backbone stage": (in_stage(run, "backbone"), signal_worker(0)),
-        "worker killed while the logit table is computed": (reported(run, "logit table"), signal_worker(1)),
-        "worker crashes (SIGSEGV) in the predictor stage": (
-            in_stage(run, "predictor"),
-            signal_worker(1, signal.SIGSEGV),
-        ),
-        "worker crashes (SIGBUS) in the joint stage": (in_stage(run, "joint"), signal_worker(0, signal.SIGBUS)),
-    }
+    faults = [
+        ("worker crashes (SIGBUS) in the joint stage", in_stage(run, "joint"), 0, signal.SIGBUS),
+        ("worker crashes (SIGSEGV) in the predictor stage", in_stage(run, "predictor"), 1, signal.SIGSEGV),
+        ("worker killed while the logit table is computed", reported(run, "logit table"), 1, signal.SIGKILL),
+        ("worker killed (SIGKILL) in the backbone stage", in_stage(run, "backbone"), 0, signal.SIGKILL),
+    ]
+    faults = faults[:num_stages][::-1]
+    acts = {name: (condition, signal_worker(rank, number)) for name, condition, rank, number in faults}
     # A process that a shell started in the background ignores SIGINT.
     on_interrupt = signal.getsignal(signal.SIGINT)
     with Saboteur(run, *acts.values()) as saboteur:
@@ -55,8 +57,8 @@ def test_workers_killed_in_every_stage_do_not_change_the_result(undisturbed: Con
     losses, seen = saboteur.losses(), failures(run)
     assert len(losses) == len(acts)
     assert len(seen) == len(acts), "each was reported once"
-    for name, line in zip(("SIGKILL", "SIGKILL", "SIGSEGV", "SIGBUS"), seen, strict=True):
-        assert f"of {name}" in line or f"by {name}" in line
+    for (*_, number), line in zip(faults, seen, strict=True):
+        assert f"of {number.name}" in line or f"by {number.name}" in line
     for fault, (seconds, steps, name), line in zip(acts, losses, seen, strict=True):
         record(Row(fault, f"`{line}`, then `resuming from {name}`", "same result", seconds, steps))
 

@@ -41,7 +41,7 @@ PARTS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2, 3], [4]], 3: [[0, 2, 3], [], [1, 4]
 # Batch norm with running statistics, or with the batch's over all ranks: with a rank's own, k ranks differ by design.
 # With running statistics, k ranks take k slices, and one process takes the whole batch.
 NUM_SLICES: dict[str, int | None] = {"running": None, "synchronized": 1, "synchronized, sliced": 2}
-BUCKET_BYTES = 4096
+BUCKET_BYTES = 16_384
 """Several messages even for the predictor."""
 CASES = [f"{stage} {norm}" for stage in STAGES for norm in NUM_SLICES]
 

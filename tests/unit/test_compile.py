@@ -53,6 +53,7 @@ def test_sub_batches_of_any_size_share_graphs() -> None:
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by an import of torch's compiler
 def test_training_compile_gives_the_gradient_of_the_plain_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
