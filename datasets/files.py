@@ -1,4 +1,4 @@
-"""Write complete files, lock folders, and show file names as text."""
+"""Write complete files, lock folders, and show file names and sizes as text."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def shown_name(name: str | os.PathLike[str]) -> str:
         char.encode("unicode_escape").decode() if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char
         for char in text
     )
+
+
+def shown_bytes(num_bytes: float) -> str:
+    """Return a size in bytes as text, in GB (1e9 bytes) or, below 1 GB, in MB (1e6 bytes)."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def valid_text(text: str) -> str:

@@ -25,7 +25,7 @@ from datasets.beton import (
     parse_manifest,
     verify_betons,
 )
-from datasets.files import exclusive, shown_name, sync_folder, write_whole
+from datasets.files import exclusive, shown_bytes, shown_name, sync_folder, write_whole
 from datasets.remote import CHUNK_BYTES, RemoteFolder, open_remote
 
 STAGED = "staged.txt"
@@ -214,8 +214,8 @@ def _bytes_to_read(remote: RemoteFolder, folder: Path, wanted: dict[str, Split],
     free = shutil.disk_usage(folder).free
     if left > free:
         raise OSError(
-            f"{shown_name(folder)} has {_amount(free)} free, but {_amount(left)} of {remote} are left to download; "
-            "free some space, or choose another data.folder"
+            f"{shown_name(folder)} has {shown_bytes(free)} free, but {shown_bytes(left)} of {remote} are left to "
+            "download; free some space, or choose another data.folder"
         )
     return left
 
@@ -226,7 +226,7 @@ def _download(remote: RemoteFolder, split: Split, partial: Path, progress: _Prog
         partial.unlink()
     kept = partial.stat().st_size if partial.exists() else 0
     if kept:
-        tell(f"{split.file}: resuming after {_amount(kept)}")
+        tell(f"{split.file}: resuming after {shown_bytes(kept)}")
     found = _complete(remote, split, partial, progress)
     if found != split.sha256 and kept:
         tell(f"{split.file}: the partial download does not match; starting over")
@@ -272,7 +272,7 @@ class _Progress:
         self.what, self.total, self.tell = what, total, tell
         self.done, self.start = 0, time.monotonic()
         self.last_line = self.start
-        tell(f"{what}: {_amount(total)}")
+        tell(f"{what}: {shown_bytes(total)}")
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -280,15 +280,11 @@ class _Progress:
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             left = (self.total - self.done) / self._speed()
-            rate = f"{_amount(self._speed())}/s, {left:,.0f} s left"
-            self.tell(f"{self.what}: {_amount(self.done)} of {_amount(self.total)}, {rate}")
+            rate = f"{shown_bytes(self._speed())}/s, {left:,.0f} s left"
+            self.tell(f"{self.what}: {shown_bytes(self.done)} of {shown_bytes(self.total)}, {rate}")
 
     def finish(self, result: str) -> None:
-        self.tell(f"{result}: {_amount(self.done)} in {time.monotonic() - self.start:.1f} s")
+        self.tell(f"{result}: {shown_bytes(self.done)} in {time.monotonic() - self.start:.1f} s")
 
     def _speed(self) -> float:
         return self.done / max(time.monotonic() - self.start, 1e-9)
-
-
-def _amount(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -32,7 +32,7 @@ from datasets.beton import (
     read_layout,
     verify_betons,
 )
-from datasets.files import DataError, exclusive, overlap, shown_name, sync_folder, write_whole
+from datasets.files import DataError, exclusive, overlap, shown_bytes, shown_name, sync_folder, write_whole
 from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
 from datasets.prepare.build import JOURNAL, Built, ImageRecord, LeftoversError, build_betons
 from datasets.prepare.convert import Check, Conversion, channel_statistics, digest_chunk
@@ -373,7 +373,7 @@ def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> N
     free = shutil.disk_usage(folder).free + left_over
     if needed > free:
         raise OSError(
-            f"{shown_name(folder)} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed; "
+            f"{shown_name(folder)} has {shown_bytes(free)} free, but about {shown_bytes(needed)} are needed; "
             "free some space, or choose another data.folder"
         )
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets.beton import TRAIN, Manifest
-from datasets.files import exclusive, write_whole
+from datasets.files import exclusive, shown_bytes, write_whole
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, validation_crop
 from pipeline.training import distributed
@@ -360,7 +360,7 @@ def _check_room(folder: Path, key: TableKey, num_chunks: int) -> None:
     needed, free = num_chunks * key.crop_bytes // key.num_chunks, shutil.disk_usage(folder).free
     if needed > free:
         raise UnfillableTableError(
-            f"The logit table needs {needed / 1e9:.1f} GB more in {folder}, which has {free / 1e9:.1f} GB free. "
+            f"The logit table needs {shown_bytes(needed)} more in {folder}, which has {shown_bytes(free)} free. "
             "Free some space, lower stages.predictor.num_crops, or set stages.predictor.logits=live."
         )
 
