@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 PIXELS_RGB, PIXELS_GRAY, PIXELS_CMYK = 0, 6, 11
 ACCURATE_DCT, STOP_ON_WARNING = 4096, 8192
+"""Flags of libjpeg-turbo: use the accurate cosine transform, and stop when it warns about damaged data."""
 SMALLEST_SCALE = 8
 
 

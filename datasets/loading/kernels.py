@@ -24,6 +24,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from datasets.loading.order import GOLDEN_RATIO, splitmix64
+from datasets.turbojpeg import STOP_ON_WARNING
 
 
 def _ensure_cache() -> None:
@@ -194,7 +195,6 @@ LUMA_AND_CHROMA, RED_GREEN_BLUE, GRAY = 0, 1, 2
 TJ_RGB, TJ_YCBCR, TJ_GRAY = 0, 1, 2
 CHROMA_ACROSS = np.array([1, 2, 2, 1, 1, 4, 1])
 CHROMA_DOWN = np.array([1, 1, 2, 1, 2, 1, 4])
-STOP_ON_WARNING = 8192
 PADDING = 32  # pixels by which libjpeg-turbo may round up the sides of a plane
 
 START_OF_FRAME = (0xC0, 0xC1)  # sequential JPEGs
