@@ -106,10 +106,10 @@ def table(images: Images) -> list[str]:
     return lines
 
 
-def images_of(run: RunFolder, predictions: Path, model: Path) -> tuple[Images, Costs]:
-    """Return the validation images of a run, by the logits of one of its models."""
-    costs, found = measure_costs(load_model(model).model), Predictions.load(predictions)
-    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs), costs
+def images_of(predictions: Path, costs: Costs) -> Images:
+    """Return the images in a file of predictions, as policies need them."""
+    found = Predictions.load(predictions)
+    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs)
 
 
 def main() -> None:
@@ -122,8 +122,9 @@ def main() -> None:
         models = {"the kept model": (run.predictions, run.model)}
         if run.predictions_before_joint.exists():
             models["before the joint stage"] = (run.predictions_before_joint, run.before_joint)
-        for name, files in models.items():
-            images, costs = images_of(run, *files)
+        for name, (predictions, model) in models.items():
+            costs = measure_costs(load_model(model).model)
+            images = images_of(predictions, costs)
             statics = zip(costs.resolutions, images.correct_NR.mean(axis=0), costs.backbone, strict=True)
             print(f"{folder}, {name}: {len(images):,} images; costs in 1e-3 GFLOPs, predictor included")
             print(

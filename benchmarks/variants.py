@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.harness import ROOT
 from benchmarks.overhead import opened_run
-from benchmarks.policies import reached
+from benchmarks.policies import images_of, reached
 from pipeline.config.load import load_config
-from pipeline.evaluation.predictions import Predictions, collect_predictions
+from pipeline.evaluation.predictions import collect_predictions
 from pipeline.evaluation.statistics import mean_of
 from pipeline.models.cost import Costs
 from pipeline.policies.route import Images
@@ -45,11 +45,9 @@ def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None
         (folder / COSTS).write_text(json.dumps(dataclasses.asdict(run.costs)))
 
 
-def images_of(folder: Path) -> Images:
-    """Return the validation images of a run by its stored predictions."""
-    costs = Costs(**json.loads((folder / COSTS).read_text()))
-    found = Predictions.load(folder / PREDICTIONS)
-    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs)
+def validation_images(folder: Path) -> Images:
+    """Return the validation images of a variant's run, from its stored predictions and costs."""
+    return images_of(folder / PREDICTIONS, Costs(**json.loads((folder / COSTS).read_text())))
 
 
 def interval(values: list[float]) -> str:
@@ -67,7 +65,7 @@ def table(folders: dict[str, list[Path]], costs: list[float], kind: str) -> list
         "|---" * (len(costs) + 2) + "|",
     ]
     for name, runs in folders.items():
-        seeds = [images_of(folder) for folder in runs]
+        seeds = [validation_images(folder) for folder in runs]
         static = np.mean([images.correct_NR.mean(axis=0) for images in seeds], axis=0)
         points = [reached(images, costs) for images in seeds]
         cells = [
