@@ -1,4 +1,4 @@
-"""Name the files in a run's folder."""
+"""The names of the files in a run's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.config.schema import Config
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, as an absolute path. Ray Train keeps its files there too."""
+    """The folder of one run, as an absolute path. Ray Train stores its files there too."""
 
     path: Path
 
