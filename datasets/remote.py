@@ -35,9 +35,10 @@ def redacted(uri: str) -> str:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of a `pyarrow.fs` file system; `str` gives its address without secrets.
+    """A folder of a `pyarrow.fs` file system. `str` gives its address without secrets.
 
-    Every method raises OSError if the address cannot be reached. The message says what to check and has no secrets.
+    Every method raises OSError if the address cannot be reached. The message says what to check and contains no
+    secrets.
     """
 
     uri: str = field(repr=False)
@@ -103,7 +104,7 @@ class RemoteFolder:
 
 
 def open_remote(uri: str) -> RemoteFolder:
-    """Open the folder at an address; pyarrow's parameters are allowed, such as `?endpoint_override=HOST:PORT`.
+    """Open the folder at an address. pyarrow's parameters are allowed, such as `?endpoint_override=HOST:PORT`.
 
     Raises:
         ValueError: `uri` is not the address of a folder.
