@@ -50,6 +50,7 @@ class Plan:
 
     @property
     def num_parts(self) -> int:
+        """The number of parts."""
         return -(-self.num_files // self.files_per_part)
 
 
@@ -71,6 +72,7 @@ class OutputFolder:
 
     @property
     def plan_file(self) -> Path:
+        """The file with the plan."""
         return self.path / "_plan.json"
 
     @property
@@ -83,6 +85,7 @@ class OutputFolder:
         return self.path / "._files.list.partial"
 
     def part_file(self, number: int) -> Path:
+        """Return the Parquet file of a part."""
         return self.path / f"part-{number:06d}.parquet"
 
     def missing(self, parts: Iterable[Part]) -> list[Part]:
@@ -91,6 +94,7 @@ class OutputFolder:
         return [part for part in parts if self.part_file(part.number).name not in present]
 
     def files_of(self, part: Part) -> list[str]:
+        """Return the paths of a part's files, relative to the folder of images."""
         with self.list_file.open("rb") as file:
             file.seek(part.start)
             content = file.read(part.end - part.start)

@@ -172,6 +172,7 @@ class Gauges:
         self._before: Mapping[str, float] = goodput.seconds
 
     def set(self, name: str, value: float, stage: str, **more: str) -> None:
+        """Set a gauge of GAUGES. `more` has the values of its additional tags."""
         self._gauges[name].set(value, {**self._tags, "stage": stage, **more})
 
     def waiting(self, stage: str) -> None:
@@ -199,6 +200,7 @@ class Labels(logging.Filter):
         self.run, self.rank, self.stage = run, rank, "-"
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Add the labels to a record. Return True, which keeps the record."""
         record.run, record.rank, record.stage = self.run, self.rank, self.stage
         return True
 
@@ -207,6 +209,7 @@ class PrintableFormatter(logging.Formatter):
     """Format log lines so that every stream can print them (see `printable`)."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the formatted record, with characters escaped that standard error cannot represent."""
         return printable(super().format(record), sys.stderr.encoding or "utf-8")
 
 

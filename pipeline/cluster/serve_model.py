@@ -59,6 +59,7 @@ class Plan:
 
     @property
     def address(self) -> str:
+        """The address at which the model answers."""
         host = self.router.serving.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.router.serving.port}"
 

@@ -158,6 +158,7 @@ class WorkerReporter:
         self._written.set()
 
     def step(self, progress: Progress, loss: Tensor) -> None:
+        """Show a step every few seconds: on every rank in the gauges, on rank 0 also in the progress file."""
         done = progress.epoch * progress.steps + progress.step
         self.labels.stage = progress.stage
         if not self.clock.due(progress.stage, done):
@@ -170,6 +171,7 @@ class WorkerReporter:
             self.gauges.set("drnet_loss", loss_value, progress.stage)
 
     def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Report an epoch's values to the progress file, the gauges and MLflow."""
         if self.rank == 0:
             self._show({**vars(progress), "values": dict(values)})
             self.gauges.epoch(progress.stage, progress.epochs_done, values)
@@ -177,6 +179,7 @@ class WorkerReporter:
             self.logger.metrics(progress.stage, values, progress.epoch + 1)
 
     def message(self, text: str) -> None:
+        """Write a message to the progress file, on rank 0."""
         if self.rank == 0:
             self._show({"message": text})
 
@@ -192,6 +195,7 @@ class WorkerReporter:
             raise StoppedError(f"stopped after {state.name}; the same command resumes from there")
 
     def keep(self, name: str, model: DRNet) -> None:
+        """Save the model as NAME.pt in the run's folder, on rank 0."""
         if self.rank == 0:
             file = self.settings.run_folder / f"{name}.pt"
             save_model(file, model, self.settings.config, classes=self.manifest.classes)
@@ -257,6 +261,7 @@ class WorkerReporter:
             self.logger.metrics(None, goodput.metrics(), epochs)
 
     def close(self) -> None:
+        """Stop logging to MLflow."""
         if self.logger:
             self.logger.close()
 

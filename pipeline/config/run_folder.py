@@ -16,6 +16,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
+        """Return the folder of a configuration's run."""
         return cls(config.cluster.storage.absolute() / config.name)
 
     @property
@@ -80,6 +81,7 @@ class RunFolder:
 
     @property
     def report_json(self) -> Path:
+        """The report's data."""
         return self.report / "report.json"
 
     @property

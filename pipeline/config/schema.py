@@ -35,12 +35,16 @@ from pipeline.config.fields import (
 
 
 class Section(BaseModel):
+    """A part of the configuration. It is immutable, and unknown keys are errors."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
 
 class GlyphsConfig(Section):
+    """Settings of the generated images."""
+
     num_train: Positive = 6000
     """Number of training images to generate."""
     num_validation: Positive = 2000
@@ -56,6 +60,8 @@ class GlyphsConfig(Section):
 
 
 class DataConfig(Section):
+    """The data set: where its images come from, and how they are prepared."""
+
     dataset: Literal[
         "imagenet100",
         "imagefolder",
@@ -118,6 +124,8 @@ class DataConfig(Section):
 
 
 class LoaderConfig(Section):
+    """How training and validation images are loaded and cropped."""
+
     num_threads: Positive | None = None
     """Number of decoding threads per worker. null is one for each of the worker's CPUs."""
     batches_ahead: Positive = 3
@@ -138,6 +146,8 @@ class LoaderConfig(Section):
 
 
 class PredictorConfig(Section):
+    """The architecture of the resolution predictor."""
+
     architecture: Literal[1, 2, 3, 4] = 3
     """Number of the paper's predictor (supplement, Table 1). blocks, kernel and stem_stride change parts of it."""
     blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=4)] | None = None
@@ -161,6 +171,8 @@ Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class ModelConfig(Section):
+    """The network: backbone, candidate resolutions and predictor."""
+
     backbone: Text = "resnet50"
     """small_resnet, a torchvision classification model, or timm/NAME. It must take images of several sizes."""
     backbone_width: Annotated[float, Field(gt=0)] = 1.0
@@ -187,6 +199,8 @@ class ModelConfig(Section):
 
 
 class Stage(Section):
+    """Settings that all stages have."""
+
     epochs: Positive
     """Number of passes over the training images."""
     init_from: LocalPath | None = None
@@ -249,6 +263,8 @@ class BackboneStage(LayerRates, Stage):
 
 
 class RoutedStage(Stage):
+    """Settings of the stages that train a predictor."""
+
     alpha_gflops: Annotated[float, Field(gt=0)] | None = None
     """Target for the backbone's mean cost at the chosen resolutions, in GFLOPs (multiply-adds / 1e9; cost=flops)."""
     alpha_milliseconds: Annotated[float, Field(gt=0)] | None = None
@@ -323,6 +339,8 @@ class JointStage(LayerRates, RoutedStage):
 
 
 class StagesConfig(Section):
+    """The stages of a run. Each is optional."""
+
     backbone: BackboneStage | None = None
     """First stage. null leaves it out."""
     predictor: PredictorStage | None = None
@@ -337,6 +355,8 @@ class StagesConfig(Section):
 
 
 class TrainingConfig(Section):
+    """Settings of the training loop that are the same in all stages."""
+
     batch_size: Positive = 256
     """Number of images in one optimizer step, over all workers."""
     accumulate: Positive = 1
@@ -366,6 +386,8 @@ class TrainingConfig(Section):
 
 
 class ClusterConfig(Section):
+    """The Ray workers, their resources and the storage that they share."""
+
     num_workers: Positive = 1
     """Number of Ray Train workers."""
     use_gpu: Literal[True, False, "auto"] = "auto"
@@ -384,6 +406,8 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
+    """Tracking with MLflow."""
+
     uri: Annotated[Text | None, Field(repr=False)] = None
     """Address of the MLflow server or store. null is mlflow.db in the project folder, or in cluster.storage for a Ray
     job. The variable MLFLOW_TRACKING_URI overrides it."""
@@ -399,6 +423,8 @@ class TrackingConfig(Section):
 
 
 class RegistryConfig(Section):
+    """Where jobs.register puts models."""
+
     name: ModelName = "drnet"
     """Name of the registered model."""
     alias: ModelAlias = "champion"
@@ -461,6 +487,8 @@ Span = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
 class SpaceConfig(Section):
+    """Ranges and choices of the predictor search."""
+
     blocks: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ((0,), (1,), (1, 1), (2, 2), (1, 1, 1), (1, 1, 1, 1))
     """Choices of model.predictor.blocks."""
     kernel: tuple[Positive, ...] = (3, 5, 7)
@@ -531,6 +559,8 @@ class SearchConfig(Section):
 
 
 class PolicyConfig(Section):
+    """How a policy is chosen, and on which images."""
+
     max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     """Largest loss of accuracy compared with the best static resolution, in points, by a one-sided 95 % bound. The
     cheapest policy within it is chosen. null sets no limit."""
@@ -551,6 +581,8 @@ class PolicyConfig(Section):
 
 
 class Config(Section):
+    """The configuration of a run."""
+
     name: RunName
     """Name of the run, of its folder in cluster.storage and of its MLflow run."""
     seed: int = 0

@@ -60,10 +60,12 @@ class Predictions:
 
     @property
     def num_images(self) -> int:
+        """The number of images, N."""
         return len(self.labels_N)
 
     @property
     def num_classes(self) -> int:
+        """The number of classes, K."""
         return self.logits_NRK.shape[2]
 
     @cached_property
@@ -164,7 +166,7 @@ def collect_predictions(
             resolution.
     """
     device, R = next(model.parameters()).device, len(model.resolutions)
-    labels, indices, logits, predictor, looks = [], [], [], [], []
+    labels, indices, logits, predictor, shifted_answers = [], [], [], [], []
     largest = int(np.argmax(model.resolutions))
     with training_mode(model, False), torch.inference_mode():
         for batch in batches:
@@ -178,19 +180,19 @@ def collect_predictions(
                 logits_NRK = backbone_logits(batch.indices)
             logits.append(logits_NRK.float().cpu().numpy())
             predictor.append(model.predictor_logits(images).float().cpu().numpy())
-            looks.append(np.zeros((len(batch.labels), 0), np.int64))
+            shifted_answers.append(np.zeros((len(batch.labels), 0), np.int64))
             for direction in DIRECTIONS[: R - 1] if placebo else ():
                 moved = images | {model.resolutions[largest]: shifted(images[model.resolutions[largest]], *direction)}
                 answers_N = model.static_logits(moved, largest).argmax(dim=1).cpu().numpy()
-                looks[-1] = np.column_stack([looks[-1], answers_N])
+                shifted_answers[-1] = np.column_stack([shifted_answers[-1], answers_N])
             # Copy the arrays, because the loader may reuse the batch's memory.
             labels.append(batch.labels.cpu().numpy().astype(np.int64))
             indices.append(batch.indices.cpu().numpy().astype(np.int64))
     if not labels:
         labels, indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         logits, predictor = [np.zeros((0, R, 1), np.float32)], [np.zeros((0, R), np.float32)]
-        looks = [np.zeros((0, 0), np.int64)]
-    arrays = (np.concatenate(parts) for parts in (labels, indices, logits, predictor, looks))
+        shifted_answers = [np.zeros((0, 0), np.int64)]
+    arrays = (np.concatenate(parts) for parts in (labels, indices, logits, predictor, shifted_answers))
     return Predictions(tuple(model.resolutions), *arrays)
 
 

@@ -93,8 +93,8 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
         "Envelope: the upper concave envelope of all static networks, which is what drawing between any two of them at "
         f"random reaches at the same {words.noun}. A routed network that is not above it saves nothing.",
         "Oracle: each image at the cheapest resolution that is correct, or at the cheapest of all if none is. No "
-        "policy can be more accurate with this network. A placebo oracle has as many looks, but all at the largest "
-        "resolution, through crops that are shifted by a sixteenth of their side: what it gains is luck.",
+        "policy can be more accurate with this network. A placebo oracle chooses among as many answers, but all from "
+        "the largest resolution, for crops that are shifted by a sixteenth of their side: what it gains is luck.",
         "Differences are paired, on the same images: Bonett and Price's interval and McNemar's exact test against "
         f"single networks; {method['bootstrap_resamples']:,} bootstrap resamples of the images against mixtures.",
         "Intervals cover the choice of validation images, not the seed of the training: compare several seeds.",

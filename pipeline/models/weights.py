@@ -140,7 +140,7 @@ def _refuse_no_weights(path: Path) -> None:
 
 def _load_pickled(path: Path) -> Any:
     try:
-        # Training scripts often store their arguments beside the weights.
+        # Training scripts often store their arguments with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:

@@ -38,6 +38,7 @@ class Summary:
 
     @property
     def num_seeds(self) -> int:
+        """The number of seeds."""
         return len(self.records)
 
     @cached_property
@@ -60,6 +61,7 @@ class Summary:
 
     @property
     def predictor_gflops(self) -> float:
+        """The predictor's cost for one image, in GFLOPs."""
         return self.records[0].predictor_gflops or 0.0
 
     @property
@@ -69,6 +71,7 @@ class Summary:
 
     @property
     def point(self) -> Point:
+        """Accuracy and GFLOPs, the means over the seeds."""
         return self.accuracy.value, self.gflops
 
     def minus(self, other: Summary) -> Estimate:

@@ -33,6 +33,7 @@ class SearchFolder:
 
     @classmethod
     def of(cls, config: Config) -> SearchFolder:
+        """Return the folder of a configuration's search."""
         return cls(RunFolder.of(config).path / "search")
 
     @property

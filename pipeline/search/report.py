@@ -71,6 +71,7 @@ class Finetuned:
 
     @property
     def point(self) -> Point:
+        """Accuracy and GFLOPs in the run's report."""
         assert self.report is not None
         return self.report["headline"]["top1"], self.report["headline"]["mean_gflops"]
 
@@ -336,7 +337,7 @@ def render_search(report: Mapping[str, Any], figures: Collection[str]) -> str:
         parts.append(markdown_figure("importance", "Importance of the parameters", figures))
         parts.append(markdown_table(*_importance_table(report)))
     if bad := [row for row in report["trials"] if row["outcome"] != "finished"]:
-        parts += ["## Trials without a sound result", markdown_table(*_bad_table(bad))]
+        parts += ["## Trials without a valid result", markdown_table(*_bad_table(bad))]
     parts += ["## How it was measured", "\n".join(f"- {note}" for note in _notes(report))]
     parts.append(markdown_table(("", ""), _provenance(report)))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -354,7 +355,7 @@ def _policies_table(report: Mapping[str, Any]) -> Table:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Say whether a predictor pays on these images, then which model to deploy or how the front compares to the paper."""
+    """Say whether a predictor pays on these images, and which model to deploy or how the front compares to the four."""
     return " ".join(filter(None, (predictor_sentence(report), _outcome(report))))
 
 

@@ -70,6 +70,7 @@ class Candidate:
 
     @property
     def shape(self) -> PredictorShape:
+        """The predictor's shape."""
         return PredictorShape(self.blocks, self.kernel, self.stem_stride)
 
     @property

@@ -59,6 +59,7 @@ class SearchSettings:
 
     @property
     def records(self) -> Records:
+        """The records of the trials."""
         return Records(self.folder.trials)
 
 

@@ -213,11 +213,13 @@ class PatientASHA(ASHAScheduler):
     """
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return ASHA's decision about a trial, or CONTINUE for a trial that it must not stop."""
         if trial.config["to_the_end"] or result[SCORE] is None:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Tell ASHA about a trial that has ended, or remove the trial if it has no score."""
         if result.get(SCORE) is None:
             self.on_trial_remove(tune_controller, trial)
         else:

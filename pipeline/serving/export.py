@@ -32,6 +32,7 @@ class _FromPixels(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return logits for uint8 images (N, S, S, 3)."""
         return self.network(images.permute(0, 3, 1, 2).float() * self.scale + self.bias)
 
 

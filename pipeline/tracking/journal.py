@@ -176,6 +176,7 @@ class Delivery:
 
     @property
     def num_pending(self) -> int:
+        """The number of records that the server does not have yet."""
         return self.journal.num_pending(self._server)
 
     def send(self) -> None:

@@ -55,6 +55,7 @@ class Description:
             raise ValueError(f"{path} is damaged ({error}); remove it, and the next start writes a new one") from None
 
     def save(self, folder: Path) -> None:
+        """Write the description to the run's folder, atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / DESCRIPTION_FILE, json.dumps(asdict(self), indent=1))
 

@@ -301,8 +301,8 @@ def _reduce_in_place(tensors: Sequence[Tensor], operation: dist.ReduceOp.RedOpTy
         return
     # Order dtypes by appearance, which is the same on every rank; otherwise ranks could mix up their messages.
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in alike])
+        same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in same_dtype])
         dist.all_reduce(flat, operation)
-        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+        for tensor, part in zip(same_dtype, flat.split([tensor.numel() for tensor in same_dtype]), strict=True):
             tensor.copy_(part.view(tensor.shape))

@@ -278,19 +278,27 @@ class Epoch(Protocol):
 
     def __next__(self) -> Any: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the pass, and free its memory."""
+        ...
 
 
 class Batches(Protocol):
     """The interface of a loader that the loop uses, implemented by datasets.loading.loader.MultiResolutionLoader."""
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """The number of samples."""
+        ...
 
     @property
-    def num_batches(self) -> int: ...
+    def num_batches(self) -> int:
+        """The number of steps of an epoch, the same on every rank."""
+        ...
 
-    def global_size(self, step: int) -> int: ...
+    def global_size(self, step: int) -> int:
+        """Return the number of images of batch `step` over all ranks."""
+        ...
 
     def epoch(
         self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None

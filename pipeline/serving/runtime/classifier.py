@@ -231,22 +231,22 @@ class Classifier:
         network = self.network
         first_side = network.predictor_size if policy.needs_predictor else network.resolutions[policy.members[0]]
         begun = self._on_threads(partial(self._opened, first_side), images)
-        sound = [image for image in begun if image.error is None]
-        if not sound:
+        usable = [image for image in begun if image.error is None]
+        if not usable:
             return begun
         predictor_NR = None
         if policy.needs_predictor:
-            rows = self._queue.submit(0, [_crop(image) for image in sound])
+            rows = self._queue.submit(0, [_crop(image) for image in usable])
             predictor_NR = torch.stack([row.result() for row in rows])
-        now = network.first_resolution(policy, predictor_NR, len(sound)).tolist()
+        now = network.first_resolution(policy, predictor_NR, len(usable)).tolist()
         for index in policy.members:
-            group = [place for place, where in enumerate(now) if where == index and sound[place].error is None]
+            group = [place for place, where in enumerate(now) if where == index and usable[place].error is None]
             if group:
-                following = self._run(policy, index, [sound[place] for place in group])
+                following = self._run(policy, index, [usable[place] for place in group])
                 now = [*now]
                 for place, where in zip(group, following, strict=True):
                     now[place] = where
-        for image in sound:
+        for image in usable:
             image.gflops = network.cost(policy, image.ran)
             image.picture = image.crop = None
         return begun
@@ -255,15 +255,15 @@ class Classifier:
         """Queue images at a resolution, and return where each of them runs next."""
         side = self.network.resolutions[index]
         self._on_threads(partial(self._cropped, side), images)
-        sound = [image for image in images if image.error is None]
-        rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in sound])
-        for image, row in zip(sound, rows, strict=True):
+        usable = [image for image in images if image.error is None]
+        rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in usable])
+        for image, row in zip(usable, rows, strict=True):
             image.logits = row
             image.ran.append(index)
         following = dict.fromkeys(map(id, images), STOP)
-        if can_stop(policy, index) and sound:
+        if can_stop(policy, index) and usable:
             sure_N = confidence(torch.stack([row.result() for row in rows]))
-            following |= dict(zip(map(id, sound), next_resolution(policy, index, sure_N).tolist(), strict=True))
+            following |= dict(zip(map(id, usable), next_resolution(policy, index, sure_N).tolist(), strict=True))
         return [following[id(image)] for image in images]
 
     def _on_threads(self, function: Callable[[Any], _Image], items: Sequence[Any]) -> list[_Image]:
