@@ -37,7 +37,7 @@ COSTS, PREDICTIONS = "costs.json", "predictions.npz"
 
 
 def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None:
-    """Train one run; save its validation predictions and costs in the folder."""
+    """Train one run, and save its validation predictions and costs in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with opened_run(load_config(config, fields), folder, torch.device(device)) as run:
         train(run)
@@ -59,7 +59,7 @@ def interval(values: list[float]) -> str:
 
 
 def table(folders: dict[str, list[Path]], costs: list[float], kind: str) -> list[str]:
-    """Return the Markdown table: static accuracies, and the accuracy of one kind of policy within rising costs."""
+    """Return a Markdown table: static accuracies, and the accuracy of one kind of policy within rising cost limits."""
     lines = [
         "| variant | static, largest first | " + " | ".join(f"{1000 * cost:g}" for cost in costs) + " |",
         "|---" * (len(costs) + 2) + "|",
@@ -82,7 +82,7 @@ def main() -> None:
         "--variant", nargs=2, action="append", default=[], metavar=("NAME", "FIELDS"), help="fields of one variant"
     )
     parser.add_argument("--fields", nargs="*", default=[], metavar="key.path=value", help="fields of all variants")
-    parser.add_argument("--costs", nargs="*", type=float, default=[], help="highest costs, in 1e-3 GFLOPs")
+    parser.add_argument("--costs", nargs="*", type=float, default=[], help="cost limits, in 1e-3 GFLOPs")
     parser.add_argument("--kind", default="cascade", help="kind of policy (default cascade)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
