@@ -406,8 +406,6 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Tracking with MLflow."""
-
     uri: Annotated[Text | None, Field(repr=False)] = None
     """Address of the MLflow server or store. null is mlflow.db in the project folder, or in cluster.storage for a Ray
     job. The variable MLFLOW_TRACKING_URI overrides it."""
@@ -423,8 +421,6 @@ class TrackingConfig(Section):
 
 
 class RegistryConfig(Section):
-    """Where jobs.register puts models."""
-
     name: ModelName = "drnet"
     """Name of the registered model."""
     alias: ModelAlias = "champion"
@@ -581,8 +577,6 @@ class PolicyConfig(Section):
 
 
 class Config(Section):
-    """The configuration of a run."""
-
     name: RunName
     """Name of the run, of its folder in cluster.storage and of its MLflow run."""
     seed: int = 0
