@@ -16,7 +16,7 @@ CHUNK_BYTES = 8 << 20
 HIDDEN = "***"
 # Address parameters that are not secret; the values of all others are hidden.
 OPEN_PARAMETERS = {"allow_bucket_creation", "endpoint_override", "region", "retry_limit_seconds", "scheme", "user"}
-# Up to the last @, because a password may contain characters that should have been written as %XX.
+# Match up to the last @, because a password may contain characters that should have been written as %XX.
 _PASSWORD = re.compile(r"(?<=//)([^/?#@:]*):(.+)@", re.DOTALL)
 _PARAMETER = re.compile(r"(?<=[?&])(?:([^?&=]*)=)?([^?&]+)")
 _ADVICE = (

@@ -79,7 +79,7 @@ def mark_changed(storage, offsets_N, sizes_N, checksums_N, status_N, changed):
     aligned = np.empty(-(-max(1, sizes_N.max()) // WORD), np.uint64) if len(sizes_N) else np.empty(0, np.uint64)
     for n in range(len(sizes_N)):
         content, source = aligned.view(np.uint8), storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
-        for i in range(len(source)):  # numba copies a slice element by element, but this loop as a whole
+        for i in range(len(source)):  # numba compiles this loop to one block copy, but not a slice
             content[i] = source[i]
         if xxh64(aligned, sizes_N[n]) != checksums_N[n]:
             status_N[n] = changed
@@ -275,7 +275,7 @@ def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, imag
         fraction = dct_fraction(crop_height, crop_width, largest)
         jpeg = with_room(jpeg, sizes_N[n])
         source = storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
-        for i in range(len(source)):  # numba copies a slice element by element, but this loop as a whole
+        for i in range(len(source)):  # numba compiles this loop to one block copy, but not a slice
             jpeg[i] = source[i]
         rows, pitch = height // fraction + PADDING, width // fraction + PADDING
         pixels = with_room(pixels, 3 * rows * pitch)

@@ -112,7 +112,7 @@ def _read(path: Path, first_line: str) -> tuple[list[FinishedChunk], int]:
     for line in lines[1:]:
         try:
             finished.append(_parse(line))
-        except (ValueError, TypeError):  # cut short by a crash of the machine
+        except (ValueError, TypeError):  # a crash of the machine cut the line short
             break
         length += len(line)
     return finished, length

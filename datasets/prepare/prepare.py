@@ -223,7 +223,7 @@ def prepare(
         SourceError: the source does not have what the data set needs.
         OSError: there is no space or no permission, or another process is preparing this folder.
     """
-    # Absolute, because `map_chunks` may run in another folder.
+    # Use absolute paths, because `map_chunks` may run in another folder.
     entry, folder = find_dataset(dataset), Path(folder).absolute()
     options = SourceOptions(
         folder=folder,

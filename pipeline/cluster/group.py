@@ -167,7 +167,7 @@ def run_group(
     try:
         with restored(signal.SIGINT):
             result = trainer.fit()
-    except SystemExit:  # by SIGINT, which Ray Train handles, or by a handler of SIGTERM
+    except SystemExit:  # raised by Ray Train's handler of SIGINT, or by a handler of SIGTERM
         raise KeyboardInterrupt(f"interrupted; the same command resumes from {saved}") from None
     except (TrainingFailedError, RayActorError) as error:
         raise ChildProcessError(explain_end(error, config.name, event_folder, saved)) from error

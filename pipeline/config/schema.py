@@ -266,9 +266,11 @@ class RoutedStage(Stage):
     """Settings of the stages that train a predictor."""
 
     alpha_gflops: Annotated[float, Field(gt=0)] | None = None
-    """Target for the backbone's mean cost at the chosen resolutions, in GFLOPs (multiply-adds / 1e9; cost=flops)."""
+    """Target for the backbone's mean cost at the chosen resolutions, in GFLOPs (multiply-adds / 1e9). It is used with
+    cost=flops."""
     alpha_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """Target for the backbone's mean cost at the chosen resolutions, in milliseconds per image (cost=milliseconds)."""
+    """Target for the backbone's mean cost at the chosen resolutions, in milliseconds per image. It is used with
+    cost=milliseconds."""
     eta: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the cost regularizer."""
     tau: Annotated[float, Field(gt=0)] = 1.0
@@ -276,7 +278,8 @@ class RoutedStage(Stage):
     alpha_start_gflops: Annotated[float, Field(gt=0)] | None = None
     """First value of alpha, which moves linearly to alpha_gflops in anneal_epochs. null is alpha_gflops throughout."""
     alpha_start_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """First value of alpha in milliseconds, which moves linearly to alpha_milliseconds in anneal_epochs."""
+    """First value of alpha in milliseconds, which moves linearly to alpha_milliseconds in anneal_epochs. null is
+    alpha_milliseconds throughout."""
     tau_start: Annotated[float, Field(gt=0)] | None = None
     """First value of tau, which moves linearly to tau in anneal_epochs. null is tau throughout."""
     anneal_epochs: Annotated[float, Field(gt=0)] | None = None
@@ -339,8 +342,6 @@ class JointStage(LayerRates, RoutedStage):
 
 
 class StagesConfig(Section):
-    """The stages of a run. Each is optional."""
-
     backbone: BackboneStage | None = None
     """First stage. null leaves it out."""
     predictor: PredictorStage | None = None
@@ -483,8 +484,6 @@ Span = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
 class SpaceConfig(Section):
-    """Ranges and choices of the predictor search."""
-
     blocks: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ((0,), (1,), (1, 1), (2, 2), (1, 1, 1), (1, 1, 1, 1))
     """Choices of model.predictor.blocks."""
     kernel: tuple[Positive, ...] = (3, 5, 7)

@@ -292,7 +292,7 @@ def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
             "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
             "policy": policy_of(config),
             "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
-            # The search's own store: it may be a file in the storage of the search.
+            # Use the search's own store, which may be a file in the search's storage.
             "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
         }
     )

@@ -118,7 +118,7 @@ def _draw_compared(axes: Axes, report: Mapping[str, Any], theme: Theme, *, label
 
 def _limit_all(axes: Axes, report: Mapping[str, Any]) -> None:
     *statics, oracle = report["rows"]
-    # Trials far below everything else would flatten the rest: the static resolutions bound what is of interest.
+    # Trials far below everything else would flatten the rest, so the static resolutions set the limits.
     lowest = min(row["top1_low"] for row in statics)
     rows = [row for row in [*_with_result(report["trials"]), *report["rows"]] if row["top1"] >= lowest]
     heights = [100 * row["top1"] for row in rows] + [100 * oracle["top1_high"]]

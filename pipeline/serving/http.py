@@ -29,8 +29,8 @@ WISHES = {
     "budget_bias": "budget_bias",
     "max_accuracy_drop": "max_accuracy_drop",
 }
-"""Maps a query parameter that selects the policy to the parameter of `RoutedNetwork.policy_for`. Headers work too:
-x-budget."""
+"""Maps a query parameter that selects the policy to the parameter of `RoutedNetwork.policy_for`. A header such as
+x-budget sets the same parameter."""
 POLICY = "policy"
 MODEL_HEADER = "x-model"
 RETRY_SECONDS = 1

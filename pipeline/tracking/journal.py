@@ -124,7 +124,7 @@ def metrics_record(stage: str | None, values: Mapping[str, float], step: int, si
     Args:
         since_ms: when the step began, in milliseconds since 1970.
     """
-    # JSON has no NaN and no infinity, so values are stored as text.
+    # JSON has no NaN and no infinity, so these are stored as text.
     written = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
     times = {"since_ms": since_ms, "time_ms": now_ms()}
     return {"kind": "metrics", "stage": stage, "step": step, **times, "values": written}
