@@ -38,7 +38,7 @@ search: setup ## search the predictor's size for the backbone of `make demo`, ch
 	$(PYTHON) -m jobs.tune --config $(DATA) --max-accuracy-drop 1 --register
 
 test: lint ## lint, then every test; TESTS="tests/unit -k config" runs some of them
-	$(PYTHON) -m pytest $(TESTS)
+	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(TESTS)
 
 chaos: setup ## run every row of the fault matrix as root, about half an hour; writes docs/faults.md
 	rm -f faults.jsonl

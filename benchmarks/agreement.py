@@ -1,8 +1,8 @@
-"""Compares the registered model with the trained one, over a finished run's whole validation set.
+"""Compare the registered model with the trained one, over a finished run's whole validation set.
 
     python -m benchmarks.agreement --run runs/glyphs --data data/glyphs
 
-Both run the policy that the run's budget chose. Once on the same crops that training evaluates on, where all answers
+Both run the policy that the run's budget chose: once on the same crops as evaluation in training, for which all answers
 must be equal, and once from the JPEG bytes, which Pillow decodes instead of the loader's kernels.
 """
 
@@ -30,11 +30,11 @@ from pipeline.training.checkpoint import LoadedModel, load_model
 
 BATCH = 64
 Found = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""The class and the index of the resolution of each image."""
+"""The class and the index of the resolution of each image, int64 (N,) each."""
 
 
 def compare(run: Path, data: Path) -> list[str]:
-    """Lines that say how many of the registered model's answers equal those in the run's predictions.npz."""
+    """Return lines that say how many of the registered model's answers equal those in the run's predictions.npz."""
     files = RunFolder(run)
     loaded, predictions = load_model(files.model), Predictions.load(files.predictions)
     beton, policies = beton_path(data, VALIDATION), fitted_policies(json.loads(files.report_json.read_text()))

@@ -1,7 +1,8 @@
 """Check what backbones of timm do here. `python -m benchmarks.backbones` prints the tables of docs/backbones.md.
 
-Weights are random: every parameter is shifted, so that layers count that start at zero. Each network is compared with
-itself as timm builds it, with a slow training loop that swaps norms by hand, and with its exported program.
+Weights are random, and every parameter is shifted, so that layers that start at zero have an effect too. Each network
+is compared with itself as timm builds it, with a slow training loop that swaps norms by hand, and with its exported
+program.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ REFUSED = {
     "mixer_s32_224": "px only",
     "nf_resnet26": "no norm layer",
 }
-"""Networks that cannot be a backbone, and a part of the reason."""
+"""Networks that cannot be a backbone, each with a part of the error message."""
 SIDES = (224, 160, 96)
-"""Where FLOPs are counted."""
+"""The image sides at which FLOPs are counted, in pixels."""
 TRAINED_SIDES = (96, 64)
 CLASSES, BATCH, RATE = 5, 4, 0.05
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
@@ -57,11 +58,11 @@ AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Contract:
-    """What one network does. Differences are the largest of any value; 0 means the same bits.
+    """The properties of one network. A difference is the largest over all values; 0 means exactly equal.
 
-    `timm_difference` compares logits and gradients with one resolution to timm's own network, `reference_difference`
-    logits and values after two training steps to the slow loop, and `exported_difference` a reloaded program's logits
-    to the network's, relative to the largest.
+    `timm_difference` compares logits and gradients with one resolution to timm's own network. `reference_difference`
+    compares logits and values after two training steps to the slow loop. `exported_difference` compares a reloaded
+    program's logits to the network's, relative to the largest.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Contract:
 
 
 def measure(name: str) -> Contract:
-    """Build, run, train, export and reload timm's network `name`. Raises ValueError where it cannot be a backbone."""
+    """Build, run, train, export and reload timm's network `name`. Raise ValueError if it cannot be a backbone."""
     single = _shifted(lambda: build_backbone(TIMM + name, CLASSES, 1))
     timm_difference = _difference(_gradients(single, 0), _gradients(_shifted(lambda: _theirs(name)), None))
     backbone = _shifted(lambda: build_backbone(TIMM + name, CLASSES, len(TRAINED_SIDES)))
@@ -96,10 +97,10 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def _theirs(name: str) -> nn.Module:
-    """Build timm's network; where it has a fixed size by default, timm's own switch lets it take others.
+    """Build timm's network. If its size is fixed by default, timm's own option makes it accept other sizes.
 
-    Its strided 1x1 convolutions of few channels (RepVGG, MobileOne, FastViT) are replaced as ours are: their kernel can
-    corrupt memory, and rounds differently in the last bit.
+    Its strided 1x1 convolutions of few channels (RepVGG, MobileOne, FastViT) are replaced like ours, because their
+    kernel can corrupt memory and rounds differently in the last bit.
     """
     try:
         network = timm.create_model(name, num_classes=CLASSES, dynamic_img_size=True)
@@ -111,7 +112,8 @@ def _theirs(name: str) -> nn.Module:
 
 
 def _shifted(build: Callable[[], AnyNetwork]) -> AnyNetwork:
-    """Returns a network in training mode with shifted parameters; a parameter's name without its copy says how far."""
+    """Return a network in training mode with shifted parameters. The shift depends on a parameter's name without its
+    copy."""
     torch.manual_seed(3)
     network = build().train()
     with torch.no_grad():
@@ -129,7 +131,7 @@ def _batch(side: int, step: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _loss(network: nn.Module, side: int, step: int, *arguments: int) -> tuple[Tensor, Tensor]:
-    """Returns logits and loss; dropout and stochastic depth draw the same for the same side and step."""
+    """Return logits and loss. Dropout and stochastic depth draw the same values for the same side and step."""
     images, labels = _batch(side, step)
     torch.manual_seed(7 * step + side)
     logits = network(images, *arguments)
@@ -144,7 +146,7 @@ def _gradients(network: nn.Module, index: int | None) -> list[Tensor]:
 
 
 def _train(backbone: ResolutionBackbone) -> Iterator[Tensor]:
-    """Train for two steps; yields all logits, then the state of each resolution's network, by name."""
+    """Train for two steps. Yield all logits, then the state of each resolution's network, by name."""
     optimizer = torch.optim.SGD(backbone.parameters(), RATE, foreach=False)
     for step in range(2):
         optimizer.zero_grad()
@@ -158,7 +160,7 @@ def _train(backbone: ResolutionBackbone) -> Iterator[Tensor]:
 
 
 def private_keys(network: nn.Module) -> set[str]:
-    """Returns the state-dict keys of all batch norms, or where there is none of all layers that are called norms."""
+    """Return the state-dict keys of all batch norms or, without batch norms, of all layers that are called norms."""
     layers = dict(network.named_modules())
     norms = [name for name, layer in layers.items() if isinstance(layer, _BATCH_NORMS)]
     norms = norms or [name for name, layer in layers.items() if "Norm" in type(layer).__name__ and layer._parameters]
@@ -166,7 +168,7 @@ def private_keys(network: nn.Module) -> set[str]:
 
 
 def train_by_hand(network: nn.Module, private: set[str]) -> Iterator[Tensor]:
-    """As `_train`, with one plain network whose private values are swapped in and out for every pass."""
+    """Do the same as `_train` with one plain network, whose private values are swapped in and out for every pass."""
     state, parameters = network.state_dict(), dict(network.named_parameters())
     kept = [{key: state[key].clone() for key in private} for _ in TRAINED_SIDES]
     for step in range(2):
@@ -194,7 +196,7 @@ def train_by_hand(network: nn.Module, private: set[str]) -> Iterator[Tensor]:
 
 
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Returns the largest difference of tensors in pairs, infinite where shapes differ or a value is not finite."""
+    """Return the largest difference between paired tensors, or infinity if shapes differ or a value is not finite."""
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
         return float("inf")
     pairs = zip(ours, theirs, strict=True)

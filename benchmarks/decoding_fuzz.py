@@ -2,8 +2,8 @@
 
     python -m benchmarks.decoding_fuzz --count 100000
 
-A crash ends the process, so the printed line shows that there was none: how many files were decoded and refused, and
-how much the process grew after the first tenth.
+A crash ends the process, so a printed line shows that there was none. It says how many files were decoded and refused,
+and how much the process's memory grew after the first tenth.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FRACTION = 0.875
 
 @dataclass
 class Found:
-    """The outcome for all mutants."""
+    """The results for all mutants."""
 
     decoded: int = 0
     refused: int = 0
     grown_mb: float = 0.0
-    """Growth of resident memory after the first tenth."""
+    """The growth of resident memory after the first tenth, in MB."""
 
 
 def fuzz(count: int, seed: int = 0) -> Found:
@@ -44,7 +44,7 @@ def fuzz(count: int, seed: int = 0) -> Found:
     """
     found, start_mb = Found(), 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata: every second mutant causes one
+        warnings.simplefilter("ignore")  # every second mutant causes a warning about its metadata
         for number, mutant in enumerate(mutants(count, seed)):
             try:
                 picture = Picture(mutant, FRACTION, max(SIDES))
@@ -61,7 +61,7 @@ def fuzz(count: int, seed: int = 0) -> Found:
 
 
 def mutants(count: int, seed: int) -> Iterator[bytes]:
-    """Yield image files with bytes changed, removed, doubled or taken from another; the same ones for a seed."""
+    """Yield image files with bytes changed, removed, repeated or taken from another file; the same ones for a seed."""
     rng, files = random.Random(seed), list(originals())
     for _ in range(count):
         file = bytearray(rng.choice(files))
@@ -90,7 +90,7 @@ def mutants(count: int, seed: int) -> Iterator[bytes]:
 
 
 def originals() -> Iterator[bytes]:
-    """Yield every kind of JPEG that the decoder meets, and the other formats: small, for speed."""
+    """Yield every kind of JPEG that the decoder may get, and the other formats; all small, for speed."""
     image = generated(0).resize((120, 96))
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
@@ -112,7 +112,7 @@ def originals() -> Iterator[bytes]:
 
 
 def resident_mb() -> float:
-    """Returns the resident memory of this process in MB, from Linux."""
+    """Return the resident memory of this process in MB, from Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 

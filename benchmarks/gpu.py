@@ -17,12 +17,12 @@ NETWORK = "resnet50"
 BATCH = 256
 BACKBONE = "backbone stage"
 CALLS = {1: 30, 64: 20, 256: 10}
-"""Calls per run, by batch size of inference."""
+"""The number of calls per run, by batch size of inference."""
 MATRIX, PRODUCTS = 8192, 20
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes.
+    """Measure all rows of the table, and return them with notes.
 
     Raises:
         ValueError: there is no GPU, or `images` is given.
@@ -49,7 +49,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def peak_tflops() -> float:
-    """The TFLOP/s of a matrix product of random numbers; zeros would be faster."""
+    """Return the TFLOP/s of a matrix product of random numbers. Zeros would be faster."""
     import torch
 
     left, right = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))

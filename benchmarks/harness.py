@@ -1,4 +1,4 @@
-"""How benches measure: two sides take turns in one run; a row has the medians and the ratio of every pair."""
+"""How benches measure: two sides take turns in one run. A row has their medians, and the ratios of the pairs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow", "ray", "mlflow")
 MIN_RUNS = 5
 RESOLUTIONS, PREDICTOR_SIZE, NUM_CLASSES = (224, 168, 112), 128, 100
+"""The resolutions, predictor input size and number of classes of the network that most benches measure."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""The network that most benches measure."""
+"""The mean and standard deviation with which the input of that network is normalized, for RGB on the scale 0..1."""
 EVENTS = "progress.jsonl"
-"""The progress file of a run's folder."""
+"""The name of the progress file in a run's folder."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: the medians of both sides, and the median and range of the ratios; above 1, ours is better."""
+    """One comparison: the medians of both sides, and the median and range of the ratios. Above 1, ours is better."""
 
     name: str
     unit: str
@@ -51,7 +52,7 @@ def compare(name: str, unit: str, ours: Measure, peer: Measure, runs: int, *, mo
 
 
 def paired(name: str, unit: str, pairs: Sequence[tuple[float, float]], *, more_is_better: bool = True) -> Row:
-    """The row of pairs (ours, peer) that were measured in turns."""
+    """Return the row of pairs (ours, peer) that were measured in turns."""
     ratios = [(one / other if more_is_better else other / one) for one, other in pairs]
     return Row(
         name,
@@ -70,11 +71,11 @@ class Side:
 
     Args:
         function: "module:name" of a generator function that prepares and then yields one measured value per request.
-        arguments: arguments of the function that JSON can hold.
-        variables: environment variables, in addition to those that set the number of threads.
+        arguments: arguments of the function, as JSON values.
+        variables: environment variables besides those that set the number of threads.
 
     Attributes:
-        once: the first value; it includes one-time work such as compiling and is not part of the comparison.
+        once: the first value, which includes one-time work such as compiling and is not part of the comparison.
     """
 
     once: float
@@ -89,7 +90,7 @@ class Side:
         # The variables that a user sets to limit a process to its CPUs.
         threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {**os.environ, **threads, **variables}
-        # Many containers set this; without bytecode every start compiles torch and numba again, 2 s for each side.
+        # Many containers set this. Without bytecode every start compiles torch and numba again, 2 s for each side.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [sys.executable, "-m", "benchmarks.harness", function, json.dumps(arguments)]
         self._process = subprocess.Popen(
@@ -143,7 +144,7 @@ def read_events(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Everything a figure depends on besides the arguments: processor, versions, commit."""
+    """Return everything besides the arguments that a figure depends on: processor, versions, commit."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -163,7 +164,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's name on Linux, elsewhere the type of machine."""
+    """Return the processor's name on Linux, or the type of machine elsewhere."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -32,16 +32,16 @@ NETWORKS = ("resnet50", "resnet18")
 SERVED = "resnet18"
 NUM_IMAGES, PASSES = 128, 4
 CALLS = {1: 12, 8: 3, 64: 1}
-"""Calls per run, by batch size."""
+"""The number of calls per run, by batch size."""
 ARCHITECTURE, FRACTION = 3, 0.875
-"""The predictor, and the share of the shorter side that a validation crop takes."""
+"""The predictor's architecture, and the share of the shorter side that a validation crop takes."""
 Crops = dict[int, Tensor]
 Samples = dict[str, list[list[float]]]
-"""Seconds by timed part, run, and call."""
+"""The seconds by timed part, run, and call."""
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes."""
+    """Measure all rows of the table, and return them with notes."""
     torch.set_num_threads(threads)
     rows: list[Row] = []
     notes = [f"{threads} threads; 100 classes, a third of the images at each of 224, 168 and 112 px, predictor 3"]
@@ -79,7 +79,7 @@ def _served(scratch: Path, files: list[bytes], runs: int, threads: int) -> tuple
 
 
 def build_model(backbone: str) -> LoadedModel:
-    """An untrained network, which costs the same as a trained one."""
+    """Return an untrained network, which costs the same as a trained one."""
     predictor = {"architecture": ARCHITECTURE, "input_size": PREDICTOR_SIZE}
     config = ModelConfig.model_validate({"backbone": backbone, "resolutions": RESOLUTIONS, "predictor": predictor})
     torch.manual_seed(0)
@@ -88,24 +88,28 @@ def build_model(backbone: str) -> LoadedModel:
 
 
 class FixedMix(RoutedNetwork):
-    """Runs its predictor as usual, but sends image i of a batch to resolution (first + i) modulo R."""
+    """A network that runs its predictor as usual, but sends image i of a batch to resolution (first + i) modulo R."""
 
     first = 0
 
     def first_resolution(self, policy: Policy, predictor_logits_NR: Tensor | None, num_images: int) -> Tensor:
+        """Return (first + i) modulo R for image i, int64 (N,), or what the policy says if it does not use the
+        predictor."""
         if not policy.needs_predictor:
             return super().first_resolution(policy, predictor_logits_NR, num_images)
         return (torch.arange(num_images) + self.first) % len(self.resolutions)
 
     def routed(self, crops: Crops, first: int = 0) -> None:
+        """Run the default policy on the crops, with image i at resolution (first + i) modulo R."""
         self.first = first
         self.classify(crops)
 
     def cascaded(self, crops: Crops, policy: Policy) -> None:
+        """Run a cascade on the crops."""
         self.classify(crops, policy)
 
     def thirds(self, crops: Crops) -> Policy:
-        """A cascade in which a third of these images ends at each of the three resolutions."""
+        """Return a cascade in which a third of these images stops at each of the three resolutions."""
         largest, middle, smallest = range(len(RESOLUTIONS))
         sure = [confidence(self.logits(j, crops[RESOLUTIONS[j]])) for j in (smallest, middle)]
         first = float(sure[0].quantile(2 / 3))
@@ -124,7 +128,7 @@ class FixedMix(RoutedNetwork):
 def program_rows(
     name: str, network: FixedMix, runs: int, batches: Mapping[int, int] = CALLS
 ) -> tuple[list[Row], list[str]]:
-    """Measure the rows that need one process and no decoding; return them with the latencies as notes."""
+    """Measure the rows that need one process and no decoding. Return them with the latencies as notes."""
     rows, notes = [], []
     for batch, calls in batches.items():
         parts = _parts(name, network, batch)
@@ -198,7 +202,7 @@ def _bars(prefix: str, network: FixedMix, batch: int, samples: Samples) -> list[
 
 
 def _latencies(title: str, batch: int, samples: Samples) -> str:
-    """p50/p95/p99 of every timed part; with few calls the last two are the slowest calls."""
+    """Return p50/p95/p99 of every timed part. With few calls, p95 and p99 are the slowest calls."""
     cells = []
     for what, runs in samples.items():
         each = np.concatenate([np.asarray(run) for run in runs]) * 1e3 / batch
@@ -215,7 +219,8 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def decode_as_needed(files: Sequence[bytes]) -> float:
-    """Images/s of the predictor's crop and one chosen crop in turn, each from the smallest sufficient decode."""
+    """Return the images/s of the predictor's crop and one chosen crop in turn, each from the smallest sufficient
+    decode."""
     started = time.perf_counter()
     for number, file in enumerate(files):
         picture = Picture(file, FRACTION, max(*RESOLUTIONS, PREDICTOR_SIZE))
@@ -225,7 +230,7 @@ def decode_as_needed(files: Sequence[bytes]) -> float:
 
 
 def decode_everything(files: Sequence[bytes]) -> float:
-    """Images/s with every pixel decoded and a crop at each side."""
+    """Return the images/s with every pixel decoded and a crop at each side."""
     started = time.perf_counter()
     for file in files:
         with Image.open(io.BytesIO(file)) as image:
@@ -239,7 +244,7 @@ def decode_everything(files: Sequence[bytes]) -> float:
 
 @contextmanager
 def classifier_rate(folder: Path, files: Sequence[bytes]) -> Iterator[Callable[[], float]]:
-    """Images/s of the registered classifier in this process, from JPEG bytes."""
+    """Yield a function that measures the images/s of the registered classifier in this process, from JPEG bytes."""
     classifier = Classifier(RoutedNetwork(folder))
 
     def measure() -> float:

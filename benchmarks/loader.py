@@ -21,7 +21,7 @@ NUM_BREAKS = 10
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes."""
+    """Measure all rows of the table, and return them with notes."""
     from benchmarks.photographs import write_photographs
     from datasets.beton import TRAIN, VALIDATION, beton_path
     from datasets.prepare.prepare import prepare
@@ -88,7 +88,7 @@ def _first_batch(beton: str, runs: int, threads: int) -> Row:
 
 
 def ours(beton: str, sides: list[int], threads: int) -> Iterator[float]:
-    """This project's loader: one decode and one crop of each image for all sides."""
+    """Yield the images/s of this project's loader: one decode and one crop of each image for all sides."""
     loader = _our_loader(beton, sides, threads)
     epoch = 0
     while True:
@@ -103,7 +103,7 @@ def _our_loader(beton: str, sides: list[int], threads: int) -> Any:
 
 
 def ffcv(beton: str, sides: list[int], threads: int) -> Iterator[float]:
-    """FFCV as shipped: a pipeline for each side, each with its own decode and crop."""
+    """Yield the images/s of FFCV as shipped: a pipeline for each side, each with its own decode and crop."""
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.pipeline import PipelineSpec
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
@@ -138,7 +138,7 @@ def _ffcv_loader(beton: str, threads: int, images: Mapping[str, Any], **options:
 
 
 def torchvision(folder: str, sides: list[int], threads: int) -> Iterator[float]:
-    """torchvision's ImageFolder and transforms in torch's DataLoader, with one process for each thread."""
+    """Yield the images/s of torchvision's ImageFolder and transforms in torch's DataLoader, one process per thread."""
     import torch
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
@@ -160,7 +160,7 @@ def torchvision(folder: str, sides: list[int], threads: int) -> Iterator[float]:
 
 
 def dali(folder: str, sides: list[int], threads: int) -> Iterator[float]:
-    """NVIDIA DALI's CPU pipeline: one decode and one crop for all sides, as in this project."""
+    """Yield the images/s of NVIDIA DALI's CPU pipeline: one decode and one crop for all sides, as in this project."""
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, seed=0)
@@ -180,7 +180,7 @@ def dali(folder: str, sides: list[int], threads: int) -> Iterator[float]:
 
 
 def decoding(beton: str, sides: list[int], threads: int) -> Iterator[float]:
-    """The limit of every loader that decodes all pixels: libjpeg-turbo alone, on all threads."""
+    """Yield the limit of every loader that decodes all pixels: the images/s of libjpeg-turbo alone, on all threads."""
     from concurrent.futures import ThreadPoolExecutor
 
     from datasets import turbojpeg
@@ -198,14 +198,14 @@ def decoding(beton: str, sides: list[int], threads: int) -> Iterator[float]:
 
 
 def _rate(epoch: Iterable, labels) -> float:
-    """Images/s of an epoch."""
+    """Return the images/s of an epoch."""
     start = time.perf_counter()
     count = sum(len(labels(batch)) for batch in epoch)
     return count / (time.perf_counter() - start)
 
 
 def ours_memory(beton: str, threads: int, use: str) -> Iterator[float]:
-    """MB after using this project's loader for `half` an epoch, for `all` of it, or for epochs that end early."""
+    """Yield the MB after using this project's loader for `half` an epoch, `all` of it, or interrupted epochs."""
     import numpy as np
 
     loader = _our_loader(beton, [SIDES[0]], threads)
@@ -221,7 +221,7 @@ def ours_memory(beton: str, threads: int, use: str) -> Iterator[float]:
 
 
 def ffcv_memory(beton: str, threads: int, use: str) -> Iterator[float]:
-    """MB after the same use of FFCV's loader as shipped."""
+    """Yield the MB after the same use of FFCV's loader as shipped."""
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.transforms import ToTensor
 
@@ -242,7 +242,7 @@ def ffcv_memory(beton: str, threads: int, use: str) -> Iterator[float]:
 
 
 def first_batch(side: str, arguments: dict[str, Any], threads: int) -> Iterator[float]:
-    """Seconds from a new process' start to the end of a side's first epoch, of one batch."""
+    """Yield the seconds from the start of a new process to the end of a side's first epoch, which has one batch."""
     while True:
         start = time.perf_counter()
         with Side(f"{__name__}:{side}", arguments | {"threads": threads}, threads):
@@ -251,6 +251,6 @@ def first_batch(side: str, arguments: dict[str, Any], threads: int) -> Iterator[
 
 
 def _own_megabytes() -> float:
-    """The memory of this process that is not mapped from a file, MB."""
+    """Return the memory of this process that is not mapped from a file, in MB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 
 
 class Network:
-    """A bridge with the address SUBNET.1, and the nodes that join it; `stack` removes all of it.
+    """A bridge with the address SUBNET.1, and the nodes that join it. `stack` removes all of them.
 
     Args:
-        subnet: the first three numbers of the addresses, such as 10.213.77.
+        subnet: first three numbers of the addresses, such as 10.213.77.
 
     Raises:
         ValueError: this user or this machine may not create it.
@@ -24,7 +24,7 @@ class Network:
         sh(f"ip addr add {subnet}.1/24 dev {self._bridge}", f"ip link set {self._bridge} up")
 
     def join(self, number: int) -> str:
-        """Add a namespace whose eth0 has the address SUBNET.number; returns its name."""
+        """Add a namespace whose eth0 has the address SUBNET.number, and return its name."""
         space, link = f"{self._bridge}-{number}", f"dv{os.getpid()}-{number}"[:15]
         sh(f"ip netns add {space}")
         self._stack.callback(sh, f"ip netns del {space}")
@@ -39,13 +39,13 @@ class Network:
 
 
 def limit(space: str, bits_per_second: float) -> None:
-    """Limit what a namespace sends to a rate."""
+    """Limit the rate at which a namespace sends."""
     rate = f"rate {max(1, round(bits_per_second / 1000))}kbit burst 128kb latency 200ms"
     sh(f"tc -n {space} qdisc replace dev eth0 root tbf {rate}")
 
 
 def sh(*commands: str) -> None:
-    """Run commands; raises ValueError where one is missing or fails."""
+    """Run commands. Raise ValueError if one is missing or fails."""
     for command in commands:
         try:
             done = subprocess.run(command.split(), capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
-"""bench network: a step over a slow network against its formula, beside DistributedDataParallel.
+"""bench network: a step over a slow network against its formula, next to DistributedDataParallel.
 
-Two nodes in network namespaces with one worker each; `tc` limits their link to three rates. Needs root and iproute2.
+Two nodes in network namespaces have one worker each; `tc` limits their link to three rates. This needs root and
+iproute2.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ NETWORKS = ("resnet18", "resnet50")
 SIDES, PREDICTOR_SIDE, NUM_IMAGES = (128, 96, 64), 64, 4
 """The images of a worker in a step. Their sides are small so that the whole bench takes minutes on two CPU cores."""
 GRADIENT_BYTES, PLAN_IMAGES, PLAN_RATE = 102_653_088, 64, 1317
-"""The plan of docs/scaling.md: ResNet-50's gradients, images of a GPU in a step, and its images/s in that stage."""
+"""The plan of docs/scaling.md: ResNet-50's gradients in bytes, images per GPU and step, and images/s in the stage."""
 APART, TOGETHER = 2 / 3 * 4.089 / 7.670, 2 / 3
-"""The share of a step that hides messages: the largest resolution's backward pass, or that of all resolutions."""
+"""The share of a step that overlaps messages: the largest resolution's backward pass, or that of all resolutions."""
 SHARES = (1 / 3, 1.0, 2.0)
-"""What the messages take at each rate, as a share of what the backbone, joint or predictor stage computes."""
+"""The time of the messages at each rate, as a share of the computing time of the backbone, joint or predictor stage."""
 STAGES = {
     "backbone": BackboneStage(epochs=1),
     "joint": JointStage(epochs=1, alpha_gflops=1.0),
@@ -76,16 +77,16 @@ WAYS = (
     Way("joint", "joint"),
     Way("predictor", "predictor"),
 )
-"""Ways of one stage follow each other, because they share the rates of the first one; DDP has those of the backbone."""
+"""Ways of one stage are next to each other, because they share the rates of the first one. DDP has the backbone's."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one way measured at one rate, seconds, by run.
+    """The measurements of one way at one rate, in seconds, by run.
 
     Attributes:
         compute: a step without messages.
-        hidden: the part of it that can hide messages, its last backward pass.
+        hidden: the part of it that can overlap with messages, its last backward pass.
         reduce: all messages alone.
         step: the whole step.
     """
@@ -97,16 +98,17 @@ class Found:
 
     @property
     def predicted(self) -> float:
+        """The step's predicted seconds, by run."""
         return step_seconds(self.compute, self.hidden, self.reduce)
 
 
 def step_seconds(compute: float, hidden: float, reduce: float) -> float:
-    """Returns how long a step takes when messages of `reduce` seconds run beside `hidden` seconds of it."""
+    """Return the duration of a step if messages of `reduce` seconds overlap with `hidden` seconds of it."""
     return compute + max(0.0, reduce - hidden)
 
 
 def plan() -> list[str]:
-    """Returns the lines of a table of efficiencies on A100 GPUs in the backbone stage, by the formula."""
+    """Return the lines of a table of efficiencies on A100 GPUs in the backbone stage, by the formula."""
     compute = PLAN_IMAGES / PLAN_RATE
     names = ("after the last pass", *(f"{way}{dtype}" for dtype in ("", ", bfloat16") for way in ("apart", "together")))
     lines = [f"| network of a node | GPUs | t_reduce | {' | '.join(names)} |", "|---|---:|---:|" + "---:|" * len(names)]
@@ -124,7 +126,7 @@ def plan() -> list[str]:
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes.
+    """Measure all rows of the table, and return them with notes.
 
     Raises:
         ValueError: `images` is given, or this machine allows no namespaces.
@@ -168,10 +170,10 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def _rates(alone: Workers, joined: Workers) -> dict[float, float]:
-    """Returns for each of SHARES the bits/s at which the messages take this share of the computing."""
+    """Return, for each of SHARES, the bits/s at which the messages take this share of the computing time."""
     compute = statistics.median(alone.ask("compute")[0] for _ in range(3))
     (num_bytes,) = joined.ask("bytes")
-    # A ring over two nodes: each sends as many bytes as the gradients have.
+    # In a ring over two nodes, each node sends as many bytes as the gradients have.
     return {share: 8 * num_bytes / (share * compute) for share in SHARES}
 
 
@@ -184,7 +186,7 @@ def _measure(alone: Workers, joined: Workers, way: Way, spaces: Sequence[str], r
 
 
 def _line(network: str, way: Way, rate: float, found: Sequence[Found]) -> str:
-    """Returns a row of the page's table, of medians."""
+    """Return a row of the page's table, of medians."""
 
     def median(value: Callable[[Found], float]) -> float:
         return statistics.median(map(value, found))
@@ -206,7 +208,7 @@ def _line(network: str, way: Way, rate: float, found: Sequence[Found]) -> str:
 
 
 class Workers:
-    """One process for each rank, in a namespace or, with None, without other ranks. They work at the same time."""
+    """One process per rank, each in a namespace or, for None, without other ranks. They work at the same time."""
 
     def __init__(self, spaces: Sequence[str | None], threads: int):
         address = f"tcp://{SUBNET}.2:{PORT}"
@@ -238,11 +240,11 @@ class Workers:
                 stream.close()
 
     def build(self, network: str, way: Way) -> None:
-        """Have all workers build what they measure next, and warm it up."""
+        """Make all workers build what they measure next, and warm it up."""
         self.ask("build", network=network, **vars(way))
 
     def ask(self, what: str, **arguments: Any) -> list[float]:
-        """Returns the largest of the workers' answers, value by value.
+        """Return the largest of the workers' answers, value by value.
 
         Raises:
             ChildProcessError: a worker ended instead; its output is on standard error.
@@ -294,8 +296,8 @@ class Training:
         stack.enter_context(self._reducer)
 
     def step(self) -> None:
-        """Take a step with messages, if there are other ranks."""
-        static = self.way.stage == STATIC  # DistributedDataParallel sends by itself
+        """Run a step, with messages if there are other ranks."""
+        static = self.way.stage == STATIC  # DistributedDataParallel sends its own messages
         loss = self._pass(self._reducer.last_pass if self.way.overlap and not static else nullcontext)
         if not static:
             self._reducer.finish(loss)
@@ -303,7 +305,7 @@ class Training:
         self._optimizer.zero_grad(set_to_none=True)
 
     def compute(self) -> list[float]:
-        """Returns the seconds of a step without messages, and of its last backward pass."""
+        """Return the seconds of a step without messages, and of its last backward pass."""
         assert not dist.is_initialized()
         self.hidden, started = 0.0, time.perf_counter()
         loss = self._pass(self._timed)
@@ -313,7 +315,7 @@ class Training:
         return [time.perf_counter() - started, self.hidden]
 
     def reduce(self) -> list[float]:
-        """Returns the seconds of all messages of a step, without computing."""
+        """Return the seconds of all messages of a step, without computing."""
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         dist.barrier()
@@ -324,6 +326,7 @@ class Training:
         return [seconds]
 
     def num_bytes(self) -> int:
+        """Return the bytes of the gradients."""
         return sum(parameter.nbytes for parameter in self._parameters)
 
     @contextmanager
@@ -341,7 +344,7 @@ def _static_pass(model: nn.Module, pixels: torch.Tensor, last_pass: LastPass) ->
 
 
 def _batch(rank: int, *, stored_logits: bool) -> StepBatch:
-    """Returns a worker's random images; the predictor stage has enough of them to take some time."""
+    """Return a worker's random images. The predictor stage has enough of them to take a measurable time."""
     count = 32 * NUM_IMAGES if stored_logits else NUM_IMAGES
     sides = (PREDICTOR_SIDE,) if stored_logits else {*SIDES, PREDICTOR_SIDE}
     images = {side: torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8) for side in sides}

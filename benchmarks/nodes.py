@@ -17,7 +17,7 @@ STORE_BYTES = 100 * 1024**2
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure the row of the table; return it with notes."""
+    """Measure the row of the table, and return it with notes."""
     with TemporaryDirectory(prefix="bench-nodes-") as scratch:
         data = prepare_letters(Path(scratch) / "data", NUM_IMAGES)
 
@@ -36,7 +36,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def training(num_nodes: int, data: str, storage: str) -> Iterator[float]:
-    """Images/s of training runs on two workers, spread over `num_nodes` nodes of this machine."""
+    """Yield the images/s of training runs on two workers, spread over `num_nodes` nodes of this machine."""
     use_token()
     import ray
     from ray.cluster_utils import Cluster

@@ -20,13 +20,13 @@ from datasets.prepare.prepare import prepare
 
 NUM_IMAGES = 6144
 TIMES_MEMORY = 4
-"""The size of the beton, in sizes of the memory."""
+"""The size of the beton, as a multiple of the memory."""
 RANKS = (1, 2)
 BATCH, SIDE = 64, 224
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes."""
+    """Measure all rows of the table, and return them with notes."""
     with TemporaryDirectory(prefix="bench-order-") as scratch, ExitStack() as stack:
         data = Path(scratch) / "data"
         prepare(
@@ -59,7 +59,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def decoded(beton: str, memory: int, world_size: int, window_pages: int | None, threads: int) -> Iterator[float]:
-    """Images/s that are read, decoded and resized, as in training."""
+    """Yield the images/s that are read, decoded and resized, as in training."""
     path = Path(beton)
     loader = MultiResolutionLoader(
         path,
@@ -90,7 +90,7 @@ def decoded(beton: str, memory: int, world_size: int, window_pages: int | None, 
 
 
 def read(beton: str, memory: int, world_size: int, window_pages: int | None, threads: int) -> Iterator[float]:
-    """Images/s that are only read, by one thread: the gain of the order where decoding is not the limit."""
+    """Yield the images/s that are only read, by one thread: the gain of the order if decoding is not the limit."""
     path = Path(beton)
     allocations = read_layout(path).allocations
     pages_N = allocations["ptr"].astype("int64") // PAGE_SIZE
@@ -113,13 +113,14 @@ def read(beton: str, memory: int, world_size: int, window_pages: int | None, thr
 
 
 class Limit:
-    """Calls `forget` at the start, and each time that `memory` bytes were used since."""
+    """Call `forget` at the start, and each time that `memory` bytes have been used since the last call."""
 
     def __init__(self, memory: int, forget: Callable[[], None]):
         self._memory, self._forget, self._used = memory, forget, 0
         forget()
 
     def use(self, size: int) -> None:
+        """Count `size` bytes as used."""
         self._used += size
         if self._used > self._memory:
             self._forget()

@@ -36,14 +36,14 @@ from pipeline.training.run import TABLE, Progress, Run
 MAX_RANKS = 2
 EPOCHS = {"backbone": 4, "predictor": 4, "joint": 4}
 NUM_TRAIN, NUM_VALIDATION = 1500, 300
-"""Numbers of images; the training images are per rank."""
+"""The numbers of training images per rank and of validation images."""
 SECONDS = 3.0
-"""The least duration of one measurement, in whole epochs."""
+"""The minimum duration of one measurement in seconds, in whole epochs."""
 CPU = torch.device("cpu")
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes. All ranks share `threads`; one thread means one rank.
+    """Measure all rows of the table, and return them with notes. All ranks share `threads`; one thread means one rank.
 
     Raises:
         ValueError: `images` is given.
@@ -80,7 +80,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def _by_stage(scratch: Path) -> Iterator[str]:
-    """Lines with the medians over the epochs of all measured runs."""
+    """Yield lines with the medians over the epochs of all measured runs."""
     for stage in EPOCHS:
         parts = []
         for side in ("ray", "torchrun"):
@@ -95,7 +95,7 @@ def _by_stage(scratch: Path) -> Iterator[str]:
 
 
 def ray_train(config: str, changed: list[str], scratch: str) -> Iterator[float]:
-    """Seconds of the steady epochs of whole runs, as `jobs.train` starts them, each with a new Ray."""
+    """Yield the seconds of the steady epochs of whole runs, as `jobs.train` starts them, each with a new Ray."""
     from pipeline.cluster.driver import train_run
 
     for number in count():
@@ -106,7 +106,7 @@ def ray_train(config: str, changed: list[str], scratch: str) -> Iterator[float]:
 
 
 def torchrun(config: str, changed: list[str], scratch: str, world_size: int) -> Iterator[float]:
-    """Seconds of the same epochs in processes that torchrun starts."""
+    """Yield the seconds of the same epochs in processes that torchrun starts."""
     for number in count():
         folder = Path(scratch) / f"torchrun-{number}"
         folder.mkdir()
@@ -117,18 +117,18 @@ def torchrun(config: str, changed: list[str], scratch: str, world_size: int) -> 
 
 
 def steady_seconds(folder: Path) -> float:
-    """The total seconds of a run's epochs, without each stage's first one, which compiles and warms up."""
+    """Return the total seconds of a run's epochs, without each stage's first one, which compiles and warms up."""
     return sum(values["train_epoch_seconds"] for _, values in steady_epochs(folder))
 
 
 def steady_epochs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The stage and values of each epoch of a run, without each stage's first one."""
+    """Return the stage and values of each epoch of a run, without each stage's first one."""
     events = read_events(folder)
     return [(event["stage"], event["values"]) for event in events if "values" in event and event["epoch"] > 0]
 
 
 def predictor(config: str, data: str, logits: Literal["table", "live"], threads: int) -> Iterator[float]:
-    """Images/s of epochs of the predictor stage, with decoding. The first value is that of computing the table."""
+    """Yield the images/s of epochs of the predictor stage, with decoding. The first value is that of the table."""
     changed = [
         f"data.folder={data}",
         f"loader.num_threads={threads}",
@@ -169,7 +169,7 @@ def opened_run(config: Config, folder: Path, device: torch.device = CPU) -> Iter
 
 
 class FileReporter:
-    """The loop's Reporter; on rank 0 it writes epochs to the progress file, and the last state."""
+    """The loop's Reporter. On rank 0 it writes epochs to the progress file, and the last state."""
 
     def __init__(self, folder: Path):
         self.folder = folder if distributed.rank() == 0 else None

@@ -15,8 +15,8 @@ NUM_GENERATED = 64
 CLASSES = ("first", "second")
 SUFFIXES = (".jpg", ".jpeg")
 
-# A photograph's amplitude falls with frequency, f ** -FALL (Field, J. Opt. Soc. Am. A 4, 1987), down to the camera's
-# noise; the deviations are gray levels of luma and chroma.
+# A photograph's amplitude falls with frequency as f ** -FALL (Field, J. Opt. Soc. Am. A 4, 1987), down to the camera's
+# noise. The deviations are gray levels of luma and chroma.
 FALL = 1.2
 DEVIATION, CHROMA_DEVIATION, NOISE = 50.0, 14.0, 3.0
 
@@ -25,11 +25,11 @@ def write_photographs(folder: Path, source: Path | None, count: int) -> Path:
     """Write `count` JPEGs of 400 to 500 pixels at quality 90 into class folders.
 
     Args:
-        source: folder of JPEGs, at any depth; larger ones are shrunk to a shorter side of 400. Fewer than `count` are
-            repeated. None generates the images.
+        source: folder of JPEGs, at any depth; larger ones are shrunk to a shorter side of 400 pixels, and fewer than
+            `count` are repeated. None generates the images.
 
     Raises:
-        ValueError: `source` holds no JPEG.
+        ValueError: `source` contains no JPEG.
     """
     if source is None:
         images = [generated(seed) for seed in range(min(count, NUM_GENERATED))]
@@ -54,7 +54,7 @@ def generated(seed: int) -> Image.Image:
 
 
 def _field(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Noise (HEIGHT, WIDTH) of mean 0 and deviation 1 with that spectrum."""
+    """Return noise (HEIGHT, WIDTH) of mean 0 and deviation 1 with that spectrum."""
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None, :])
     frequency[0, 0] = np.inf
     shape = frequency.shape

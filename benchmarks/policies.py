@@ -1,10 +1,10 @@
-"""Measure what each kind of policy reaches at rising cost, over many splits of a finished run's validation images.
+"""Measure the accuracy of each kind of policy at rising cost, over many splits of a finished run's validation images.
 
-`python -m benchmarks.policies runs/glyphs`: policies are fitted on a random half and applied to the other; the means of
-all splits are printed, with how often an allowed drop of accuracy is exceeded on the images that were not fitted on.
+`python -m benchmarks.policies runs/glyphs`: policies are fitted on a random half and applied to the other half. It
+prints the means over all splits, and how often an allowed drop of accuracy is exceeded on the held-out images.
 
-Then the images are split into three parts, again and again: a budget chooses a policy on a half of them, a quarter
-states its cost and its accuracy with an interval, and the last quarter, unseen, says whether both hold.
+Then the images are split into three parts, many times: a budget chooses a policy on one half of them, a quarter gives
+the reported cost and accuracy with its interval, and the last, unseen quarter shows whether both hold.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pipeline.training.checkpoint import load_model
 
 SPLITS, DROP_SPLITS = 20, 200
 SHARES = (0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
-"""Highest costs, as shares of the largest resolution's."""
+"""The cost limits, as shares of the largest resolution's cost."""
 UNSEEN_SHARES, ENDS = (0.25, 0.3, 0.35, 0.4, 0.6), (0.05, 0.95)
 
 
 def reached(images: Images, costs: Sequence[float]) -> dict[tuple[str, float], tuple[float, float]]:
-    """Return (kind, highest cost) -> mean accuracy and cost on images not fitted on, over SPLITS halves."""
+    """Return (kind, cost limit) -> mean accuracy and cost on the held-out images, over SPLITS halves."""
     found = defaultdict(list)
     for seed in range(SPLITS):
         fitted_N = np.random.default_rng(seed).random(len(images)) < 0.5
@@ -49,7 +49,7 @@ def reached(images: Images, costs: Sequence[float]) -> dict[tuple[str, float], t
 
 
 def exceeded(images: Images, drop: float) -> float:
-    """Return the share of DROP_SPLITS splits in which the chosen policy loses more than allowed on the other images."""
+    """Return the share of DROP_SPLITS splits in which the policy loses more than allowed on the held-out images."""
     count = 0
     for seed in range(DROP_SPLITS):
         keys_N = np.random.default_rng(seed).integers(2**63, size=len(images)).astype(np.uint64)
@@ -60,7 +60,7 @@ def exceeded(images: Images, drop: float) -> float:
 
 
 def unseen(images: Images, costs: Sequence[float]) -> list[str]:
-    """Return the lines of the table: how the cost and the accuracy of a budget's policy hold on unseen images."""
+    """Return the lines of a table that shows how the cost and accuracy of a budget's policy hold on unseen images."""
     found = defaultdict(list)
     for seed in range(DROP_SPLITS):
         part_N = np.random.default_rng(seed).choice(3, size=len(images), p=(0.5, 0.25, 0.25))
@@ -85,16 +85,16 @@ def unseen(images: Images, costs: Sequence[float]) -> list[str]:
 
 
 def agree(first: Estimate, second: Estimate) -> bool:
-    """Whether Newcombe's interval (1998) of the difference between accuracies on different images contains 0.
+    """Return whether Newcombe's interval (1998) of the difference of two accuracies on different images contains 0.
 
-    It does in 95 % of splits if each accuracy's own interval covers the truth in 95 %.
+    This is so in 95 % of splits if each accuracy's own interval covers the true value in 95 %.
     """
     lower, upper = sorted((first, second), key=lambda estimate: estimate.value)
     return bool(upper.value - lower.value <= np.hypot(upper.value - upper.low, lower.high - lower.value))
 
 
 def table(images: Images) -> list[str]:
-    """Return the lines of the table: accuracy and cost of the best policy of each kind within rising costs."""
+    """Return the lines of a table with accuracy and cost of the best policy of each kind within rising cost limits."""
     kinds = [kind for kind in KINDS if kind != "static"]
     costs = [share * max(images.costs.backbone) for share in SHARES]
     means = reached(images, costs)
@@ -106,10 +106,10 @@ def table(images: Images) -> list[str]:
     return lines
 
 
-def images_of(run: RunFolder, predictions: Path, model: Path) -> tuple[Images, Costs]:
-    """Return the validation images of a run, by the logits of one of its models."""
-    costs, found = measure_costs(load_model(model).model), Predictions.load(predictions)
-    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs), costs
+def images_of(predictions: Path, costs: Costs) -> Images:
+    """Return the images in a file of predictions, as policies need them."""
+    found = Predictions.load(predictions)
+    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs)
 
 
 def main() -> None:
@@ -118,12 +118,13 @@ def main() -> None:
     for folder in parser.parse_args().runs:
         run = RunFolder(folder)
         if not run.predictions.exists():
-            raise SystemExit(f"{folder} is no finished run with a report: {run.predictions} is missing")
+            raise SystemExit(f"{folder} is not a finished run with a report: {run.predictions} is missing")
         models = {"the kept model": (run.predictions, run.model)}
         if run.predictions_before_joint.exists():
             models["before the joint stage"] = (run.predictions_before_joint, run.before_joint)
-        for name, files in models.items():
-            images, costs = images_of(run, *files)
+        for name, (predictions, model) in models.items():
+            costs = measure_costs(load_model(model).model)
+            images = images_of(predictions, costs)
             statics = zip(costs.resolutions, images.correct_NR.mean(axis=0), costs.backbone, strict=True)
             print(f"{folder}, {name}: {len(images):,} images; costs in 1e-3 GFLOPs, predictor included")
             print(

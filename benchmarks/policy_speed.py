@@ -1,10 +1,10 @@
-"""Measures the policies of a finished run at one accuracy: time of a batch, and images a second from JPEG bytes.
+"""Measure the policies of a finished run at one accuracy: time of a batch, and images per second from JPEG bytes.
 
     python -m benchmarks.policy_speed --run runs/glyphs --data data/glyphs
 
 It takes the cheapest policy of each kind within --drop points of the best static resolution, by expected accuracy on
-the images that policies are fitted on. The last passes of a cascade are timed alone too: the difference is what its
-extra passes cost.
+the images that policies are fitted on. The last passes of a cascade are also timed alone; the difference is the cost of
+its extra passes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from pipeline.training.checkpoint import LoadedModel, load_model
 
 BATCHES = (1, 64)
 CALLS = 256
-"""batches that are timed; the images repeat"""
+"""The number of timed batches. The images repeat."""
 
 
 def at_one_accuracy(fronts: Mapping[str, list[FittedPolicy]], drop: float) -> dict[str, FittedPolicy]:
-    """The cheapest policy of each kind that loses at most `drop` of accuracy against the best static resolution."""
+    """Return the cheapest policy of each kind that is at most `drop` less accurate than the best static resolution."""
     lowest = fronts["static"][-1].accuracy - drop
     found = {kind: [point for point in fronts[kind] if point.accuracy >= lowest] for kind in KINDS}
     return {kind: points[0] for kind, points in found.items() if points}
@@ -50,9 +50,9 @@ def at_one_accuracy(fronts: Mapping[str, list[FittedPolicy]], drop: float) -> di
 def batch_times(
     network: RoutedNetwork, crops: Mapping[int, Tensor], policies: Mapping[str, Policy], batch: int
 ) -> dict[str, np.ndarray]:
-    """Milliseconds of an image in each of CALLS batches, in turns, by kind.
+    """Return the milliseconds per image of CALLS batches, measured in turns, by kind.
 
-    `last passes` are those of the cascade, without the passes that came before.
+    `last passes` are those of the cascade, without the passes before them.
     """
     N = len(next(iter(crops.values())))
     last_N = network.classify(crops, policies["cascade"]).choice_N
@@ -69,11 +69,11 @@ def batch_times(
             started = perf_counter()
             last_passes(part, rows) if kind == "last passes" else network.classify(part, policies[kind])
             times[kind].append(1e3 * (perf_counter() - started) / batch)
-    return {kind: np.array(found[1:]) for kind, found in times.items()}  # the first call warms up
+    return {kind: np.array(found[1:]) for kind, found in times.items()}  # the first call is a warm-up
 
 
 def validation_crops(loaded: LoadedModel, beton: Path, count: int) -> dict[int, Tensor]:
-    """The first images of the validation set at every side."""
+    """Return the first images of the validation set at every side."""
     crop = CenterCrop(loaded.validation_crop)
     with closing(MultiResolutionLoader(beton, loaded.model.sides, count, crop=crop, shuffle=False)) as loader:
         batch = next(iter(loader.epoch(0)))
@@ -81,7 +81,7 @@ def validation_crops(loaded: LoadedModel, beton: Path, count: int) -> dict[int, 
 
 
 def measure(run: RunFolder, data: Path, drop: float, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Rows of images a second against the predictor's policy, and notes with the latencies and the agreement."""
+    """Return rows of images per second against the predictor's policy, and notes with latencies and agreement."""
     torch.set_num_threads(threads)
     loaded, predictions = load_model(run.model), Predictions.load(run.predictions)
     costs, beton = measure_costs(loaded.model), beton_path(data, VALIDATION)
@@ -107,7 +107,7 @@ def measure(run: RunFolder, data: Path, drop: float, runs: int, threads: int) ->
                 notes.append(f"batch {batch}, {kind}: {p50:.3g}/{p95:.3g}/{p99:.3g} ms an image (p50/p95/p99)")
         with closing(Classifier(network)) as classifier:
             rates = {kind: partial(_rate, classifier, files, policy) for kind, policy in policies.items()}
-            first = {kind: rate() for kind, rate in rates.items()}  # warms up, and says the classes
+            first = {kind: rate() for kind, rate in rates.items()}  # a warm-up that also gives the classes
             turns = [{kind: rate()[0] for kind, rate in rates.items()} for _ in range(runs)]
     for kind, (_, classes_N) in first.items():
         expected_N = predictions.classes_NR[np.arange(len(images)), route(policies[kind], images).last_N]
@@ -121,7 +121,7 @@ def measure(run: RunFolder, data: Path, drop: float, runs: int, threads: int) ->
 
 
 def _rate(classifier: Classifier, files: list[bytes], policy: Policy) -> tuple[float, np.ndarray]:
-    """Images/s, and the class of each image."""
+    """Return the images/s, and the class of each image."""
     started = perf_counter()
     answers = list(classifier.classify(files, policy))
     rate = len(files) / (perf_counter() - started)

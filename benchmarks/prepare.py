@@ -1,4 +1,4 @@
-"""bench prepare: images/s from JPEGs to betons: kept as they are, all resized, and from shards of both formats."""
+"""bench prepare: images/s from JPEGs to betons: with JPEGs kept, with all resized, and from shards of both formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Check = Literal["data", "header"]
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes."""
+    """Measure all rows of the table, and return them with notes."""
     with TemporaryDirectory(prefix="bench-prepare-") as scratch, ExitStack() as stack:
         folder = write_photographs(Path(scratch) / "images", images, NUM_IMAGES)
 
@@ -46,7 +46,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
                 (f"resized to {RESIZED}", side("ours", RESIZED), resized),
             )
         ]
-        # More images, so that reading them is measured rather than how long processes take to import pyarrow.
+        # Use more images, so that this measures reading them rather than the import of pyarrow in each process.
         many = write_photographs(Path(scratch) / "many", images, NUM_IMAGES_IN_SHARDS)
         folders = side("ours", None, images=str(many))
         for name, write in (("Parquet", write_parquet), ("WebDataset", write_tars)):
@@ -95,13 +95,13 @@ def write_tars(images: Path, folder: Path) -> Path:
 
 
 def elongation(folder: Path) -> float:
-    """The median ratio of longer to shorter side: FFCV limits the longer side, this project the shorter one."""
+    """Return the median ratio of longer to shorter side: FFCV limits the longer side, this project the shorter one."""
     headers = [turbojpeg.read_header(path.read_bytes()) for path in islice(folder.glob("*/*"), 200)]
     return statistics.median(max(one.width, one.height) / min(one.width, one.height) for one in headers)
 
 
 def ours(images: str, scratch: str, max_side: int | None, threads: int, check: Check = "data") -> Iterator[float]:
-    """This project's `prepare`; the shorter side of a stored image has at most `max_side` pixels."""
+    """Yield the images/s of this project's `prepare`; a stored image's shorter side has at most `max_side` pixels."""
     from datasets.prepare.prepare import prepare
 
     while True:
@@ -119,7 +119,10 @@ def ours(images: str, scratch: str, max_side: int | None, threads: int, check: C
 
 
 def ffcv(images: str, scratch: str, max_side: int | None, threads: int) -> Iterator[float]:
-    """FFCV's DatasetWriter, which decodes and encodes every image; the longer side has at most `max_side` pixels."""
+    """Yield the images/s of FFCV's DatasetWriter, which decodes and encodes every image.
+
+    The longer side of a stored image has at most `max_side` pixels.
+    """
     os.environ["TQDM_DISABLE"] = "1"  # no progress bars
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter

@@ -17,11 +17,11 @@ from benchmarks.small_run import prepare_letters, small_config, use_token
 
 NUM_IMAGES, EPOCHS, CHECKPOINT_STEPS = 1024, 3, 4
 SETTLED_SECONDS = 2.0
-"""Life of a worker before it is killed: Ray's controller fails if it loses one that it is still starting."""
+"""The seconds that a worker lives before it is killed: Ray's controller fails if a worker dies during its start."""
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure the row of the table; return it with notes."""
+    """Measure the row of the table, and return it with notes."""
     use_token()
     from pipeline.cluster.connection import ray_cluster
 
@@ -47,7 +47,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def _recovery(data: Path, storage: Path, name: str) -> float:
-    """Kill a worker of a small run after its first checkpoint; return the seconds until training continues."""
+    """Kill a worker of a small run after its first checkpoint. Return the seconds until training continues."""
     from pipeline.cluster.driver import train_run
 
     killed: list[float] = []
@@ -77,7 +77,7 @@ def _recovery(data: Path, storage: Path, name: str) -> float:
 
 
 def _bare_restart(storage: Path, name: str) -> float:
-    """Seconds from a worker's death to the next start of all workers, in a run that does nothing else."""
+    """Return the seconds from a worker's death to the next start of all workers, in a run that does nothing else."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -97,7 +97,7 @@ def _bare_restart(storage: Path, name: str) -> float:
 
 
 def _die_once(config: Mapping[str, Any]) -> None:
-    """The train function: rank 0 kills itself the first time, and every rank writes down when it starts again."""
+    """Run as the train function: rank 0 kills itself the first time, and every rank records when it starts again."""
     import ray.train
     import torch.distributed as dist
 

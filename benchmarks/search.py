@@ -67,7 +67,7 @@ GLYPHS = Case(
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes."""
+    """Measure all rows of the table, and return them with notes."""
     rows = []
     with TemporaryDirectory(prefix="bench-search-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
@@ -100,13 +100,13 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def at_once(measures: list[Callable[[], float]]) -> float:
-    """Measure all at the same time; return the sum."""
+    """Run all measurements at the same time and return the sum."""
     with ThreadPoolExecutor(len(measures)) as threads:
         return sum(threads.map(lambda measure: measure(), measures))
 
 
 def on_table(**given: Any) -> Iterator[float]:
-    """Images/s of a trial, with its share of the table's cost."""
+    """Yield the images/s of a trial, including its share of the table's cost."""
     with _opened(**given) as run:
         scratch, key, crop_epochs = (
             Path(given["scratch"]),
@@ -127,7 +127,7 @@ def on_table(**given: Any) -> Iterator[float]:
 
 
 def live(**given: Any) -> Iterator[float]:
-    """Images/s of the same predictor when every step runs the backbone."""
+    """Yield the images/s of the same predictor if every step runs the backbone."""
     with _opened(**given) as run:
         yield from _speeds(run, StageData(run.train, run.validation, 0, 1), given["epochs"])
 
@@ -150,7 +150,7 @@ def _opened(
 
 
 def _speeds(run: Run, data: StageData, epochs: int) -> Iterator[float]:
-    """Images/s over `epochs` epochs at a time."""
+    """Yield the images/s, over `epochs` epochs at a time."""
     stage = run.config.stages.predictor
     assert stage is not None
     work, epoch = prepare_stage(run, stage, 0, DivergenceMonitor(None), data=data), 0

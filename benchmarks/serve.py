@@ -1,6 +1,7 @@
-"""bench serve: a registered model on Ray Serve against `mlflow models serve` with a process for each core.
+"""bench serve: a registered model on Ray Serve against `mlflow models serve` with one process per core.
 
-Then the same server under broken images, three times its rate, killed replicas and a rollout, as notes.
+Then the same server is measured with broken images, at three times its rate, with killed replicas and during a rollout.
+These results are notes.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pipeline.serving.package import save_pyfunc
 NETWORKS = ("resnet18", "resnet50")
 NUM_IMAGES = 128
 SECONDS = float(os.environ.get("DRNET_BENCH_SECONDS", "60"))
-"""Length of each disturbance."""
+"""The duration of each disturbance in seconds."""
 NUM_MIXED, BROKEN_SHARE = 10_000, 0.01
 SECONDS_BETWEEN_KILLS = 10.0
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure both servers in turns for each network, then disturb Ray Serve's; returns rows and notes."""
+    """Measure both servers in turns for each network, then disturb Ray Serve's. Return rows and notes."""
     rows, notes = [], []
     with TemporaryDirectory(prefix="bench-serve-") as scratch:
         photographs = write_photographs(Path(scratch) / "images", images, NUM_IMAGES)
@@ -60,7 +61,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def registered(scratch: Path, network: str, versions: int = 1) -> Path:
-    """Returns the folder of a model that is registered under the folder's name, the first version as champion."""
+    """Return the folder of a model that is registered under the folder's name, with the first version as champion."""
     model = scratch / network
     if not model.exists():
         save_pyfunc(build_model(network), model)
@@ -74,7 +75,7 @@ def registered(scratch: Path, network: str, versions: int = 1) -> Path:
 
 
 def broken_images(model: Path, files: list[bytes], threads: int) -> str:
-    """10,000 requests, of which 1 % hold half an image."""
+    """Send 10,000 requests, of which 1 % contain half an image."""
     mixed = [file[: len(file) // 2] if n % int(1 / BROKEN_SHARE) == 0 else file for n, file in enumerate(files * 8)]
     with RayServer(model, mixed, threads) as server:
         _answered(server, NUM_MIXED)
@@ -82,7 +83,7 @@ def broken_images(model: Path, files: list[bytes], threads: int) -> str:
 
 
 def overload(model: Path, files: list[bytes], threads: int) -> str:
-    """Requests at three times the rate that the server carries, then a lone client."""
+    """Send requests at three times the rate that the server can handle, then from a single client."""
     RayServer.options = ("max_queued_requests=64",)
     try:
         server = RayServer(model, files, threads)
@@ -121,7 +122,7 @@ def overload(model: Path, files: list[bytes], threads: int) -> str:
 
 
 def killed_replicas(model: Path, files: list[bytes], threads: int) -> str:
-    """Clients that repeat a failed request once, while a replica dies every 10 s."""
+    """Send from clients that repeat a failed request once, while a replica is killed every 10 s."""
     with RayServer(model, files, threads) as server:
         killed = 0
 
@@ -139,7 +140,7 @@ def killed_replicas(model: Path, files: list[bytes], threads: int) -> str:
 
 
 def rollout(model: Path, files: list[bytes], threads: int) -> str:
-    """Clients while the alias moves to another version."""
+    """Send from clients while the alias moves to another version."""
     RayServer.options = ("follow_seconds=2",)
     client = MlflowClient(f"sqlite:///{model.with_name('registry.db')}")
     try:
@@ -159,7 +160,7 @@ def rollout(model: Path, files: list[bytes], threads: int) -> str:
 
 
 class FollowingServer(RayServer):
-    """Follows its alias."""
+    """A server that follows its alias."""
 
     def __init__(self, model: Path, files: list[bytes], threads: int):
         self.models: Counter[str] = Counter()
@@ -184,7 +185,7 @@ def _answered(server: RayServer, count: int) -> None:
 def _disturbed(
     server: Server, disturb: Callable[[threading.Event], None], done: Callable[[], bool] = lambda: True
 ) -> tuple[Counter[int], Counter[int]]:
-    """Send for SECONDS and until `done` while `disturb` runs; returns statuses of first and of repeated requests."""
+    """Send for SECONDS and until `done` while `disturb` runs. Return the statuses of first and of repeated requests."""
     over, first, second, numbers = threading.Event(), Counter[int](), Counter[int](), itertools.count()
 
     def send(_: int) -> None:
@@ -216,7 +217,7 @@ def _processes(server: RayServer) -> list[psutil.Process]:
 
 
 def _memory(server: RayServer) -> float:
-    """Returns GB of unique memory of the server's processes."""
+    """Return the unique memory of the server's processes, in GB."""
     return float(np.sum([each.memory_full_info().uss for each in _processes(server)])) / 1e9
 
 

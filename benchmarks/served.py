@@ -1,4 +1,4 @@
-"""Servers for a registered model, MLflow's and Ray Serve's, and clients that send one image in each request."""
+"""Servers for a registered model (MLflow's and Ray Serve's), and clients that send one image per request."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ HOST = "127.0.0.1"
 
 
 class Server:
-    """Runs `mlflow models serve` on loopback, with one single-threaded worker process for each CPU.
+    """`mlflow models serve` on loopback, with one single-threaded worker process per CPU.
 
     One process with several threads leaves CPUs idle: Python's work for a request delays its network's thread, and the
     other threads of a layer then wait for it.
 
     Args:
-        model: the folder of an MLflow model.
+        model: folder of an MLflow model.
         files: JPEGs, sent in turn.
-        threads: the number of worker processes, which have one thread each.
+        threads: number of worker processes, each with one thread.
     """
 
     path, health, content_type = "/invocations", "/ping", "application/json"
@@ -56,21 +56,23 @@ class Server:
         }
         self._log = model.with_suffix(f".{type(self).__name__}.log")
         with self._log.open("wb") as log:
-            # A session of its own: the command starts another process, and both must end.
+            # Use a new session, because the command starts another process, and both must end.
             self.process = subprocess.Popen(
                 self.command(model, threads), cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
             )
 
     @property
     def num_errors(self) -> int:
+        """The number of answers without status 200."""
         return sum(self.statuses.values()) - self.statuses[200]
 
     def command(self, model: Path, threads: int) -> list[str]:
+        """Return the command that starts the server."""
         command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
         return [*command, "--host", HOST, "--port", str(self.port), "--workers", str(threads)]
 
     def body_of(self, file: bytes) -> bytes:
-        """Returns the body of a request for one image."""
+        """Return the body of a request for one image."""
         rows = [[base64.b64encode(file).decode()]]
         return json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}}).encode()
 
@@ -88,7 +90,7 @@ class Server:
         self.process.wait()
 
     def measure(self) -> float:
-        """Returns images/s over REQUESTS requests."""
+        """Return images/s over REQUESTS requests."""
         numbers, started = itertools.count(), time.perf_counter()
 
         def client() -> None:
@@ -104,6 +106,7 @@ class Server:
         return REQUESTS / (time.perf_counter() - started)
 
     def summary(self) -> str:
+        """Return the latencies as one line of text."""
         p50, p95, p99 = np.percentile(self.latencies, (50, 95, 99)) * 1e3
         return f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms"
 
@@ -117,9 +120,9 @@ class Server:
 
 
 class RayServer(Server):
-    """Runs `python -m jobs.serve` on loopback, with one single-threaded replica for each CPU.
+    """`python -m jobs.serve` on loopback, with one single-threaded replica per CPU.
 
-    `model` is the folder of an MLflow model whose SQLite registry is `registry.db` beside it; it is version 1 there.
+    `model` is the folder of an MLflow model, next to its SQLite registry `registry.db`, in which it is version 1.
     """
 
     path, health, content_type = "/", "/healthz", "image/jpeg"
@@ -135,7 +138,7 @@ class RayServer(Server):
         return file
 
     def __exit__(self, *_: object) -> None:
-        """End it with SIGTERM, so that Ray's processes end too."""
+        """End the server with SIGTERM, so that Ray's processes end too."""
         self.process.terminate()
         try:
             self.process.wait(timeout=START_SECONDS)
@@ -151,10 +154,10 @@ class Client:
         self._connection = http.client.HTTPConnection(HOST, server.port, timeout=120)
 
     def ask(self, number: int) -> tuple[int, str]:
-        """Send image `number`, and add the answer to the server's latencies and statuses.
+        """Send image `number`, and record the latency and the status of the answer.
 
         Returns:
-            The status, 0 for none or for an answer with an error, and the model that the answer names.
+            The status, or 0 for no answer or an answer with an error; and the model that the answer names.
         """
         server, started = self.server, time.perf_counter()
         body = server._bodies[number % len(server._bodies)]
@@ -162,7 +165,7 @@ class Client:
         try:
             if self._connection.sock is None:
                 self._connection.connect()
-                # http.client sends head and body apart; without this the body waits for an acknowledgement.
+                # http.client sends head and body separately; without this the body waits for an acknowledgement.
                 self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connection.request("POST", server.path, body, {"Content-Type": server.content_type})
             answer = self._connection.getresponse()
@@ -177,4 +180,5 @@ class Client:
         return status, model
 
     def close(self) -> None:
+        """Close the connection."""
         self._connection.close()

@@ -1,4 +1,4 @@
-"""A small training run on generated letters for the benches of the cluster, and a token for their clusters."""
+"""A small training run on generated letters for the cluster benches, and a token for their clusters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def prepare_letters(folder: Path, num_train: int) -> Path:
 
 
 def small_config(data: Path, storage: Path, name: str, epochs: int, **training: Any) -> Config:
-    """Two workers of one CPU and the backbone stage alone; a step takes long compared with its communication."""
+    """Return a configuration with two workers of one CPU and only the backbone stage.
+
+    A step takes long compared with its communication.
+    """
     return parse_config(
         {
             "name": name,

@@ -34,23 +34,24 @@ WORK: Mapping[str, Mapping[str, Any]] = {
     "joint stage, a third each": {"stage": "joint", "shares": [1, 1, 1]},
     "joint stage, 6:3:1": {"stage": "joint", "shares": [6, 3, 1]},
 }
-"""`shares` of the images go to 224, 168 and 112; 6:3:1 costs 0.8 of 224, as the paper's alpha of 3.0 does."""
+"""The measured stages. `shares` of the images go to 224, 168 and 112 px; 6:3:1 costs 0.8 of 224 px, as the paper's
+alpha of 3.0 does."""
 WORK_ON_CPU = {**WORK, "backbone stage, bfloat16": {"stage": "backbone", "precision": "bfloat16"}}
-"""Also in bfloat16: CPUs with matrix units (AMX) train faster in it."""
+"""The stages to measure on a CPU: also bfloat16, in which CPUs with matrix units (AMX) train faster."""
 VALUES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("speed", "images/s", {}),
     ("memory", "MB", {}),
     ("memory in use", "MB", {"MALLOC_MMAP_THRESHOLD_": str(2**20)}),
 )
 NUM_PHOTOGRAPHS, NUM_GLYPHS = 144, 2112
-"""For the predictor stage: 2 and 33 batches of training images, and a few validation images."""
+"""The numbers of images for the predictor stage: 2 and 33 batches of training images, and a few validation images."""
 STEPS_ON_GPU = 4
-"""Steps of one measurement, because a GPU works asynchronously."""
+"""The number of steps in one measurement, because a GPU works asynchronously."""
 Step = Callable[[StepBatch], None]
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
-    """Measure all rows of the table; return them with notes."""
+    """Measure all rows of the table, and return them with notes."""
     notes = [
         f"{threads} threads; backbone and joint stage: ResNet-18, 100 classes, batches of {BATCH}, SGD with momentum, "
         "images in memory; the peers: default memory layout, all resolutions' graphs at once, one backward",
@@ -69,7 +70,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 
 def _predictor(images: Path | None, runs: int, threads: int, notes: list[str]) -> list[Row]:
-    # bench gpu uses this module on machines without the packages that prepare needs
+    # Import these here, because bench gpu uses this module on machines without the packages that prepare needs.
     from benchmarks.photographs import write_photographs
     from datasets.prepare.prepare import prepare
     from datasets.sources.glyphs import GlyphSettings
@@ -100,7 +101,7 @@ def _table(config: str, what: str, folder: Path, runs: int, threads: int, notes:
 
 
 def _cost_of(what: str, filled: float, row: Row) -> str:
-    """The cost of one crop of every image in the table, and the number of epochs after which it pays off."""
+    """Return the cost of one crop of every image in the table, and the number of epochs after which it pays off."""
     epochs = (1 / filled) / (1 / row.peer - 1 / row.ours)
     return (
         f"{what}: a crop of every image in the table is computed once, at {filled:.3g} images/s, which takes "
@@ -111,7 +112,7 @@ def _cost_of(what: str, filled: float, row: Row) -> str:
 def ours(
     stage: str, value: str, batch: int, shares: Sequence[int] = (), *, compiled: bool = False, **where: Any
 ) -> Iterator[float]:
-    """Images/s, or the peak megabytes, of this project's step. `where`: see `_setting`."""
+    """Yield the images/s, or the peak megabytes, of this project's step. `where`: see `_setting`."""
     model, images, precision = _setting(batch, shares, **where)
     model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
     if compiled:
@@ -120,13 +121,13 @@ def ours(
 
 
 def naive(stage: str, value: str, batch: int, shares: Sequence[int] = (), **where: Any) -> Iterator[float]:
-    """Images/s, or the peak megabytes, of the same step in plain PyTorch."""
+    """Yield the images/s, or the peak megabytes, of the same step in plain PyTorch."""
     model, images, precision = _setting(batch, shares, **where)
     yield from _measured(naive_step(model, STAGES[stage], precision), images, value)
 
 
 def our_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "float32") -> Step:
-    """The training loop's step, without its reports."""
+    """Return the training loop's step, without its reports."""
     objective = build_objective(model, stage, _costs(model), precision)
     optimizer = build_optimizer(model, stage)
     reducer = GradientReducer(*completion_order(model, objective.own))
@@ -142,7 +143,8 @@ def our_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "
 
 
 def naive_step(model: DRNet, stage: BackboneStage | JointStage, precision: str = "float32") -> Step:
-    """The stage's loss over all resolutions in one graph, one backward, and torch's default SGD."""
+    """Return a step with the stage's loss over all resolutions in one graph, one backward pass, and torch's default
+    SGD."""
     groups = [{"params": model.backbone.parameters()}]
     if isinstance(stage, JointStage):
         groups.append({"params": model.predictor.parameters(), "lr": stage.lr * stage.predictor_lr_scale})
@@ -178,9 +180,10 @@ def _backbone_loss(model: DRNet, images: Mapping[int, Tensor], batch: StepBatch)
 def _joint_loss(
     model: DRNet, images: Mapping[int, Tensor], batch: StepBatch, stage: JointStage, costs_R: Tensor
 ) -> Tensor:
-    """The loss with every image at every resolution.
+    """Return the loss with every image at every resolution.
 
-    Batch norm uses its running statistics; with `norm_statistics: routed` those of the images that chose a resolution.
+    Batch norm uses its running statistics or, with `norm_statistics: routed`, those of the images that chose a
+    resolution.
     """
     model.predictor.train()
     perturbed_NR = model.predictor(images[model.predictor_size]).log_softmax(dim=1) + batch.gumbel_NR
@@ -202,7 +205,7 @@ def _joint_loss(
 
 
 def _normalized(model: DRNet, pixels: Tensor) -> Tensor:
-    """Returns (x / 255 - mean) / std in torch's default layout."""
+    """Return (x / 255 - mean) / std in torch's default layout."""
     mean, std = model.mean.view(1, 3, 1, 1), model.std.view(1, 3, 1, 1)
     return (pixels.permute(0, 3, 1, 2).contiguous().float() / 255 - mean) / std
 
@@ -210,7 +213,7 @@ def _normalized(model: DRNet, pixels: Tensor) -> Tensor:
 def _setting(
     batch: int, shares: Sequence[int], backbone: str = "resnet18", device: str = "cpu", precision: str = "float32"
 ) -> tuple[DRNet, StepBatch, str]:
-    """A new network and its images on the device, and the precision of its passes."""
+    """Return a new network and its images on the device, and the precision of its passes."""
     torch.manual_seed(0)
     config = ModelConfig(backbone=backbone, resolutions=RESOLUTIONS)
     model = build_drnet(config, NUM_CLASSES, MEAN, STD)
@@ -218,7 +221,7 @@ def _setting(
 
 
 def _batch(count: int, shares: Sequence[int]) -> StepBatch:
-    """Random images; noise that the predictor cannot overcome sends `shares` of them to each resolution."""
+    """Return random images. Noise that the predictor cannot overcome sends `shares` of them to each resolution."""
     sides = {*RESOLUTIONS, PREDICTOR_SIZE} if shares else {*RESOLUTIONS}
     images = {side: torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8) for side in sides}
     bounds_R = torch.tensor(shares or [1]).cumsum(0)
@@ -234,12 +237,12 @@ def placed(batch: StepBatch, device: str) -> StepBatch:
 
 
 def _costs(model: DRNet) -> Tensor:
-    """The GFLOPs at each resolution, for the penalty."""
+    """Return the GFLOPs at each resolution, for the penalty."""
     return torch.tensor(measure_costs(model).backbone, device=model.mean.device)
 
 
 def _measured(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
-    """Measure a step again and again; the first value is not a steady one."""
+    """Yield measurements of a step. The first value is not a steady one."""
     if batch.labels_N.is_cuda:
         yield from _measured_on_gpu(step, batch, value)
     baseline = _megabytes("VmRSS")
@@ -252,7 +255,7 @@ def _measured(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
 
 
 def _measured_on_gpu(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
-    """Measure STEPS_ON_GPU steps at a time, and the memory that PyTorch allocates on the GPU."""
+    """Yield measurements of STEPS_ON_GPU steps, or of the memory that PyTorch allocates on the GPU."""
     while True:
         baseline = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -267,7 +270,7 @@ def _measured_on_gpu(step: Step, batch: StepBatch, value: str) -> Iterator[float
 
 
 def _megabytes(name: str) -> float:
-    """The memory of this process now (VmRSS), or its peak since `_forget_peak` (VmHWM)."""
+    """Return the memory of this process now (VmRSS), or its peak since `_forget_peak` (VmHWM), in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(name))
     return int(kilobytes) / 1024

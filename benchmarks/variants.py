@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.harness import ROOT
 from benchmarks.overhead import opened_run
-from benchmarks.policies import reached
+from benchmarks.policies import images_of, reached
 from pipeline.config.load import load_config
-from pipeline.evaluation.predictions import Predictions, collect_predictions
+from pipeline.evaluation.predictions import collect_predictions
 from pipeline.evaluation.statistics import mean_of
 from pipeline.models.cost import Costs
 from pipeline.policies.route import Images
@@ -37,7 +37,7 @@ COSTS, PREDICTIONS = "costs.json", "predictions.npz"
 
 
 def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None:
-    """Train one run; save its validation predictions and costs in the folder."""
+    """Train one run, and save its validation predictions and costs in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with opened_run(load_config(config, fields), folder, torch.device(device)) as run:
         train(run)
@@ -45,11 +45,9 @@ def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None
         (folder / COSTS).write_text(json.dumps(dataclasses.asdict(run.costs)))
 
 
-def images_of(folder: Path) -> Images:
-    """Return the validation images of a run by its stored predictions."""
-    costs = Costs(**json.loads((folder / COSTS).read_text()))
-    found = Predictions.load(folder / PREDICTIONS)
-    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs)
+def validation_images(folder: Path) -> Images:
+    """Return the validation images of a variant's run, from its stored predictions and costs."""
+    return images_of(folder / PREDICTIONS, Costs(**json.loads((folder / COSTS).read_text())))
 
 
 def interval(values: list[float]) -> str:
@@ -61,13 +59,13 @@ def interval(values: list[float]) -> str:
 
 
 def table(folders: dict[str, list[Path]], costs: list[float], kind: str) -> list[str]:
-    """Return the Markdown table: static accuracies, and the accuracy of one kind of policy within rising costs."""
+    """Return a Markdown table: static accuracies, and the accuracy of one kind of policy within rising cost limits."""
     lines = [
         "| variant | static, largest first | " + " | ".join(f"{1000 * cost:g}" for cost in costs) + " |",
         "|---" * (len(costs) + 2) + "|",
     ]
     for name, runs in folders.items():
-        seeds = [images_of(folder) for folder in runs]
+        seeds = [validation_images(folder) for folder in runs]
         static = np.mean([images.correct_NR.mean(axis=0) for images in seeds], axis=0)
         points = [reached(images, costs) for images in seeds]
         cells = [
@@ -84,7 +82,7 @@ def main() -> None:
         "--variant", nargs=2, action="append", default=[], metavar=("NAME", "FIELDS"), help="fields of one variant"
     )
     parser.add_argument("--fields", nargs="*", default=[], metavar="key.path=value", help="fields of all variants")
-    parser.add_argument("--costs", nargs="*", type=float, default=[], help="highest costs, in 1e-3 GFLOPs")
+    parser.add_argument("--costs", nargs="*", type=float, default=[], help="cost limits, in 1e-3 GFLOPs")
     parser.add_argument("--kind", default="cascade", help="kind of policy (default cascade)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -54,13 +54,14 @@ class Layout:
 
 
 class BetonWriter:
-    """Writes a beton as a stream; the same samples and capacity give the same file.
+    """Write a beton as a stream. The same samples and capacity give the same file.
 
-    To resume what an interrupted writer left, `adopt` the samples that the file already holds, then append the others.
+    To resume what an interrupted writer left, `adopt` the samples that the file already contains, then append the
+    others.
 
     Args:
         capacity: at least the number of samples; room for their metadata is reserved before the first page.
-        resume: keep the content of the existing file, so that its samples can be adopted from the first one.
+        resume: keep the content of the existing file, so that its samples can be adopted, starting with the first.
     """
 
     def __init__(self, path: Path, capacity: int, *, resume: bool = False):
@@ -89,7 +90,7 @@ class BetonWriter:
         self._note_checksum(sample.jpeg)
 
     def adopt(self, width: int, height: int, label: int, size: int) -> bytes:
-        """Keep the next `size` bytes of the file as the next sample's JPEG and return them, unchecked."""
+        """Keep the next `size` bytes of the file as the next sample's JPEG. Return them, unchecked."""
         padding = self._next(width, height, label, size)
         self._file.seek(padding, os.SEEK_CUR)
         jpeg = self._file.read(size)
@@ -97,7 +98,7 @@ class BetonWriter:
         return jpeg
 
     def flush(self) -> None:
-        """Pass everything to the operating system."""
+        """Write all buffered data to the operating system."""
         self._file.flush()
 
     def finish(self) -> None:
@@ -178,9 +179,9 @@ def read_jpeg(beton: Path, index: int) -> bytes:
 
 
 def enlarged_shares(beton: Path, sides: Sequence[int], crop: float) -> list[float]:
-    """Return, for each of `sides` (pixels), the share of the images whose center crop has fewer pixels a side.
+    """Return, for each of `sides` (pixels), the share of the images whose center crop is smaller than the side.
 
-    Such an image is enlarged: at this resolution the network sees no more than at a smaller one.
+    Such an image is enlarged: at this resolution the network sees no more detail than at a smaller one.
 
     Args:
         crop: side of the crop, as a fraction of the image's shorter side.
@@ -213,7 +214,7 @@ def _data_start(capacity: int) -> int:
 
 
 def _place(end: int, size: int) -> int:
-    """Return where `size` bytes go after `end`: right there, or at the next page if they would straddle two."""
+    """Return where `size` bytes go after `end`: directly after it, or at the next page if they would span two pages."""
     if size > PAGE_SIZE:
         raise ValueError(f"a JPEG of {size:,} bytes is larger than a page; give at most {PAGE_SIZE:,} bytes")
     page_end = _page_ceiling(end + 1)
@@ -256,7 +257,7 @@ def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iter
     image = metadata["image"]
     ptrs, sizes = allocations["ptr"].astype(np.int64), allocations["size"].astype(np.int64)
     ends = ptrs + sizes
-    # Every image starts right after the one before it, or at the next page, so the sizes alone give its place.
+    # Every image starts right after the one before it, or at the next page, so the sizes alone give the positions.
     page_ends = -(-(ends + 1) // PAGE_SIZE) * PAGE_SIZE
     follows = ptrs[1:] == np.where(ends[:-1] + sizes[1:] <= page_ends[:-1], ends[:-1], page_ends[:-1])
     misplaced = np.concatenate([ptrs[:1] % PAGE_SIZE != 0, ~follows])
@@ -301,9 +302,10 @@ SAMPLED_IMAGES = 32
 
 @dataclass(frozen=True)
 class Split:
-    """One beton: `class_counts` by label; `attributes` has a value per sample in beton order, such as glyph height.
+    """One beton of a prepared folder.
 
-    `groups` has the number of each sample's group; it is empty without data.group_by.
+    `class_counts` are the numbers of samples by label. `attributes` have one value per sample in beton order, such as
+    the glyph height. `groups` has the number of each sample's group; it is empty without data.group_by.
     """
 
     file: str
@@ -322,9 +324,9 @@ class Manifest:
     Attributes:
         classes: class names by label.
         settings: everything that the betons depend on besides the images themselves.
-        mean, std: mean and deviation of the training pixels by channel, on a scale of 0 to 1. With more than a few
-            hundred images, only an even sample is measured (prepare/convert.py): reading every pixel would double the
-            preparation time. The mean is then known to about 0.01.
+        mean, std: mean and standard deviation of the training pixels by channel, on a scale of 0 to 1. With more than a
+            few hundred images, only an evenly spread sample is measured (prepare/convert.py), because reading every
+            pixel would double the preparation time. The mean is then accurate to about 0.01.
         source_digest: SHA-256 of the names and contents of all source images.
         skipped: {path, reason} of every bad image that was left out.
         source_state: digest of names, sizes and modification times, for a quick check that nothing changed.
@@ -350,7 +352,8 @@ class Manifest:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
     def to_json(self) -> str:
-        """Return the JSON with one key a line and lists on one line: readable even with thousands of samples."""
+        """Return JSON with one key per line and each list on one line, which is readable even with thousands of
+        samples."""
         return _to_json(asdict(self)) + "\n"
 
 
@@ -380,7 +383,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(text: str, origin: str) -> Manifest:
-    """Parse the manifest in `text`; raise BetonError, naming its `origin`, if it is damaged or of another format."""
+    """Parse the manifest in `text`. Raise BetonError, naming its `origin`, if it is damaged or of another format."""
     prepare = "prepare the data again: `python -m jobs.prepare --config CONFIG --force`"
     try:
         tree = json.loads(text)

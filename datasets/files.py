@@ -1,4 +1,4 @@
-"""Write complete files, lock folders, and show file names as text."""
+"""Write complete files, lock folders, and show file names and sizes as text."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def shown_name(name: str | os.PathLike[str]) -> str:
     )
 
 
+def shown_bytes(num_bytes: float) -> str:
+    """Return a size in bytes as text, in GB (1e9 bytes) or, below 1 GB, in MB (1e6 bytes)."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
 def valid_text(text: str) -> str:
     r"""Return a text with every byte that is not UTF-8 (a surrogate, as Python reads it from disk) as `\xNN`."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -42,7 +47,8 @@ class DataError(ValueError):
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing. If the body ends without an error, sync the file to disk and let it replace `path`."""
+    """Open a file for writing. If the `with` block ends without an error, sync the file to disk and rename it to
+    `path`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -51,7 +57,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)  # on a full disk, it would use the space that is left
+        partial.unlink(missing_ok=True)  # on a full disk, it would use the remaining space
         raise
     sync_folder(path.parent)
 
@@ -86,10 +92,10 @@ def is_within(inner: Path, outer: Path) -> bool:
 
 
 def overlap(one: Path, other: Path) -> str:
-    """Return "is", "is inside" or "contains" for how folder `one` relates to folder `other`; "" if they are separate.
+    """Return how folder `one` relates to folder `other`: "is", "is inside", "contains", or "" if they are separate.
 
-    Use it to refuse a folder for results (data.folder, runs, MLflow's files, uploads) inside a folder that is read, and
-    the reverse, before anything is created. Links are followed, and neither folder has to exist.
+    Use this, before anything is created, to refuse a folder for results (data.folder, runs, MLflow's files, uploads)
+    inside a folder that is read, and the reverse. Links are followed, and neither folder has to exist.
     """
     inside, contains = is_within(one, other), is_within(other, one)
     return "is" if inside and contains else "is inside" if inside else "contains" if contains else ""
@@ -104,7 +110,7 @@ def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterat
     """Create `folder`, and lock out other processes that would write its data.
 
     Args:
-        waiting: called before waiting for another process; without it, a locked folder is an OSError.
+        waiting: called before waiting for another process. Without it, a locked folder raises OSError.
 
     Raises:
         OSError: another process has the lock, or the file system has no locks.
@@ -112,7 +118,7 @@ def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterat
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
     while True:
-        # A file opened for writing: on NFS its lock holds on all nodes, but a folder's lock only on its own node.
+        # Lock a file opened for writing: on NFS such a lock holds on all nodes, a folder's lock only on its own node.
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not lock_file(descriptor, lock):
@@ -133,7 +139,7 @@ def exclusive(folder: Path, waiting: Callable[[], None] | None = None) -> Iterat
 
 
 def lock_file(descriptor: int, path: Path, *, wait: bool = False) -> bool:
-    """Lock an open file until it is closed; return False if another process has the lock and `wait` is false.
+    """Lock an open file until it is closed. Return False if another process has the lock and `wait` is false.
 
     Args:
         path: the file's path, for messages.
@@ -169,7 +175,7 @@ def _file_system(path: Path) -> tuple[str, str]:
 
 
 def _no_message() -> None:
-    """Do nothing: `waiting` has been called."""
+    """Do nothing. This stands for `waiting` after it has been called."""
 
 
 def _is(descriptor: int, path: Path) -> bool:

@@ -73,7 +73,7 @@ def map_ordered(
 def _start_process() -> None:
     # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A killed parent closes nothing that the pool's processes wait for, so they would wait forever.
+    # If the parent is killed, nothing that the pool's processes wait for is closed, so they would wait forever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -16,7 +16,7 @@ CHUNK_BYTES = 8 << 20
 HIDDEN = "***"
 # Address parameters that are not secret; the values of all others are hidden.
 OPEN_PARAMETERS = {"allow_bucket_creation", "endpoint_override", "region", "retry_limit_seconds", "scheme", "user"}
-# Up to the last @, because a password may contain characters that should have been written as %XX.
+# Match up to the last @, because a password may contain characters that should have been written as %XX.
 _PASSWORD = re.compile(r"(?<=//)([^/?#@:]*):(.+)@", re.DOTALL)
 _PARAMETER = re.compile(r"(?<=[?&])(?:([^?&=]*)=)?([^?&]+)")
 _ADVICE = (
@@ -35,9 +35,10 @@ def redacted(uri: str) -> str:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of a `pyarrow.fs` file system; `str` gives its address without secrets.
+    """A folder of a `pyarrow.fs` file system. `str` gives its address without secrets.
 
-    Every method raises OSError if the address cannot be reached. The message says what to check and has no secrets.
+    Every method raises OSError if the address cannot be reached. The message says what to check and contains no
+    secrets.
     """
 
     uri: str = field(repr=False)
@@ -103,7 +104,7 @@ class RemoteFolder:
 
 
 def open_remote(uri: str) -> RemoteFolder:
-    """Open the folder at an address; pyarrow's parameters are allowed, such as `?endpoint_override=HOST:PORT`.
+    """Open the folder at an address. pyarrow's parameters are allowed, such as `?endpoint_override=HOST:PORT`.
 
     Raises:
         ValueError: `uri` is not the address of a folder.

@@ -1,4 +1,4 @@
-"""Prepared folders at remote addresses: downloaded once for each node, and uploaded.
+"""Prepared folders at remote addresses: download them once for each node, and upload them.
 
 A downloaded folder also has the file STAGED with the SHA-256 of the downloaded manifest. It distinguishes a downloaded
 folder, which may be replaced, from one that was prepared here, which is never replaced.
@@ -25,7 +25,7 @@ from datasets.beton import (
     parse_manifest,
     verify_betons,
 )
-from datasets.files import exclusive, shown_name, sync_folder, write_whole
+from datasets.files import exclusive, shown_bytes, shown_name, sync_folder, write_whole
 from datasets.remote import CHUNK_BYTES, RemoteFolder, open_remote
 
 STAGED = "staged.txt"
@@ -39,7 +39,7 @@ def remote_manifest(uri: str) -> Manifest:
 
     Raises:
         BetonError: there is no prepared folder, or its manifest is damaged.
-        ValueError, OSError: as `open_remote`.
+        ValueError, OSError: as in `open_remote`.
     """
     return _read_manifest(open_remote(uri))[1]
 
@@ -47,9 +47,9 @@ def remote_manifest(uri: str) -> Manifest:
 def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, tell: Tell = print) -> Manifest:
     """Download the betons of `splits` from an address into `folder`, unless they are already there.
 
-    One process downloads; others wait for it and use its files. A beton gets its name after its SHA-256 has been
-    compared, and the manifest is written last. An interrupted download resumes. Data that has changed at the address
-    is downloaded again.
+    One process downloads, and others wait for it and use its files. A beton gets its final name after its SHA-256 has
+    been compared, and the manifest is written last. An interrupted download resumes. Data that has changed at the
+    address is downloaded again.
 
     Args:
         tell: called with a line about each step and, every few seconds, about the progress.
@@ -57,7 +57,7 @@ def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, 
     Raises:
         BetonError: there is no prepared folder, the data does not match its manifest (it changed during the download,
             or is damaged), or `folder` has other data that was prepared here.
-        OSError: there is not enough space, or as `open_remote`.
+        OSError: there is not enough space, or as in `open_remote`.
     """
     folder, remote = Path(folder), open_remote(uri)
     _, manifest = _read_manifest(remote)
@@ -66,7 +66,7 @@ def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, 
     with exclusive(
         folder, waiting=lambda: tell(f"{shown_name(folder)}: waiting for another process that writes to it")
     ):
-        text, manifest = _read_manifest(remote)  # again, because it may have changed during the wait
+        text, manifest = _read_manifest(remote)  # read it again, because it may have changed during the wait
         if held := _held(folder, manifest, splits):
             return held
         _require_replaceable(folder, manifest, remote)
@@ -79,7 +79,7 @@ def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
 
     Raises:
         BetonError: the folder is not prepared or is damaged, or other data is at the address.
-        ValueError, OSError: as `open_remote`.
+        ValueError, OSError: as in `open_remote`.
     """
     folder, remote = Path(folder), open_remote(uri)
     manifest = verify_betons(folder)
@@ -117,7 +117,7 @@ def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
         )
     text = content.decode(errors="replace")
     manifest = parse_manifest(text, f"{MANIFEST} of {remote}")
-    # A downloaded file name must not lead out of the folder.
+    # A downloaded file name must not point outside of the folder.
     wrong = [split.file for name, split in manifest.splits.items() if split.file != beton_path(Path(), name).name]
     if wrong:
         raise BetonError(f"{MANIFEST} of {remote} is damaged: it names the betons {', '.join(map(repr, wrong))}")
@@ -125,7 +125,7 @@ def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
 
 
 def _held(folder: Path, manifest: Manifest, splits: Sequence[str]) -> Manifest | None:
-    """Return the folder's manifest if it has this data undamaged, else None.
+    """Return the folder's manifest if it has this data undamaged, otherwise None.
 
     No lock is needed, because the manifest is written last.
     """
@@ -151,7 +151,7 @@ def _require_replaceable(folder: Path, manifest: Manifest, remote: RemoteFolder)
     if not files or _is_staged(folder):
         return
     if load_manifest(folder).digest == manifest.digest:
-        verify_betons(folder)  # the same data but damaged: raises the details
+        verify_betons(folder)  # it is the same data but damaged, so this raises an error with the details
     raise BetonError(
         f"{folder} has data that was prepared here, and {remote} has other data (digest {manifest.digest}); choose "
         f"another data.folder, set data.uri=null to use the local data, or remove {' and '.join(map(str, files))}"
@@ -174,7 +174,7 @@ def _download_missing(
     for name, split in wanted.items():
         _download(remote, split, partials[name], progress, tell)
 
-    # The rest is quick. A process that dies here leaves no manifest, so the next one compares all bytes.
+    # The rest is quick. A process that dies here leaves no manifest, so the next process compares all bytes.
     (folder / MANIFEST).unlink(missing_ok=True)
     write_whole(folder / STAGED, f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST} of {remote}\n")
     for name in absent:
@@ -188,7 +188,7 @@ def _download_missing(
 
 
 def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split) -> bool:
-    """Return whether the folder has this beton of a split; without a local manifest, all its bytes are compared."""
+    """Return whether the folder has this beton of a split. Without a local manifest, all its bytes are compared."""
     path = beton_path(folder, name)
     if before is None:
         return path.exists() and path.stat().st_size == split.size_bytes and file_sha256(path) == split.sha256
@@ -200,7 +200,7 @@ def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split)
 
 
 def _bytes_to_read(remote: RemoteFolder, folder: Path, wanted: dict[str, Split], partials: dict[str, Path]) -> int:
-    """Return the number of bytes left to download; raise an error if they are not there or do not fit."""
+    """Return the number of bytes left to download. Raise an error if they are not there or do not fit on the disk."""
     left = 0
     for name, split in wanted.items():
         size = remote.size(split.file)
@@ -214,19 +214,19 @@ def _bytes_to_read(remote: RemoteFolder, folder: Path, wanted: dict[str, Split],
     free = shutil.disk_usage(folder).free
     if left > free:
         raise OSError(
-            f"{shown_name(folder)} has {_amount(free)} free, but {_amount(left)} of {remote} are left to download; "
-            "free some space, or choose another data.folder"
+            f"{shown_name(folder)} has {shown_bytes(free)} free, but {shown_bytes(left)} of {remote} are left to "
+            "download; free some space, or choose another data.folder"
         )
     return left
 
 
 def _download(remote: RemoteFolder, split: Split, partial: Path, progress: _Progress, tell: Tell) -> None:
-    """Complete the partial file and compare its hash; if resumed content does not match, start over once."""
+    """Complete the partial file and compare its hash. If resumed content does not match, start over once."""
     if partial.exists() and partial.stat().st_size > split.size_bytes:
         partial.unlink()
     kept = partial.stat().st_size if partial.exists() else 0
     if kept:
-        tell(f"{split.file}: resuming after {_amount(kept)}")
+        tell(f"{split.file}: resuming after {shown_bytes(kept)}")
     found = _complete(remote, split, partial, progress)
     if found != split.sha256 and kept:
         tell(f"{split.file}: the partial download does not match; starting over")
@@ -266,29 +266,27 @@ def _read_file(path: Path, sha256, progress: _Progress) -> Iterator[bytes]:
 
 
 class _Progress:
-    """Reports the progress of a transfer of `total` bytes every few seconds, as lines: there may be no terminal."""
+    """Report the progress of a transfer of `total` bytes as a line every few seconds: there may be no terminal."""
 
     def __init__(self, what: str, total: int, tell: Tell):
         self.what, self.total, self.tell = what, total, tell
         self.done, self.start = 0, time.monotonic()
         self.last_line = self.start
-        tell(f"{what}: {_amount(total)}")
+        tell(f"{what}: {shown_bytes(total)}")
 
     def advance(self, count: int) -> None:
+        """Count bytes that were transferred, and report them every few seconds."""
         self.done += count
         now = time.monotonic()
         if now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             left = (self.total - self.done) / self._speed()
-            rate = f"{_amount(self._speed())}/s, {left:,.0f} s left"
-            self.tell(f"{self.what}: {_amount(self.done)} of {_amount(self.total)}, {rate}")
+            rate = f"{shown_bytes(self._speed())}/s, {left:,.0f} s left"
+            self.tell(f"{self.what}: {shown_bytes(self.done)} of {shown_bytes(self.total)}, {rate}")
 
     def finish(self, result: str) -> None:
-        self.tell(f"{result}: {_amount(self.done)} in {time.monotonic() - self.start:.1f} s")
+        """Report the result, with the number of bytes and the seconds."""
+        self.tell(f"{result}: {shown_bytes(self.done)} in {time.monotonic() - self.start:.1f} s")
 
     def _speed(self) -> float:
         return self.done / max(time.monotonic() - self.start, 1e-9)
-
-
-def _amount(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -1,6 +1,6 @@
 """A binding of libjpeg-turbo that checks its return codes, so that a corrupt JPEG is an error instead of noise.
 
-FFCV's own binding drops the library's return code, and Pillow ignores the library's warnings. This binding also
+FFCV's own binding ignores the library's return code, and Pillow ignores the library's warnings. This binding also
 decodes a JPEG to its color planes, without converting them to RGB, and encodes planes.
 """
 
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 PIXELS_RGB, PIXELS_GRAY, PIXELS_CMYK = 0, 6, 11
 ACCURATE_DCT, STOP_ON_WARNING = 4096, 8192
+"""Flags of libjpeg-turbo: use the accurate cosine transform, and stop when it warns about damaged data."""
 SMALLEST_SCALE = 8
 
 
@@ -26,6 +27,8 @@ class JpegError(ValueError):
 
 
 class ColorSpace(IntEnum):
+    """The color spaces of a JPEG, by the library's numbers (TJCS)."""
+
     RGB = 0
     YCBCR = 1
     GRAY = 2
@@ -60,6 +63,7 @@ class JpegHeader:
 
     @property
     def has_four_inks(self) -> bool:
+        """Whether the JPEG is CMYK or YCCK."""
         return self.color_space in (ColorSpace.CMYK, ColorSpace.YCCK)
 
 
@@ -72,7 +76,7 @@ class Plane(NamedTuple):
 
 
 def read_header(jpeg: bytes) -> JpegHeader:
-    """Read a JPEG's header; raise JpegError if this library cannot decode it.
+    """Read a JPEG's header. Raise JpegError if this library cannot decode the file.
 
     Subsamplings that only newer versions of the library know are refused too.
     """
@@ -90,11 +94,11 @@ def read_header(jpeg: bytes) -> JpegHeader:
 def verify(jpeg: bytes, header: JpegHeader) -> None:
     """Find the damage that decoding every pixel would find, in less than half the time.
 
-    Damaged data only causes warnings in the entropy decoding; the steps after it accept any number. Decoding at 1/8 of
-    the size and without color does little more than the entropy decoding.
+    Damaged data causes warnings only in the entropy decoding, because the later steps accept any number. Decoding at
+    1/8 of the size and without color does little more than the entropy decoding.
 
     Raises:
-        JpegError: as `decode`.
+        JpegError: as in `decode`.
     """
     gray = header.color_space in (ColorSpace.YCBCR, ColorSpace.GRAY)
     _decode(jpeg, header, PIXELS_GRAY if gray else _pixel_format(header), SMALLEST_SCALE)
@@ -104,7 +108,7 @@ def decode(jpeg: bytes, header: JpegHeader) -> bytearray:
     """Decode every pixel: uint8 (height, width, 3) RGB, or (height, width, 4) as stored for CMYK and YCCK.
 
     Raises:
-        JpegError: with the library's message, also if it only warns (truncated or damaged data).
+        JpegError: with the library's message, even if the library only warns (truncated or damaged data).
     """
     return _decode(jpeg, header, _pixel_format(header), 1)
 
@@ -113,7 +117,7 @@ def decode_planes(jpeg: bytes, header: JpegHeader, scale: int) -> list[Plane]:
     """Decode a YCbCr or gray JPEG at 1/`scale` (1, 2, 4 or 8) of its size, rounded up, without color conversion.
 
     Raises:
-        JpegError: as `decode`.
+        JpegError: as in `decode`.
     """
     width, height = (-(-extent // scale) for extent in (header.width, header.height))
     planes = [Plane(*size, bytearray(size[0] * size[1])) for size in _plane_sizes(width, height, header.subsampling)]
@@ -142,7 +146,7 @@ def encode_planes(planes: Sequence[Plane], width: int, height: int, quality: int
 
 
 def _plane_sizes(width: int, height: int, subsampling: Subsampling) -> list[tuple[int, int]]:
-    """Return width and height of each plane of an image; luma is padded to whole chroma samples."""
+    """Return width and height of each plane of an image. Luma is padded to whole chroma samples."""
     across, down = subsampling.factors
     columns, rows = -(-width // across), -(-height // down)
     luma = (columns * across, rows * down)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def _require_own_datasets() -> None:
-    """Stop when `import datasets` would find another package of that name, such as Hugging Face's."""
+    """Exit with an error if `import datasets` would find another package of that name, such as Hugging Face's."""
     ours = Path(__file__).resolve().parent.parent / "datasets"
     spec = importlib.util.find_spec("datasets")
     found = Path(spec.origin).resolve().parent if spec and spec.origin else None

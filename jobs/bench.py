@@ -1,6 +1,6 @@
 """Compare this project's speed with other software on this machine, in alternating runs.
 
-A ratio above 1 means that this project is better. Its spread is that of the pairs of runs.
+A ratio above 1 means that this project is better. Its range is that over the pairs of runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BENCHES = {
     "gpu": "on a GPU, in bfloat16: training steps against plain PyTorch, and routed against static inference",
     "inference": "routed inference, against static networks, against masking, and over HTTP against itself",
     "loader": "batches of training crops, against FFCV as shipped, torchvision and decoding alone",
-    "network": "training over a slow network, against the formula of docs/scaling.md, beside DistributedDataParallel",
+    "network": "training over a slow network, against the formula of docs/scaling.md, next to DistributedDataParallel",
     "nodes": "two nodes with one worker each, against one node with two workers, on this machine",
     "order": "windows of pages, against random order, for a beton larger than memory",
     "prepare": "preparing betons from images, against FFCV's DatasetWriter",

@@ -1,4 +1,4 @@
-"""Choose the policy of a finished run by another budget, and write its report again; nothing is trained or run.
+"""Choose the policy of a finished run by another budget, and rewrite its report, without training or evaluating again.
 
 The budget is in the configuration, so change it there or on the command line: policy.max_accuracy_drop=0.5,
 policy.budget_gflops=2.5 or policy.budget_milliseconds=8. Register the run again to deploy the new choice.

@@ -1,4 +1,4 @@
-"""Provides what all jobs share: `--config`, overrides, `--help` with every field, and errors without a traceback."""
+"""What all jobs share: `--config`, overrides, `--help` with every field, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def job_parser(job: str, summary: str | None, *, needs_config: bool = True) -> argparse.ArgumentParser:
-    """Build a parser with `--config` and overrides; `summary` is the job module's docstring."""
+    """Build a parser with `--config` and overrides. `summary` is the job module's docstring."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}",
         description=textwrap.dedent(summary or "").strip(),
@@ -62,7 +62,7 @@ def parsed_config(args: argparse.Namespace) -> Config:
 
 
 def job_config(args: argparse.Namespace, *, preparing: bool = False) -> Config:
-    """Read the configuration for a job that uses files; in a Ray job, refuse paths that are lost or were not sent."""
+    """Read the configuration for a job that uses files. In a Ray job, refuse paths that would be lost or missing."""
     config, package = parsed_config(args), job_package(Path.cwd())
     problems = list(package_problems(config, package, preparing=preparing)) if package else []
     if problems:
@@ -105,7 +105,7 @@ def reference_page() -> str:
 def run_job(main: Callable[[], None]) -> None:
     """Run a job's main. An error that a user can fix ends it with one message and exit code 2, without a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show loses no results
+        sys.stdout.reconfigure(errors="backslashreplace")  # escape a name that the terminal cannot show, do not fail
     try:
         main()
     except BrokenPipeError:  # for example `| head`

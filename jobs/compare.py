@@ -1,6 +1,6 @@
 """Compare runs with different seeds in one table: `python -m jobs.compare runs/glyphs runs/glyphs-seed1 ...`.
 
-With --against, each run is compared with one of other resolutions on the same validation images, pair by pair:
+With --against, each run is compared with a run of other resolutions on the same validation images, pair by pair:
 `python -m jobs.compare runs/glyphs runs/glyphs-seed1 --against runs/static runs/static-seed1`.
 """
 
@@ -19,7 +19,9 @@ def main() -> None:
         prog="python -m jobs.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--against", nargs="+", type=Path, metavar="RUN", default=[], help="as many other runs")
+    parser.add_argument(
+        "--against", nargs="+", type=Path, metavar="RUN", default=[], help="the same number of other runs"
+    )
     args = parser.parse_args()
     from pipeline.config.run_folder import RunFolder
     from pipeline.evaluation.seeds import seeds_markdown, summarize_seeds
@@ -35,7 +37,7 @@ def main() -> None:
 
 
 def pairs(runs: Sequence[Path], against: Sequence[Path]) -> str:
-    """Compare the answers of each run with those of the other run in its place.
+    """Compare the answers of each run with those of the other run at the same position.
 
     Raises:
         ValueError: the numbers of runs differ, a run has no answers, or a pair has no images in common.
@@ -47,7 +49,7 @@ def pairs(runs: Sequence[Path], against: Sequence[Path]) -> str:
 
     if len(runs) != len(against):
         raise ValueError(
-            f"{len(runs)} runs and {len(against)} after --against. Give as many, in the order of their seeds"
+            f"{len(runs)} runs and {len(against)} after --against. Give the same number, in the order of their seeds"
         )
     folders = [RunFolder(run).report / ANSWERS for run in (*runs, *against)]
     if missing := [str(file) for file in folders if not file.is_file()]:

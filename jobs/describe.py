@@ -1,4 +1,4 @@
-"""Print what a configuration costs: FLOPs, parameters, images, steps, memory of a step. Trains and writes nothing.
+"""Print what a configuration costs: FLOPs, parameters, images, steps, and memory of a step, without training.
 
 FLOPs are multiply-adds, counted by torch; 1 GFLOP is 1e9 of them.
 """
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def as_json(description: Description) -> str:
-    """Return the description as one JSON object; unknown values are null."""
+    """Return the description as one JSON object, in which unknown values are null."""
     return json.dumps(asdict(description), indent=2)
 
 
@@ -67,8 +67,8 @@ def as_text(description: Description) -> str:
         f"run {description.run}",
         f"data {data.dataset} in {data.folder}: {data.note}\n{_table(images)}",
         f"{_table(networks)}\nparameters with all private batch norms: {_number(description.parameters)}",
-        *([f"validation images that are smaller and so enlarged: {', '.join(enlarged)}"] if enlarged else []),
-        f"cost of an image, predictor included: {_gflops(low)} GFLOPs (all images at the smallest resolution) to "
+        *([f"validation images that are enlarged because they are smaller: {', '.join(enlarged)}"] if enlarged else []),
+        f"cost per image, including the predictor: {_gflops(low)} GFLOPs (all images at the smallest resolution) to "
         f"{_gflops(high)} GFLOPs (all at the largest)",
         f"input: {description.input}\nprecision: {description.precision}",
         f"{_table(stages)}\nmemory is per worker, with {description.images_per_worker} images in a step",

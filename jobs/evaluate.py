@@ -1,4 +1,4 @@
-"""Evaluate a finished run's model on the validation images and write its report again."""
+"""Evaluate a finished run's model on the validation images and rewrite its report."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Classify image files with a registered model: class, probability, chosen resolution and cost of each.
 
-The registry is MLFLOW_TRACKING_URI, else mlflow.db in the project folder. A file that cannot be read gets a row with
-the reason; without --out, the exit code is then 1.
+The registry is MLFLOW_TRACKING_URI or, if that is not set, mlflow.db in the project folder. A file that cannot be read
+gets a row with the reason; without --out, the exit code is then 1.
 
-With --out, a folder of any number of files is predicted on Ray into Parquet files. After an interruption the same
-command resumes; when everything is done, it prints the summary again.
+With --out, a folder with any number of files is predicted on Ray into Parquet files. After an interruption the same
+command resumes. If everything is done, it prints the summary again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     if args.files_per_part is not None:
         raise ValueError("--files-per-part needs --out")
     paths = find_images(args.images)
-    # MLflow and torch take seconds to import: a mistyped path is reported before.
+    # MLflow and torch take seconds to import; report a mistyped path before that.
     from pipeline.serving.predict import classify_files
     from pipeline.tracking.registry import open_model
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-bias",
         type=float,
         default=0.0,
-        help="above 0 spends more, below 0 less (see the report's budget curve)",
+        help="a positive bias spends more, a negative one less (see the report's budget curve)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="predict on Ray and write Parquet files here; resumes"
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def predict_folder(args: argparse.Namespace) -> str:
-    """Predict one folder into `--out`; returns the summary."""
+    """Predict one folder into `--out`, and return the summary."""
     if args.json or len(args.images) != 1 or not args.images[0].is_dir():
         raise ValueError("--out takes one folder of images and no --json: the results are Parquet files")
     from pipeline.cluster.predict_folder import predict_folder
@@ -87,7 +87,7 @@ def predict_folder(args: argparse.Namespace) -> str:
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Returns files as given and the sorted images below folders; raises ValueError that names everything missing."""
+    """Return files as given and the sorted images below folders. Raise ValueError that lists everything missing."""
     found: list[Path] = []
     problems = []
     for path in paths:
@@ -109,7 +109,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the rows as text in aligned columns."""
+    """Return the rows as text in aligned columns."""
     width = max(len("file"), *(len(row["file"]) for row in rows))
     label_width = max(len("class"), *(len(row["label"] or "") for row in rows))
     lines = [f"{'file':<{width}}  {'class':<{label_width}}  probability  resolution  GFLOPs"]

@@ -1,8 +1,8 @@
 """Prepare a data set: write its betons and its manifest.
 
 The work runs in processes of this machine or, if RAY_ADDRESS is set (as in a Ray job), as tasks on all machines of the
-cluster, which then all need the source. Rerun the same command to resume an interrupted preparation; a finished one is
-left as it is.
+cluster, which then all need the source. Rerun the same command to resume an interrupted preparation. A finished
+preparation is not changed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets.beton import Manifest
 
-# Every process of a preparation imports this module again, so it imports the others where they are needed.
+# Every process of a preparation imports this module again, so functions import other modules only when needed.
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Put a finished run's model into the MLflow registry and move the alias `champion`.
+"""Add a finished run's model to the MLflow registry and move the alias `champion`.
 
-The first version gets the alias. Later, --promote moves it to a version that is not worse than the champion on the same
-validation images and costs no more GFLOPs; --rollback moves it back. Exit code 1: the promotion was refused.
+The first version gets the alias. Later, --promote moves the alias to a version that is not worse than the champion on
+the same validation images and costs no more GFLOPs; --rollback moves it back. Exit code 1 means that the promotion was
+refused.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     moves.add_argument("--promote", action="store_true", help="move the alias to this run's version unless it is worse")
     moves.add_argument("--rollback", action="store_true", help="move the alias back to its previous version")
     parser.add_argument(
-        "--max-accuracy-drop", type=float, metavar="POINTS", help="largest possible loss of top-1 at which to promote"
+        "--max-accuracy-drop", type=float, metavar="POINTS", help="largest loss of top-1 with which to promote"
     )
     parser.add_argument(
-        "--max-gflops-increase", type=float, metavar="PERCENT", help="largest increase of the cost at which to promote"
+        "--max-gflops-increase",
+        type=float,
+        metavar="PERCENT",
+        help="largest increase of the cost with which to promote",
     )
     return parser
 

@@ -1,8 +1,9 @@
-"""Serve a registered model over HTTP with Ray Serve: batches across requests, replicas that scale, versions that roll.
+"""Serve a registered model over HTTP with Ray Serve: batches across requests, scaling replicas, rolling upgrades.
 
-Runs on the cluster at RAY_ADDRESS (set in a Ray job), or on this machine until SIGTERM or Ctrl-C. On a cluster the same
-command rolls out another version without a failed request. The registry is MLFLOW_TRACKING_URI, else mlflow.db in the
-project folder. Requests need the token of DRNET_SERVE_TOKEN or of the file DRNET_SERVE_TOKEN_FILE, if one is set.
+This runs on the cluster at RAY_ADDRESS (set in a Ray job), or on this machine until SIGTERM or Ctrl-C. On a cluster the
+same command rolls out another version without a failed request. The registry is MLFLOW_TRACKING_URI or, if that is not
+set, mlflow.db in the project folder. If DRNET_SERVE_TOKEN or DRNET_SERVE_TOKEN_FILE is set, requests need the token
+that it contains.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
         raise ValueError("give --model models:/NAME@ALIAS, or --config with its registry.name")
     if args.follow_alias and "@" not in model:
         raise ValueError(f"--follow-alias needs an alias, but the model is {model}. Give models:/NAME@ALIAS")
-    # Ray, MLflow and torch take seconds to import: a mistyped key is reported before.
+    # Ray, MLflow and torch take seconds to import; report a mistyped key before that.
     from pipeline.cluster.serve_model import plan_for, read_token, serve_config, serve_model
 
     token = read_token()

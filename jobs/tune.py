@@ -13,7 +13,7 @@ def main() -> None:
     parser = job_parser("tune", __doc__)
     parser.add_argument("--budget-gflops", type=float, help="instead of search.budget_gflops")
     parser.add_argument("--max-accuracy-drop", type=float, help="points, instead of search.max_accuracy_drop")
-    parser.add_argument("--dry-run", action="store_true", help="print what it would try and the estimated time")
+    parser.add_argument("--dry-run", action="store_true", help="print what the search would try and the estimated time")
     parser.add_argument("--register", action="store_true", help="register the chosen model")
     args = parser.parse_intermixed_args()
     given = {"budget_gflops": args.budget_gflops, "max_accuracy_drop": args.max_accuracy_drop}

@@ -33,10 +33,13 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "ML
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that start clusters on one worker of pytest-xdist; skip `gpu` if there is no CUDA device."""
+    """Say which tests one worker of pytest-xdist runs together, and skip `gpu` if there is no CUDA device.
+
+    Those with a cluster share one, and the tests of a file share what its fixtures prepare.
+    """
     for item in items:
-        if item.path.parent.name in ("chaos", "ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        has_cluster = item.path.parent.name in ("chaos", "ray") or "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if has_cluster else str(item.path)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -19,7 +19,7 @@ from datasets.loading.order import sample_indices
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the image, stretched to a square, distributed as in torchvision's RandomResizedCrop.
+    """A random part of the image, stretched to a square, with the distribution of torchvision's RandomResizedCrop.
 
     Attributes:
         scale: range of the crop's area, as a fraction of the image's area.
@@ -64,7 +64,7 @@ class Memory:
     """The memory of one batch: a block of bytes for the crops of all wanted sides, pinned if there is a GPU.
 
     Attributes:
-        images: side -> uint8 (N, side, side, 3), slices of the block; only the wanted sides.
+        images: maps a wanted side to uint8 (N, side, side, 3), a slice of the block.
         labels_N: int64.
         status_N: uint8, kernels.DECODED or what is wrong with a sample.
         pixels: the block, uint8.
@@ -87,9 +87,9 @@ class Memory:
 
 
 class Decoder:
-    """Decodes samples of a beton: one decode and one crop of each JPEG, resized to every side.
+    """Decode samples of a beton: one decode and one crop of each JPEG, resized to every side.
 
-    The file is mapped into memory, so the processes of a node share the system's page cache. `run` is thread-safe.
+    The file is memory-mapped, so the processes of a node share the system's page cache. `run` is thread-safe.
     """
 
     def __init__(self, beton: Path, sides: Sequence[int], crop: RandomResizedCrop | CenterCrop):
@@ -104,7 +104,7 @@ class Decoder:
         self._storage = np.asarray(self.mapped)
 
     def fetch(self, pages: Iterable[int]) -> None:
-        """Ask the system to read pages of the beton into its cache, without waiting."""
+        """Ask the system to read pages of the beton into its cache, without waiting for them."""
         with self._beton.open("rb") as file:
             for page in pages:
                 os.posix_fadvise(file.fileno(), page * PAGE_SIZE, PAGE_SIZE, os.POSIX_FADV_WILLNEED)

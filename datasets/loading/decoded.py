@@ -31,7 +31,9 @@ class Reader(Protocol):
     """Anything that gives the crops of an epoch: MultiResolutionLoader or DecodedCrops."""
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """The number of samples in the beton."""
+        ...
 
     def read(
         self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
@@ -47,10 +49,10 @@ class DecodedCrops:
     """A Reader of crops that were decoded before.
 
     Args:
-        folder: where decoded crops of any data are kept.
+        folder: where decoded crops of all data are stored.
         beton: the file that the crops come from.
-        about: everything that the pixels depend on: data, crop, seed, and how finely JPEGs are decoded.
-        crop_epochs, sides: the epochs whose crops can be read, and at which sides.
+        about: everything that the pixels depend on: data, crop, seed, and the scale of JPEG decoding.
+        crop_epochs, sides: the epochs whose crops can be read, and the sides in pixels.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class DecodedCrops:
         self._mapped: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     def fill(self, reader: Reader) -> None:
-        """Decode the missing crops, each epoch once for all sides. One process of a node does it; others wait."""
+        """Decode the missing crops, each epoch once for all sides. One process per node decodes; the others wait."""
         with exclusive(self.folder, waiting=lambda: None):
             for crop_epoch in self.crop_epochs:
                 missing = [side for side in self.sides if not self._path(crop_epoch, side).exists()]
@@ -75,7 +77,7 @@ class DecodedCrops:
     def read(
         self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Iterator[Batch]:
-        """Yield given samples in given batches, as MultiResolutionLoader.read does; batches stay valid."""
+        """Yield given samples in given batches, like MultiResolutionLoader.read. The batches stay valid."""
         mapped = {side: self._map(crop_epoch, side) for side in (self.sides if sides is None else sides)}
         for indices_N in batches:
             images = {side: torch.from_numpy(pixels[indices_N]) for side, pixels in mapped.items()}
@@ -108,10 +110,10 @@ class DecodedCrops:
 
 
 class Ordered:
-    """A Reader with the methods of a training loader, and an order of a separate seed.
+    """A Reader with the methods of a training loader, and an order with its own seed.
 
-    The crops are still the reader's, so trainings with different seeds share one set of decoded crops. With the same
-    seed as a MultiResolutionLoader of one rank, the order is the same.
+    The crops are still the reader's, so trainings with different seeds share one set of decoded crops. With the seed of
+    a MultiResolutionLoader of one rank, the order equals the loader's.
     """
 
     def __init__(self, reader: Reader, batch_size: int, *, shuffle: bool, seed: int):
@@ -120,19 +122,22 @@ class Ordered:
 
     @property
     def num_samples(self) -> int:
+        """The number of samples in the beton."""
         return self._reader.num_samples
 
     @property
     def num_batches(self) -> int:
+        """The number of batches of an epoch."""
         return self._order.num_batches
 
     def read(
         self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
     ) -> Any:
-        """Read as the reader does."""
+        """Read given samples from the reader."""
         return self._reader.read(crop_epoch, batches, sides=sides)
 
     def global_size(self, step: int) -> int:
+        """Return the number of images of batch `step`."""
         first, last = batch_bounds(self.num_samples, self._order.batch_size, step)
         return last - first
 

@@ -24,6 +24,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from datasets.loading.order import GOLDEN_RATIO, splitmix64
+from datasets.turbojpeg import STOP_ON_WARNING
 
 
 def _ensure_cache() -> None:
@@ -78,7 +79,7 @@ def mark_changed(storage, offsets_N, sizes_N, checksums_N, status_N, changed):
     aligned = np.empty(-(-max(1, sizes_N.max()) // WORD), np.uint64) if len(sizes_N) else np.empty(0, np.uint64)
     for n in range(len(sizes_N)):
         content, source = aligned.view(np.uint8), storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
-        for i in range(len(source)):  # numba copies a slice element by element, but this loop as a whole
+        for i in range(len(source)):  # numba compiles this loop to one block copy, but not a slice
             content[i] = source[i]
         if xxh64(aligned, sizes_N[n]) != checksums_N[n]:
             status_N[n] = changed
@@ -194,7 +195,6 @@ LUMA_AND_CHROMA, RED_GREEN_BLUE, GRAY = 0, 1, 2
 TJ_RGB, TJ_YCBCR, TJ_GRAY = 0, 1, 2
 CHROMA_ACROSS = np.array([1, 2, 2, 1, 1, 4, 1])
 CHROMA_DOWN = np.array([1, 1, 2, 1, 2, 1, 4])
-STOP_ON_WARNING = 8192
 PADDING = 32  # pixels by which libjpeg-turbo may round up the sides of a plane
 
 START_OF_FRAME = (0xC0, 0xC1)  # sequential JPEGs
@@ -275,7 +275,7 @@ def decode_boxes(storage, offsets_N, sizes_N, shapes_N2, boxes_N5, sides_R, imag
         fraction = dct_fraction(crop_height, crop_width, largest)
         jpeg = with_room(jpeg, sizes_N[n])
         source = storage[offsets_N[n] : offsets_N[n] + sizes_N[n]]
-        for i in range(len(source)):  # numba copies a slice element by element, but this loop as a whole
+        for i in range(len(source)):  # numba compiles this loop to one block copy, but not a slice
             jpeg[i] = source[i]
         rows, pitch = height // fraction + PADDING, width // fraction + PADDING
         pixels = with_room(pixels, 3 * rows * pitch)

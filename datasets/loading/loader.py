@@ -41,12 +41,12 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of a batch; it may be empty.
+    """This rank's part of a batch, which may be empty.
 
     Attributes:
-        images: side -> uint8 (N, side, side, 3) RGB, the same crop of each image at every side. Slices of the loader's
-            memory, valid until the next batch is requested; work that is queued on the current CUDA stream by then
-            still reads these pixels. Pinned if there is a GPU.
+        images: maps a side to uint8 (N, side, side, 3) RGB, the same crop of each image at every side. The arrays are
+            slices of the loader's memory, pinned if there is a GPU, and valid until the next batch is requested. Work
+            that was queued on the current CUDA stream before that still reads these pixels.
         labels: int64 (N,).
         indices: int64 (N,), positions of the samples in the beton.
     """
@@ -78,8 +78,8 @@ class Job(NamedTuple):
 class Epoch(Iterator[Batch]):
     """A pass over batches in order. The end of the pass, an error, `close` or garbage collection stop its threads.
 
-    Threads take parts of batches in order and continue with the next batch without waiting for each other. A failure
-    cannot go unnoticed: requesting a batch waits for its parts, and raises what they raised.
+    Threads take parts of batches in order and continue with the next batch without waiting for each other. No error is
+    lost: requesting a batch waits for its parts, and raises their errors.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Epoch(Iterator[Batch]):
 
 
 class DamageLimit:
-    """Counts the damaged samples of a pass, from any thread, and raises an error when there are too many."""
+    """Count the damaged samples of a pass, from any thread, and raise an error if there are too many."""
 
     def __init__(self, beton: Path, most: int):
         self._beton, self._most = beton, most
@@ -197,7 +197,7 @@ class DamageLimit:
         """
         reason = _damage(self._beton, index)
         with self._lock:
-            if index in self.found:  # it was also tried as the replacement of another sample
+            if index in self.found:  # it was also tried as a replacement for another sample
                 return
             self.found[index] = reason
             if len(self.found) <= self._most:
@@ -212,7 +212,7 @@ class DamageLimit:
 
 
 def _decode(decoder: Decoder, slot: Slot, keys: np.ndarray, rows: slice, limit: DamageLimit) -> None:
-    """Fill some rows of a slot; in `keys`, a damaged sample is replaced by the next undamaged one of the beton."""
+    """Fill some rows of a slot. In `keys`, each damaged sample is replaced by the next undamaged one of the beton."""
     if slot.last_use is not None:
         slot.last_use.synchronize()
     decoder.run(keys, slot.memory, rows)
@@ -224,7 +224,7 @@ def _decode(decoder: Decoder, slot: Slot, keys: np.ndarray, rows: slice, limit: 
 
 
 def _damage(beton: Path, index: int) -> str:
-    """Describe what is wrong with a sample; it is decoded again for the library's message."""
+    """Describe what is wrong with a sample. The sample is decoded again to get the library's message."""
     layout, jpeg = read_layout(beton), read_jpeg(beton, index)
     record, offset = layout.metadata["image"][index], int(layout.allocations["ptr"][index])
     try:
@@ -249,26 +249,26 @@ __all__ = ["Batch", "CenterCrop", "DecodeError", "MultiResolutionLoader", "Rando
 
 
 class MultiResolutionLoader:
-    """Reads batches from a beton; each image is decoded once and cropped once for all sides.
+    """Read batches from a beton. Each image is decoded once and cropped once for all sides.
 
     The pixels of a sample depend only on (seed, epoch, sample index) and the crop. The batches over all ranks depend
     only on (seed, epoch, batch_size). So both are the same for any number of ranks and threads, and after a resume.
 
     Args:
         beton: a file that jobs.prepare wrote.
-        sides: the sizes in pixels of the images; the largest decides how finely JPEGs are decoded.
+        sides: sizes of the images in pixels; the largest decides the scale of JPEG decoding.
         batch_size: images per batch over all ranks. The batches of an epoch differ by at most one image.
         crop: the part of each image that is shown.
         shuffle: use a new order every epoch; otherwise the order of the beton.
         seed: seed of the order and the crops.
-        rank, world_size: which part of each batch this loader reads. A part may be empty; every rank takes the same
-            number of steps, and over all ranks an epoch has every sample exactly once.
-        num_threads: decoding threads. They are separate from the threads of torch and numba.
+        rank, world_size: which part of each batch this loader reads. A part may be empty. Every rank takes the same
+            number of steps, and an epoch has every sample exactly once over all ranks.
+        num_threads: decoding threads, separate from the threads of torch and numba.
         batches_ahead: batches that are prepared before they are requested.
         window_pages: shuffle within windows of this many pages of beton.PAGE_SIZE bytes, for a beton that does not fit
             into memory (order.PageWindows); None shuffles over the whole beton.
-        max_damaged: how many samples of a pass may be damaged. Each is replaced by the next sample of the beton, which
-            `Batch.indices` then names. One more raises DecodeError.
+        max_damaged: how many samples of a pass may be damaged. Each is replaced by the next sample of the beton, and
+            `Batch.indices` has the index of the replacement. One more raises DecodeError.
 
     Raises:
         ValueError: lists everything that is wrong with the arguments.
@@ -329,18 +329,18 @@ class MultiResolutionLoader:
     def epoch(
         self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
     ) -> Epoch:
-        """Start a pass over the data: an iterator of batches that is also a context manager.
+        """Start a pass over the data. The result is an iterator of batches and a context manager.
 
         Args:
             epoch: from 0; decides the order, and the crops if `crop_epoch` is None.
             start_step: the first batch to read; earlier ones are skipped without reading them.
             crop_epoch: show the crops of this epoch instead.
-            sides: the wanted sides, all by default. The others cost no memory and no resizing, and do not change the
-                pixels of the wanted ones.
+            sides: the wanted sides, all by default. Unwanted sides cost no memory and no resizing, and do not change
+                the pixels of the wanted ones.
 
         Raises:
             ValueError: an argument is out of range, or a side is not one of the loader's.
-            DecodeError: raised by the iteration, when it reaches a damaged JPEG.
+            DecodeError: raised during iteration, when it reaches a damaged JPEG.
         """
         crop_epoch = epoch if crop_epoch is None else crop_epoch
         if min(epoch, crop_epoch) < 0 or not 0 <= start_step <= self.num_batches:
@@ -356,12 +356,12 @@ class MultiResolutionLoader:
     ) -> Epoch:
         """Start a pass over the given batches of samples, which are not divided among the ranks.
 
-        A damaged sample always raises an error, whatever `max_damaged` says, because callers store the result under
-        the sample's index.
+        A damaged sample always raises an error, whatever `max_damaged` is, because callers store the result under the
+        sample's index.
 
         Args:
             crop_epoch: the epoch whose crops are shown.
-            batches: sample indices, (N,) each.
+            batches: sample indices, int64 (N,) each.
             sides: as in `epoch`.
 
         Raises:

@@ -44,12 +44,12 @@ def epoch_order(
 
 
 def count_batches(num_samples: int, batch_size: int) -> int:
-    """Return the number of batches of an epoch, the smallest that holds every sample."""
+    """Return the number of batches of an epoch: the smallest number with room for every sample."""
     return -(-num_samples // batch_size)
 
 
 def batch_bounds(num_samples: int, batch_size: int, step: int) -> tuple[int, int]:
-    """Return the first and one past the last position of batch `step`; batch sizes differ by at most one."""
+    """Return the first and one past the last position of batch `step`. Batch sizes differ by at most one."""
     size, larger = divmod(num_samples, count_batches(num_samples, batch_size))
     first = step * size + min(step, larger)
     return first, first + size + (step < larger)
@@ -57,7 +57,7 @@ def batch_bounds(num_samples: int, batch_size: int, step: int) -> tuple[int, int
 
 def pack_keys(indices_N: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.uint64]:
     """Return the keys (N,) of the samples at `indices_N`, each in 0 .. 2**32 - 1, in an epoch."""
-    # A value far along the generator's stream for (seed, epoch) is their hash; the order uses the start of the stream.
+    # The hash of (seed, epoch) is a value far along the generator's stream. The order uses the start of the stream.
     high = _generator(seed, epoch).advance(1 << 64).random_raw() & INDEX_MASK.item()
     return indices_N.astype(np.uint64) | np.uint64(high << INDEX_BITS.item())
 
@@ -68,12 +68,12 @@ def sample_indices(keys_N: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def rank_part(owners_N: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
-    """Return the positions in a batch that a rank takes: samples it owns first, then some that other ranks leave.
+    """Return the positions in a batch that a rank takes: samples it owns first, then some that other ranks leave over.
 
     The sizes of the ranks' parts differ by at most one.
 
     Args:
-        owners_N: the preferred rank of each sample, from 0 to world_size - 1.
+        owners_N: preferred rank of each sample, from 0 to world_size - 1.
     """
     sizes = np.array([len(part) for part in np.array_split(owners_N, world_size)])
     by_owner = np.argsort(owners_N, kind="stable")
@@ -140,12 +140,13 @@ class SampleOrder:
 
     @property
     def num_batches(self) -> int:
+        """The number of batches of an epoch."""
         return count_batches(self.num_samples, self.batch_size)
 
     def batches(self, epoch: int, start_step: int = 0, crop_epoch: int | None = None) -> list[NDArray[np.uint64]]:
-        """Return this rank's keys of every batch from `start_step`, in the order of `epoch`.
+        """Return this rank's keys of every batch from `start_step` on, in the order of `epoch`.
 
-        The keys are those of `crop_epoch` if it is given, else of `epoch`.
+        The keys are those of `crop_epoch` if it is given, otherwise those of `epoch`.
         """
         places_N = self.windows.places(self.seed, epoch) if self.windows else np.zeros(self.num_samples, np.int64)
         windows_N = places_N // self.windows.num_pages if self.windows else places_N
@@ -158,9 +159,9 @@ class SampleOrder:
         return parts
 
     def pages_ahead(self, epoch: int, start_step: int = 0) -> list[NDArray[np.int64]]:
-        """Return this rank's pages to fetch with every batch from `start_step`, one window before they are used.
+        """Return this rank's pages to fetch with every batch from `start_step` on, one window before they are used.
 
-        The lists are empty for an order without windows, which may need any page next.
+        The lists are empty for an order without windows, in which any page may be next.
         """
         steps = range(start_step, self.num_batches)
         if self.windows is None:
@@ -175,7 +176,7 @@ class SampleOrder:
         return [pages[ours[(low <= ours) & (ours < high)]] for low, high in itertools.pairwise(fetched)]
 
     def _owners(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rank that owns the page at each place of the epoch: every window is divided evenly."""
+        """Return the rank that owns the page at each place of the epoch. Every window is divided evenly."""
         return places % self.windows.num_pages * self.world_size // self.windows.num_pages if self.windows else places
 
 

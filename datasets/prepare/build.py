@@ -48,7 +48,7 @@ SECONDS_BETWEEN_WRITES = 5.0
 
 
 class FinishedChunk(NamedTuple):
-    """The outcomes of a chunk's images, and the pixel sums of those that are counted."""
+    """The outcomes of a chunk's images, and the pixel sums of its counted images."""
 
     outcomes: list[Outcome]
     pixels: PixelSums
@@ -57,7 +57,7 @@ class FinishedChunk(NamedTuple):
 class Journal:
     """The finished chunks of a preparation, in order, on disk.
 
-    A journal in `folder` that was made from the same inputs is resumed; any other is started over.
+    A journal in `folder` that was made from the same inputs is resumed. Any other journal is started over.
 
     Args:
         made_from: everything that the betons depend on, as JSON values.
@@ -112,7 +112,7 @@ def _read(path: Path, first_line: str) -> tuple[list[FinishedChunk], int]:
     for line in lines[1:]:
         try:
             finished.append(_parse(line))
-        except (ValueError, TypeError):  # cut short by a crash of the machine
+        except (ValueError, TypeError):  # a crash of the machine cut the line short
             break
         length += len(line)
     return finished, length
@@ -137,11 +137,12 @@ class ImageRecord(NamedTuple):
     content: str
 
     def to_json(self) -> str:
+        """Return the record as one line of JSON."""
         return json.dumps(self)
 
 
 class BadImagesError(DataError):
-    """Some images cannot be used; the message lists them, one a line."""
+    """Some images cannot be used. The message lists them, one per line."""
 
     def __init__(self, bad: Sequence[tuple[str, str]]):
         self.bad = list(bad)
@@ -201,7 +202,7 @@ def build_betons(
 
     Args:
         seed: seed of the order in which samples are stored.
-        made_from: everything that the result depends on; leftovers made from anything else are discarded.
+        made_from: everything that the result depends on; files left over from other inputs are discarded.
         map_chunks: runs the conversion, in processes or on a cluster.
         advance: called with the number of images that were read since its last call.
 
@@ -296,7 +297,7 @@ def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> Non
 
 
 def _require_no_better_here(ref: ImageRef, outcome: Outcome, node: str) -> None:
-    """Raise OSError for a file that this machine can read: it is no bad image to skip, but a problem of the cluster."""
+    """Raise OSError for a file that this machine can read: the image is not bad, but the cluster has a problem."""
     if outcome.content:
         return
     try:

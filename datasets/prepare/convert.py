@@ -1,4 +1,4 @@
-"""Converts any image file to a valid JPEG that decodes to RGB, or gives the reason why it cannot; in chunks."""
+"""Convert any image file to a valid JPEG that decodes to RGB, or give the reason why that is impossible; in chunks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pixel_sums(jpeg: bytes) -> PixelSums:
 
 
 def channel_statistics(sums: PixelSums) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation by channel on a scale of 0 to 1; there must be at least one pixel."""
+    """Return mean and standard deviation by channel, on a scale of 0 to 1. There must be at least one pixel."""
     mean, std = [], []
     for values, squares in zip(sums.values, sums.squares, strict=True):
         mean.append(round(values / sums.count / 255, 6))
@@ -75,7 +75,7 @@ Check = Literal["data", "header"]
 
 
 class BadImageError(ValueError):
-    """A file is not a valid image; the message is the reason."""
+    """A file is not a valid image. The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,21 @@ class StoredImage:
 def store_image(data: bytes, max_side: int | None, jpeg_quality: int, check: Check = "data") -> StoredImage:
     """Convert the bytes of an image file to the JPEG that a beton stores.
 
-    All data is decoded to find damage, even of a JPEG that is kept as it is, unless `check` is "header": then only its
-    header and its end are checked. A JPEG has no checksum, so damage in its middle is only found if libjpeg-turbo
-    warns of it.
+    All data is decoded to find damage, even of a JPEG that is kept as it is. With `check` "header", only the header and
+    the end of such a JPEG are checked. A JPEG has no checksum, so damage in its middle is found only if libjpeg-turbo
+    warns about it.
 
-    Grayscale stays one channel, which decodes to equal R, G and B. Alpha is composed over white, 16 bits are scaled
-    to 8, CMYK and palettes are converted, and the EXIF orientation is applied. Color profiles are ignored. Of an
-    animation, the first frame is used.
+    Grayscale stays one channel, which decodes to equal R, G and B. Alpha is composed over white, 16 bits are scaled to
+    8, CMYK and palettes are converted, and the EXIF orientation is applied. Color profiles are ignored. If a file has
+    several frames, the first one is used.
 
     Args:
         max_side: images whose shorter side is longer are resized to it (antialiased), in pixels.
-        jpeg_quality: the quality of images that are encoded again.
+        jpeg_quality: quality of images that are encoded again.
 
     Raises:
-        BadImageError: the file is empty, not an image, truncated, damaged or too large (more than MAX_PIXELS), or has
-            a pixel format without a defined range.
+        BadImageError: the file is empty, not an image, truncated, damaged or too large (more than MAX_PIXELS), or has a
+            pixel format without a defined range.
     """
     if not data:
         raise BadImageError("the file is empty")
@@ -167,7 +167,7 @@ def _store_jpeg(data: bytes, header: JpegHeader, max_side: int | None, jpeg_qual
 
 def _open_jpeg(data: bytes, header: JpegHeader) -> Image.Image:
     if header.has_four_inks:
-        # Pillow knows how inks are inverted and mixed, but does not find all damage.
+        # Pillow converts inverted and mixed inks correctly, but does not find all damage.
         turbojpeg.verify(data, header)
         return _open_with_pillow(data, upright=False)
     size = (header.width, header.height)
@@ -178,15 +178,15 @@ def _open_jpeg(data: bytes, header: JpegHeader) -> Image.Image:
 def _resize_planes(data: bytes, header: JpegHeader, size: tuple[int, int], jpeg_quality: int) -> StoredImage:
     """Resize the luma and chroma planes of a JPEG, into 4:2:0 or gray.
 
-    Converting to RGB and back would gain nothing, nor would scaling chroma, usually stored at a quarter of the pixels,
-    to full size and back. An image that shrinks to a quarter or less is partly reduced by the cosine transform.
+    Converting to RGB and back would gain nothing. Neither would scaling chroma, which usually has a quarter of the
+    pixels, to full size and back. An image that shrinks to a quarter or less is partly reduced by the cosine transform.
     """
     width, height = size
     shrink = min(header.width, header.height) / min(size)
     scale = max(scale for scale in (1, 2, 4, 8) if scale == 1 or shrink >= 2 * scale)
     luma, *colors = turbojpeg.decode_planes(data, header, scale)
     across, down = header.subsampling.factors
-    # The visible part of a plane, and the part that the new plane covers; its last sample may reach beyond the image.
+    # The visible part of a plane, and the part that the new plane covers. Its last sample may extend beyond the image.
     seen = header.width / scale, header.height / scale
     planes = [_padded(_plane_image(luma).resize(size, RESIZE_FILTER, box=(0, 0, *seen)), even=bool(colors))]
     columns, rows = (width + 1) // 2, (height + 1) // 2
@@ -225,7 +225,7 @@ def _open_with_pillow(data: bytes, upright: bool = True) -> Image.Image:
                 return _upright(to_rgb(image), orientation)
         except BadImageError:
             raise
-        except Exception as error:  # a parser of arbitrary bytes fails in arbitrary ways
+        except Exception as error:  # a parser of arbitrary bytes can fail in any way
             raise BadImageError(_pillow_reason(error)) from None
 
 
@@ -243,11 +243,11 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _orientation(data: bytes) -> int:
-    """Return the EXIF orientation, 1 to 8; also 1 if the metadata is damaged, because the pixels may be valid."""
+    """Return the EXIF orientation, 1 to 8, or 1 if the metadata is damaged, because the pixels may still be valid."""
     if data.startswith(JPEG_START):
         end = _metadata_end(data)
         if all(data.find(mark, 0, end) < 0 for mark in ORIENTATION_MARKS):
-            return 1  # most photographs of data sets; asking Pillow takes a tenth of the time of decoding
+            return 1  # the usual case in data sets; asking Pillow would take a tenth of the time of decoding
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -259,7 +259,7 @@ def _orientation(data: bytes) -> int:
 
 
 def _metadata_end(jpeg: bytes) -> int:
-    """Return where the segments before a JPEG's image data end; the file's length if they cannot be parsed."""
+    """Return where the segments before a JPEG's image data end, or the file's length if they cannot be parsed."""
     position = 2
     while jpeg[position : position + 1] == b"\xff" and len(jpeg) >= position + 4:
         if jpeg[position + 1] == START_OF_SCAN:
@@ -329,16 +329,16 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The work that a process takes at a time; `counted` are the positions of images whose pixels are counted."""
+    """The images that a process converts together. `counted` are the positions of images whose pixels are counted."""
 
     refs: Sequence[ImageRef]
     counted: range = range(0)
 
 
 class Outcome(NamedTuple):
-    """The result for one image: a JPEG of `size` bytes, width and height in pixels, or (`size` 0) the reason why not.
+    """The result for one image: a JPEG of `size` bytes with its width and height in pixels, or (`size` 0) the reason.
 
-    `content` is the digest of the source file, empty if it could not be read, and `stored` that of the JPEG.
+    `content` is the digest of the source file, empty if it could not be read. `stored` is the digest of the JPEG.
     """
 
     width: int
@@ -369,7 +369,7 @@ class ConvertedChunk:
 
 
 def counted_chunks(chunks: Sequence[Sequence[ImageRef]], count_pixels: bool) -> list[Chunk]:
-    """Return the work of converting images; IMAGES_IN_STATISTICS of them, evenly spread, are counted (or all)."""
+    """Return the chunks to convert. Pixels of IMAGES_IN_STATISTICS evenly spread images, or of all, are counted."""
     step = -(-sum(map(len, chunks)) // IMAGES_IN_STATISTICS)
     starts = accumulate(map(len, chunks), initial=0)
     return [
@@ -379,7 +379,7 @@ def counted_chunks(chunks: Sequence[Sequence[ImageRef]], count_pixels: bool) -> 
 
 
 def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
-    """Read, check and convert images; a bad image gives an outcome with a reason, not an exception."""
+    """Read, check and convert images. A bad image gives an outcome with a reason, not an exception."""
     outcomes, encoded, modified, pixels = [], {}, {}, PixelSums()
     for position, read in enumerate(read_images(chunk.refs)):
         content = ""

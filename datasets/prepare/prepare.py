@@ -1,4 +1,4 @@
-"""Prepares a data set: writes its images as betons with a manifest, in parallel, and only if something changed."""
+"""Prepare a data set: write its images as betons with a manifest, in parallel, and only if something changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from datasets.beton import (
     read_layout,
     verify_betons,
 )
-from datasets.files import DataError, exclusive, overlap, shown_name, sync_folder, write_whole
+from datasets.files import DataError, exclusive, overlap, shown_bytes, shown_name, sync_folder, write_whole
 from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
 from datasets.prepare.build import JOURNAL, Built, ImageRecord, LeftoversError, build_betons
 from datasets.prepare.convert import Check, Conversion, channel_statistics, digest_chunk
@@ -42,7 +42,7 @@ from datasets.sources.index import ImageIndex, Source, SourceError, listed, stor
 
 
 def publish(folder: Path, finished: Path, manifest: Manifest, records: Iterable[ImageRecord]) -> None:
-    """Move the betons in `finished` into `folder`; the manifest is written last, so it never describes other files."""
+    """Move the betons in `finished` into `folder`. The manifest is written last, so it never describes other files."""
     write_whole(finished / IMAGES_LIST, "".join(f"{record.to_json()}\n" for record in records))
     (folder / MANIFEST).unlink(missing_ok=True)
     for name in (*(split.file for split in manifest.splits.values()), IMAGES_LIST):
@@ -78,10 +78,10 @@ def require_unchanged(
 ) -> None:
     """Check that a folder was prepared from the same inputs.
 
-    This is quick if names, sizes and modification times are the same; otherwise the contents of images are compared.
+    This is quick if names, sizes and modification times are the same. Otherwise the contents of images are compared.
 
     Raises:
-        ChangedInputsError: with every difference.
+        ChangedInputsError: lists every difference.
     """
     before = {"dataset": manifest.dataset, **manifest.settings}
     changed = setting_differences(before, {"dataset": inputs.dataset, **inputs.settings})
@@ -96,7 +96,7 @@ def require_unchanged(
 
 
 def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every difference of two mappings."""
+    """Return `key: old -> new` for every key in which two mappings differ."""
     differences = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
@@ -108,7 +108,7 @@ def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
 
 
 def read_records(path: Path) -> list[ImageRecord]:
-    """Read the list of source images that is stored beside the betons; raise BetonError if it is damaged."""
+    """Read the list of source images that is stored next to the betons. Raise BetonError if it is damaged."""
     try:
         with path.open("rb") as lines:
             return [ImageRecord(*json.loads(line)) for line in lines]
@@ -119,7 +119,7 @@ def read_records(path: Path) -> list[ImageRecord]:
 def _image_differences(
     records: list[ImageRecord], index: ImageIndex, num_processes: int, show_progress: bool
 ) -> list[str]:
-    """Describe how the images differ from the recorded ones; modification times do not count."""
+    """Describe how the images differ from the recorded ones. Modification times are ignored."""
     recorded = {record.name: record for record in records}
     found = {ref.name: (split, ref) for split, refs in index.splits.items() for ref in refs}
     common = sorted(recorded.keys() & found.keys())
@@ -165,10 +165,10 @@ class Prepared:
     """The result of `prepare`.
 
     Attributes:
-        unchanged: there was nothing to do.
-        num_images: images that were read in `seconds`.
-        num_adopted: further images that an interrupted preparation had already converted.
-        not_images: how many entries of the source are not images, by kind.
+        unchanged: whether there was nothing to do.
+        num_images: number of images that were read in `seconds`.
+        num_adopted: number of further images that an interrupted preparation had already converted.
+        not_images: numbers of entries of the source that are not images, by kind.
     """
 
     manifest: Manifest
@@ -223,7 +223,7 @@ def prepare(
         SourceError: the source does not have what the data set needs.
         OSError: there is no space or no permission, or another process is preparing this folder.
     """
-    # Absolute, because `map_chunks` may run in another folder.
+    # Use absolute paths, because `map_chunks` may run in another folder.
     entry, folder = find_dataset(dataset), Path(folder).absolute()
     options = SourceOptions(
         folder=folder,
@@ -258,7 +258,8 @@ def prepare(
 
 
 def _require_separate(folder: Path, sources: Sequence[tuple[str, Path | None]]) -> None:
-    """Raise SourceError if the prepared folder and a source overlap: its own files would be read as images."""
+    """Raise SourceError if the prepared folder and a source overlap, because the folder's files would be read as
+    images."""
     for name, source in sources:
         if source is not None and (relation := overlap(folder, source)):
             raise SourceError(
@@ -267,7 +268,7 @@ def _require_separate(folder: Path, sources: Sequence[tuple[str, Path | None]]) 
 
 
 def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) -> dict[str, Any]:
-    """Return everything besides the images that the betons depend on; the source's path does not matter."""
+    """Return everything besides the images that the betons depend on. The source's path is not part of it."""
     used = {name: getattr(options, name) for name in entry.uses if name not in ("source", "validation_source")}
     if "glyphs" in used:
         used["glyphs"] = {**asdict(options.glyphs), "generator": GENERATOR_VERSION}
@@ -275,19 +276,19 @@ def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) ->
 
 
 def _holds_data(folder: Path) -> bool:
-    """Whether the folder has a finished preparation or parts of one; false if a preparation can be resumed."""
+    """Return whether the folder has a finished preparation or parts of one, but not if a preparation can be resumed."""
     if (folder / PARTIAL / JOURNAL).exists() and not (folder / MANIFEST).exists():
         return False
     return any(path.exists() for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)))
 
 
 def _confirmed(folder: Path, inputs: Inputs, num_processes: int, show_progress: bool) -> Manifest:
-    """Return the manifest of a folder that needs no preparation; otherwise raise as `prepare` documents."""
+    """Return the manifest of a folder that needs no preparation. Otherwise raise the errors that `prepare` lists."""
     manifest = load_manifest(folder)
     require_unchanged(folder, manifest, inputs, num_processes, show_progress)
     verify_betons(folder)
     if manifest.source_state != inputs.images.state:
-        # The same images at another place or with other times: make the next check quick again.
+        # The images are the same, but in another place or with other times. Store the new state for a quick next check.
         manifest = replace(manifest, source_state=inputs.images.state)
         write_whole(folder / MANIFEST, manifest.to_json())
     return manifest
@@ -339,7 +340,7 @@ def _build(
         except LeftoversError:
             shutil.rmtree(unfinished)
             built = build()
-    except ValueError:  # the images have to change, so there is nothing to resume
+    except ValueError:  # the user must change the images, so there is nothing to resume
         shutil.rmtree(unfinished)
         raise
     manifest = _manifest(entry, index, inputs, built, versions)
@@ -373,7 +374,7 @@ def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> N
     free = shutil.disk_usage(folder).free + left_over
     if needed > free:
         raise OSError(
-            f"{shown_name(folder)} has {free / 1e9:.1f} GB free, but about {needed / 1e9:.1f} GB are needed; "
+            f"{shown_name(folder)} has {shown_bytes(free)} free, but about {shown_bytes(needed)} are needed; "
             "free some space, or choose another data.folder"
         )
 

@@ -24,7 +24,7 @@ IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"
 class SourceOptions:
     """The options for finding, choosing and splitting images, as in the configuration's `data` section.
 
-    `folder` is where the data is prepared.
+    `folder` is the folder into which the data is prepared.
     """
 
     folder: Path
@@ -58,11 +58,12 @@ class Dataset:
     """An entry of the catalog.
 
     Attributes:
-        classes: the number of classes and the origin of their names.
-        mean, std: usual statistics by channel on a scale of 0 to 1, used before any are measured.
-        uses: the options besides `folder` that this data set reads.
-        scan: finds the images, without reading them.
-        published: results of others on the same images, shown in reports.
+        licence: license of the images, as text.
+        classes: number of classes and origin of their names.
+        mean, std: usual statistics by channel on a scale of 0 to 1, used until the images are measured.
+        uses: options besides `folder` that this data set reads.
+        scan: function that finds the images without reading them.
+        published: published results on the same images, shown in reports.
     """
 
     name: str
@@ -77,14 +78,14 @@ class Dataset:
 
 
 def find_dataset(name: str) -> Dataset:
-    """Return the entry of that name; raise ValueError with the known names if there is none."""
+    """Return the entry with that name. Raise ValueError with the known names if there is none."""
     if name not in CATALOG:
         raise ValueError(f"there is no data set {name!r}; choose one of {', '.join(sorted(CATALOG))}")
     return CATALOG[name]
 
 
 def imagenet100_ids() -> list[str]:
-    """Return the 100 WordNet ids of the paper's ImageNet-100, sorted; an id's label is its position."""
+    """Return the 100 WordNet ids of the paper's ImageNet-100, sorted. An id's label is its position."""
     return IMAGENET100_IDS.read_text().split()
 
 
@@ -119,7 +120,7 @@ def _scan_image_folder(options: SourceOptions) -> Source:
 
 
 def _scan_list(source: Path, options: SourceOptions, wnids: Sequence[str] | None = None) -> Source | None:
-    """Return the source of shards or a CSV file; None if `source` is neither."""
+    """Return the source of shards or a CSV file, or None if `source` is neither."""
     choice, held_out = options.choice(wnids), options.validation_source
     if source.suffix.lower() == ".csv" and source.is_file():
         if held_out:

@@ -1,8 +1,8 @@
 """Photovoltaic cells in electroluminescence images, from the package `elpv-dataset` (Deitsch et al. 2019).
 
-Experts answered two questions for each cell: functional or defective, and sure or not. The package's probability of a
-defect is 0 or 1/3 for functional, 2/3 or 1 for defective. The label here is the first answer (probability above 1/2);
-the probability is also kept as an attribute.
+Experts answered two questions for each cell: whether it is functional or defective, and whether they are sure. The
+package's probability of a defect is 0 or 1/3 for functional, 2/3 or 1 for defective. The label here is the first answer
+(probability above 1/2). The probability is also kept as an attribute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLASSES = ["functional", "defective"]
 
 
 def package_folder() -> Path:
-    """Return the installed package's folder with labels.csv and images/; raise SourceError if it is not installed."""
+    """Return the installed package's folder with labels.csv and images/. Raise SourceError if it is not installed."""
     spec = importlib.util.find_spec("elpv_dataset")
     if spec is None or spec.origin is None:
         raise SourceError("the package elpv-dataset is not installed; run `make setup`")

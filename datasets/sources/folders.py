@@ -36,7 +36,7 @@ BROKEN_LINK = "broken link"
 
 
 class Entry(NamedTuple):
-    """An entry of a folder; `status` is that of a link's target, or of the link itself if the target is unreachable."""
+    """An entry of a folder. `status` is that of a link's target or, if that cannot be reached, of the link itself."""
 
     name: str
     path: str
@@ -79,7 +79,7 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 def class_folders(folder: Path, skipped: Counter[str] | None = None) -> list[str]:
-    """Return the names of the folders in `folder`, sorted, without hidden ones and what archive tools leave (__MACOSX).
+    """Return the sorted names of the folders in `folder`, except hidden ones and those of archive tools (__MACOSX).
 
     Args:
         skipped: counts the other entries by kind.
@@ -118,13 +118,13 @@ def skipped_kind(entry: Entry) -> str:
 
 
 def class_folder_files(folder: Path, classes: Sequence[str], skipped: Counter[str]) -> list[Entry]:
-    """Return the images in folders of classes; their names are CLASS/FILE.
+    """Return the images in class folders. Their names are CLASS/FILE.
 
     Args:
         skipped: counts the files that are clearly not images, by kind.
 
     Raises:
-        SourceError: a class folder has folders.
+        SourceError: a class folder contains folders.
     """
     files, nested = [], []
     for name in classes:
@@ -153,12 +153,12 @@ def scan_image_folder(
 ) -> Source:
     """Find class folders, sorted by name, directly in `source` or in SOURCE/train.
 
-    Validation images are those of `validation_source`, else of SOURCE/val or SOURCE/validation beside SOURCE/train,
-    else a seeded, stratified part of the training images.
+    Validation images are those of `validation_source` or, without it, those of SOURCE/val or SOURCE/validation next to
+    SOURCE/train, or otherwise a seeded, stratified part of the training images.
 
     Raises:
-        SourceError: there is no such folder, there are no class folders, class folders have folders, or the validation
-            classes differ from the training classes. `read_index` raises it for classes without images.
+        SourceError: there is no such folder, there are no class folders, class folders contain folders, or the
+            validation classes differ from the training classes. `read_index` raises it for classes without images.
     """
     train, validation = _layout(source, validation_source)
     skipped: Counter[str] = Counter()
@@ -192,7 +192,7 @@ def scan_image_folder(
         splits = {"train": choose(kept, images_per_class, seed), "validation": held_out}
         return checked(ImageIndex([shown_name(name) for name in classes], splits))
 
-    # Empty class folders count too: they are classes.
+    # Empty class folders count too, because they are classes.
     entries = [(f"train/{file.name}", file.status) for file in train_files]
     entries += [(f"validation/{file.name}", file.status) for file in validation_files]
     folders = [train / name for name in classes]
@@ -217,7 +217,7 @@ def _layout(source: Path, validation_source: Path | None) -> tuple[Path, Path | 
 
 
 def file_refs(files: Iterable[Entry], classes: Sequence[str], prefix: str) -> list[ImageRef]:
-    """Return the images of class folders, sorted by name; an image's class is the folder in its name."""
+    """Return the images of class folders, sorted by name. An image's class is the folder in its name."""
     labels = {name: label for label, name in enumerate(classes)}
     return sorted(
         ImageRef(shown_name(prefix + file.name), labels[file.name.split("/", 1)[0]], file.path, 0, file.size)
@@ -234,8 +234,8 @@ class ImageWalk:
     """The images below a folder.
 
     Attributes:
-        files: paths relative to the folder, found while they are taken; broken links are among them.
-        skipped: how many other entries there are, by kind; complete when all files have been taken.
+        files: paths relative to the folder, found during iteration, including broken links.
+        skipped: number of other entries by kind; complete at the end of the iteration.
     """
 
     files: Iterator[str]
@@ -248,7 +248,7 @@ def walk_images(folder: Path) -> ImageWalk:
     Linked folders are read after all others, and only if they have not been read under another name.
 
     Raises:
-        SourceError: raised while files are taken, if a folder cannot be listed.
+        SourceError: raised during iteration, if a folder cannot be listed.
     """
     skipped: Counter[str] = Counter()
     return ImageWalk(_walk(folder, skipped), skipped)

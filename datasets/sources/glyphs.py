@@ -1,8 +1,8 @@
 """Generated images with a known required resolution: one letter of widely varying height over a textured background.
 
-A letter of 9 % of the image side can only be recognized at full resolution, one of 60 % already at a third of it. So
-there is something to gain by choosing the resolution. Every image is a pure function of (settings, split, index): it
-does not depend on the number of processes or on the order in which images are drawn.
+A letter of 9 % of the image side can be recognized only at full resolution, one of 60 % already at a third of it. So
+choosing the resolution can save cost. Every image is a pure function of (settings, split, index). It does not depend on
+the number of processes or on the order in which images are drawn.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MARKER = "generated.json"
 
 @dataclass(frozen=True)
 class GlyphSettings:
-    """The settings of the generated images; heights are fractions of `image_size`, which is in pixels."""
+    """The settings of the generated images. Heights are fractions of `image_size`, which is in pixels."""
 
     num_train: int = 6000
     num_validation: int = 2000
@@ -54,6 +54,7 @@ class GlyphSettings:
     seed: int = 0
 
     def count(self, split: str) -> int:
+        """Return the number of images of a split."""
         return {"train": self.num_train, "validation": self.num_validation}[split]
 
 
@@ -68,7 +69,7 @@ class Glyph:
 
 
 def glyph_label(index: int) -> int:
-    """Return the class of the image at `index`; the classes take turns."""
+    """Return the class of the image at `index`. The classes take turns."""
     return index % len(LETTERS)
 
 
@@ -97,7 +98,7 @@ def render(settings: GlyphSettings, split: str, index: int) -> NDArray[np.uint8]
 
 
 def scan_glyphs(folder: Path, settings: GlyphSettings, images_per_class: int | None, seed: int) -> Source:
-    """Find the images that `generate` writes into `folder`; each has its letter's height as attribute "height"."""
+    """Find the images that `generate` writes into `folder`. Each has its letter's height as attribute "height"."""
 
     def read_index() -> ImageIndex:
         splits = {split: _refs(folder, settings, split) for split in SPLIT_NAMES}
@@ -142,7 +143,7 @@ def generate(
 
 
 def is_generated(folder: Path, settings: GlyphSettings) -> bool:
-    """Whether `folder` has all images of exactly these settings, drawn by this generator."""
+    """Return whether `folder` has all images of exactly these settings, drawn by this generator."""
     try:
         complete = json.loads((folder / MARKER).read_text()) == _marker(settings)
     except (OSError, ValueError):
@@ -182,7 +183,7 @@ def _generator(settings: GlyphSettings, split: str, index: int) -> np.random.Gen
 
 
 def _draw_glyph(settings: GlyphSettings, rng: np.random.Generator, index: int) -> Glyph:
-    """Draw font and height of a letter; the height is log-uniform, so every doubling of the size is equally likely."""
+    """Draw font and height of a letter. The height is log-uniform, so every doubling of the size is equally likely."""
     label, font, side = glyph_label(index), int(rng.integers(len(FONTS))), settings.image_size
     height = round(side * math.exp(rng.uniform(math.log(settings.min_height), math.log(settings.max_height))))
     master = _master(label, font)

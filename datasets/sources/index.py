@@ -1,7 +1,7 @@
 """The index of a data set's images: file, offset, size and label of each, found without reading them.
 
-Plain files and members of tar files are both read with one positioned read; rows of a Parquet file are read together
-with the others of their row group. Every choice (split, images_per_class, order) uses a seeded hash of an image's name.
+A plain file or a member of a tar file is read with one positioned read. Rows of a Parquet file are read together with
+the other rows of their row group. Every choice (split, images_per_class, order) uses a seeded hash of an image's name.
 So it does not depend on the order in which a file system lists files, and a new image only moves images at the boundary
 between chosen and not chosen.
 """
@@ -31,12 +31,12 @@ class SourceError(DataError):
 
 
 class ImageRef(NamedTuple):
-    """One image: `size` bytes at `offset` of the file `path`; a size of 0 if the entry cannot be an image.
+    """One image: `size` bytes at `offset` of the file `path`. A size of 0 means that the entry cannot be an image.
 
-    `name` is its path within the data set as valid text (files.shown_name), unique, with forward slashes; `path` opens
-    the file; `attributes` are the values of the index's `attribute_names`. `group` names what must not be split, such
-    as the scene of a frame. With a `row_group`, the image is row `offset` of a Parquet file, and `size` is the mean of
-    its row group.
+    `name` is the image's path within the data set as valid text (files.shown_name), unique, with forward slashes.
+    `path` opens the file. `attributes` are the values of the index's `attribute_names`. `group` names the images that
+    must stay together in a split, such as the frames of a scene. With a `row_group`, the image is row `offset` of a
+    Parquet file, and `size` is the mean size in its row group.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ImageRef(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where the image is, for messages: its file, and the row or member of a file of many images."""
+        """The place of the image for messages: its file and, in a file of many images, its row or member."""
         if self.row_group is not None:
             return f"{self.path} (row {self.offset})"
         return f"{self.path} (member {self.name})" if self.offset else self.path
@@ -58,7 +58,7 @@ class ImageRef(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """The images of a data set by split, with class names by label; `unusable` has (place, reason) of other entries."""
+    """The images of a data set by split, with class names by label. `unusable` has (place, reason) of other entries."""
 
     classes: list[str]
     splits: dict[str, list[ImageRef]]
@@ -71,10 +71,10 @@ class Source:
     """A scanned source.
 
     Attributes:
-        state: changes when any image changes.
-        read_index: returns the images.
-        folders: the folders whose files are read.
-        skipped: how many entries of these folders are not read, by kind.
+        state: digest that changes when any image changes.
+        read_index: function that returns the images.
+        folders: folders whose files are read.
+        skipped: number of entries in these folders that are not read, by kind.
     """
 
     state: str
@@ -91,7 +91,7 @@ class ReadImage(NamedTuple):
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """Return the bytes of an image; raise OSError if they cannot be read or the file has become shorter."""
+    """Return the bytes of an image. Raise OSError if they cannot be read or the file has become shorter."""
     (read,) = read_images([ref])
     if isinstance(read, OSError):
         raise read
@@ -99,7 +99,7 @@ def read_bytes(ref: ImageRef) -> bytes:
 
 
 def read_images(refs: Sequence[ImageRef]) -> Iterator[ReadImage | OSError]:
-    """Read images and yield each, or why it cannot be read, in order; each row group is read once."""
+    """Read images and yield each one, or the error if it cannot be read, in order. Each row group is read once."""
     rows = _rows_of([ref for ref in refs if ref.row_group is not None])
     for ref in refs:
         try:
@@ -128,7 +128,7 @@ def _rows_of(refs: Sequence[ImageRef]) -> dict[tuple[str, int], ReadImage | OSEr
 
 def _read_part(ref: ImageRef) -> ReadImage:
     try:
-        # Opening a named pipe would wait for its writer without O_NONBLOCK, which files ignore.
+        # Without O_NONBLOCK, which files ignore, opening a named pipe would wait for its writer.
         descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise OSError(why_unreadable(ref.path, error)) from None
@@ -188,9 +188,9 @@ def split_off(
     seed: int,
     stratum: Callable[[ImageRef], object] = lambda ref: ref.label,
 ) -> tuple[list[ImageRef], list[ImageRef]]:
-    """Split images into (train, validation): `fraction` of every stratum for validation, at least one for each.
+    """Split images into (train, validation): `fraction` of every stratum is for validation, at least one image.
 
-    Images with a `group` stay together, so their strata get about this fraction.
+    Images with a `group` stay together, so strata get approximately this fraction.
 
     Raises:
         SourceError: a stratum has only one image, or only one group.
@@ -214,7 +214,7 @@ def _split_groups(
 ) -> tuple[list[ImageRef], list[ImageRef]]:
     """Hold out whole groups: first those that bring the strata closer to `fraction`, then one for each stratum left.
 
-    A group stays in training if it has all images of a stratum that are left there.
+    A group stays in training if it contains all remaining training images of a stratum.
     """
     groups = _grouped(refs, lambda ref: ref.group)
     groups.sort(key=lambda group: seeded_hash(seed, group[0].group))
@@ -256,7 +256,7 @@ def _split_groups(
 def with_groups(refs: Sequence[ImageRef], group_by: str | None) -> list[ImageRef]:
     """Give each image its group: what the first group of the regular expression `group_by` matches in its name.
 
-    Without a group in the expression, it is the whole match. None changes nothing.
+    If the expression has no group, the whole match is used. With None, nothing changes.
 
     Raises:
         SourceError: the expression matches nothing in some names.
@@ -287,9 +287,9 @@ BYTES_PER_CHUNK = 64 << 20
 def stored_chunks(refs: Sequence[ImageRef], seed: int) -> list[list[ImageRef]]:
     """Return images in storage order, cut into the chunks in which they are read.
 
-    The order is random, so any part of a beton is a fair sample. Rows of Parquet files are only read at a reasonable
-    speed with the rest of their row group, so a chunk has whole row groups, chosen at random: as many as it takes for
-    ROWS_PER_CHUNK images or BYTES_PER_CHUNK, in random order.
+    The order is random, so any part of a beton is a fair sample. Rows of Parquet files can be read at a reasonable
+    speed only together with their row group, so a chunk consists of whole, randomly chosen row groups. A chunk has as
+    many as give ROWS_PER_CHUNK images or BYTES_PER_CHUNK bytes, in random order.
     """
     if not any(ref.row_group is not None for ref in refs):
         ranked = _ranked(refs, seed)
@@ -304,9 +304,9 @@ def stored_chunks(refs: Sequence[ImageRef], seed: int) -> list[list[ImageRef]]:
 
 
 def checked(index: ImageIndex) -> ImageIndex:
-    """Return the index; raise SourceError if it has only one class, or classes without images in a split.
+    """Return the index. Raise SourceError if it has only one class, or classes without images in a split.
 
-    Two classes or images with the same name are an error too: names that differ on disk can be the same as text.
+    Two classes or images with the same name are an error too, because names that differ on disk can be equal as text.
     """
     _require_different(index.classes, "classes")
     _require_different([ref.name for refs in index.splits.values() for ref in refs], "images")
@@ -374,7 +374,7 @@ def state_of(entries: Iterable[tuple[str, os.stat_result]]) -> str:
 
 
 def listed(names: Sequence[str], limit: int = 10) -> str:
-    """Join names for a message; after `limit` names only the number of the others is given."""
+    """Join names for a message. After `limit` names, only the number of the others is given."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -387,7 +387,7 @@ def counted(skipped: Counter[str]) -> str:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file is clearly not an image by its name: hidden, or of a type that accompanies images."""
+    """Return whether a file is clearly not an image by its name: hidden, or of a type that accompanies images."""
     return name.startswith(".") or name.lower() == "thumbs.db" or os.path.splitext(name)[1].lower() in IGNORED_SUFFIXES  # noqa: PTH122  a tenth of Path's time
 
 

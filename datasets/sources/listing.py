@@ -1,4 +1,4 @@
-"""Images that come with a list of their labels, such as a CSV file: one way from the list to an index."""
+"""Images that come with a list of their labels, such as a CSV file, and the conversion of such a list to an index."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""The split that a word in a shard's name or in a CSV file stands for; test images are for validation if there are
-no others for it."""
+"""The split that a word in a shard's name or in a CSV file means. Test images are used for validation if there are no
+others for it."""
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?!\d)")
 NUM_ILSVRC_CLASSES = 1000
 MAX_PROBLEMS = 20
@@ -55,9 +55,9 @@ class Listing:
     """What a reader finds.
 
     Attributes:
-        class_names: the names of all classes in order, if the source has them.
-        unusable: (place, reason) of entries that are no labeled image.
-        problems: mistakes in the source as a whole, a sentence each.
+        class_names: names of all classes in order, if the source has them.
+        unusable: (place, reason) of entries that are not labeled images.
+        problems: mistakes in the source as a whole, one sentence each.
     """
 
     images: list[Listed] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the images of a list are chosen and split; `wnids` are the ImageNet classes to keep, None for any classes."""
+    """How the images of a list are chosen and split. `wnids` are the ImageNet classes to keep; None keeps all."""
 
     validation_fraction: float = 0.2
     images_per_class: int | None = None
@@ -79,10 +79,10 @@ class Choice:
 
 
 def index_listing(listing: Listing, choice: Choice) -> ImageIndex:
-    """Return the index of a list: classes sorted by name (numbers by value) unless the source gives their order.
+    """Return the index of a list. Classes are sorted by name (numbers by value) unless the source gives their order.
 
     Raises:
-        SourceError: with every problem of the list, or classes have no images in a split.
+        SourceError: lists every problem of the list, or the classes without images in a split.
     """
     images = listing.images
     if choice.wnids is not None:
@@ -121,9 +121,9 @@ def _grouped_by(refs: Sequence[ImageRef], group_by: str | None) -> list[ImageRef
 
 
 def _of_imagenet(listing: Listing, wnids: Sequence[str]) -> list[Listed]:
-    """Keep the images of `wnids`, with the WordNet id as label; note those whose id is unknown as problems.
+    """Keep the images of `wnids`, with the WordNet id as label. Images with an unknown id become problems.
 
-    An id is the name of the class, or in the name of the image, or follows from the number of the class in
+    The id is the name of the class, or is in the name of the image, or follows from the number of the class in
     ILSVRC2012's order (the sorted ids), if the source has 1,000 class names or none.
     """
     wanted, kept, unknown = set(wnids), [], Counter[str]()
@@ -152,7 +152,7 @@ def _of_imagenet(listing: Listing, wnids: Sequence[str]) -> list[Listed]:
 
 @cache
 def ilsvrc_wnids() -> list[str]:
-    """Return the WordNet ids of ILSVRC2012's 1,000 classes, sorted; a class's number is its position. From timm."""
+    """Return the WordNet ids of ILSVRC2012's 1,000 classes, sorted, from timm. A class's number is its position."""
     spec = importlib.util.find_spec("timm")
     assert spec is not None
     assert spec.origin is not None
@@ -172,13 +172,13 @@ def scan_listing(
 
 
 def scan_csv(file: Path, choice: Choice) -> Source:
-    """Find the images that a CSV file lists: a header, then the `path` from its folder and the `label` of each.
+    """Find the images that a CSV file lists: a header, then the `path` from the file's folder and the `label` of each.
 
     A column `split` may say train, validation or test. `choice.label_column` names another column than `label`, and
     `choice.group_by` may name a column.
 
     Raises:
-        SourceError: the file cannot be read, columns are missing, or images are listed twice; all are listed.
+        SourceError: lists all problems: an unreadable file, missing columns, or images that are listed twice.
     """
     listing, entries = Listing(), [("labels", file.stat())]
     seen: dict[str, int] = {}

@@ -15,7 +15,7 @@ def image_column(schema: Schema) -> str:
     """Return the column that has the bytes of images, as Parquet addresses it: `image.bytes`, or `image`.
 
     Raises:
-        ValueError: there is none, or there are several and none of them is called image.
+        ValueError: there is no such column, or there are several and none of them is called image.
     """
     from pyarrow import types
 
@@ -44,7 +44,7 @@ def read_rows(path: str, row_group: int, rows: Sequence[int]) -> tuple[list[byte
     """Return the images in `rows` of a Parquet file, all of one row group, and the file's modification time (ns).
 
     An image is None if its row has none. The row group is decoded a few rows at a time, in memory that stays in the
-    processor's cache, and only the rows that are wanted are kept.
+    processor's cache, and only the wanted rows are kept.
 
     Raises:
         OSError: the file, or this row group, cannot be read.

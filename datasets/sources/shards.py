@@ -1,4 +1,7 @@
-"""Shards: files of many labeled images, read in place. Parquet as Hugging Face writes it, and WebDataset's tars."""
+"""Shards, which are files of many labeled images: Parquet as Hugging Face writes it, and WebDataset's tars.
+
+Images are read directly from the shards, without unpacking them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ OFFICIAL_TAR = re.compile(r"(ILSVRC2012_img_.*|n\d{8})\.tar")
 
 
 class Shard(NamedTuple):
-    """A file of many images; `name` is its path in the source as text, `split` what the name says, or ""."""
+    """A file of many images. `name` is its path in the source as text; `split` is the split in the name, or ""."""
 
     name: str
     entry: Entry
@@ -39,17 +42,18 @@ class Shard(NamedTuple):
 
     @property
     def place(self) -> str:
+        """The path of the shard, for messages."""
         return self.entry.path
 
 
 def find_shards(source: Path) -> list[Shard]:
-    """Return the shards that are `source` or lie up to two folders below it, sorted by name; all are of one kind.
+    """Return the shards at `source` or up to two folders below it, sorted by name. All have the same format.
 
-    There are none if folders in `source` have files of another type: then it has class folders, and archives beside
-    them.
+    The result is empty if folders in `source` have files of another type: then these are class folders, and archives
+    next to them.
 
     Raises:
-        SourceError: there are shards of both kinds, or a folder cannot be listed.
+        SourceError: there are shards of both formats, or a folder cannot be listed.
     """
     if source.is_file():
         files = [Entry(source.name, str(source), source.stat())] if source.suffix in (PARQUET, TAR) else []
@@ -64,7 +68,7 @@ def _shard_files(source: Path) -> list[Entry]:
     files: list[Entry] = []
 
     def walk(folder: Path, prefix: str, level: int) -> bool:
-        """Add the shards in a folder; return False if it has an image."""
+        """Add the shards in a folder. Return False if it has an image."""
         for entry in list_folder(folder):
             if is_ignored(entry.name):
                 continue
@@ -81,7 +85,7 @@ def _shard_files(source: Path) -> list[Entry]:
 
 
 def split_in_name(name: str) -> str:
-    """Return the split that a shard's name says as a word, such as `train-00000-of-00002.parquet`, or ""."""
+    """Return the split that is a word in a shard's name, such as `train-00000-of-00002.parquet`, or ""."""
     for part in reversed(Path(name.lower()).parts):
         if found := [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", part) if word in SPLIT_NAMES]:
             return found[0]
@@ -92,10 +96,10 @@ def scan_shards(shards: list[Shard], held_out: list[Shard], choice: Choice) -> S
     """Return the source of labeled images in shards.
 
     Args:
-        held_out: shards of data.validation_source; all of their images are for validation.
+        held_out: shards of data.validation_source, whose images are all for validation.
 
     Raises:
-        SourceError: some shards have a split in their names, but others or the training shards do not.
+        SourceError: some shards have a split in their names and others do not, or no shard is for training.
     """
     named = [shard for shard in shards if shard.split]
     if named and (unnamed := [shard.name for shard in shards if not shard.split]):
@@ -126,7 +130,7 @@ def _read(shards: list[Shard], choice: Choice) -> Listing:
 
 
 def _read_parquet(shard: Shard, choice: Choice, listing: Listing) -> None:
-    """Add the rows of a Parquet file to a listing; only their labels, names and groups are read."""
+    """Add the rows of a Parquet file to a listing. Only their labels, names and groups are read."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -198,7 +202,7 @@ def _columns(shard: Shard, file: ParquetFile, choice: Choice, listing: Listing) 
 
 
 def hub_features(schema: Schema) -> dict[str, Any]:
-    """Return the features that Hugging Face's `datasets` stores in a Parquet file, by column; {} without them."""
+    """Return the features that Hugging Face's `datasets` stores in a Parquet file, by column, or {} if it has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: one if isinstance(one, dict) else {} for name, one in features.items()}
@@ -311,7 +315,7 @@ def _members(shard: Shard) -> Iterator[tuple[str, str, tarfile.TarInfo, Callable
 
 
 def _labeled(shard: Shard, key: str, sample: _Sample, choice: Choice) -> Listed | str:
-    """Return a sample as a labeled image, or the reason why it is none."""
+    """Return a sample as a labeled image, or the reason why it is not one."""
     if sample.problems:
         return "; ".join(sample.problems)
     if len(sample.images) != 1:

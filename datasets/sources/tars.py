@@ -1,4 +1,4 @@
-"""ILSVRC2012 in its usual layouts: the official tar files, read in place, or unpacked folders.
+"""ILSVRC2012 in its usual layouts: the official tar files, read without unpacking, or unpacked folders.
 
 An image has the same name in every layout (`train/WNID/FILE`, `val/WNID/FILE`), so the choice of images_per_class, the
 order and the bytes of the betons are the same too.
@@ -113,11 +113,11 @@ def _validation_part(source: Path, classes: Sequence[str]) -> _Part | None:
     if not tar.is_file():
         return None
     entries = [(VALIDATION_TAR, tar.stat()), _truth_entry(source)]
-    return _Part(entries, lambda: _labelled(_tar_members(tar), source, labels))
+    return _Part(entries, lambda: _labeled_validation(_tar_members(tar), source, labels))
 
 
 def _flat_part(source: Path, folder: Path, labels: dict[str, int]) -> _Part | None:
-    """Find validation images directly in a folder; return None if there are none."""
+    """Find validation images directly in a folder. Return None if there are none."""
     skipped: Counter[str] = Counter()
     files = []
     for entry in list_folder(folder):
@@ -129,7 +129,7 @@ def _flat_part(source: Path, folder: Path, labels: dict[str, int]) -> _Part | No
         return None
     refs = [ImageRef(shown_name(file.name), 0, file.path, 0, file.size) for file in files]
     entries = [(f"val/{file.name}", file.status) for file in files]
-    return _Part([*entries, _truth_entry(source)], lambda: _labelled(refs, source, labels), [folder], skipped)
+    return _Part([*entries, _truth_entry(source)], lambda: _labeled_validation(refs, source, labels), [folder], skipped)
 
 
 def _folder_part(split: str, folder: Path, present: Sequence[str], classes: Sequence[str]) -> _Part:
@@ -185,7 +185,7 @@ def _tar_members(tar: Path, offset: int = 0, size: int | None = None) -> list[Im
     return refs
 
 
-def _labelled(refs: list[ImageRef], source: Path, labels: dict[str, int]) -> list[ImageRef]:
+def _labeled_validation(refs: list[ImageRef], source: Path, labels: dict[str, int]) -> list[ImageRef]:
     """Give validation images, whose class is not in their name, the classes of the ground truth."""
     truth = _validation_truth(source)
     refs = [ref._replace(name=Path(ref.name).name) for ref in refs]
@@ -222,7 +222,7 @@ def _validation_truth(source: Path) -> dict[str, str]:
     try:
         synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         wnids = dict(zip(np.atleast_1d(synsets["ILSVRC2012_ID"]), np.atleast_1d(synsets["WNID"]), strict=True))
-    except Exception as error:  # a parser of arbitrary bytes fails in arbitrary ways
+    except Exception as error:  # a parser of arbitrary bytes can fail in any way
         raise SourceError(f"{file}: cannot read {META} ({error}); download it again") from None
     by_image = {}
     for number, line in enumerate(truth.decode("utf-8-sig", "replace").split(), start=1):
@@ -234,7 +234,8 @@ def _validation_truth(source: Path) -> dict[str, str]:
 
 
 def _kaggle_truth(file: Path) -> dict[str, str]:
-    """Read Kaggle's solution: a row for each image, with its id and boxes, each of which starts with the class."""
+    """Read Kaggle's solution file: a row for each image, with its id and its boxes, each of which starts with the
+    class."""
     by_image = {}
     with file.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
         rows = csv.DictReader(lines)

@@ -1,4 +1,4 @@
-"""Data sets that torchvision finds and downloads, those that are files with one label each."""
+"""Data sets that torchvision finds and downloads, as far as they consist of files with one label each."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SPLITS: dict[str, tuple[str, str] | None] = {
     "StanfordCars": ("train", "test"),
     "SUN397": None,
 }
-"""torchvision's names of training and validation images for each class of torchvision.datasets, None if it has none."""
+"""Maps a data set to torchvision's names of its training and validation images, or to None without such names."""
 
 
 def scan_torchvision(name: str, root: Path, choice: Choice, download: bool) -> Source:
     """Find the images of `torchvision.datasets.NAME` in its folder, without reading them.
 
     Args:
-        root: the folder that torchvision takes as `root`; the data set is in a folder of it.
-        download: download what is missing, if its publisher still offers it.
+        root: folder that torchvision takes as `root`; the data set is in a folder below it.
+        download: whether to download what is missing, if the publisher still offers it.
 
     Raises:
-        SourceError: the data set is not there, or files of it are missing.
-        OSError: it cannot be downloaded.
+        SourceError: the data set is not there, or some of its files are missing.
+        OSError: the data set cannot be downloaded.
     """
     listing, entries, missing = Listing(), [], []
     splits = SPLITS[name]

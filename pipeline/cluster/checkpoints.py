@@ -1,4 +1,4 @@
-"""Check a run's checkpoints before Ray Train resumes from them, and repair Ray Train's list of them."""
+"""Check a run's checkpoints before Ray Train resumes from them, and repair Ray Train's list of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.training.checkpoint import STATE_FILE, TrainingState
 
 
 class DamagedCheckpointError(ValueError):
-    """The checkpoint to resume from cannot be read; `repair_snapshot` falls back to the one before it."""
+    """The checkpoint to resume from cannot be read. `repair_snapshot` falls back to the checkpoint before it."""
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """Read the training state in a checkpoint's folder; raise DamagedCheckpointError if it is unreadable."""
+    """Read the training state in a checkpoint's folder. Raise DamagedCheckpointError if it is unreadable."""
     try:
         return TrainingState.load(checkpoint / STATE_FILE)
     except ValueError as error:
@@ -28,13 +28,13 @@ def read_state(checkpoint: Path) -> TrainingState:
 
 
 def repair_snapshot(run_folder: Path) -> list[str]:
-    """Rewrite Ray Train's list of a run's checkpoints so that it names exactly the readable ones, in order.
+    """Rewrite Ray Train's list of a run's checkpoints so that it contains exactly the readable ones, in order.
 
-    Ray Train overwrites its list in place, and does not start if the list is truncated or names a missing checkpoint.
-    A complete checkpoint that is not listed yet is added. Call this only while no other process works on the run.
+    Ray Train overwrites its list in place, and does not start if the list is truncated or names a missing checkpoint. A
+    complete checkpoint that is not listed yet is added. Call this only while no other process works on the run.
 
     Returns:
-        A line for each damaged file.
+        One line for each damaged file.
 
     Raises:
         DamagedCheckpointError: there are checkpoints, but none can be read. Only the user can decide to start over.
@@ -68,7 +68,7 @@ def repair_snapshot(run_folder: Path) -> list[str]:
 
 
 def _listed(snapshot: Path) -> dict[str, dict[str, Any]] | None:
-    """Return name and metrics of every checkpoint in Ray Train's list, oldest first; None if the list is damaged."""
+    """Return name and metrics of every checkpoint in Ray Train's list, oldest first, or None if the list is damaged."""
     try:
         state = _CheckpointManagerState.model_validate_json(snapshot.read_bytes())
     except ValueError:  # includes pydantic's ValidationError

@@ -27,7 +27,7 @@ TOKEN_FILE = Path(".ray") / "auth_token"
 """The file in which Ray looks for a token, relative to the home folder."""
 SECONDS_TO_CONNECT, SECONDS_TO_ANSWER = 3.0, 10.0
 HEAD_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-"""A request that only Ray's head answers. Its message is empty."""
+"""A request with an empty message that only Ray's head answers."""
 _HEAD_ADDRESS = (
     "Use HOST:6379, the address that `ray start --head` prints, or submit the command with `ray job submit`."
 )
@@ -38,10 +38,11 @@ _USUAL_MISTAKES = {8265: "8265 is the port of the dashboard. ", 10001: "10001 is
 def ray_cluster(num_cpus: int | None = None) -> Iterator[None]:
     """Use the connected cluster if there is one, else connect to RAY_ADDRESS, else start a private local cluster.
 
-    A private one has `num_cpus` CPUs to reserve; None is as many as this machine has.
+    Ray sets RAY_ADDRESS inside a Ray job. A cluster that happens to run on this machine is not joined, because it may
+    be the private cluster of another run and would end with it.
 
-    Ray sets RAY_ADDRESS inside a Ray job. A cluster that only happens to run on this machine is not joined: it may be
-    the private cluster of another run, and would end with it.
+    Args:
+        num_cpus: CPUs of a private cluster; None is as many as this machine has.
 
     Raises:
         ConnectionError: no head answers at RAY_ADDRESS.
@@ -109,7 +110,7 @@ def require_head(address: str) -> None:
 
 
 def token_file() -> Path | None:
-    """Return where Ray looks for a token; None if this user has no home folder."""
+    """Return the path where Ray looks for a token, or None if this user has no home folder."""
     try:
         return Path(os.environ.get(TOKEN_PATH) or Path.home() / TOKEN_FILE)
     except RuntimeError:
@@ -128,11 +129,12 @@ def _token() -> str | None:
 def _prepare_local_cluster() -> None:
     """Give a private cluster its own token and a folder that this user can write to.
 
-    Otherwise Ray would write a token that others can read into the home folder, which a container's user may lack.
+    Otherwise Ray would write a token that other users can read into the home folder, which may not exist in a
+    container.
     """
     if _token() is None:
         os.environ[TOKEN] = secrets.token_hex(32)
-    # At every start it warns that authentication is on, which is intended.
+    # At every start Ray warns that authentication is on, which is intended.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     parent = Path(os.environ.get(TEMPORARY) or os.environ.get("TMPDIR") or "/tmp")
     folder = parent / "ray"
@@ -151,13 +153,13 @@ Result = TypeVar("Result")
 
 
 def map_on_cluster(function: Callable[[Work], Result], work: Iterable[Work], /) -> Generator[Result, None, None]:
-    """Yield `function(item)` for every item of `work`, in order, each computed by a Ray task of one CPU.
+    """Yield `function(item)` for every item of `work`, in order. Each item is computed by a Ray task of one CPU.
 
-    It connects to the cluster when the first item is requested. At most CHUNKS_AHEAD tasks for each CPU of the cluster
-    are running or waiting, so memory does not grow with the work. Ray retries a task whose worker or machine dies.
+    This connects to the cluster when the first item is requested. At most CHUNKS_AHEAD tasks per CPU of the cluster are
+    running or waiting, so memory does not grow with the work. Ray retries a task whose worker or machine dies.
 
     Raises:
-        ChildProcessError: the workers of a task died repeatedly, for instance because memory ran out.
+        ChildProcessError: the workers of a task died repeatedly, for example because memory ran out.
     """
     with ray_cluster():
         shipped, remaining = ray.put(function), iter(work)

@@ -1,7 +1,7 @@
-"""Find out which signal ended a worker's process: Ray reports every dead process in the same words.
+"""Find out which signal ended a worker's process, because Ray reports every dead process in the same way.
 
-Each worker lets Python's faulthandler write to a file in the run's folder. A crash in native code leaves the signal and
-the Python stack there; SIGKILL, which no process can catch, leaves the file empty.
+Each worker makes Python's faulthandler write to a file in the run's folder. A crash in native code leaves the signal
+and the Python stack there. SIGKILL, which no process can catch, leaves the file empty.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def explain_death(trace: Path | None) -> str:
     """Say which signal ended a process, the likely cause, and what to try.
 
     Args:
-        trace: the `trace_file` of the process; None if it has none.
+        trace: the `trace_file` of the process, or None.
     """
     try:
         text = trace.read_text(errors="replace") if trace else None

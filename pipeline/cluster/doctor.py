@@ -1,4 +1,4 @@
-"""Check whether the nodes of a cluster can run a configuration; report all problems together, each with a fix."""
+"""Check whether the nodes of a cluster can run a configuration. Report all problems together, each with a fix."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from datasets.beton import TRAIN, VALIDATION, Manifest, load_manifest, verify_betons
+from datasets.files import shown_bytes
 from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
 from pipeline.cluster.connection import ADDRESS, TOKEN, ray_cluster, token_file
@@ -32,7 +33,7 @@ from pipeline.config.sqlite import sqlite_address
 from pipeline.tracking.store import sqlite_file, tracking_uri
 from pipeline.training.describe import describe
 
-SECONDS_TO_ANSWER = 120.0
+NODE_TIMEOUT_SECONDS = 120.0
 LIBRARIES = ("ray", "torch", "torchvision", "ffcv", "numba", "numpy", "mlflow", "pyarrow", "pydantic", "xxhash")
 
 
@@ -41,10 +42,11 @@ class Request:
     """What a node should check.
 
     Attributes:
-        mark: a folder in the storage that holds a file of the driver; the node reads it and writes another.
-        tracking_uri: None if there is no server to ask.
+        mark: folder in the storage that contains a file of the driver; the node reads it and writes another file.
+        tracking_uri: address of the tracking server; None if no server has to be checked.
         tokens: whether to check the file with Ray's token.
-        thorough: also check what takes seconds: the data's bytes, GPUs, the data's address, the tracking server.
+        thorough: whether to check what takes seconds too: the data's bytes, GPUs, the data's address, the tracking
+            server.
     """
 
     mark: Path
@@ -62,12 +64,12 @@ class Answer:
     host: str
     versions: Mapping[str, str]
     cpus: int
-    """CPUs that processes on the node may use."""
+    """The number of CPUs that processes on the node may use."""
     gpus: int | None
-    """GPUs that torch sees; None if not checked."""
+    """The number of GPUs that torch sees; None if not checked."""
     memory_bytes: int
     data_digest: str | None
-    """Digest of the data in data.folder; None without usable data."""
+    """The digest of the data in data.folder; None without usable data."""
     data_free_bytes: int
     storage_free_bytes: int
     problems: list[str]
@@ -75,7 +77,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster: what Ray reports about it, and its answer."""
+    """A node of the cluster: what Ray reports about it, and its own answer."""
 
     name: str
     is_driver: bool
@@ -85,7 +87,7 @@ class Node:
 
 
 def probe_nodes(request: Request) -> tuple[list[Node], list[str]]:
-    """Ask every node of the connected cluster. The driver's own node answers without a Ray task.
+    """Ask every node of the connected cluster to check itself. The driver's own node answers without a Ray task.
 
     Returns:
         The nodes, and a problem for each node that does not answer.
@@ -101,11 +103,11 @@ def probe_nodes(request: Request) -> tuple[list[Node], list[str]]:
         name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
         cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
         try:
-            found = ray.get(task, timeout=SECONDS_TO_ANSWER) if task else answer(request, node["NodeID"], gpus)
+            found = ray.get(task, timeout=NODE_TIMEOUT_SECONDS) if task else answer(request, node["NodeID"], gpus)
             nodes.append(Node(name, task is None, cpus, gpus, found))
         except GetTimeoutError:
             problems.append(
-                f"{name} does not answer within {SECONDS_TO_ANSWER:.0f} s; check whether its disks and network file "
+                f"{name} does not answer within {NODE_TIMEOUT_SECONDS:.0f} s; check whether its disks and network file "
                 "systems respond (df), and whether it has memory left"
             )
         except RayError as error:
@@ -121,7 +123,7 @@ def _answer_remotely(request: Request, node_id: str, gpus: int) -> Answer:
 
 
 def answer(request: Request, node_id: str, gpus: int) -> Answer:
-    """Check the machine that this runs on; `gpus` is Ray's count of its GPUs."""
+    """Check the machine that this runs on. `gpus` is Ray's count of its GPUs."""
     problems = [*_storage_problems(request.mark, node_id), *(token_problems() if request.tokens else ())]
     digest = _data_digest(request, problems)
     if request.thorough and request.data_uri:
@@ -148,7 +150,7 @@ def answer(request: Request, node_id: str, gpus: int) -> Answer:
 
 @contextmanager
 def marked(storage: Path) -> Iterator[Path]:
-    """Yield a new folder in the storage with a file of the driver in it; it is removed afterwards.
+    """Yield a new folder in the storage that contains a file of the driver. The folder is removed afterwards.
 
     Raises:
         OSError: the driver cannot write to the storage.
@@ -173,7 +175,7 @@ def token_problems() -> Iterator[str]:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free space where a folder is or would be created; 0 if that is unknown."""
+    """Return the free space where a folder is or would be created, in bytes; 0 if that is unknown."""
     try:
         return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
     except OSError:
@@ -186,7 +188,7 @@ def _storage_problems(mark: Path, node_id: str) -> Iterator[str]:
             (mark / node_id).write_text(mark.name)
             yield from lock_problems(mark / node_id)
             return
-        found = "another file is there"
+        found = "it contains another file"
     except OSError as error:
         found = f"{error.strerror}: {error.filename}"
     yield (
@@ -208,7 +210,7 @@ def lock_problems(file: Path) -> Iterator[str]:
 
 
 def _data_digest(request: Request, problems: list[str]) -> str | None:
-    """Return the digest of data.folder, or add to `problems` why it is unusable, unless data.uri will fill it."""
+    """Return the digest of data.folder. Add to `problems` why the data is unusable, unless data.uri will provide it."""
     try:
         read = verify_betons if request.thorough else load_manifest
         manifest: Manifest = read(request.data_folder)
@@ -227,7 +229,7 @@ def _version(name: str) -> str:
 
 
 def _gpus_seen() -> int:
-    """Count GPUs in a separate process: Ray hides them from this one, which requested none."""
+    """Count GPUs in a separate process, because Ray hides them from this process, which requested none."""
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     script = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -235,12 +237,12 @@ def _gpus_seen() -> int:
 
 
 KEPT_CHECKPOINTS = 3
-"""Checkpoints on disk at once: two that Ray Train keeps, and one that is being written."""
+"""The largest number of checkpoints on disk: two that Ray Train keeps, and one that is being written."""
 
 
 @dataclass
 class Diagnosis:
-    """Everything that was found. Problems prevent a run; notes do not."""
+    """All problems and notes that were found. Problems prevent a run; notes do not."""
 
     nodes: list[Node] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -248,7 +250,7 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """Check everything, on the cluster of RAY_ADDRESS or else on this machine. It changes nothing."""
+    """Check everything, on the cluster of RAY_ADDRESS or, if that is not set, on this machine. Nothing is changed."""
     found, manifest = Diagnosis(), None
     try:
         manifest, _ = check_config(config, capacity=False)
@@ -267,7 +269,7 @@ def examine(config: Config) -> Diagnosis:
 
 
 def require_healthy(config: Config, data_digest: str) -> None:
-    """Do the quick checks on the connected cluster.
+    """Run the quick checks on the connected cluster.
 
     Raises:
         ConfigError: lists every problem.
@@ -303,7 +305,11 @@ def _look(config: Config, data_digest: str | None, found: Diagnosis, *, thorough
 
 
 def node_problems(config: Config, nodes: Sequence[Node], data_digest: str | None) -> Iterator[str]:
-    """Yield the problems in the nodes' answers; `data_digest` is of the driver's data, None if it has none."""
+    """Yield the problems in the nodes' answers.
+
+    Args:
+        data_digest: digest of the driver's data; None if the driver has none.
+    """
     nodes_by_problem: dict[str, list[Node]] = {}
     for node in nodes:
         for problem in node.answer.problems:
@@ -330,7 +336,7 @@ def version_problems(nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def digest_problems(config: Config, nodes: Sequence[Node], data_digest: str) -> Iterator[str]:
-    """Yield a problem if nodes hold other data than the driver."""
+    """Yield a problem if nodes have other data than the driver."""
     others = [node for node in nodes if node.answer.data_digest not in (None, data_digest)]
     if others:
         yield (
@@ -354,7 +360,7 @@ def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
     """Yield a problem if the tracking store is a file on one machine of several."""
     file, storage = sqlite_file(tracking_uri(config)), Path(config.cluster.storage).resolve()
     hosts = {node.answer.host for node in nodes}
-    # Fine within the storage, or next to a parent of it: a search's finetuned runs are stored inside the search.
+    # A file in the storage, or next to one of its parent folders, is fine: a search contains its finetuned runs.
     if file is not None and len(hosts) > 1 and storage not in file.parents and file.parent not in storage.parents:
         yield (
             f"the tracking store {file} is a file of one machine, and this cluster has {len(hosts)}; start `mlflow "
@@ -364,20 +370,20 @@ def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def space_problems(config: Config) -> Iterator[str]:
-    """Yield a problem if the storage cannot hold what a new run writes."""
+    """Yield a problem if the storage has too little space for what a new run writes."""
     stages = describe(config).stages
     states = [stage.memory.weights * (1 + _averages(config, stage.name)) + stage.memory.optimizer for stage in stages]
     needed = KEPT_CHECKPOINTS * max(states) + sum(stage.table_bytes or 0 for stage in stages)
     free = free_bytes(Path(config.cluster.storage).absolute())
     if needed > free:
         yield (
-            f"cluster.storage has {_gigabytes(free)} free; {KEPT_CHECKPOINTS} checkpoints and the logit tables of this "
-            f"run need {_gigabytes(needed)}: free space, or choose another cluster.storage"
+            f"cluster.storage has {shown_bytes(free)} free; {KEPT_CHECKPOINTS} checkpoints and the logit tables of "
+            f"this run need {shown_bytes(needed)}: free space, or choose another cluster.storage"
         )
 
 
 def staging_problems(config: Config, manifest: Manifest, nodes: Sequence[Node]) -> Iterator[str]:
-    """Yield the nodes whose disk cannot hold the data that they would download from data.uri."""
+    """Yield the nodes whose disk has too little space for the data that they would download from data.uri."""
     if not config.data.uri:
         return
     for node in nodes:
@@ -385,24 +391,24 @@ def staging_problems(config: Config, manifest: Manifest, nodes: Sequence[Node]) 
         needed = sum(manifest.splits[split].size_bytes for split in splits)
         if node.answer.data_digest != manifest.digest and node.answer.data_free_bytes < needed:
             yield (
-                f"data.folder {config.data.folder} on {node.name} has {_gigabytes(node.answer.data_free_bytes)} free "
-                f"and the data to download needs {_gigabytes(needed)}: free space, or choose another data.folder"
+                f"data.folder {config.data.folder} on {node.name} has {shown_bytes(node.answer.data_free_bytes)} free "
+                f"and the data to download needs {shown_bytes(needed)}: free space, or choose another data.folder"
             )
 
 
 def memory_notes(config: Config, manifest: Manifest, nodes: Sequence[Node]) -> Iterator[str]:
-    """Yield a note if nodes will read training images from disk, at random, in every epoch."""
+    """Yield a note if nodes will read training images from disk in random order in every epoch."""
     size = manifest.splits[TRAIN].size_bytes
     small = [node.name for node in nodes if node.cpus and node.answer.memory_bytes < size]
     if small and config.loader.window_pages is None:
         yield (
-            f"train.beton ({_gigabytes(size)}) is larger than the memory of {', '.join(small)}, so reads are random; "
+            f"train.beton ({shown_bytes(size)}) is larger than the memory of {', '.join(small)}, so reads are random; "
             "loader.window_pages=64 reads large pieces instead"
         )
 
 
 def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
-    """Yield notes where more CPUs or threads are configured than exist."""
+    """Yield notes if more CPUs or threads are configured than exist."""
     for node in nodes:
         if node.cpus > node.answer.cpus:
             yield (
@@ -433,7 +439,3 @@ def listed(some: Sequence[Node], everyone: Sequence[Node]) -> str:
 
 def _averages(config: Config, stage: str) -> bool:
     return dict(config.stages.present())[stage].ema_decay is not None
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB"

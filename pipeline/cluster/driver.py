@@ -57,11 +57,11 @@ class RunResult:
 
 
 def train_run(config: Config) -> RunResult:
-    """Train, evaluate and report. Resume from the last checkpoint, and do nothing for a finished run.
+    """Train, evaluate and report. Resume from the last checkpoint; do nothing if the run is finished.
 
     Raises:
         ConfigError: lists every problem that is found before Ray starts, or on the cluster.
-        ValueError: the run exists with another configuration, another driver is at work on it, or it diverged.
+        ValueError: the run exists with another configuration, another driver is working on it, or training diverged.
     """
     folder = RunFolder.of(config)
     _refuse_drift(folder, config)
@@ -90,7 +90,7 @@ def evaluate_run(config: Config, cost: Literal["flops", "milliseconds"] | None =
     """Evaluate a run's model.pt again and rewrite its report.
 
     Args:
-        cost: replaces the run's own cost in the report. Milliseconds that the run has measured are reused.
+        cost: unit of cost in the report instead of the run's own. Milliseconds that the run has measured are reused.
 
     Raises:
         ConfigError: as in `train_run`.
@@ -130,12 +130,12 @@ def calibrate_run(config: Config) -> RunResult:
 
 
 def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
-    """Return the costs, with the milliseconds that a worker measured if those are the cost."""
+    """Return the costs, including the milliseconds that a worker measured if the run's cost is in milliseconds."""
     return costs if config.cost == "flops" else replace(costs, latency=Latency.load(folder.latency))
 
 
 def _precision(config: Config, folder: RunFolder) -> str:
-    """Return the precision of the forward passes in training, and why, if the run has chosen it."""
+    """Return the precision of the run's forward passes in training and the reason for it."""
     if not folder.precision.exists():
         return config.training.precision
     chosen = json.loads(folder.precision.read_text())
@@ -143,9 +143,9 @@ def _precision(config: Config, folder: RunFolder) -> str:
 
 
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
-    """Run the worker group and return the folder of the last checkpoint; raises what `run_group` raises."""
+    """Run the worker group and return the folder of the last checkpoint. Raise what `run_group` raises."""
     require_healthy(config, settings.data_digest)
-    # The controller answers a worker's report at its next poll; the default of 2 s would be most of a short epoch.
+    # The controller answers a worker's report at its next poll. The default interval of 2 s is long for short epochs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.cluster.hang_seconds)
     shipped = replace(settings, config=with_absolute_paths(config))
@@ -167,14 +167,14 @@ def _collect(
     select_N: np.ndarray | None = None,
     balanced: bool = False,
 ) -> str | None:
-    """Copy the last report of the workers into the run's folder: the model, and the merged predictions of all ranks.
+    """Copy the workers' last report into the run's folder: the model, and the merged predictions of all ranks.
 
     Args:
-        select_N: the images on which the model before the joint stage and the one after it are compared; None is all.
-        balanced: they are compared by the mean accuracy over the classes.
+        select_N: images on which the models before and after the joint stage are compared, bool; None is all.
+        balanced: whether they are compared by the mean accuracy over the classes.
 
     Returns:
-        Which model the run keeps, if there is one from before the joint stage and one from after it.
+        A sentence that says which model the run keeps, if there is one from before and one from after the joint stage.
     """
     predictions, model, kept = merged(checkpoint, PREDICTIONS), checkpoint / folder.model.name, None
     if list(checkpoint.glob(f"{BEFORE_JOINT}-*.npz")):
@@ -191,12 +191,12 @@ def _collect(
 
 
 def merged(checkpoint: Path, name: str) -> Predictions:
-    """Merge all ranks' predictions of one model."""
+    """Merge the predictions of one model from all ranks."""
     return merge([Predictions.load(path) for path in sorted(checkpoint.glob(f"{name}-*.npz"))])
 
 
 def download_validation_split(config: Config) -> None:
-    """Download the validation images to the driver's node, before training: the report shows some of them."""
+    """Download the validation images to the driver's node before training, because the report shows some of them."""
     if config.data.uri:
         download_dataset(config.data.uri, config.data.folder, splits=[VALIDATION])
 
@@ -229,7 +229,7 @@ def _write_report(
 
 
 def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation:
-    """Return the inputs of a finished run's report; the validation images must be on this node."""
+    """Return the inputs of a finished run's report. The validation images must be on this node."""
     predictions, other, name = Predictions.load(folder.predictions), None, ""
     if folder.predictions_before_joint.exists():
         other, name = Predictions.load(folder.predictions_before_joint), "before joint"
@@ -252,30 +252,32 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
 
 
 def is_balanced(config: Config) -> bool:
-    """Whether models and policies are chosen by the mean accuracy over the classes."""
+    """Return whether models and policies are chosen by the mean accuracy over the classes."""
     return config.policy.select_by == "balanced_accuracy"
 
 
 def split_of(config: Config) -> Split:
-    """Return which validation images policies are fitted on and which are reported, the same for all runs on the data.
+    """Return the split of the validation images into those for choosing and those for reporting.
 
-    A split by the run's seed would report one run on images that another run was chosen on.
+    It is the same for all runs on the same data. If it depended on the run's seed, one run would be reported on images
+    that another run was chosen on.
     """
     policy = config.policy
     return Split(policy.select_share, policy.cross_fit_below, policy.folds)
 
 
 def select_mask(config: Config) -> np.ndarray | None:
-    """Return which validation images models may be chosen on, bool, in beton order; None is all, if there are few."""
+    """Return which validation images models may be chosen on, bool, in beton order. None is all, if there are few
+    images."""
     keys_N = split_keys(config)
     (select, _), *folds = split_of(config).parts(keys_N)
     return None if folds else np.isin(np.arange(len(keys_N)), select)
 
 
 def split_keys(config: Config) -> np.ndarray:
-    """Return what stays together when validation images are split, uint64, in the order of the beton.
+    """Return a key for each validation image, uint64, in beton order. Images with equal keys stay together in a split.
 
-    It is an image's group with data.group_by, else the checksum of its bytes.
+    The key is the image's group with data.group_by, otherwise the checksum of its bytes.
     """
     if groups := load_manifest(config.data.folder).splits[VALIDATION].groups:
         return np.asarray(groups, np.uint64)
@@ -283,7 +285,7 @@ def split_keys(config: Config) -> np.ndarray:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions and hardware that a published figure needs."""
+    """Return the versions and hardware that belong to a published figure."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
@@ -295,7 +297,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def only_driver(lock: Path) -> Iterator[None]:
-    """Keep a second driver out of the folder of `lock`; the lock ends with the process, even if it is killed."""
+    """Keep a second driver out of the folder of `lock`. The lock ends with the process, even if it is killed."""
     with lock.open("w") as file:
         if not lock_file(file.fileno(), lock):
             raise ValueError(
@@ -305,7 +307,7 @@ def only_driver(lock: Path) -> Iterator[None]:
 
 
 def _refuse_drift(folder: RunFolder, config: Config) -> None:
-    """Refuse to resume a run with another configuration than it started with."""
+    """Raise ValueError if a run would resume with another configuration than it started with."""
     if not folder.config.exists():
         return
     changed = drift(stored_config(yaml.safe_load(folder.config.read_text()), config, str(folder.config)), config)

@@ -33,11 +33,11 @@ from pipeline.training.logit_table import UnfillableTableError
 from pipeline.training.monitoring import DivergedError
 
 _OF_OTHERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL")
-"""Parts of the errors that a worker raises when its peer has died."""
+"""Parts of the error messages that a worker raises when another worker has died."""
 
 
 class FailureReporter(UserCallback):
-    """Appends each worker failure to the run's folder as it happens; it runs in Ray Train's controller."""
+    """Append each worker failure to the run's folder as it happens. This runs in Ray Train's controller."""
 
     def __init__(self, run_folder: Path):
         self.run_folder = run_folder
@@ -48,7 +48,7 @@ class FailureReporter(UserCallback):
 
 
 class WaitReporter(ControllerCallback):
-    """Reports once that workers cannot start; Ray Train keeps retrying silently."""
+    """Report once that workers cannot start, because Ray Train retries silently."""
 
     def __init__(self, run_folder: Path):
         self.run_folder, self._waiting = run_folder, False
@@ -65,7 +65,7 @@ class WaitReporter(ControllerCallback):
 
 
 def explain_workers(failures: Mapping[int, Exception], event_folder: Path) -> str:
-    """Say in one line which worker failed, and how. Workers that only lost a connection come last."""
+    """Say in one line which worker failed, and how. Workers that only lost a connection to another one come last."""
 
     def secondary(rank: int) -> tuple[bool, int]:
         return any(sign in str(failures[rank]) for sign in _OF_OTHERS), rank
@@ -76,7 +76,7 @@ def explain_workers(failures: Mapping[int, Exception], event_folder: Path) -> st
 
 
 def explain_end(error: TrainingFailedError | RayActorError, run: str, event_folder: Path, saved: str) -> str:
-    """Say why Ray Train gave up, and what to do; the same command resumes from `saved`."""
+    """Say why Ray Train gave up, and what to do. The same command resumes from `saved`."""
     if isinstance(error, WorkerGroupError):
         said = explain_workers(error.worker_failures, event_folder)
     elif isinstance(error, ControllerError):
@@ -114,7 +114,7 @@ def _one_line(error: BaseException) -> str:
 
 Settings = TypeVar("Settings")
 
-# Every rank raises them at the same step; restarted workers would end the same way.
+# Every rank raises these errors at the same step, and restarted workers would raise them again.
 FINAL_ERRORS = (
     ConfigError,
     DivergedError,
@@ -134,17 +134,17 @@ def run_group(
     event_folder: Path,
     saved: str = "the last checkpoint",
 ) -> ray.train.Result:
-    """Run `work(settings)` on all workers, which restart up to cluster.max_failures times.
+    """Run `work(settings)` on all workers. Failed workers restart up to cluster.max_failures times.
 
     Args:
-        work: what a worker does.
-        storage: Ray Train's folder of the group; it resumes from the last checkpoint that it finds there.
-        event_folder: the folder that `followed` reads; failures and waiting for room are reported there.
-        saved: what the same command resumes from after an early end.
+        work: the function that each worker runs.
+        storage: Ray Train's folder of the group, which resumes from the last checkpoint in it.
+        event_folder: folder that `followed` reads; failures and waiting for room are reported there.
+        saved: description of what the same command resumes from after an early end.
 
     Raises:
-        FINAL_ERRORS: one of them, from the workers; StoppedError as KeyboardInterrupt.
-        KeyboardInterrupt: it was stopped, after a checkpoint or at once.
+        FINAL_ERRORS: one of them, raised by the workers; StoppedError is raised as KeyboardInterrupt.
+        KeyboardInterrupt: the run was stopped, after a checkpoint or immediately.
         ChildProcessError: workers or Ray Train failed too often.
     """
     cluster = config.cluster
@@ -167,7 +167,7 @@ def run_group(
     try:
         with restored(signal.SIGINT):
             result = trainer.fit()
-    except SystemExit:  # by SIGINT, which Ray Train handles, or by a handler of SIGTERM
+    except SystemExit:  # raised by Ray Train's handler of SIGINT, or by a handler of SIGTERM
         raise KeyboardInterrupt(f"interrupted; the same command resumes from {saved}") from None
     except (TrainingFailedError, RayActorError) as error:
         raise ChildProcessError(explain_end(error, config.name, event_folder, saved)) from error
@@ -180,7 +180,8 @@ def run_group(
 
 
 def _run_worker(work: Callable[[Settings], None], event_folder: Path, settings: Settings) -> Exception | None:
-    """Return final errors instead of raising them: Ray Train would count them as failures and retry."""
+    """Run `work` and return final errors instead of raising them, because Ray Train would count them as failures and
+    retry."""
     try:
         with crash_traced(event_folder, ray.train.get_context().get_world_rank()):
             work(settings)

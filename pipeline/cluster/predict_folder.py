@@ -1,4 +1,4 @@
-"""Predict a large folder on the cluster with Ray Data, resumably, into one Parquet file for each part."""
+"""Predict a large folder on the cluster with Ray Data, resumably, into one Parquet file per part."""
 
 from __future__ import annotations
 
@@ -45,17 +45,18 @@ class Plan:
     files_per_part: int
     num_files: int
     files_sha256: str
-    """The hash of the list of files, not of their content."""
+    """The hash of the list of files, not of their contents."""
     format: int = FORMAT
 
     @property
     def num_parts(self) -> int:
+        """The number of parts."""
         return -(-self.num_files // self.files_per_part)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Files that are predicted together: a byte range of the list of files."""
+    """Files that are predicted together, as a byte range of the list of files."""
 
     number: int
     start: int
@@ -71,6 +72,7 @@ class OutputFolder:
 
     @property
     def plan_file(self) -> Path:
+        """The file with the plan."""
         return self.path / "_plan.json"
 
     @property
@@ -83,6 +85,7 @@ class OutputFolder:
         return self.path / "._files.list.partial"
 
     def part_file(self, number: int) -> Path:
+        """Return the Parquet file of a part."""
         return self.path / f"part-{number:06d}.parquet"
 
     def missing(self, parts: Iterable[Part]) -> list[Part]:
@@ -91,16 +94,17 @@ class OutputFolder:
         return [part for part in parts if self.part_file(part.number).name not in present]
 
     def files_of(self, part: Part) -> list[str]:
+        """Return the paths of a part's files, relative to the folder of images."""
         with self.list_file.open("rb") as file:
             file.seek(part.start)
             content = file.read(part.end - part.start)
         return [os.fsdecode(name) for name in content.split(_SEPARATOR)[:-1]]
 
     def list_files(self, folder: Path, files_per_part: int) -> tuple[list[Part], str]:
-        """List the images below `folder` and split the list into parts; return them and the list's SHA-256.
+        """List the images below `folder` and split the list into parts. Return the parts and the list's SHA-256.
 
-        `agree` keeps the list if it belongs to this folder of results. Listing is a stream to disk: memory holds the
-        names of one folder at a time.
+        `agree` keeps the list if it belongs to this folder of results. The list is streamed to disk, so memory holds
+        only the names of one folder at a time.
         """
         digest, parts = hashlib.sha256(), []
         start, offset, count = 0, 0, 0
@@ -121,7 +125,7 @@ class OutputFolder:
         return parts, digest.hexdigest()
 
     def agree(self, plan: Plan) -> None:
-        """Keep the plan and the list in a new folder; in an existing one, raise ValueError that names what differs."""
+        """Store the plan and the list in a new folder. In an existing one, raise ValueError that lists what differs."""
         if not self.plan_file.exists():
             if next(self.path.glob("part-*.parquet"), None):
                 raise ValueError(f"{self.path} holds part-*.parquet but no _plan.json; choose another folder for --out")
@@ -155,20 +159,20 @@ class OutputFolder:
         sync_folder(self.path)
 
     def remove_partial(self) -> None:
-        """Remove partial files of processes that died while writing."""
+        """Remove incomplete files of processes that died while writing."""
         for partial in self.path.glob(".*.partial"):
             partial.unlink(missing_ok=True)
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> pa.Table:
-    """Return rows as an Arrow table with the same types in every part, even if a column is all null.
+    """Return rows as an Arrow table with the same types in every part, even if all values of a column are null.
 
     Args:
-        columns: pandas' names of the types, as in pyfunc.OUTPUT_COLUMNS.
+        columns: maps each column to pandas' name of its type, as pyfunc.OUTPUT_COLUMNS does.
     """
     types = {"Int64": pa.int64(), "Float64": pa.float64(), "string": pa.string()}
     schema = pa.schema({"file": pa.string()} | {name: types[kind] for name, kind in columns.items()})
-    # A name that is not UTF-8 can be on a disk, but not in Parquet.
+    # A file name on disk may not be UTF-8, but text in Parquet must be.
     readable = [{**row, "file": shown_name(row["file"])} for row in rows]
     return pa.Table.from_pylist(readable, schema)
 
@@ -205,10 +209,10 @@ def predict_folder(
     files_per_part: int | None = None,
     show_progress: bool = True,
 ) -> str:
-    """Predict every image below `folder` into Parquet files in `out`; return a one-line summary.
+    """Predict every image below `folder` into Parquet files in `out`. Return a one-line summary.
 
-    Existing parts are kept. Every node must see both folders and the registry under the same address. One driver runs
-    at a time: a second one waits and then finds the work done.
+    Existing parts are kept. Every node must see both folders and the registry under the same address. Only one driver
+    works at a time: a second one waits and then finds the work done.
 
     Raises:
         ValueError: there is no image, or `out` belongs to another model, other files or other settings.
@@ -271,9 +275,9 @@ class Actors:
 
 
 def divide_resources(nodes: Sequence[Mapping[str, float]]) -> Actors:
-    """Return one actor per GPU with its share of the CPUs; without GPUs, one per CPUS_PER_ACTOR CPUs.
+    """Return one actor per GPU with its share of the CPUs or, without GPUs, one per CPUS_PER_ACTOR CPUs.
 
-    The model decodes on threads, so an actor uses several CPUs. The smallest usable node determines their number.
+    The model decodes on threads, so an actor uses several CPUs. The smallest usable node decides how many.
 
     Args:
         nodes: the `CPU` and `GPU` resources of each node.
@@ -288,7 +292,7 @@ def divide_resources(nodes: Sequence[Mapping[str, float]]) -> Actors:
 
 
 class PartPredictor:
-    """An actor that loads the model once and writes a part at each call."""
+    """An actor that loads the model once and writes a part per call."""
 
     def __init__(self, model: FoundModel, folder: Path, out: Path, budget_bias: float):
         self.model, self.folder, self.output = load_registered(model), folder, OutputFolder(out)

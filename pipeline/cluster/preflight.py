@@ -1,4 +1,4 @@
-"""Find every problem of a configuration before it takes resources, and report all of them together."""
+"""Find every problem of a configuration before the run takes resources, and report all of them together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.training.run import alpha_problems
 
 
 def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Costs]:
-    """Return the data's manifest and the model's costs, after checking data, model, targets and files.
+    """Check data, model, targets and files. Return the data's manifest and the model's costs.
 
     Args:
         capacity: also check whether this machine has room for the workers, unless the run uses another cluster.
@@ -33,7 +33,7 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
     costs: Costs | None = None
     data = config.data
     try:
-        # Nodes that download betons from an address check them.
+        # Nodes that download betons from an address check them after the download.
         manifest = remote_manifest(data.uri) if data.uri else verify_betons(data.folder)
     except (ValueError, OSError) as error:
         problems.append(f"{'data.uri' if data.uri else 'data.folder'}: {error}")
@@ -58,9 +58,9 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
 
 
 def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
-    """Yield what prevents a stage from starting with another run's model."""
-    # What a network was initialized from does not matter when it starts from another run's model, and what regularizes
-    # its training may change. The normalization belongs to the model.
+    """Yield why a stage cannot start from another run's model."""
+    # Initial weights do not matter for a network that starts from another run's model, and regularization may change.
+    # The normalization belongs to the model.
     start: Any = {
         "weights": True,
         "normalization": True,
@@ -85,7 +85,8 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
 
 
 def _store_problems(config: Config) -> Iterator[str]:
-    """Yield a problem if MLflow's address is invalid or its SQLite file read-only: MLflow would retry for minutes."""
+    """Yield a problem if MLflow's address is invalid or its SQLite file read-only, because MLflow would retry for
+    minutes."""
     try:
         file = sqlite_file(tracking_uri(config))
     except ValueError as error:
@@ -103,7 +104,7 @@ def _store_problems(config: Config) -> Iterator[str]:
 
 
 def worker_resources(config: Config) -> dict[str, Any]:
-    """Return the part of Ray's ScalingConfig that says what each worker gets on the connected cluster."""
+    """Return the arguments of Ray's ScalingConfig that describe what each worker gets on the connected cluster."""
     nodes, workers = cluster_capacity(), config.cluster.num_workers
     use_gpu = config.cluster.use_gpu
     if config.cluster.min_workers:  # nodes may be missing now and return later
@@ -128,7 +129,7 @@ def cluster_capacity() -> list[Capacity]:
 
 
 def num_fitting(nodes: Iterable[Capacity], cpus: int, *, use_gpu: bool) -> int:
-    """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit; each must fit on one node."""
+    """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit. Each must fit on one node."""
     return sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
 
 
@@ -139,7 +140,7 @@ def cpus_for_each(nodes: Sequence[Capacity], workers: int, *, use_gpu: bool) -> 
 
 
 def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
-    """Return why the workers would wait forever for room."""
+    """Return a problem if the cluster is too small, so that the workers would wait forever."""
     field = "min_workers" if config.cluster.min_workers else "num_workers"
     workers, cpus = getattr(config.cluster, field), config.cluster.cpus_per_worker or 1
     use_gpu = config.cluster.use_gpu is True

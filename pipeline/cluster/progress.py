@@ -1,4 +1,4 @@
-"""Show a run to people: progress and failures in the run folder, gauges for Prometheus, labeled logs."""
+"""Show a run to its users: progress and failures in the run folder, gauges for Prometheus, labeled logs."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def append_event(run_folder: Path, event: Mapping[str, Any], file_name: str = FILE_NAME) -> None:
-    """Append one event with its time. A line is written at once, so a reader sees whole lines only.
+    """Append one event with its time. Each line is a single write, so a reader sees only complete lines.
 
     Args:
-        file_name: FILE_NAME for rank 0, FAILURES for the driver's node: over a network file system, two machines that
-            append to one file can overwrite each other.
+        file_name: FILE_NAME for rank 0, FAILURES for the driver's node. On a network file system, two machines that
+            append to one file could overwrite each other's lines.
     """
     with (run_folder / file_name).open("a") as file:
         file.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
 def show_line(text: str) -> None:
-    """Print a line; what the terminal cannot show, such as a file name that is not UTF-8, appears as an escape."""
+    """Print a line. Characters that the terminal cannot show, such as in a file name that is not UTF-8, are escaped."""
     print(printable(text, sys.stdout.encoding or "utf-8"), flush=True)
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """Escape with backslashes what an encoding cannot represent."""
+    """Replace characters that an encoding cannot represent by backslash escapes."""
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def event_writer(folder: Path | None) -> Callable[[str], None]:
-    """Return a function that appends lines to a run folder's progress; for None it prints them on this worker."""
+    """Return a function that appends lines to a run folder's progress or, for None, prints them on this worker."""
     if folder is None:
         return show_line
     return lambda line: append_event(folder, {"message": line})
@@ -52,7 +52,7 @@ def event_writer(folder: Path | None) -> Callable[[str], None]:
 
 @contextmanager
 def followed(run_folder: Path, show: Callable[[str], None] = show_line) -> Iterator[None]:
-    """Print the run's new events while the body runs."""
+    """Print the run's new events while the `with` block runs."""
     paths = [run_folder / FILE_NAME, run_folder / FAILURES]
     positions = {path: path.stat().st_size if path.exists() else 0 for path in paths}
     stop = threading.Event()
@@ -105,7 +105,7 @@ def describe(event: Mapping[str, Any]) -> str:
 
 
 def goodput_table(seconds: Mapping[str, float]) -> str:
-    """Format seconds and percent of each phase of this attempt, one line each."""
+    """Format the seconds and percentage of each phase of this attempt, one line each."""
     total = sum(seconds.values())
     rows = [(phase.replace("_", " "), value) for phase, value in seconds.items()]
     lines = [f"{name:<12}{value:>9.1f} s {100 * value / max(total, 1e-9):>6.1f} %" for name, value in rows]
@@ -113,7 +113,7 @@ def goodput_table(seconds: Mapping[str, float]) -> str:
 
 
 class StepClock:
-    """Turns steps into events every few seconds, with speed and time left measured over this stage's steps."""
+    """Decide which steps are shown, one every few seconds, and measure speed and time left over this stage's steps."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
@@ -122,7 +122,7 @@ class StepClock:
         self._first = 0
 
     def due(self, stage: str, done_steps: int) -> bool:
-        """Return whether to show this step; the first step of a stage, with its compilation, is not timed."""
+        """Return whether to show this step. The first step of a stage, which includes compilation, is not timed."""
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._started, self._shown, self._first = stage, now, now, done_steps
@@ -164,7 +164,7 @@ GAUGES = {
 
 
 class Gauges:
-    """The gauges of one worker, which Ray serves at the metrics port of the worker's node."""
+    """The gauges of one worker, which Ray exports at the metrics port of the worker's node."""
 
     def __init__(self, run: str, rank: int, goodput: Goodput):
         self._gauges = {name: Gauge(name, meaning, (*TAGS, *more)) for name, (meaning, more) in GAUGES.items()}
@@ -172,6 +172,7 @@ class Gauges:
         self._before: Mapping[str, float] = goodput.seconds
 
     def set(self, name: str, value: float, stage: str, **more: str) -> None:
+        """Set a gauge of GAUGES. `more` has the values of its additional tags."""
         self._gauges[name].set(value, {**self._tags, "stage": stage, **more})
 
     def waiting(self, stage: str) -> None:
@@ -183,7 +184,7 @@ class Gauges:
             self.set("drnet_data_wait_share", spent[DATA_WAIT] / total, stage)
 
     def epoch(self, stage: str, epochs_done: float, values: Mapping[str, float]) -> None:
-        """Set the gauges that are measured once an epoch."""
+        """Set the gauges that are measured once per epoch."""
         self.set("drnet_epochs_done", epochs_done, stage)
         for key, value in values.items():
             for name, prefix in (("drnet_share", "share_"), ("drnet_accuracy", "accuracy_")):
@@ -192,27 +193,29 @@ class Gauges:
 
 
 class Labels(logging.Filter):
-    """Adds run, stage and rank of a worker to its log records; the reporter updates the stage."""
+    """Add run, stage and rank of a worker to its log records. The reporter updates the stage."""
 
     def __init__(self, run: str, rank: int):
         super().__init__()
         self.run, self.rank, self.stage = run, rank, "-"
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Add the labels to a record. Return True, which keeps the record."""
         record.run, record.rank, record.stage = self.run, self.rank, self.stage
         return True
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats log lines so that every stream can print them (see `printable`)."""
+    """Format log lines so that every stream can print them (see `printable`)."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the formatted record, with characters escaped that standard error cannot represent."""
         return printable(super().format(record), sys.stderr.encoding or "utf-8")
 
 
 @contextmanager
 def labeled_logs(run: str, rank: int) -> Iterator[Labels]:
-    """Send this project's log lines, labeled, to standard error, which Ray keeps in a file for each worker."""
+    """Send this project's log lines, with labels, to standard error, which Ray stores in one file per worker."""
     labels, handler = Labels(run, rank), logging.StreamHandler()
     handler.setFormatter(
         PrintableFormatter("%(asctime)s %(levelname)s run=%(run)s stage=%(stage)s rank=%(rank)s %(name)s: %(message)s")

@@ -1,4 +1,4 @@
-"""Runs a registered model on Ray Serve, rolls out another version of it, and follows an alias."""
+"""Run a registered model on Ray Serve, roll out another version of it, and follow an alias."""
 
 from __future__ import annotations
 
@@ -35,44 +35,45 @@ from pipeline.tracking.registry import download, find_model
 from pipeline.tracking.store import TrackingError
 
 TOKEN, TOKEN_FILE = "DRNET_SERVE_TOKEN", "DRNET_SERVE_TOKEN_FILE"
-"""Environment variables: the token that requests need, or the file that holds it."""
+"""Environment variables that set the token that requests need, or the file that contains it."""
 SHORTEST_TOKEN = 16
-SECONDS_TO_ANSWER, SECONDS_TO_REPLACE = 60.0, 600.0
+REQUEST_TIMEOUT_SECONDS, REPLACEMENT_TIMEOUT_SECONDS = 60.0, 600.0
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _BUILDERS = {"router": router, "resolution": resolution}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: the applications of one version of a model."""
+    """The applications that serve one version of a model."""
 
     router: Served
     parts: tuple[Served, ...]
-    """One for each resolution that has deployments of its own."""
+    """One application for each resolution that has its own deployment."""
     has_policies: bool
 
     @property
     def num_cpus(self) -> float:
-        """CPUs of the smallest number of replicas."""
+        """The number of CPUs that the smallest number of replicas needs."""
         serving = self.router.serving
         return serving.cpus_per_replica * serving.min_replicas * (1 + len(self.parts))
 
     @property
     def address(self) -> str:
+        """The address at which the model answers."""
         host = self.router.serving.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.router.serving.port}"
 
 
 def plan_for(model_uri: str, serving: ServingConfig, token: str | None, num_gpus: float = 0.0) -> Plan:
-    """Look up a model and decide what to run, without a cluster.
+    """Look up a model and decide what to run, without using a cluster.
 
     Args:
         model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        token: what requests must send; None needs none.
-        num_gpus: GPUs of the cluster.
+        token: token that requests must send; None requires none.
+        num_gpus: number of GPUs in the cluster.
 
     Raises:
-        ValueError: the address, the token or the settings do not fit together.
+        ValueError: the address, the token or the settings are not possible together.
         TrackingError: there is no such model, or an older jobs.register created it.
     """
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/\d+)", model_uri):
@@ -92,7 +93,7 @@ def plan_for(model_uri: str, serving: ServingConfig, token: str | None, num_gpus
         )
     common = Served(
         model=found.uri,
-        # Serve's configuration is no place for a password, so the nodes' environment has the address then.
+        # Serve's configuration must not show a password. An address with one must be in the nodes' environment.
         tracking_uri=found.tracking_uri if redacted(found.tracking_uri) == found.tracking_uri else None,
         split=choose_split(serving, len(about["resolutions"]), num_gpus),
         serving=serving,
@@ -104,9 +105,9 @@ def plan_for(model_uri: str, serving: ServingConfig, token: str | None, num_gpus
 
 
 def choose_split(serving: ServingConfig, num_resolutions: int, num_gpus: float) -> Literal["together", "by_resolution"]:
-    """Returns where programs run.
+    """Return whether each replica runs all programs, or each resolution has its own deployment.
 
-    A call to another deployment costs milliseconds of CPU, so resolutions are apart only where each has a GPU.
+    A call to another deployment costs milliseconds of CPU time, so resolutions are separate only if each has a GPU.
 
     Raises:
         ValueError: there is only one resolution to split.
@@ -120,10 +121,10 @@ def choose_split(serving: ServingConfig, num_resolutions: int, num_gpus: float) 
 
 
 def read_token() -> str | None:
-    """Returns the token of DRNET_SERVE_TOKEN or of the file DRNET_SERVE_TOKEN_FILE; None if neither is set.
+    """Return the token in DRNET_SERVE_TOKEN or in the file DRNET_SERVE_TOKEN_FILE, or None if neither is set.
 
     Raises:
-        ValueError: it is short enough to guess.
+        ValueError: the token is short enough to guess.
         OSError: the file cannot be read.
     """
     file = os.environ.get(TOKEN_FILE)
@@ -134,7 +135,7 @@ def read_token() -> str | None:
 
 
 def serve_config(plan: Plan) -> dict[str, Any]:
-    """Returns the configuration that `serve deploy` takes and that a RayService contains."""
+    """Return the configuration that `serve deploy` takes and that a RayService contains."""
     serving = plan.router.serving
     applications = [
         {
@@ -147,7 +148,7 @@ def serve_config(plan: Plan) -> dict[str, Any]:
     ]
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": serving.host, "port": serving.port, "request_timeout_s": SECONDS_TO_ANSWER},
+        "http_options": {"host": serving.host, "port": serving.port, "request_timeout_s": REQUEST_TIMEOUT_SECONDS},
         "logging_config": _LOGGING,
         "applications": applications,
     }
@@ -169,15 +170,15 @@ def serve_model(
     follow_alias: bool = False,
     show: Callable[[str], None] = show_line,
 ) -> None:
-    """Run a model, or roll it out where another version of it runs.
+    """Run a model, or roll it out if another version of it is running.
 
-    On a cluster (RAY_ADDRESS, a Ray job) the model keeps running when this returns. Without one, this machine serves
-    until SIGTERM or Ctrl-C; the requests in progress are answered first. With `follow_alias` this looks at the alias
-    every `serving.follow_seconds` and rolls out the version that has it.
+    On a cluster (RAY_ADDRESS, a Ray job) the model keeps running when this function returns. Otherwise this machine
+    serves until SIGTERM or Ctrl-C, and requests in progress are answered first. With `follow_alias`, the alias is
+    checked every `serving.follow_seconds`, and the version that has it is rolled out.
 
     Raises:
-        ValueError: see `plan_for`; the port is in use; the cluster is too small.
-        TrackingError: see `plan_for`.
+        ValueError: as in `plan_for`; or the port is in use, or the cluster is too small.
+        TrackingError: as in `plan_for`.
         ChildProcessError: the replicas do not start; a version that ran before keeps running.
     """
     plan = plan_for(model_uri, serving, token)
@@ -186,7 +187,7 @@ def serve_model(
     if is_private:
         _require_free_port(serving)
         _require_room(plan, cores)
-    # On this machine CPUs are only counted: twice as many leave room for the replicas of the next version.
+    # On this machine Ray only counts CPUs. Twice as many leave room for the replicas of the next version.
     with ray_cluster(2 * cores):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         plan = plan_for(model_uri, serving, token, ray.cluster_resources().get("GPU", 0.0))
@@ -208,7 +209,7 @@ def serve_model(
 
 
 def _follow(plan: Plan, model_uri: str, token: str | None, show: Callable[[str], None]) -> Plan:
-    """Roll out the version that has the alias now; returns the plan that runs afterwards."""
+    """Roll out the version that has the alias now. Return the plan that runs afterwards."""
     try:
         newest = plan_for(model_uri, plan.router.serving, token, ray.cluster_resources().get("GPU", 0.0))
         if newest.router.model == plan.router.model:
@@ -223,14 +224,14 @@ def _follow(plan: Plan, model_uri: str, token: str | None, show: Callable[[str],
 
 
 def deploy(plan: Plan) -> None:
-    """Start the replicas of a version, then let them answer, then stop those of other versions.
+    """Start the replicas of a version, switch requests to them, then stop the replicas of other versions.
 
     Raises:
         ValueError: Serve listens at another address, or runs another application at /.
         ChildProcessError: the replicas do not start.
     """
     serving = plan.router.serving
-    options = {"host": serving.host, "port": serving.port, "request_timeout_s": SECONDS_TO_ANSWER}
+    options = {"host": serving.host, "port": serving.port, "request_timeout_s": REQUEST_TIMEOUT_SECONDS}
     serve.start(proxy_location="EveryNode", http_options=options, logging_config=_LOGGING)
     _require_address(serving)
     *parts, (name, _, _) = _applications(plan)
@@ -254,7 +255,7 @@ def deploy(plan: Plan) -> None:
 
 
 def _cause(error: Exception) -> str:
-    """Returns the last line of what a replica raised, if Serve knows it."""
+    """Return the last line of the exception that a replica raised, if Serve knows it."""
     found = [about.message for app in serve.status().applications.values() for about in app.deployments.values()]
     lines = [
         line
@@ -270,24 +271,24 @@ def _at_root(app: str) -> bool:
 
 
 def _wait_for_replacement(name: str) -> None:
-    """Wait until no replica of an older version answers, because it needs its deployments until then."""
-    deadline = time.monotonic() + SECONDS_TO_REPLACE
+    """Wait until no replica of an older version answers requests, because until then it needs its deployments."""
+    deadline = time.monotonic() + REPLACEMENT_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         app = serve.status().applications[name]
         states = [state for about in app.deployments.values() for state in about.replica_states]
         if app.status == ApplicationStatus.RUNNING and not {"STOPPING", "UPDATING"} & set(states):
             return
         time.sleep(0.2)
-    raise ChildProcessError(f"the replicas of {name} are not replaced after {SECONDS_TO_REPLACE:.0f} s")
+    raise ChildProcessError(f"the replicas of {name} are not replaced after {REPLACEMENT_TIMEOUT_SECONDS:.0f} s")
 
 
 def _require_address(serving: ServingConfig) -> None:
-    """Raise ValueError if Serve already listens elsewhere: its address cannot change while it runs."""
+    """Raise ValueError if Serve already listens at another address, which cannot change while Serve runs."""
     given = serve.context._get_global_client().http_config
     if (given.host, given.port) != (serving.host, serving.port):
         raise ValueError(
             f"Serve listens at {given.host}:{given.port} already, not at {serving.host}:{serving.port}. Set "
-            "serving.host and serving.port to that, or run `serve shutdown` first"
+            "serving.host and serving.port to that address, or run `serve shutdown` first"
         )
 
 

@@ -1,8 +1,8 @@
 """Stop a run on SIGTERM, which `ray job stop` and `kill` send, right after its next checkpoint.
 
 The driver writes to a file in the run's folder, rank 0 reads it after each checkpoint, and all ranks end together. No
-work is lost, and the resumed run ends with the same bits. An extra checkpoint at the moment of the signal would change
-the result, because a checkpoint merges the ranks' batch norm statistics.
+work is lost, and the resumed run gives exactly the same result. An extra checkpoint at the time of the signal would
+change the result, because a checkpoint averages the ranks' batch norm statistics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StoppedError(Exception):
 
 
 def patience() -> float | None:
-    """Return how many seconds a run may continue after SIGTERM; None if nothing is known to kill it."""
+    """Return how many seconds a run may continue after SIGTERM, or None if nothing is known to kill it."""
     if JOB_VARIABLE not in os.environ:
         return None
     return max(0.0, float(os.environ.get(WAIT_VARIABLE, RAYS_WAIT_SECONDS)) - SECONDS_TO_END)
@@ -35,9 +35,11 @@ def patience() -> float | None:
 
 @contextmanager
 def restored(*numbers: signal.Signals) -> Iterator[bool]:
-    """Restore the handlers of these signals afterwards. Yield whether this is the main thread, which alone can.
+    """Restore the handlers of these signals afterwards. Yield whether this is the main thread, which alone can set
+    them.
 
-    Ray Train leaves its own handler for SIGINT, which calls a controller that has ended and exits with code 0.
+    Ray Train leaves its own handler for SIGINT installed. That handler calls a controller that has ended, and exits
+    with code 0.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in numbers}
@@ -51,7 +53,7 @@ def restored(*numbers: signal.Signals) -> Iterator[bool]:
 
 @contextmanager
 def sigterm_as_sigint() -> Iterator[None]:
-    """Let SIGTERM end a run the way Ctrl-C does while no workers train."""
+    """Make SIGTERM end a run like Ctrl-C while no workers train."""
     with restored(signal.SIGTERM) as in_main_thread:
         if in_main_thread:
             signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -60,9 +62,9 @@ def sigterm_as_sigint() -> Iterator[None]:
 
 @contextmanager
 def stoppable(folder: RunFolder) -> Iterator[None]:
-    """Let SIGTERM to this driver stop the workers after their next checkpoint.
+    """Make SIGTERM to this driver stop the workers after their next checkpoint.
 
-    A second SIGTERM raises SystemExit at once, and so does the end of a job's time (`patience`).
+    A second SIGTERM, or the end of a job's time (`patience`), raises SystemExit immediately.
     """
     request, seconds = folder.stop, patience()
     request.write_text("")
@@ -74,7 +76,7 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
         if request.read_text() or seconds == 0:
             end(number, frame)
         request.write_text("stop")
-        # Not print: the signal may have interrupted one.
+        # Do not use print, because the signal may have interrupted a call of it.
         os.write(2, b"stopping at the next checkpoint; another SIGTERM ends the run at once\n")
         if seconds is not None:
             signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -94,8 +96,8 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
 def is_stop_requested(folder: RunFolder) -> bool:
     """Return whether a stop of the run was requested.
 
-    The file always exists and is opened for reading: a network file system then shows what another machine wrote. It
-    may cache for a minute whether a file exists.
+    The file always exists and is opened for reading, so that a network file system shows what another machine wrote.
+    Whether a file exists may be cached for a minute.
     """
     try:
         return bool(folder.stop.read_text())

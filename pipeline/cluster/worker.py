@@ -55,21 +55,21 @@ class WorkerSettings:
     config: Config
     run_folder: Path
     data_digest: str
-    """Digest of the driver's data. A worker refuses other data."""
+    """The digest of the driver's data. A worker refuses other data."""
     tracking: RunHandle | None
     evaluate_model: Path | None = None
     """A model.pt to evaluate instead of training."""
 
 
 def run_worker(settings: WorkerSettings) -> None:
-    """Do all work of one worker of a run; see `run_group` for the errors that end the run."""
+    """Do all work of one worker of a run. See `run_group` for the errors that end the run."""
     goodput = Goodput()
     context, folder = ray.train.get_context(), RunFolder(settings.run_folder)
     device = ray.train.torch.get_device()
     precision = precision_of_run(settings.config, device, folder.precision)
     settings = replace(settings, config=with_precision(settings.config, precision))
     config = settings.config
-    # On rank 0's node only: two machines must not append to one file over a network.
+    # Only rank 0's node writes this file, because two machines must not append to one file over a network.
     tell = event_writer(settings.run_folder if context.get_node_rank() == 0 else None)
     manifest = data_of_node(config.data, settings.data_digest, tell)
     with ExitStack() as stack:
@@ -94,7 +94,7 @@ def run_worker(settings: WorkerSettings) -> None:
                 costs_of_run(trained, config, folder.latency, resumed=False)
         else:
             model, state = build_model(config, manifest, device), _last_state()
-            # Before the network is wrapped: rank 0 measures alone.
+            # Measure before the network gets what only training needs, because rank 0 measures alone.
             costs = costs_of_run(model, config, folder.latency, resumed=state is not None)
             refuse_unreachable(config, costs)
             equip_for_training(model, config)
@@ -126,11 +126,11 @@ def run_worker(settings: WorkerSettings) -> None:
 
 
 def data_of_node(data: DataConfig, digest: str, tell: Callable[[str], None]) -> Manifest:
-    """Return the manifest of this node's data.folder, after downloading the data if it has an address.
+    """Return the manifest of this node's data.folder. If the data has an address, download it first.
 
     Args:
-        digest: the digest of the driver's data.
-        tell: called with lines about the download.
+        digest: digest of the driver's data.
+        tell: called with lines of text about the download.
 
     Raises:
         ValueError: the data cannot be downloaded, or differs from the driver's.
@@ -147,7 +147,7 @@ def data_of_node(data: DataConfig, digest: str, tell: Callable[[str], None]) -> 
 
 
 class WorkerReporter:
-    """Reports to the progress file, MLflow, gauges and Ray Train; it is the training loop's Reporter."""
+    """The training loop's Reporter: report to the progress file, MLflow, gauges and Ray Train."""
 
     def __init__(self, settings: WorkerSettings, rank: int, manifest: Manifest, goodput: Goodput, labels: Labels):
         self.settings, self.rank, self.manifest, self.labels = settings, rank, manifest, labels
@@ -158,6 +158,7 @@ class WorkerReporter:
         self._written.set()
 
     def step(self, progress: Progress, loss: Tensor) -> None:
+        """Show a step every few seconds: on every rank in the gauges, on rank 0 also in the progress file."""
         done = progress.epoch * progress.steps + progress.step
         self.labels.stage = progress.stage
         if not self.clock.due(progress.stage, done):
@@ -170,6 +171,7 @@ class WorkerReporter:
             self.gauges.set("drnet_loss", loss_value, progress.stage)
 
     def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Report an epoch's values to the progress file, the gauges and MLflow."""
         if self.rank == 0:
             self._show({**vars(progress), "values": dict(values)})
             self.gauges.epoch(progress.stage, progress.epochs_done, values)
@@ -177,6 +179,7 @@ class WorkerReporter:
             self.logger.metrics(progress.stage, values, progress.epoch + 1)
 
     def message(self, text: str) -> None:
+        """Write a message to the progress file, on rank 0."""
         if self.rank == 0:
             self._show({"message": text})
 
@@ -192,12 +195,13 @@ class WorkerReporter:
             raise StoppedError(f"stopped after {state.name}; the same command resumes from there")
 
     def keep(self, name: str, model: DRNet) -> None:
+        """Save the model as NAME.pt in the run's folder, on rank 0."""
         if self.rank == 0:
             file = self.settings.run_folder / f"{name}.pt"
             save_model(file, model, self.settings.config, classes=self.manifest.classes)
 
     def _report(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        """Copy the state now, and let Ray Train's upload thread write it while training continues.
+        """Copy the state now, and let Ray Train's upload thread write the copy while training continues.
 
         The thread writes the file to its final place, so Ray does not copy it. An error in the thread fails the worker.
         At most one copy waits to be written: the next checkpoint waits for it. Ray's controller accepts a report at its
@@ -221,7 +225,7 @@ class WorkerReporter:
 
         ray.train.report(
             dict(values),
-            # Ray passes this to `write` and deletes it afterwards, so it is an empty folder.
+            # Ray passes this folder to `write` and deletes it afterwards, so it must be an empty one.
             checkpoint=Checkpoint.from_directory(tempfile.mkdtemp()),
             checkpoint_dir_name=state.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
@@ -232,7 +236,8 @@ class WorkerReporter:
         """Report the model, and each rank's predictions for its part of the validation images.
 
         Args:
-            models: networks by name, the run's as PREDICTIONS. The predictions of each go to NAME-RANK.npz.
+            models: networks by name; the run's own is PREDICTIONS. The predictions of each are written to
+                NAME-RANK.npz.
         """
         model = models[PREDICTIONS]
         self.message(f"evaluating {validation_loader.num_samples} validation images")
@@ -256,6 +261,7 @@ class WorkerReporter:
             self.logger.metrics(None, goodput.metrics(), epochs)
 
     def close(self) -> None:
+        """Stop logging to MLflow."""
         if self.logger:
             self.logger.close()
 
@@ -264,12 +270,12 @@ class WorkerReporter:
 
 
 def _last_state() -> TrainingState | None:
-    """Return the state in the run's latest checkpoint, or None; raise DamagedCheckpointError if it is unreadable."""
+    """Return the state in the run's latest checkpoint, or None. Raise DamagedCheckpointError if it is unreadable."""
     checkpoint = ray.train.get_checkpoint()
     return None if checkpoint is None else read_state(Path(checkpoint.path))
 
 
 def _worker_cpus() -> int:
-    """Return the CPUs that Ray assigned to this worker, at least one."""
+    """Return the number of CPUs that Ray assigned to this worker, at least one."""
     assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     return max(1, min(int(assigned), os.cpu_count() or 1))

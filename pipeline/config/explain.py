@@ -154,7 +154,7 @@ def _count(number: int | None) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a given value as a user would write it, without secrets, cut off when it is long."""
+    """Return a value as a user would write it, without secrets, and shortened if it is long."""
     if isinstance(value, dict):
         value = list(value)
         return f"a section with the keys {', '.join(map(str, value))}" if value else "an empty section"

@@ -1,4 +1,4 @@
-"""Types of configuration fields: numbers, paths and names, each with the error that a wrong value gets."""
+"""Types of configuration fields: numbers, paths and names, each with an error message for wrong values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 REGISTERED = "models:/"
-"""Prefix of a registered model's address."""
+"""The prefix of a registered model's address."""
 
 
 def local_path(value: Any) -> Any:
@@ -50,7 +50,9 @@ def _regular_expression(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"it is no regular expression ({error}); write special characters with a backslash") from None
+        raise ValueError(
+            f"it is not a regular expression ({error}); put a backslash before special characters"
+        ) from None
     return text
 
 

@@ -41,6 +41,6 @@ def refuse_other_inputs(folder: RunFolder, inputs: dict[str, str]) -> None:
 
 
 def keep_inputs(folder: RunFolder, inputs: dict[str, str]) -> None:
-    """Write the inputs into the run's folder at its first start."""
+    """Write the inputs to the run's folder at its first start."""
     if not folder.inputs.exists():
         write_whole(folder.inputs, json.dumps(inputs, indent=1))

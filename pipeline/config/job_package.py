@@ -1,7 +1,7 @@
 """Find the paths of a configuration that cannot work in a Ray job's package (`ray job submit --working-dir`).
 
-Every node unpacks its own copy of the package and deletes it when the job ends. The package leaves out what .gitignore
-and .rayignore name.
+Every node unpacks its own copy of the package and deletes it when the job ends. Files that match .gitignore or
+.rayignore are not in the package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def package_problems(config: Config, package: Path, *, preparing: bool = False) 
     """Yield every path that would be lost with the package or is missing from it, and every exposed password.
 
     Args:
-        preparing: check what jobs.prepare uses; otherwise what training and the later jobs use.
+        preparing: whether to check what jobs.prepare uses; otherwise check what training and later jobs use.
     """
     kept = [("data.folder", config.data.folder)]
     if not preparing:

@@ -1,4 +1,4 @@
-"""Reads a configuration from a YAML file and dotted overrides, and reports all its problems together."""
+"""Read a configuration from a YAML file and dotted overrides, and report all its problems together."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline.config.yaml_tree import field_name, field_of, is_optional, is_text
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = PROJECT_FOLDER / "jobs" / "configs"
 
-# Fields that may change when a run resumes: they say where it runs and when it stops, not what it computes.
-# The last group says where its inputs are. Their content is compared instead (pipeline/config/inputs.py).
+# Fields that may change when a run resumes: they decide where it runs and when it stops, not what it computes.
+# The last group are paths of inputs. The content of the inputs is compared instead (pipeline/config/inputs.py).
 FREE_TO_CHANGE = (
     "cluster.",
     "tracking.",
@@ -47,7 +47,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ConfigError(ValueError):
-    """Reports every problem of a configuration, one on each line."""
+    """An invalid configuration. The message lists every problem, one per line."""
 
     def __init__(self, problems: Sequence[str], source: str = "the configuration"):
         self.problems = list(problems)
@@ -62,14 +62,14 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration and apply `key.path=value` overrides.
 
-    The value of a text or path field is taken as it is; `null` clears an optional one. Other values are YAML.
+    The value of a text or path field is used literally; `null` clears an optional one. Other values are YAML.
 
     Args:
-        path: a YAML file, or the name of one in jobs/configs without its ending.
-        overrides: such as `stages.joint.epochs=2`.
+        path: a YAML file, or the name of one in jobs/configs without its suffix.
+        overrides: texts such as `stages.joint.epochs=2`.
 
     Raises:
-        ConfigError: with every problem of the file and the overrides together.
+        ConfigError: lists every problem of the file and the overrides.
     """
     file = find_config(path)
     try:
@@ -89,10 +89,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_serving(overrides: Sequence[str]) -> ServingConfig:
-    """Read the section `serving` from overrides alone, without a configuration.
+    """Read only the section `serving`, from overrides, without a configuration file.
 
     Raises:
-        ConfigError: with every problem of the overrides together.
+        ConfigError: lists every problem of the overrides.
     """
     tree: dict[str, Any] = {}
     problems = [
@@ -282,7 +282,7 @@ def _place_problems(config: Config) -> Iterator[str]:
 
 
 def _target_problems(stage: RoutedStage, cost: str) -> Iterator[str]:
-    """Yield targets that are in another unit than the run's cost."""
+    """Yield targets whose unit is not the run's unit of cost."""
     unit, other = ("gflops", "milliseconds") if cost == "flops" else ("milliseconds", "gflops")
     for key in ("alpha", "alpha_start"):
         if getattr(stage, f"{key}_{other}") is not None:

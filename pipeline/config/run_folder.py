@@ -1,4 +1,4 @@
-"""Name the files in a run's folder."""
+"""The names of the files in a run's folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pipeline.config.schema import Config
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, as an absolute path. Ray Train keeps its files there too."""
+    """The folder of one run, as an absolute path. Ray Train stores its files there too."""
 
     path: Path
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
+        """Return the folder of a configuration's run."""
         return cls(config.cluster.storage.absolute() / config.name)
 
     @property
@@ -80,6 +81,7 @@ class RunFolder:
 
     @property
     def report_json(self) -> Path:
+        """The report's data."""
         return self.report / "report.json"
 
     @property

@@ -1,7 +1,7 @@
 """The typed configuration of a run.
 
 A configuration is read once, checked as a whole and frozen. `--help` and docs/configuration.md print the field
-docstrings, so each states meaning and unit.
+docstrings, so each field's docstring says its meaning and unit.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ from pipeline.config.fields import (
 
 
 class Section(BaseModel):
+    """A part of the configuration. It is immutable, and unknown keys are errors."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
 
 class GlyphsConfig(Section):
+    """Settings of the generated images."""
+
     num_train: Positive = 6000
     """Number of training images to generate."""
     num_validation: Positive = 2000
@@ -56,6 +60,8 @@ class GlyphsConfig(Section):
 
 
 class DataConfig(Section):
+    """The data set: where its images come from, and how they are prepared."""
+
     dataset: Literal[
         "imagenet100",
         "imagefolder",
@@ -81,21 +87,22 @@ class DataConfig(Section):
     """Address of prepared data (s3://, gs://, hdfs:// or file://). Each node downloads it to data.folder once."""
     source: LocalPath | None = None
     """Original images: a folder of class folders, or of Parquet or WebDataset shards, or a CSV file (imagefolder); the
-    ILSVRC2012 tree, its tars, or shards (imagenet100); the folder that torchvision's data set has as root."""
+    ILSVRC2012 tree, its tars, or shards (imagenet100); the folder that torchvision's data set takes as root."""
     validation_source: LocalPath | None = None
     """Folder for validation, laid out as source (imagefolder). null uses the validation images of source, or else a
     seeded split."""
     label_column: Text | None = None
     """Column (Parquet, CSV) or key (.json of WebDataset) of the labels. null is label, or the only class label."""
     group_by: RegularExpression | None = None
-    """What keeps images, such as frames of a scene, on one side of every split: a column (Parquet, CSV), a key (.json),
-    or a regular expression on the image's name; its first group counts, or else the whole match. null splits freely."""
+    """Groups of images, such as the frames of a scene, that stay together in every split: a column (Parquet, CSV), a
+    key (.json), or a regular expression on the image's name, of which the first group counts, or else the whole match.
+    null splits images independently."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of each class held out for validation when the data set has no validation images."""
     images_per_class: Positive | None = None
     """Number of training images to keep in each class, chosen deterministically. null keeps all."""
     max_side: Positive | None = 500
-    """Longest allowed shorter side, in pixels. Larger images are resized to it; null keeps every size."""
+    """Largest allowed shorter side, in pixels. Larger images are resized to it; null keeps every size."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
     """JPEG quality of images that must be encoded again."""
     check_images: Literal["data", "header"] = "data"
@@ -104,7 +111,7 @@ class DataConfig(Section):
     on_bad_image: Literal["error", "skip"] = "error"
     """error: list all unreadable images and write nothing. skip: leave them out and list them in the manifest."""
     num_processes: Positive | None = None
-    """Number of processes that prepare images. null is one for each CPU. It does not change the result."""
+    """Number of processes that prepare images. null is one per CPU. It does not change the result."""
     split_seed: int = 0
     """Seed of the validation split and of the choice of images_per_class."""
     glyphs: GlyphsConfig = GlyphsConfig()
@@ -112,17 +119,19 @@ class DataConfig(Section):
 
     @field_serializer("uri", when_used="json")
     def _uri_without_secrets(self, uri: str | None) -> str | None:
-        """The address without secrets, for files, tracking and comparisons."""
+        """Return the address without secrets, for files, tracking and comparisons."""
         return uri and redacted(uri)
 
 
 class LoaderConfig(Section):
+    """How training and validation images are loaded and cropped."""
+
     num_threads: Positive | None = None
-    """Number of decoding threads in each worker. null is one for each of the worker's CPUs."""
+    """Number of decoding threads per worker. null is one for each of the worker's CPUs."""
     batches_ahead: Positive = 3
     """Number of batches to prepare ahead of training."""
     max_damaged: Annotated[int, Field(ge=0)] = 0
-    """How many damaged training images each worker may replace with others in an epoch. One more ends the run."""
+    """Number of damaged training images that each worker may replace by others in an epoch. One more ends the run."""
     window_pages: Positive | None = None
     """Shuffle within windows of this many pages of 8 MB, for betons larger than memory. null shuffles all images."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -132,19 +141,21 @@ class LoaderConfig(Section):
     flip: bool = True
     """Mirror half of the training images."""
     validation_crop: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Side of the center crop in validation, as a fraction of the image's shorter side. null is what model.weights were
-    evaluated with, or 0.875 without such weights (224 of 256 in the paper)."""
+    """Side of the center crop in validation, as a fraction of the image's shorter side. null is the value that
+    model.weights were evaluated with, or 0.875 without such weights (224 of 256 in the paper)."""
 
 
 class PredictorConfig(Section):
+    """The architecture of the resolution predictor."""
+
     architecture: Literal[1, 2, 3, 4] = 3
     """Number of the paper's predictor (supplement, Table 1). blocks, kernel and stem_stride change parts of it."""
     blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=4)] | None = None
-    """Residual blocks in each stage (64, 128, 256, 512 channels); 0 is one convolution. null is the architecture's."""
+    """Residual blocks per stage (64, 128, 256, 512 channels); 0 is one convolution. null keeps the architecture's."""
     kernel: Annotated[int, Field(ge=1)] | None = None
-    """Kernel size of the stem, and of a convolution that replaces blocks; odd. null is the architecture's, 7."""
+    """Kernel size of the stem, and of a convolution that replaces blocks; odd. null keeps the architecture's, 7."""
     stem_stride: Positive | None = None
-    """Stride of the stem's convolution. null is the architecture's: 4 in the third, 2 in the others."""
+    """Stride of the stem's convolution. null keeps the architecture's: 4 in the third, 2 in the others."""
     input_size: Annotated[int, Field(ge=16)] = 128
     """Side of the predictor's input, in pixels."""
     width: Annotated[float, Field(gt=0)] = 1.0
@@ -152,7 +163,7 @@ class PredictorConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Dropout before the predictor's classifier."""
     initial_shares: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """Relative frequency at which an untrained predictor draws each resolution. null is about equal."""
+    """Relative frequency with which an untrained predictor draws each resolution. null is about equal."""
 
 
 Mean = tuple[Fraction, Fraction, Fraction]
@@ -160,6 +171,8 @@ Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class ModelConfig(Section):
+    """The network: backbone, candidate resolutions and predictor."""
+
     backbone: Text = "resnet50"
     """small_resnet, a torchvision classification model, or timm/NAME. It must take images of several sizes."""
     backbone_width: Annotated[float, Field(gt=0)] = 1.0
@@ -169,15 +182,16 @@ class ModelConfig(Section):
     torchvision), a timm tag, the name of a torchvision weights enum, or package:NAME. null is random."""
     private_norms: Literal["auto", "batch_norm", "all", "none"] = "auto"
     """Norms with a copy for each resolution. auto: batch_norm if the backbone has any, otherwise all. none: all layers
-    are shared, so running statistics mix resolutions and fit none of them; for comparisons."""
+    are shared, so running statistics mix resolutions and match none of them; for comparisons only."""
     normalization: Literal["auto", "weights", "data"] | tuple[Mean, Deviation] = "auto"
     """Mean and standard deviation that normalize the input. weights: those that model.weights were trained with. data:
-    those of the training images. auto: weights if they have any, or else data. Or [mean, std], three values of 0 to 1
-    each. A stage with init_from keeps those of its model."""
+    those of the training images. auto: weights if they have such values, otherwise data. Or [mean, std], with three
+    values of 0 to 1 each. A stage with init_from keeps its model's values."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Dropout before the backbone's classifier. null is the backbone's own."""
+    """Dropout before the backbone's classifier. null keeps the backbone's default."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Probability to skip the last block of the backbone, lower in earlier blocks. null is the backbone's own."""
+    """Probability of skipping the last block of the backbone, lower in earlier blocks. null keeps the backbone's
+    default."""
     resolutions: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1)] = (224, 168, 112)
     """Candidate resolutions in pixels, largest first."""
     predictor: PredictorConfig = PredictorConfig()
@@ -185,6 +199,8 @@ class ModelConfig(Section):
 
 
 class Stage(Section):
+    """Settings that all stages have."""
+
     epochs: Positive
     """Number of passes over the training images."""
     init_from: LocalPath | None = None
@@ -208,34 +224,36 @@ class Stage(Section):
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Factor of each step (step only)."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
-    """Epochs of linear warm-up from 0. For one_cycle, epochs of its rise from lr / 25, usually 30 % of epochs."""
+    """Epochs of linear warm-up from 0. For one_cycle, epochs of the rise from lr / 25, usually 30 % of epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the cross entropy."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of a step's gradient. null does not clip."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per step of a moving average of the weights, which is evaluated and ends the stage. null is off."""
+    """Decay per step of a moving average of the weights, which is evaluated and becomes the stage's result. null is
+    off."""
 
 
 class LayerRates(Section):
     """Learning rates of a backbone's layers relative to each other."""
 
     head_lr_scale: PositiveFloat = 1.0
-    """Learning rate of the backbone's classifier, as a multiple of lr. A new classifier learns faster than the rest."""
+    """Learning rate of the backbone's classifier, as a multiple of lr. A value above 1 lets a new classifier learn
+    faster."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor on the learning rate from one group of layers to the one below it, as timm groups its networks."""
+    """Factor between the learning rates of a group of layers and of the group below it. timm defines the groups."""
 
 
 class BackboneStage(LayerRates, Stage):
-    """Trains the backbone at all resolutions and sums their losses."""
+    """Train the backbone at all resolutions, with the sum of their losses."""
 
     freeze_epochs: Annotated[float, Field(ge=0)] = 0
-    """Epochs at the start of the stage that train the classifier alone; batch norms keep their statistics."""
+    """Epochs at the start of the stage that train only the classifier; batch norms keep their statistics."""
     resolutions_per_step: Annotated[int, Field(ge=2)] | None = None
     """Number of resolutions that a step trains: the largest, the smallest, and the others in turn. null trains all."""
     distillation: Literal["none", "largest", "mean", "learned"] = "none"
-    """Train the smaller resolutions also on the answers of the largest, or all on the mean of all logits, with equal or
-    learned weights."""
+    """Also train the smaller resolutions on the answers of the largest, or all resolutions on the mean of all logits,
+    with equal or learned weights."""
     distillation_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of each resolution's distillation loss, relative to its cross entropy."""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
@@ -245,10 +263,14 @@ class BackboneStage(LayerRates, Stage):
 
 
 class RoutedStage(Stage):
+    """Settings of the stages that train a predictor."""
+
     alpha_gflops: Annotated[float, Field(gt=0)] | None = None
-    """Target of the backbone's mean cost at the chosen resolutions, in GFLOPs (multiply-adds / 1e9). For cost=flops."""
+    """Target for the backbone's mean cost at the chosen resolutions, in GFLOPs (multiply-adds / 1e9). It is used with
+    cost=flops."""
     alpha_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """The same target in milliseconds per image. For cost=milliseconds."""
+    """Target for the backbone's mean cost at the chosen resolutions, in milliseconds per image. It is used with
+    cost=milliseconds."""
     eta: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the cost regularizer."""
     tau: Annotated[float, Field(gt=0)] = 1.0
@@ -256,7 +278,8 @@ class RoutedStage(Stage):
     alpha_start_gflops: Annotated[float, Field(gt=0)] | None = None
     """First value of alpha, which moves linearly to alpha_gflops in anneal_epochs. null is alpha_gflops throughout."""
     alpha_start_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """The same in milliseconds, for alpha_milliseconds."""
+    """First value of alpha in milliseconds, which moves linearly to alpha_milliseconds in anneal_epochs. null is
+    alpha_milliseconds throughout."""
     tau_start: Annotated[float, Field(gt=0)] | None = None
     """First value of tau, which moves linearly to tau in anneal_epochs. null is tau throughout."""
     anneal_epochs: Annotated[float, Field(gt=0)] | None = None
@@ -270,7 +293,7 @@ class RoutedStage(Stage):
 
     @property
     def needs_target(self) -> bool:
-        """Whether the stage cannot train without a target."""
+        """Return whether the stage cannot train without a target."""
         return True
 
     @property
@@ -291,24 +314,25 @@ class RoutedStage(Stage):
 
 
 class PredictorStage(RoutedStage):
-    """Trains the predictor alone; the backbone is frozen."""
+    """Train only the predictor; the backbone is frozen."""
 
     objective: Literal["gumbel", "correctness"] = "gumbel"
-    """gumbel: learn choices with Gumbel noise, as in the paper. correctness: learn how likely each resolution is right,
-    so that a budget chooses later; alpha is optional, eta and tau are not used, and stages.joint must be null."""
+    """gumbel: learn choices with Gumbel noise, as in the paper. correctness: learn how likely each resolution is
+    correct; a budget then chooses after training. alpha is optional, eta and tau are not used, and stages.joint must be
+    null."""
     logits: Literal["table", "live"] = "table"
-    """table: compute the frozen backbone's logits once and keep them as float16. live: run it in every step."""
+    """table: compute the frozen backbone's logits once and store them as float16. live: run the backbone every step."""
     num_crops: Positive | None = Field(None, validation_alias=AliasChoices("num_crops", "views"))
     """Number of random crops of each image, used by the epochs in turn; fewer make a smaller table. null is epochs."""
 
     @property
     def needs_target(self) -> bool:
-        """Whether the stage cannot train without a target."""
+        """Return whether the stage cannot train without a target."""
         return self.objective == "gumbel"
 
 
 class JointStage(LayerRates, RoutedStage):
-    """Trains predictor and backbone together."""
+    """Train predictor and backbone together."""
 
     predictor_lr_scale: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate of the predictor, as a multiple of lr."""
@@ -332,20 +356,22 @@ class StagesConfig(Section):
 
 
 class TrainingConfig(Section):
+    """Settings of the training loop that are the same in all stages."""
+
     batch_size: Positive = 256
     """Number of images in one optimizer step, over all workers."""
     accumulate: Positive = 1
-    """Number of slices that a worker runs its part of a batch in, to save memory. Batch norm sees one slice."""
+    """Number of slices in which a worker runs its part of a batch, to save memory. Batch norm sees one slice."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Precision of the forward passes. bfloat16 uses autocast. auto is bfloat16 if every worker's GPU, or CPU where it
-    has none, computes bfloat16 natively; the choice is made once and kept in precision.json of the run."""
+    """Precision of the forward passes. bfloat16 uses autocast. auto is bfloat16 if every worker's device (a GPU, or the
+    CPU without one) computes bfloat16 natively. The choice is made once and stored in the run's precision.json."""
     channels_last: bool = True
     """Store activations and convolution weights in the channels_last memory format."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
     backward: Literal["apart", "together"] = "apart"
-    """Backward passes of the backbone stage: apart is one for each resolution, which holds the activations of one.
-    together is one for all, which hides more of the network's time behind it and holds the activations of all."""
+    """Backward passes of the backbone stage. apart: one for each resolution, which keeps the activations of one at a
+    time. together: one for all, which overlaps more of the communication but keeps the activations of all."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the gradients that workers send. bfloat16 halves the bytes; sums over workers are float32."""
     sync_batch_norm: bool = False
@@ -353,14 +379,16 @@ class TrainingConfig(Section):
     checkpoint_epochs: Positive = 1
     """Epochs between two checkpoints. The last epoch of a stage always has one."""
     checkpoint_steps: Positive | None = None
-    """Steps between two checkpoints within an epoch, in addition to those between epochs. null has none."""
+    """Steps between two checkpoints within an epoch, in addition to those between epochs. null writes none."""
     evaluate_epochs: Positive = 1
     """Epochs between two evaluations. The last epoch of a stage is always evaluated."""
     max_loss: Annotated[float, Field(gt=0)] | None = 1000.0
-    """Largest mean loss of a step; a larger one ends the run as diverged. null allows every finite loss."""
+    """Largest allowed mean loss of a step; a larger one ends the run as diverged. null allows every finite loss."""
 
 
 class ClusterConfig(Section):
+    """The Ray workers, their resources and the storage that they share."""
+
     num_workers: Positive = 1
     """Number of Ray Train workers."""
     use_gpu: Literal[True, False, "auto"] = "auto"
@@ -368,12 +396,12 @@ class ClusterConfig(Section):
     cpus_per_worker: Positive | None = None
     """CPUs for each worker. null divides the cluster's CPUs evenly."""
     storage: LocalPath = Path("runs")
-    """Folder that holds the folder of each run, with its checkpoints and report. All nodes must share it."""
+    """Folder that contains the folder of each run, with its checkpoints and report. All nodes must share it."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """How many lost workers are replaced before the run fails. -1 is no limit."""
     min_workers: Positive | None = None
-    """Smallest number of workers to continue with when nodes are lost; num_workers again when nodes return. null is
-    num_workers."""
+    """Smallest number of workers to continue with when nodes are lost. When nodes return, num_workers run again. null
+    is num_workers."""
     hang_seconds: Positive = 120
     """Seconds without an answer after which a worker counts as lost and is replaced."""
 
@@ -389,7 +417,7 @@ class TrackingConfig(Section):
 
     @field_serializer("uri", when_used="json")
     def _uri_without_secrets(self, uri: str | None) -> str | None:
-        """The address without secrets, for files, tracking and comparisons."""
+        """Return the address without secrets, for files, tracking and comparisons."""
         return uri and redacted(uri)
 
 
@@ -404,26 +432,27 @@ class ServingConfig(Section):
     """Settings of jobs.serve, which runs a registered model on Ray Serve."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen at. Any other than this machine's own needs a token."""
+    """Address to listen on. Any address other than loopback requires a token."""
     port: Annotated[int, Field(gt=0, lt=65536)] = 8000
-    """Port to listen at."""
+    """Port to listen on."""
     split: Literal["auto", "together", "by_resolution"] = "auto"
-    """together: each replica holds all programs. by_resolution: each resolution is a deployment of its own, which
-    scales alone. auto is together, and by_resolution where GPUs suffice for a replica of each resolution."""
+    """together: each replica runs all programs. by_resolution: each resolution has its own deployment, which scales
+    independently. auto: by_resolution if there are enough GPUs for a replica of each resolution, otherwise together."""
     min_replicas: Positive = 1
     """Smallest number of replicas of each deployment."""
     max_replicas: Positive | None = None
     """Largest number of replicas of each deployment. null is min_replicas."""
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 8.0
-    """Mean number of requests that a replica works on, above which replicas are added."""
+    """Mean number of requests in progress per replica above which replicas are added."""
     scale_up_seconds: Annotated[float, Field(ge=0)] = 5.0
-    """Seconds of more load before a replica is added."""
+    """Seconds of higher load before a replica is added."""
     scale_down_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds of less load before a replica is removed."""
+    """Seconds of lower load before a replica is removed."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
     """CPUs that a replica reserves. It computes with as many threads, at least one."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that a replica reserves: 0, a fraction of one, or a whole number. With by_resolution the router has none."""
+    """GPUs that a replica reserves: 0, a fraction of one, or a whole number. With by_resolution the router reserves
+    none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of convolutions and matrix products."""
     max_batch_size: Positive | None = None
@@ -432,11 +461,11 @@ class ServingConfig(Section):
     batch_wait_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Seconds that a batch waits for more images. Only by_resolution uses it."""
     max_queued_requests: Positive = 256
-    """Number of requests that may wait for a replica. The next one is answered with status 503 and Retry-After."""
+    """Number of requests that may wait for a replica. Further ones are answered with status 503 and Retry-After."""
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
-    """Largest body of a request in MB (1e6 bytes). A larger one is answered with status 413."""
+    """Largest request body in MB (1e6 bytes). A larger one is answered with status 413."""
     follow_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds between two looks at the alias, with --follow-alias."""
+    """Seconds between two checks of the alias, with --follow-alias."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -466,9 +495,11 @@ class SpaceConfig(Section):
     width: Span = (0.25, 1.0)
     """Lowest and highest model.predictor.width, in steps of 1/16."""
     max_gflops: Annotated[float, Field(gt=0)] | None = None
-    """Largest cost of a predictor to try, in GFLOPs. null is the saving of the smallest resolution over the largest."""
+    """Largest cost of a predictor to try, in GFLOPs. null is the cost difference of the largest and the smallest
+    resolution."""
     alpha_gflops: Span | None = None
-    """Lowest and highest alpha_gflops. null is 15 to 85 % of the way from the smallest to the largest cost."""
+    """Lowest and highest alpha_gflops. null is 15 % to 85 % of the way from the smallest to the largest resolution's
+    cost."""
     eta: Span | None = None
     """Lowest and highest eta. null is a third of stages.predictor.eta to three times it."""
     tau: Span | None = None
@@ -478,7 +509,7 @@ class SpaceConfig(Section):
 
 
 class SearchConfig(Section):
-    """Settings of jobs.tune, which trains predictors by stages.predictor and the best of them by stages.joint."""
+    """Settings of jobs.tune, which trains predictors as in stages.predictor and the best of them as in stages.joint."""
 
     backbone: PathOrName | None = None
     """Trained backbone: a run's folder, a model.pt, a checkpoint or models:/NAME@ALIAS. null is this run's model."""
@@ -495,15 +526,16 @@ class SearchConfig(Section):
     objective: Literal["front", "budget"] = "front"
     """front: accuracy and total GFLOPs (Optuna's multi-objective TPE). budget: accuracy at budget_gflops (ASHA)."""
     budget_gflops: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean cost of the chosen model, predictor included, in GFLOPs; the most accurate within it is chosen."""
+    """Largest mean cost of the chosen model in GFLOPs, including the predictor. The most accurate model within it is
+    chosen."""
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
-    """Choose the cheapest model that loses at most this many points of accuracy to the best static resolution."""
+    """Choose the cheapest model that is at most this many points less accurate than the best static resolution."""
     finalists: Positive = 4
-    """Number of candidates of the front to train with every seed, like the paper's four."""
+    """Number of candidates on the Pareto front to train with every seed, like the paper's four."""
     seeds: Positive = 3
     """Number of seeds for each finalist."""
     finetuned: Annotated[int, Field(ge=0)] = 2
-    """Number of finalists to finetune together with their backbone by stages.joint and to evaluate fully."""
+    """Number of finalists to finetune together with their backbone as in stages.joint, and to evaluate fully."""
     grace_epochs: Positive = 1
     """Epochs before ASHA may stop a trial (objective=budget only)."""
     cpus_per_trial: Positive = 1
@@ -511,32 +543,36 @@ class SearchConfig(Section):
     gpus_per_trial: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Fraction of a GPU for each trial. auto is a quarter when the cluster has GPUs."""
     max_concurrent: Positive | None = None
-    """Number of trials at once. null is as many as the cluster holds."""
+    """Number of trials at the same time. null is as many as the cluster has room for."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """How often to retry a trial whose process died."""
+    """Number of times to retry a trial whose process died."""
     cache_gb: Annotated[float, Field(ge=0)] = 8.0
-    """Largest size in GB of predictor inputs that a node decodes once and keeps. Above it, every trial decodes them."""
+    """Largest size in GB of the predictor inputs that a node decodes once and keeps. Above it, every trial decodes
+    them."""
     node_folder: LocalPath | None = None
     """Folder on each node's own disk for copies of logit tables and for decoded inputs. null is the search's folder."""
 
 
 class PolicyConfig(Section):
+    """How a policy is chosen, and on which images."""
+
     max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] | None = 1.0
-    """Largest loss of accuracy against the best static resolution, in points, by a one-sided 95 % bound. The cheapest
-    policy within it is chosen. null sets no limit."""
+    """Largest loss of accuracy compared with the best static resolution, in points, by a one-sided 95 % bound. The
+    cheapest policy within it is chosen. null sets no limit."""
     budget_gflops: Annotated[float, Field(gt=0)] | None = None
-    """Highest mean cost of an image in GFLOPs, for cost=flops. null sets no limit."""
+    """Highest mean cost per image in GFLOPs, for cost=flops. null sets no limit."""
     budget_milliseconds: Annotated[float, Field(gt=0)] | None = None
-    """Highest mean cost of an image in milliseconds, for cost=milliseconds. null sets no limit."""
+    """Highest mean cost per image in milliseconds, for cost=milliseconds. null sets no limit."""
     select_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the validation images that policies are fitted and chosen on. The report is about the others."""
+    """Share of the validation images on which policies are fitted and chosen. The report uses the others."""
     cross_fit_below: Annotated[int, Field(ge=0)] = 1000
-    """With fewer validation images than this, each fold's policies are fitted on the other folds."""
+    """With fewer validation images than this, cross-fitting is used: each fold's policies are fitted on the other
+    folds."""
     folds: Annotated[int, Field(ge=2)] = 5
-    """Number of folds."""
+    """Number of folds for cross-fitting."""
     select_by: Literal["accuracy", "balanced_accuracy"] = "accuracy"
-    """What policies and the model around the joint stage are chosen by, and what the verdict compares.
-    balanced_accuracy is the mean over the classes."""
+    """Accuracy by which policies, and the model from before or after the joint stage, are chosen, and which the verdict
+    compares. balanced_accuracy is the mean over the classes."""
 
 
 class Config(Section):

@@ -12,7 +12,7 @@ def sqlite_address(path: Path) -> str:
     """Return the address of a SQLite file."""
     text = str(path)
     quoted = text.replace("%", "%25").replace("?", "%3F")
-    # MLflow creates the parent folder of sqlite:/// addresses without unquoting its name.
+    # MLflow creates the parent folder of a sqlite:/// address without unquoting the folder's name.
     return f"{'sqlite' if quoted == text else 'sqlite+pysqlite'}:///{quoted}"
 
 

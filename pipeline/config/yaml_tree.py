@@ -21,7 +21,7 @@ _STR, _INT, _FLOAT, _BOOL, _NULL, _MERGE = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain values as YAML 1.2 does.
+    """Read plain values as YAML 1.2 does.
 
     Only true and false are booleans, a date or a time is text, and every integer is decimal: 010 is 10.
     """
@@ -77,7 +77,7 @@ def read_yaml(text: str, annotation: Any) -> tuple[Any, list[str]]:
 
 @dataclass
 class _Preparation:
-    """Changes the nodes of a document before they become values."""
+    """Change the nodes of a document before they become values."""
 
     seen: set[int] = field(default_factory=set)
 

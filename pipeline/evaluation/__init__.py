@@ -1,4 +1,4 @@
-"""Evaluates a model: predictions at every resolution, statistics, and the report that compares routed and static.
+"""Evaluation: predictions at every resolution, statistics, and the report that compares routed and static networks.
 
-Start with `predictions.py` (what is measured), then `report.py` (rows, comparisons, verdict).
+Start with `predictions.py` (what is measured), then read `report.py` (rows, comparisons, verdict).
 """

@@ -1,8 +1,8 @@
 """Trade accuracy against cost without retraining, by a bias on the predictor's logits.
 
-`budget_bias` is one number for all images: budget_bias * c_j is added to the logit of candidate j, where c_j
-is its cost on a scale from 0 (the cheapest) to 1 (the most expensive). A positive bias spends more, a negative one
-less, and 0 is the network as it was trained. The report and the registered model's `params` use the same number.
+`budget_bias` is one number for all images: budget_bias * c_j is added to the logit of candidate j, where c_j is the
+candidate's cost on a scale from 0 (cheapest) to 1 (most expensive). A positive bias spends more, a negative one less,
+and 0 is the network as it was trained. The report and the registered model's `params` use the same number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pipeline.models.cost import Costs
 
 
 def biased_choice(predictor_logits_NR: np.ndarray, costs: Costs, budget_bias: float) -> np.ndarray:
-    """Return the choices (N,): argmax_j(logits_j + budget_bias * c_j), c = `costs.relative`; the first wins ties."""
+    """Return argmax_j(logits_j + budget_bias * c_j) for each image, (N,), with c = `costs.relative`. The first wins a
+    tie."""
     return (predictor_logits_NR.astype(np.float64) + budget_bias * np.asarray(costs.relative)).argmax(axis=1)
 
 
@@ -25,14 +26,14 @@ def budget_curve(
 ) -> list[dict[str, Any]]:
     """Return every trade-off that a bias can reach, cheapest first, thinned to about `max_points` evenly over cost.
 
-    The curve is exact: as b grows, an image's choice climbs the upper envelope of its R lines logit_j + b * C_j.
-    Cumulative sums over the sorted crossings of all images give the whole curve; no grid of biases is tried.
+    The curve is exact: as b grows, an image's choice moves along the upper envelope of its R lines logit_j + b * C_j.
+    Cumulative sums over the sorted crossings of all images give the whole curve, without a grid of biases.
 
     Returns:
-        Points of `budget_bias`, `top1` with Wilson's interval `top1_low` to `top1_high`, `difference_points` against
-        the routed network with its paired interval `low_points` to `high_points`, `mean_gflops` and `mean_cost`
-        (predictor included) and `shares` (per resolution). The point of bias 0 is the routed network itself and is
-        always included. Each interval holds for its point alone, not for the curve as a whole.
+        Points of `budget_bias`, `top1` with Wilson's interval `top1_low` to `top1_high`, `difference_points` from the
+        routed network with its paired interval `low_points` to `high_points`, `mean_gflops` and `mean_cost` (including
+        the predictor), and `shares` (per resolution). The point of bias 0 is the routed network itself and is always
+        included. Each interval holds for its own point, not for the whole curve.
     """
     N, R = correct_NR.shape
     gflops_R = np.asarray(costs.backbone_gflops)
@@ -59,12 +60,12 @@ def budget_curve(
 
 
 def fit_bias(predictor_logits_NR: np.ndarray, costs: Costs, target: float) -> float:
-    """Find the budget_bias with the highest mean cost that is not above `target`, or with the lowest if all are above.
+    """Return the budget_bias with the highest mean cost that does not exceed `target`, or the lowest if all exceed it.
 
-    Exact, also where the bias is added in float32: it skips biases that rounding would move past a switch.
+    The result is exact even if the bias is added in float32: biases that rounding would move past a switch are skipped.
 
     Args:
-        target: of the backbone alone, in `costs.unit`.
+        target: limit of the backbone's mean cost, without the predictor, in `costs.unit`.
     """
     gflops_R = np.asarray(costs.backbone_gflops)
     start_N, bias_E, _, before_E, after_E = _switches(predictor_logits_NR.astype(np.float64), gflops_R)
@@ -84,7 +85,7 @@ def fit_bias(predictor_logits_NR: np.ndarray, costs: Costs, target: float) -> fl
 def _survives_float32(
     logits_NR: np.ndarray, bias_E: np.ndarray, bias_T: np.ndarray, gflops_R: np.ndarray
 ) -> np.ndarray:
-    """Returns whether each state between two switches (T,) is wide enough for a bias in float32."""
+    """Return whether each state between two switches is wide enough for a float32 bias, (T,) bool."""
     steps = np.diff(np.unique(gflops_R))
     if len(steps) == 0:
         return np.ones(len(bias_T), bool)
@@ -94,7 +95,7 @@ def _survives_float32(
 
 
 def _counts(start_N: np.ndarray, before_E: np.ndarray, after_E: np.ndarray, R: int) -> np.ndarray:
-    """Returns the images at each resolution before the first switch and after each one, int64 (1 + E, R)."""
+    """Return the number of images at each resolution before the first switch and after each, int64 (1 + E, R)."""
     moves_ER = np.eye(R, dtype=np.int64)[after_E] - np.eye(R, dtype=np.int64)[before_E]
     return np.concatenate([np.zeros((1, R), np.int64), moves_ER.cumsum(axis=0)]) + np.bincount(start_N, minlength=R)
 
@@ -120,7 +121,7 @@ def _accuracy(num_right: int, right_N: np.ndarray, routed_N: np.ndarray) -> dict
 def _switches(logits_NR: np.ndarray, gflops_R: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return the choices at bias -infinity (N,) and, for E switches, the bias, image, and resolution before and after.
 
-    Ties between biased logits go to the more expensive resolution.
+    If biased logits are equal, the more expensive resolution is chosen.
     """
     N, R = logits_NR.shape
     start_N = np.where(gflops_R == gflops_R.min(), logits_NR, -np.inf).argmax(axis=1)
@@ -133,7 +134,7 @@ def _switches(logits_NR: np.ndarray, gflops_R: np.ndarray) -> tuple[np.ndarray, 
         first = bias.min(axis=1)
         after = np.where(bias == first[:, None], gflops_R, -np.inf).argmax(axis=1)
         going = np.isfinite(first)
-        # The crossings of an envelope ascend; rounding must not swap two crossings of one image.
+        # The crossings of an envelope ascend. Prevent rounding from swapping two crossings of one image.
         reached = np.maximum(first, reached)[going]
         found.append((reached, rows[going], current[going], after[going]))
         rows, current = rows[going], after[going]

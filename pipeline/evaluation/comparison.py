@@ -1,4 +1,5 @@
-"""Each way to spend a cost as one row, on the images that results are stated on, and the routed network against it."""
+"""The rows of a report, one for each way to spend a cost, and the differences between the routed network and the
+others."""
 
 from __future__ import annotations
 
@@ -32,18 +33,18 @@ BOOTSTRAP_SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class Stated:
-    """What N images say, none of which a policy was fitted on.
+    """The results on N held-out images. No policy was fitted on them.
 
     Attributes:
         labels_N: true classes, int64.
-        correct_NR: whether each resolution is right, bool.
-        other_NR: the same of another network that could have been deployed, such as the one from before the joint
+        correct_NR: whether each resolution is correct, bool.
+        other_NR: the same for another network that could have been deployed, such as the one from before the joint
             stage; None if there is none.
-        other_name: what is said of that network: "before joint".
-        routed: kind of policy or ALL -> what it does with these images; empty with one resolution.
-        placebo_NV: whether each of several shifted looks at the largest resolution is right, bool; V is 0 where there
-            are none.
-        balanced: what is compared is the mean accuracy over the classes.
+        other_name: short description of that network, such as "before joint".
+        routed: maps a kind of policy, or ALL, to its decisions for these images; empty with one resolution.
+        placebo_NV: whether each of V shifted crops at the largest resolution is correct, bool; V is 0 if there are
+            none.
+        balanced: whether to compare the mean accuracy over the classes instead of top-1.
     """
 
     labels_N: np.ndarray
@@ -57,25 +58,26 @@ class Stated:
 
     @cached_property
     def weights_N(self) -> np.ndarray:
-        """The weight of each image in what is compared; the mean is 1."""
+        """The weight of each image in the compared accuracy, with mean 1."""
         return class_weights(self.labels_N) if self.balanced else np.ones(len(self.labels_N))
 
     @property
     def top1_key(self) -> str:
-        """Under which key the rows have what is compared."""
+        """The key of the rows whose values are compared."""
         return "balanced_top1" if self.balanced else "top1"
 
     @property
     def is_routed(self) -> bool:
+        """Whether there are policies, and so more than one resolution."""
         return bool(self.routed)
 
     @cached_property
     def oracle_N(self) -> np.ndarray:
-        """The cheapest resolution at which each image is right, else the cheapest, int64."""
+        """The index of the cheapest resolution at which each image is correct, or of the cheapest of all, int64."""
         return oracle_choice(self.correct_NR, self.costs.backbone)
 
     def static_columns(self) -> list[tuple[str, str, int, np.ndarray]]:
-        """(id, label, index of the resolution, whether each image is right) of every static network."""
+        """The static networks: (id, label, index of the resolution, whether each image is correct)."""
         found = [
             (f"static-{side}", f"static {side} px", index, self.correct_NR[:, index])
             for index, side in enumerate(self.costs.resolutions)
@@ -92,17 +94,17 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
     """Return the rows of the report's table.
 
     Each has `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its method),
-    `balanced_top1`, `balanced_low`, `balanced_high` (mean over the classes), `mean_gflops`, `mean_cost` (in the unit
-    of the costs, by which rows are compared) and `shares` (of the answers, per resolution).
+    `balanced_top1`, `balanced_low`, `balanced_high` (mean over the classes), `mean_gflops`, `mean_cost` (in the unit of
+    the costs, used for comparisons) and `shares` (of the answers, per resolution).
 
-    Kinds: `static` and `other` (one per resolution, of the network and of the other one), `routed` (the chosen
-    policy), `policy` (the best policy of each other kind that costs no more), `random` (the same answers' shares drawn
-    without looking at the images), `envelope` (the upper concave envelope of all static points at the routed cost: the
-    best that mixing static networks at random reaches), `oracle` (the cheapest resolution that is right) and `placebo`
-    (an oracle over as many shifted looks at the largest resolution: how much of the oracle is luck).
+    Kinds: `static` and `other` (one per resolution, of the network and of the other network), `routed` (the chosen
+    policy), `policy` (the best policy of each other kind that costs no more), `random` (images assigned to resolutions
+    at random, with the same shares), `envelope` (the upper concave envelope of all static points at the routed cost:
+    the best that a random mix of static networks reaches), `oracle` (the cheapest correct resolution) and `placebo` (an
+    oracle over equally many shifted crops at the largest resolution, which shows how much of the oracle is luck).
 
     Args:
-        labels: what each kind of policy, and ALL, is called.
+        labels: maps each kind of policy, and ALL, to its label.
     """
     N, R = stated.correct_NR.shape
     costs = stated.costs
@@ -149,7 +151,7 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
 
 
 def _placebo_rows(stated: Stated) -> list[dict[str, Any]]:
-    """The row of kind `placebo`; it costs one look at the largest resolution, as if it knew which one to take."""
+    """Return the row of kind `placebo`. It costs one pass at the largest resolution, as if the best crop were known."""
     looks = stated.placebo_NV
     if looks is None or looks.shape[1] == 0:
         return []
@@ -161,12 +163,12 @@ def _placebo_rows(stated: Stated) -> list[dict[str, Any]]:
 
 
 def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the routed network minus every other row, by that row's id, on the same images.
+    """Return the difference of the routed network and every other row on the same images, by the other row's id.
 
     Each has `difference_points`, `low_points`, `high_points`, `interval` (its method), `cost_ratio` and `gflops_ratio`
-    (the routed network's over the other's). Against a network with one answer for each image also `only_routed_right`,
-    `only_other_right` and `mcnemar_p` (exact, two-sided); null against the two mixtures. Of balanced accuracy there is
-    no such test.
+    (routed network divided by the other). Against a network with one answer per image it also has `only_routed_right`,
+    `only_other_right` and `mcnemar_p` (exact, two-sided). These are null for the two mixtures. For balanced accuracy
+    there is no such test.
     """
     by_id, key = {row["id"]: row for row in rows}, stated.top1_key
     routed, resampled = by_id["routed"], _Resampled.of(stated, stated.weights_N)
@@ -194,7 +196,7 @@ def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict
 
 
 def curve_points(curve: Sequence[Routed], correct_NR: np.ndarray, costs: Costs) -> list[dict[str, float]]:
-    """Return what policies of rising cost reach: `mean_cost`, `mean_gflops`, `top1`, `top1_low`, `top1_high`."""
+    """Return the results of policies of rising cost: `mean_cost`, `mean_gflops`, `top1`, `top1_low`, `top1_high`."""
     points = []
     for routed in curve:
         top1 = accuracy(int(routed.correct_N(correct_NR).sum()), len(correct_NR))
@@ -207,12 +209,13 @@ def curve_points(curve: Sequence[Routed], correct_NR: np.ndarray, costs: Costs) 
 
 
 def predictor_gains(stated: Stated, curves: Mapping[str, Sequence[Routed]], costs_C: np.ndarray) -> dict[str, Any]:
-    """Return where a policy with a predictor is more accurate than everything without one that costs no more.
+    """Return at which costs a policy with a predictor is more accurate than every policy without one that costs no
+    more.
 
     Returns:
-        `points`: for each highest cost, the better one of the two kinds with a predictor against `best_without`, see
-        `gain_point`. `pays_from` and `pays_to`: the lowest and the highest cost at which the interval is above 0, null
-        where there is none. All intervals hold at once (Bonferroni).
+        `points`: for each cost limit, the better of the two kinds with a predictor compared with `best_without`, in the
+        form of `gain_point`. `pays_from` and `pays_to`: the lowest and the highest cost limit at which the interval is
+        above 0, or null. All intervals hold simultaneously (Bonferroni).
     """
     kinds = [kind for kind in ("predictor", "predictor+cascade") if kind in curves]
     tests, points = max(1, len(kinds) * len(costs_C)), []
@@ -236,12 +239,17 @@ def predictor_gains(stated: Stated, curves: Mapping[str, Sequence[Routed]], cost
 def best_without(
     statics_NS: np.ndarray, costs_S: np.ndarray, cascade_N: np.ndarray, cost: float, weights_N: np.ndarray
 ) -> np.ndarray:
-    """Return what the best policy without a predictor gets right, (N,): a cascade, or drawing between static networks.
+    """Return whether the best policy without a predictor is correct, float64 (N,), in [0, 1].
+
+    The best policy is the cascade or, if that is more accurate, a random mix of two static networks. For a mix, the
+    value is the probability of a correct answer.
 
     Args:
-        statics_NS: whether each static network is right, bool.
-        cascade_N: whether the best cascade that may cost as much is right, bool.
-        cost: at which the envelope of the static networks is taken.
+        statics_NS: whether each static network is correct, bool.
+        costs_S: cost of each static network.
+        cascade_N: whether the best cascade within the cost limit is correct, bool.
+        cost: mean cost at which the static networks are mixed.
+        weights_N: weights of the images in an accuracy.
     """
     best, mixture = envelope(costs_S, (weights_N @ statics_NS / weights_N.sum())[None], np.array([cost]))
     if weights_N @ cascade_N / weights_N.sum() >= best[0]:
@@ -263,7 +271,7 @@ def gain_point(kind: str, highest_cost: float, mean_cost: float, gain: Estimate)
 
 
 def gains(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return points with the lowest and the highest cost at which the gain is proven, `pays_from` and `pays_to`."""
+    """Return the points, and the lowest and highest cost limit with a proven gain: `pays_from` and `pays_to`."""
     pays = [point["highest_cost"] for point in points if point["low_points"] > 0]
     return {"points": list(points), "pays_from": min(pays, default=None), "pays_to": max(pays, default=None)}
 
@@ -317,7 +325,7 @@ class _Resampled:
 
 
 def _static_points(stated: Stated, weights_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Costs and weighted accuracies of all static networks, (S,) each."""
+    """Return the costs and weighted accuracies of all static networks, (S,) each."""
     columns = stated.static_columns()
     costs_S = np.array([stated.costs.backbone[index] for _, _, index, _ in columns])
     return costs_S, np.array([weights_N @ correct_N / weights_N.sum() for *_, correct_N in columns])
@@ -332,7 +340,7 @@ def _at(correct_NR: np.ndarray, choice_N: np.ndarray) -> np.ndarray:
 
 
 def static_rows(correct_NR: np.ndarray, costs: Costs, labels_N: np.ndarray | None = None) -> list[dict[str, Any]]:
-    """Return the rows of kind `static`; without labels there is no balanced accuracy."""
+    """Return the rows of kind `static`. Without labels there is no balanced accuracy."""
     identity = np.eye(correct_NR.shape[1])
     return [
         answered_row(f"static-{side}", "static", f"static {side} px", correct_NR[:, j], labels_N)
@@ -380,7 +388,7 @@ def result_row(name: str, kind: str, label: str, n: int, top1: Estimate, interva
 
 
 def mean_costs(shares_R: Sequence[float] | np.ndarray, costs: Costs, with_predictor: bool) -> dict[str, Any]:
-    """Return the cost of a row whose images run once each, from the shares of the resolutions."""
+    """Return the cost fields of a row whose images run once each, given the share of each resolution."""
     shares_list = [float(share) for share in shares_R]
     return _cost(costs.mean(shares_list, with_predictor), costs.mean_gflops(shares_list, with_predictor), shares_R)
 

@@ -38,7 +38,8 @@ _CURVES = {"cascade": "-", "predictor": (0, (5, 1.5)), "predictor+cascade": (0, 
 def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
     """Draw static networks and their envelope, the routed network, policy curves, random, oracle and references.
 
-    A reference that lies farther from the points than they span is left out; the report's table still lists it.
+    A reference that is farther from the points than the points' own range is left out. The report's table still lists
+    it.
     """
     figure = new_figure(8.2, 5.6, theme)
     axes = figure.add_axes((0.085, 0.105, 0.895, 0.775))
@@ -74,7 +75,7 @@ def draw_tradeoff(report: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def point_of(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Return where a row lies in a figure: its cost, and its top-1 in percent."""
+    """Return the position of a row in a figure: its cost, and its top-1 in percent."""
     return row["mean_cost"], 100 * row["top1"]
 
 
@@ -92,7 +93,7 @@ def _static_envelope(report: Mapping[str, Any]) -> np.ndarray:
 
 
 def _policy_curves(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return what policies of each kind reach at rising cost, as polylines of two points or more."""
+    """Return the accuracy of each kind of policy at rising cost, as polylines of at least two points."""
     curves = report["policies"]["curves"] if report["policies"] else {}
     lines = {kind: np.array([point_of(point) for point in curves.get(kind, [])]).reshape(-1, 2) for kind in _CURVES}
     ordered = {kind: line[np.argsort(line[:, 0], kind="stable")] for kind, line in lines.items()}
@@ -124,7 +125,7 @@ def _set_limits(
 
 
 def whisker(row: Mapping[str, Any]) -> np.ndarray:
-    """Return the interval of a row, (3, 2), as a line that labels keep away from."""
+    """Return the interval of a row as a line (3, 2), which labels should not cover."""
     return np.array([[row["mean_cost"], 100 * row[end]] for end in ("top1_low", "top1", "top1_high")])
 
 
@@ -162,7 +163,7 @@ def draw_point(
 
 
 def point_labels(points: Sequence[Mapping[str, Any]], theme: Theme) -> list[Label]:
-    """Return the labels in the order in which they are placed, the routed network first."""
+    """Return the labels in the order in which they are placed, with the routed network first."""
     colors = {"routed": theme.routed, "oracle": theme.oracle, "random": theme.random}
     colors |= {"static": theme.ink, "other": theme.muted}
     ordered = sorted(points, key=lambda row: list(colors).index(row["kind"]))
@@ -194,7 +195,7 @@ def _line_labels(
 
 
 def _along(line: np.ndarray, count: int = 9) -> list[tuple[float, float]]:
-    """Return points spread evenly over a polyline whose x ascends, without its ends."""
+    """Return points that are evenly spread over a polyline with ascending x, without its ends."""
     x = np.linspace(line[0, 0], line[-1, 0], count + 2)[1:-1]
     return list(zip(x.tolist(), np.interp(x, line[:, 0], line[:, 1]).tolist(), strict=True))
 
@@ -254,7 +255,7 @@ def draw_budget(report: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def _name_areas(axes: Axes, costs: np.ndarray, shares: np.ndarray, names: Sequence[str], theme: Theme) -> None:
-    """Write each resolution into its area where the area is highest, away from the ends."""
+    """Write each resolution into its area at the place where the area is highest, away from the ends."""
     ends = len(costs) // 10
     tops = shares.cumsum(axis=0)
     for name, area, top in zip(names, shares, tops, strict=True):
@@ -271,16 +272,16 @@ _TITLE_LENGTH = 15
 
 @dataclass(frozen=True)
 class Tile:
-    """An image of the gallery with the answer of the routed network."""
+    """An image of the gallery with the routed network's answer."""
 
     index: int
     truth: str
     answer: str
     is_correct: bool
     correct_at: tuple[bool, ...]
-    """Whether each resolution answers correctly."""
+    """Whether each resolution is correct."""
     jpeg: bytes
-    """The thumbnail."""
+    """The thumbnail as JPEG bytes."""
 
 
 def pick_tiles(
@@ -332,7 +333,7 @@ def draw_gallery(tiles: Sequence[Sequence[Tile]], report: Mapping[str, Any]) -> 
 
 
 def tile_title(tile: Tile) -> str:
-    """Return the class and, on a second line, a mark; a wrong answer is named after its mark."""
+    """Return the class and, on a second line, a mark for correct or wrong; a wrong answer follows its mark."""
     second = CORRECT if tile.is_correct else f"{WRONG} {_short(tile.answer)}"
     return f"{_short(tile.truth)}\n{second}"
 
@@ -363,7 +364,8 @@ def _short(text: str) -> str:
 
 
 def draw_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
-    """Return PNG bytes by name: tradeoff, budget and shares (several resolutions only), attribute (if there is one)."""
+    """Return PNG bytes by name: tradeoff, budget and shares (with several resolutions only), and attribute (if there is
+    one)."""
     figures = {"tradeoff": draw_tradeoff(report, theme)}
     if report["budget_curve"]:
         figures["budget"] = draw_budget(report, theme)
@@ -468,7 +470,7 @@ def _draw_bins(
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
-    """Name each line to the right of the axes, at the height of its end; names that would touch are pushed apart."""
+    """Label each line to the right of the axes, at the height of its end. Labels that would overlap are moved apart."""
     low, high = axes.get_ylim()
     gap = 1.45 * FONT_SIZE / 72 * axes.figure.dpi / axes.bbox.height
     ordered = sorted(ends)

@@ -16,21 +16,22 @@ from pipeline.policies.calibrate import drop_bound
 
 FORMAT = 1
 NOT_WORSE_MARGIN = 1.0
-"""The loss in points of top-1 that the interval must exclude if the user gives no bound."""
+"""The loss, in points of top-1, that the interval must exclude if the user gives no bound."""
 _ARRAYS = ("indices_N", "right_N", "static_right_NR", "static_gflops_R")
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Records which of the N validation images a deployed model classifies correctly, and its mean cost.
+    """Which of the N validation images a deployed model classifies correctly, and its mean cost.
 
     Args:
-        data_digest: digest of the prepared data that holds the images.
-        indices_N: each image's position in the validation beton, int64, ascending.
+        data_digest: digest of the prepared data that contains the images.
+        indices_N: position of each image in the validation beton, int64, ascending.
         right_N: whether the answer of the deployed policy is correct, bool.
-        mean_gflops: mean GFLOPs of an image, predictor included.
-        static_right_NR: whether each of the model's own resolutions is correct, bool; None in earlier files.
-        static_gflops_R: GFLOPs of an image at each of them.
+        mean_gflops: mean GFLOPs per image, including the predictor.
+        static_right_NR: whether each of the model's own resolutions is correct, bool; None in files of earlier
+            versions.
+        static_gflops_R: GFLOPs per image at each resolution.
     """
 
     data_digest: str
@@ -42,6 +43,7 @@ class Answers:
 
     @property
     def top1(self) -> float:
+        """The share of correct answers, 0 to 1."""
         return float(self.right_N.mean())
 
     def save(self, path: Path) -> None:
@@ -53,7 +55,7 @@ class Answers:
 
     @classmethod
     def load(cls, path: Path) -> Answers:
-        """Read a file that `save` wrote; raises ValueError if it is incomplete or of another format."""
+        """Read a file that `save` wrote. Raise ValueError if it is incomplete or of another format."""
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
@@ -66,16 +68,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits how much worse a challenger may be.
+    """Limits of how much worse than the champion a challenger may be.
 
     Raises:
         ValueError: a bound is negative, infinite or NaN.
     """
 
     max_accuracy_drop: float | None = None
-    """The largest loss accepted, in points of top-1; None requires "not worse" (see `objections`)."""
+    """The largest accepted loss in points of top-1; None requires "not worse" (see `objections`)."""
     max_gflops_increase: float = 0.0
-    """The largest increase of the mean GFLOPs accepted, in percent of the champion's."""
+    """The largest accepted increase of the mean GFLOPs, in percent of the champion's."""
 
     def __post_init__(self) -> None:
         for name in ("max_accuracy_drop", "max_gflops_increase"):
@@ -86,7 +88,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Compares a challenger with the champion on the same N images; accuracies are fractions of 1."""
+    """The comparison of a challenger with the champion on the same N images. Accuracies are fractions of 1."""
 
     num_images: int
     challenger_top1: float
@@ -98,7 +100,7 @@ class Comparison:
     difference: Estimate
     """Challenger minus champion, with the 95 % interval of Bonett and Price."""
     mcnemar_p: float
-    """The exact two-sided p value."""
+    """The exact two-sided p value of McNemar's test."""
     challenger_gflops: float
     champion_gflops: float
 
@@ -147,7 +149,7 @@ def compare_answers(challenger: Answers, champion: Answers) -> Comparison:
 
 
 def common_images(first: Answers, second: Answers) -> tuple[Answers, Answers]:
-    """Return the answers of two models for the images that both are stated on.
+    """Return the answers of two models for the images on which both have results.
 
     Raises:
         ValueError: the answers are for different data, or they have no image in common.
@@ -159,7 +161,7 @@ def common_images(first: Answers, second: Answers) -> tuple[Answers, Answers]:
         )
     common = np.intersect1d(first.indices_N, second.indices_N)
     if len(common) == 0:
-        raise ValueError("they are stated on different images; give both the same policy.select_share")
+        raise ValueError("their reports have no image in common; give both runs the same policy.select_share")
 
     def among(answers: Answers) -> Answers:
         inside_N = np.isin(answers.indices_N, common)
@@ -175,12 +177,12 @@ def common_images(first: Answers, second: Answers) -> tuple[Answers, Answers]:
 
 
 def objections(found: Comparison, bounds: Bounds) -> list[str]:
-    """Return the reasons to keep the champion, one sentence each; none if the challenger may replace it.
+    """Return the reasons to keep the champion, one sentence each; empty if the challenger may replace it.
 
-    Without `max_accuracy_drop` the challenger must be "not worse", which takes two things: McNemar's test does not find
-    it less accurate at 5 %, and the interval of the paired difference excludes a loss of more than NOT_WORSE_MARGIN
-    points (among ten images McNemar's test misses even 5 lost ones). With `max_accuracy_drop` the interval alone
-    decides, against that bound: a proven loss that the user accepts is no objection.
+    Without `max_accuracy_drop` the challenger must be "not worse", which has two conditions: McNemar's test does not
+    find it less accurate at the 5 % level, and the interval of the paired difference excludes a loss of more than
+    NOT_WORSE_MARGIN points (with ten images, McNemar's test does not even detect 5 lost ones). With `max_accuracy_drop`
+    only the interval decides, against that bound: a proven loss that the user accepts is no objection.
     """
     said = list(_losses(found, bounds))
     if found.gflops_increase > bounds.max_gflops_increase + 1e-6:
@@ -192,7 +194,7 @@ def objections(found: Comparison, bounds: Bounds) -> list[str]:
 
 
 def _losses(found: Comparison, bounds: Bounds, than: str = "") -> Iterator[str]:
-    """Yield the objection to a loss of accuracy; `than` names the other model where it is not the champion."""
+    """Yield the objection to a loss of accuracy. `than` names the other model if it is not the champion."""
     low, margin = 100 * found.difference.low, bounds.max_accuracy_drop
     if margin is None and found.difference.value < 0 and found.mcnemar_p < 1 - CONFIDENCE:
         yield (
@@ -212,7 +214,7 @@ def _losses(found: Comparison, bounds: Bounds, than: str = "") -> Iterator[str]:
 def former_objections(found: Comparison, bounds: Bounds, version: str) -> list[str]:
     """Return the objections to a loss against the best former champion, by the same rule as against the champion.
 
-    Without them, many challengers that each lose less than the gate can see would add up to any loss.
+    Otherwise many successive challengers, each losing less than the gate can detect, could add up to any loss.
     """
     return list(_losses(found, bounds, f" than version {version}, the best former champion"))
 
@@ -220,7 +222,7 @@ def former_objections(found: Comparison, bounds: Bounds, version: str) -> list[s
 def static_objections(challenger: Answers, bounds: Bounds) -> list[str]:
     """Return the objection that one of the challenger's own static resolutions is cheaper and not less accurate.
 
-    The one-sided bound must also exclude that the challenger is better by more than the loss that is allowed.
+    The one-sided bound must also exclude that the challenger is better by more than the accepted loss.
     """
     if challenger.static_right_NR is None or challenger.static_gflops_R is None:
         return []
@@ -269,7 +271,7 @@ def comparison_table(found: Comparison, challenger: str, champion: str) -> str:
 
 
 def points(difference: Estimate) -> str:
-    """Format a difference of accuracies in points, with its interval."""
+    """Format a difference of accuracies in percentage points, with its interval."""
     low, high = 100 * difference.low, 100 * difference.high
     return f"{100 * difference.value:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
 

@@ -1,4 +1,4 @@
-"""Whether the joint stage helped: the model from before it against the model from after it, at one cost."""
+"""Decide whether the joint stage helped, by comparing the models from before and after it at the same cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.models.cost import Costs
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies of two models, as fractions, at the same mean cost of the backbone or less, in `unit`."""
+    """Accuracies of two models, as fractions, at the same mean backbone cost or less, in `unit`."""
 
     accuracy_before: float
     accuracy_after: float
@@ -24,7 +24,7 @@ class Comparison:
 
     @property
     def is_after(self) -> bool:
-        """Whether the model from after the joint stage is at least as good."""
+        """Whether the model from after the joint stage is at least as accurate."""
         return self.accuracy_after >= self.accuracy_before
 
     def __str__(self) -> str:
@@ -39,20 +39,20 @@ class Comparison:
 def better(
     before: Predictions, after: Predictions, costs: Costs, mask_N: np.ndarray | None = None, balanced: bool = False
 ) -> Comparison:
-    """Compare the routed accuracy of two models of the same images at the mean cost of the cheaper one.
+    """Compare the routed accuracy of two models on the same images, at the mean cost of the cheaper model.
 
-    A bias on its predictor's logits brings the more expensive one down to that cost.
+    A bias on its predictor's logits lowers the more expensive model to that cost.
 
     Args:
-        before, after: as `merge` gives them, so that images are in the same order.
+        before, after: merged predictions (see `merge`), so that images are in the same order.
         mask_N: which images are compared, bool; None is all.
-        balanced: by the mean accuracy over the classes.
+        balanced: compare the mean accuracy over the classes.
 
     Raises:
-        ValueError: the predictions are for other images, or none is compared.
+        ValueError: the predictions are for different images or resolutions, or no image is left to compare.
     """
     if not np.array_equal(before.indices_N, after.indices_N) or before.resolutions != after.resolutions:
-        raise ValueError("the predictions before and after the joint stage are for other images or resolutions")
+        raise ValueError("the predictions before and after the joint stage have different images or resolutions")
     rows = np.flatnonzero(np.ones(before.num_images, bool) if mask_N is None else mask_N)
     if len(rows) == 0:
         raise ValueError("there is no image to compare the models before and after the joint stage on")

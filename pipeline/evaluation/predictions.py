@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 FORMAT = 1
 _ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR", "shifted_classes_NV")
 SHIFT = 1 / 16
-"""of a crop's side, by which shifted crops of a placebo oracle are moved"""
+"""The distance by which the crops of a placebo oracle are shifted, as a fraction of the crop's side."""
 DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
-"""(down, right) in which they are moved, in turn"""
+"""The directions (down, right) of the shifts, in the order in which they are used."""
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Holds the logits of N images at R candidate resolutions over K classes, with the predictor's logits.
+    """The backbone's logits of N images at R candidate resolutions over K classes, and the predictor's logits.
 
     Args:
-        resolutions: the candidates' sides in pixels; axis R of the arrays follows them.
+        resolutions: sides of the candidates in pixels; the order of axis R.
         labels_N: true classes, int64 in [0, K).
-        indices_N: each image's position in the validation beton, int64.
+        indices_N: position of each image in the validation beton, int64.
         logits_NRK: the backbone's logits at each resolution, float32, finite.
         predictor_logits_NR: the predictor's logits over the resolutions, float32, finite.
-        shifted_classes_NV: the class that is answered for V shifted crops at the largest resolution, int64; V is 0
-            where none were run, as in files of earlier versions. See `shifted`.
+        shifted_classes_NV: predicted class of V shifted crops at the largest resolution (see `shifted`), int64; V is 0
+            if none were run, as in files of earlier versions.
 
     Raises:
-        ValueError: shapes, dtypes or values do not match; the message names all of them.
+        ValueError: shapes, dtypes or values do not match; the message lists all problems.
     """
 
     resolutions: tuple[int, ...]
@@ -60,15 +60,17 @@ class Predictions:
 
     @property
     def num_images(self) -> int:
+        """The number of images, N."""
         return len(self.labels_N)
 
     @property
     def num_classes(self) -> int:
+        """The number of classes, K."""
         return self.logits_NRK.shape[2]
 
     @cached_property
     def classes_NR(self) -> np.ndarray:
-        """The class that the backbone answers at each resolution, int64."""
+        """The class that the backbone predicts at each resolution, int64."""
         return self.logits_NRK.argmax(axis=2)
 
     @cached_property
@@ -78,7 +80,7 @@ class Predictions:
 
     @cached_property
     def shifted_correct_NV(self) -> np.ndarray:
-        """Whether the answer for each shifted crop is correct, bool."""
+        """Whether the prediction for each shifted crop is correct, bool."""
         return self.shifted_classes_NV == self.labels_N[:, None]
 
     @cached_property
@@ -87,7 +89,7 @@ class Predictions:
         return self.predictor_logits_NR.argmax(axis=1)
 
     def rows(self, rows_M: np.ndarray) -> Predictions:
-        """Return some of the images, in the given order."""
+        """Return the images at the given rows, in that order."""
         return Predictions(self.resolutions, *(getattr(self, name)[rows_M] for name in _ARRAYS))
 
     def save(self, path: Path) -> None:
@@ -105,7 +107,7 @@ class Predictions:
             ValueError: the file is incomplete or of another format.
         """
         try:
-            # Opened here because np.load leaves the file open if it is not a complete archive.
+            # Open the file here, because np.load does not close a file that is not a complete archive.
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
                     raise ValueError(f"its format is {found}; this version reads format {FORMAT}")
@@ -114,7 +116,7 @@ class Predictions:
             raise ValueError(f"{path} is not a predictions file: {error}; run jobs.evaluate again") from error
 
     def _problems(self) -> Iterator[str]:
-        """Yield what is wrong, shapes first, because the later checks need them."""
+        """Yield what is wrong, shapes first, because the later checks need correct shapes."""
         N, R = len(self.labels_N), len(self.resolutions)
         if R == 0:
             yield "there are no resolutions"
@@ -137,7 +139,7 @@ class Predictions:
             yield f"labels range from {self.labels_N.min()} to {self.labels_N.max()}, expected 0 to {K - 1}"
         for name in ("logits_NRK", "predictor_logits_NR"):
             array = getattr(self, name)
-            # If any value is NaN, so are minimum and maximum; this needs no temporary array as large as the logits.
+            # Minimum and maximum are NaN if any value is. They need no temporary array as large as the logits.
             if array.size and not np.isfinite([array.min(), array.max()]).all():
                 rows = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
                 yield f"{name} is NaN or infinite for {len(rows)} images, the first at index {self.indices_N[rows[0]]}"
@@ -151,18 +153,20 @@ def collect_predictions(
 ) -> Predictions:
     """Run every image at every resolution and through the predictor, in eval mode and without gradients.
 
-    Restores each layer's training flag. Skips empty batches; without any image, the result has N = 0 and K = 1, and
-    `merge` leaves it out.
+    Restores each layer's training flag, and skips empty batches. Without any image, the result has N = 0 and K = 1, and
+    `merge` ignores it.
 
     Args:
-        batches: with `images` (side -> uint8 (n, side, side, 3)), `labels` and `indices` (n,), on any device.
-        backbone_logits: function from indices (n,) to the known backbone logits (n, R, K). If given, the backbone does
-            not run, and `images` needs only the predictor's input.
+        batches: batches with `images` (maps a side to uint8 (n, side, side, 3)), `labels` and `indices` (n,), on any
+            device.
+        backbone_logits: function from indices (n,) to known backbone logits (n, R, K). If given, the backbone does not
+            run, and `images` needs only the predictor's input.
         placebo: also run R - 1 shifted crops at the largest resolution, so that an oracle over resolutions can be
-            compared with one over as many looks at a single one. It costs R - 1 passes at that resolution.
+            compared with an oracle over equally many crops at one resolution. This costs R - 1 passes at the largest
+            resolution.
     """
     device, R = next(model.parameters()).device, len(model.resolutions)
-    labels, indices, logits, predictor, looks = [], [], [], [], []
+    labels, indices, logits, predictor, shifted_answers = [], [], [], [], []
     largest = int(np.argmax(model.resolutions))
     with training_mode(model, False), torch.inference_mode():
         for batch in batches:
@@ -176,26 +180,26 @@ def collect_predictions(
                 logits_NRK = backbone_logits(batch.indices)
             logits.append(logits_NRK.float().cpu().numpy())
             predictor.append(model.predictor_logits(images).float().cpu().numpy())
-            looks.append(np.zeros((len(batch.labels), 0), np.int64))
+            shifted_answers.append(np.zeros((len(batch.labels), 0), np.int64))
             for direction in DIRECTIONS[: R - 1] if placebo else ():
                 moved = images | {model.resolutions[largest]: shifted(images[model.resolutions[largest]], *direction)}
                 answers_N = model.static_logits(moved, largest).argmax(dim=1).cpu().numpy()
-                looks[-1] = np.column_stack([looks[-1], answers_N])
-            # Copied because the loader may reuse the batch's memory.
+                shifted_answers[-1] = np.column_stack([shifted_answers[-1], answers_N])
+            # Copy the arrays, because the loader may reuse the batch's memory.
             labels.append(batch.labels.cpu().numpy().astype(np.int64))
             indices.append(batch.indices.cpu().numpy().astype(np.int64))
     if not labels:
         labels, indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         logits, predictor = [np.zeros((0, R, 1), np.float32)], [np.zeros((0, R), np.float32)]
-        looks = [np.zeros((0, 0), np.int64)]
-    arrays = (np.concatenate(parts) for parts in (labels, indices, logits, predictor, looks))
+        shifted_answers = [np.zeros((0, 0), np.int64)]
+    arrays = (np.concatenate(parts) for parts in (labels, indices, logits, predictor, shifted_answers))
     return Predictions(tuple(model.resolutions), *arrays)
 
 
 def shifted(pixels_NHWC: Tensor, down: int, right: int) -> Tensor:
-    """Move crops by SHIFT of their side; the edge that comes into view repeats the last row or column.
+    """Shift crops by SHIFT of their side. The edge that comes into view repeats the last row or column.
 
-    A mirror image would be another look too, but not everything keeps its class in a mirror.
+    Mirror images are not used for this, because not every object keeps its class when it is mirrored.
     """
     side = pixels_NHWC.shape[1]
     step, places = max(1, round(SHIFT * side)), torch.arange(side, device=pixels_NHWC.device)

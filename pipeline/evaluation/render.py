@@ -48,7 +48,7 @@ CAPTIONS = {
 
 
 def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
-    """Return the report as Markdown; `figures` names the PNG files in the same folder."""
+    """Return the report as Markdown. `figures` lists the names of the PNG files in the same folder."""
     details = [f"- {sentence}" for sentence in report["verdict_details"]]
     parts = [f"# {cell(report['name'])}", f"**{report['verdict']}**", "\n".join(details)]
     parts.append(_figure("tradeoff", figures))
@@ -86,7 +86,7 @@ def render_html(
 
     Args:
         light, dark: PNG bytes of the figures by name, for the light and the dark theme.
-        tiles: the gallery, one row per resolution; empty leaves it out.
+        tiles: images of the gallery, one row per resolution; empty for no gallery.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,4 +1,4 @@
-"""Report what dynamic resolution saves and costs, beside every static resolution of the same backbone."""
+"""Report what dynamic resolution saves and costs, compared with every static resolution of the same backbone."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from pipeline.serving.runtime.policy import Policy
 
 
 def judge(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `outcome`, `verdict` (text; the outcome) and `verdict_details` (further sentences).
+    """Return `outcome`, `verdict` (a text that states the outcome) and `verdict_details` (further sentences).
 
-    The first sentence says at which costs a predictor pays, where there is one.
+    If predictors were compared, the first sentence says at which costs a predictor pays.
 
-    Outcomes: `constant` (not proven better than always answering the most frequent class), `static` (the policy that
-    was chosen is a static resolution), `dominated` (a static resolution costs no more and is no less accurate),
-    `below_line` (below the envelope of the static resolutions at equal cost), `unproven` (above it, but one of the
-    95 % intervals against envelope and random contains 0), `gain` (above both, and so are the intervals),
-    `single_resolution` (nothing to route).
+    Outcomes: `constant` (not proven better than always answering the most frequent class), `static` (the chosen policy
+    is a static resolution), `dominated` (a static resolution costs no more and is no less accurate), `below_line`
+    (below the envelope of the static resolutions at equal cost), `unproven` (above the envelope, but one of the 95 %
+    intervals against envelope and random contains 0), `gain` (above both, with both intervals), `single_resolution`
+    (nothing to route).
     """
     rows = {row["id"]: row for row in report["rows"]}
     words = cost_words(report)
@@ -88,7 +88,7 @@ def judge(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _constant(report: Mapping[str, Any]) -> str | None:
-    """Say that the model may as well always answer one class, if neither accuracy proves otherwise."""
+    """Return the verdict that the model is no better than a constant answer, unless an accuracy proves otherwise."""
     head, majority = report["headline"], report["majority_class_top1"]
     if head["top1_low"] > majority or head["balanced_low"] > 1 / len(report["by_class"]):
         return None
@@ -100,7 +100,7 @@ def _constant(report: Mapping[str, Any]) -> str | None:
 
 
 def predictor_sentence(report: Mapping[str, Any]) -> str | None:
-    """Say whether a predictor pays on these images, and at which costs; None where none was compared."""
+    """Say whether a predictor pays on these images, and at which costs. Return None if no predictor was compared."""
     found = report.get("predictor")
     if found is None or not found["points"]:
         return None
@@ -108,16 +108,16 @@ def predictor_sentence(report: Mapping[str, Any]) -> str | None:
     if found["pays_from"] is None:
         best = max(found["points"], key=lambda point: point["difference_points"])
         return (
-            "A predictor does not pay here: at no cost is a policy with one proven more accurate than the best without "
-            f"(at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} {unit}, "
-            f"{_interval(best)})."
+            "A predictor does not pay here: at no cost is a policy with a predictor proven more accurate than the best "
+            f"policy without one (at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} "
+            f"{unit}, {_interval(best)})."
         )
     best = max(found["points"], key=lambda point: point["low_points"])
     costs = [gflops(found[key]) for key in ("pays_from", "pays_to")]
-    where = f"a highest cost of {costs[0]}" if costs[0] == costs[1] else f"highest costs from {costs[0]} to {costs[1]}"
+    where = f"a cost limit of {costs[0]}" if costs[0] == costs[1] else f"cost limits from {costs[0]} to {costs[1]}"
     return (
         f"A predictor pays for {where} {unit}: {best['kind']} is {best['difference_points']:.1f} points more accurate "
-        f"than the best without at {gflops(best['mean_cost'])} {unit} ({_interval(best)})."
+        f"than the best policy without a predictor at {gflops(best['mean_cost'])} {unit} ({_interval(best)})."
     )
 
 
@@ -147,7 +147,7 @@ def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str
 
 
 def _trade(report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """Compare the routed network with the most accurate static resolution; the sentence has no period."""
+    """Compare the routed network with the most accurate static resolution, in a sentence without a period."""
     best, found = rows[report["best_static"]], report["comparisons"][report["best_static"]]
     return (
         f"At {found['cost_ratio']:.2f} of the {cost_words(report).noun} of {best['label']} the routed network is "
@@ -168,7 +168,7 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
     if shares[most] > COLLAPSED_SHARE and chosen["kind"] != "static":
         yield (
             f"{percent(shares[most])} of the images are answered at {report['resolutions'][most]} px: the routing has "
-            "collapsed. What is left is a static network that also pays for the routing."
+            "collapsed. The result is a static network that also pays for the routing."
         )
     yield from _rivals(report, rows)
     found = report["comparisons"]["random"]
@@ -193,7 +193,7 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
 
 
 def _rivals(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str]:
-    """Whether a predictor pays: the chosen policy beside the best of the other kinds at no higher cost."""
+    """Yield sentences that compare the chosen policy with the best policy of each other kind that costs no more."""
     for row in report["rows"]:
         if row["kind"] == "policy" and row["policy"] not in ("static", report["policies"]["chosen"]["kind"]):
             found = report["comparisons"][row["id"]]
@@ -220,27 +220,26 @@ def _p(value: float) -> str:
 
 SCHEMA_VERSION = 3
 ANSWERS = "answers.npz"
-"""beside report.json: which of the stated images the deployed policy gets right"""
+"""The file next to report.json that records which held-out images the deployed policy classifies correctly."""
 FIGURES = ("tradeoff", "budget", "shares", "attribute", "gallery")
 STATIC_KINDS = ("static", "other")
-"""kinds of rows that are static networks"""
+"""The kinds of rows that are static networks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a report is made of.
+    """The inputs of a report.
 
     Attributes:
-        predictions: of the network that is deployed.
-        other: of another network that could have been deployed, for the same images: the one from before the joint
-            stage, or from after it.
-        other_name: what is said of that network: "before joint".
-        keys_N: uint64, what identifies each image, such as the checksum of its bytes; it decides on which side of the
-            split an image is.
-        budget: by which a policy is chosen.
-        split: which images policies are fitted on, and which results are stated on.
-        balanced: policies are chosen by the mean accuracy over the classes.
-        has_predictor: the predictor was trained; otherwise no policy uses it.
+        predictions: predictions of the network that is deployed.
+        other: predictions of another network that could have been deployed, on the same images: the one from before the
+            joint stage, or from after it.
+        other_name: short description of that network, such as "before joint".
+        keys_N: uint64 keys that identify the images, such as the checksums of their bytes; they decide the split.
+        budget: the budget by which a policy is chosen.
+        split: which images policies are fitted on, and which results are reported on.
+        balanced: whether policies are chosen by the mean accuracy over the classes.
+        has_predictor: whether the predictor was trained; otherwise no policy uses it.
     """
 
     predictions: Predictions
@@ -255,7 +254,7 @@ class Evaluation:
 
     @cached_property
     def images(self) -> Images:
-        """What policies need to know of all validation images."""
+        """All validation images, as policies need them."""
         labels_N, weights_N = self.predictions.labels_N, None
         if self.balanced:
             weights_N = class_weights(labels_N)
@@ -283,23 +282,23 @@ def build_report(
 
     Args:
         classes: names of the K classes.
-        attributes: one value per image of the validation beton, in its order, for each attribute.
+        attributes: maps the name of an attribute to one value per image of the validation beton, in its order.
         name: name of the run.
         context: `dataset`, `git_commit`, `created` (ISO 8601) and `references` (published results of others, a list of
-            `{"label", "top1", "note"}`) where they are known; the rest goes under `environment`.
+            `{"label", "top1", "note"}`) if known; all other keys are stored under `environment`.
 
     Returns:
-        Accuracies are fractions of 1, differences points (percent), GFLOPs 1e9 multiply-adds per image. Costs are in
-        the unit of the run, gflops or measured milliseconds, and comparisons use them. Lists over resolutions follow
-        `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`, `dataset`, `n` (images
-        that results are stated on), `num_classes`, `classes`, `resolutions`, `costs`; `outcome`, `verdict`,
-        `verdict_details` (see `judge`); `headline` (what the model reaches as deployed); `best_static` (id of a row);
-        `compared_by` (the key of the rows that is compared, top1 or balanced_top1);
-        `rows` (see `comparison.table_rows`); `comparisons` (row id -> the routed network against it, see
-        `comparison.compare`); `policies` (see `_policies`); `predictor` (whether it pays, see
+        Accuracies are fractions of 1, differences are percentage points, GFLOPs are 1e9 multiply-adds per image. Costs
+        are in the unit of the run, GFLOPs or measured milliseconds, and comparisons use them. Lists over resolutions
+        follow `resolutions`, largest first. Keys: `schema_version`, `name`, `created`, `git_commit`, `dataset`, `n`
+        (number of held-out images that results are reported on), `num_classes`, `classes`, `resolutions`, `costs`;
+        `outcome`, `verdict`, `verdict_details` (see `judge`); `headline` (the deployed model's results); `best_static`
+        (id of a row); `compared_by` (the key of the rows that is compared, top1 or balanced_top1); `rows` (see
+        `comparison.table_rows`); `comparisons` (maps a row's id to the routed network's difference from it, see
+        `comparison.compare`); `policies` (see `_policies`); `predictor` (whether a predictor pays, see
         `comparison.predictor_gains`; null without one); `budget_curve` (see `budget.budget_curve`); `routing`;
         `by_class` (see `comparison.class_table`); `attributes`; `majority_class_top1`; `references`; `method`;
-        `environment`. With one resolution `comparisons`, `policies`, `predictor` and `routing` are null, and
+        `environment`. With one resolution, `comparisons`, `policies`, `predictor` and `routing` are null, and
         `budget_curve` is empty.
 
     Raises:
@@ -380,18 +379,18 @@ def _labels(calibration: Calibration, costs: Costs) -> dict[str, str]:
 
 
 def described(policy: Policy, resolutions: Sequence[int]) -> str:
-    """Describe a policy in a few words: `cascade 32, 48, 96 px`."""
+    """Describe a policy in a few words, such as `cascade 32, 48, 96 px`."""
     sides = ", ".join(str(resolutions[index]) for index in policy.members)
     return f"{policy.kind} {sides} px"
 
 
 def _policies(calibration: Calibration, evaluation: Evaluation, stated: Stated) -> dict[str, Any]:
-    """How policies were chosen.
+    """Return how policies were chosen.
 
-    `budget` (`cost`, `max_drop`), `num_select` (images that each was fitted on), `folds` (null for two halves),
-    `chosen` and `front` (each policy with `kind`, `label`, `members`, `thresholds`, `start_bias`, and on the images of
-    the fit its `cost` and expected `accuracy`; `gflops` is its mean cost on the stated images), and `curves`
-    (kind -> `comparison.curve_points`, on the stated images).
+    Keys: `budget` (`cost`, `max_drop`), `num_select` (images that each policy was fitted on), `folds` (null for two
+    halves), `chosen` and `front` (each policy with `kind`, `label`, `members`, `thresholds`, `start_bias`, and its
+    `cost` and expected `accuracy` on the images of the fit; `gflops` is its mean cost on the held-out images), and
+    `curves` (maps a kind to `comparison.curve_points` on the held-out images).
     """
     resolutions, images = evaluation.costs.resolutions, evaluation.images.rows(calibration.stated)
 
@@ -425,16 +424,16 @@ def write_report(
     name: str,
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write report.json, answers.npz, the pages and the figures into `folder`; returns the content of report.json.
+    """Write report.json, answers.npz, the pages and the figures into `folder`. Return the content of report.json.
 
-    Each file is complete or absent, and report.json comes last. Figures of an earlier report that this one lacks are
-    removed.
+    Each file is complete or absent, and report.json is written last. Figures of an earlier report that this report
+    lacks are removed.
 
     Args:
-        read_image: function from an index of the validation beton to JPEG bytes, for the gallery; None leaves it out.
+        read_image: function from an index of the validation beton to JPEG bytes, for the gallery; None for no gallery.
 
     Raises:
-        ValueError: as `build_report`, or `context` contains a value that JSON cannot represent.
+        ValueError: as in `build_report`, or `context` contains a value that JSON cannot represent.
     """
     created = datetime.now(UTC).isoformat(timespec="seconds")
     report = build_report(
@@ -464,7 +463,7 @@ def write_report(
 
 
 def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping[str, Any]) -> Answers:
-    """Which of the stated images the deployed policy gets right, for the gate between registered models."""
+    """Return which held-out images the deployed policy classifies correctly, for the gate between registered models."""
     predictions, calibration = evaluation.predictions, evaluation.calibration
     stated_M = np.arange(predictions.num_images) if calibration is None else calibration.stated
     indices_N, correct_NR = predictions.indices_N[stated_M], predictions.correct_NR[stated_M]
@@ -481,7 +480,7 @@ def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping
 
 
 def _tiles(evaluation: Evaluation, classes: Sequence[str], read_image: Callable[[int], bytes]) -> list[list[Tile]]:
-    """Images of the gallery: stated ones, by the resolution that answers them."""
+    """Return the gallery's images: held-out images, grouped by the resolution whose answer counts."""
     predictions, calibration = evaluation.predictions, evaluation.calibration
     if calibration is None:
         return pick_tiles(predictions, np.zeros(predictions.num_images, np.int64), classes, read_image)
@@ -517,7 +516,7 @@ def _mismatches(
     if len(evaluation.keys_N) != predictions.num_images:
         yield f"there are {len(evaluation.keys_N)} keys for {predictions.num_images} images"
     if other is not None and not np.array_equal(other.indices_N, predictions.indices_N):
-        yield f"the predictions {evaluation.other_name} are of other images"
+        yield f"the predictions {evaluation.other_name} are for other images"
     last = int(predictions.indices_N.max())
     for name, values in attributes.items():
         if len(values) <= last:
@@ -527,13 +526,13 @@ def _mismatches(
 
 
 def _latency(latency: Latency) -> dict[str, Any]:
-    """Return the measured latency, with one line under `measured` that says how it was measured."""
+    """Return the measured latency, with a description of the measurement under `measured`."""
     sides = list(latency.backbone_milliseconds)
     return asdict(latency) | {"backbone_milliseconds": sides, "measured": str(latency)}
 
 
 def _routing(correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray) -> dict[str, Any]:
-    """Compare the predictor's choice with the oracle's, and measure how hard the images of each choice are."""
+    """Compare the predictor's choice with the oracle's, and measure how difficult the images of each choice are."""
     R = correct_NR.shape[1]
     chosen_NR = chosen_N[:, None] == np.arange(R)
     counts_R = chosen_NR.sum(axis=0)

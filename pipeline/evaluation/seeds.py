@@ -31,13 +31,13 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `num_seeds`, `dataset`, `resolutions`, `rows` (one per report: `name`, `outcome`, `best_static` and the values
-        of SUMMARIZED, with the 95 % intervals of the two differences) and `summary`: for each value of SUMMARIZED its
-        `mean`, `low` and `high` (Student's t interval) and `std` (n - 1), the last three null for one seed, `min` and
-        `max`.
+        of SUMMARIZED, with the 95 % intervals of the two differences) and `summary`. The summary has, for each value of
+        SUMMARIZED, its `mean`, `min` and `max`, and `low` and `high` (Student's t interval) and `std` (n - 1), which
+        are null for one seed.
 
     Raises:
         ValueError: there is no report; the reports differ in data set, resolutions, number of images or unit of cost;
-            or they have one resolution.
+            or they have only one resolution.
     """
     if not reports:
         raise ValueError("there is no report to summarize; give at least one")
@@ -101,10 +101,10 @@ def seeds_markdown(summary: Mapping[str, Any]) -> str:
 
 
 def pairs_markdown(pairs: Sequence[tuple[str, Answers, str, Answers]]) -> str:
-    """Return runs against others of any resolutions as a Markdown table: one row per pair, then the mean.
+    """Return the comparison of pairs of runs as a Markdown table: one row per pair, then the mean.
 
-    Each pair is compared on the images that both are stated on. The interval of the mean is over images and seeds, by
-    Student's t.
+    The runs of a pair may have different resolutions. They are compared on the images that both report on. The interval
+    of the mean covers images and seeds, by Student's t.
 
     Args:
         pairs: name and answers of a run, and of the run that it is compared with.
@@ -124,7 +124,7 @@ def pairs_markdown(pairs: Sequence[tuple[str, Answers, str, Answers]]) -> str:
         spent = [f"{100 * each.top1:.2f} % at {gflops(each.mean_gflops)}" for each in (first, second)]
         cells = _points(found.difference), p_value(found.mcnemar_p), f"{costs[-1]:.2f}"
         body.append((first_name, spent[0], second_name, spent[1], f"{found.num_images:,}", *cells))
-    # One seed of a pair may be stated on other images than the next.
+    # Different seeds may be reported on different images.
     common = reduce(np.intersect1d, [indices_N for indices_N, _ in differences])
     values_SN = np.stack([values_N[np.isin(indices_N, common)] for indices_N, values_N in differences])
     mean = _points(mean_over_seeds(values_SN)) if len(common) else "no common images"

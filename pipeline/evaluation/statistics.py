@@ -1,7 +1,7 @@
-"""Compute intervals, paired tests and baselines with NumPy and SciPy alone.
+"""Intervals, paired tests and baselines, computed with NumPy and SciPy alone.
 
-Everything works on `correct_NR` (bool: image n is correct at resolution j) and `chosen_N` (the resolution that the
-predictor chose), never on logits. Accuracies are fractions of 1; costs are in any one unit.
+All functions take `correct_NR` (bool: image n is correct at resolution j) and `chosen_N` (the resolution that the
+predictor chose), never logits. Accuracies are fractions of 1; costs may have any unit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.models.cost import Costs
 
 CONFIDENCE = 0.95
 COLLAPSED_SHARE = 0.98
-"""Routing has collapsed when one resolution takes more of the images than this."""
+"""Routing has collapsed if one resolution gets more than this share of the images."""
 RESAMPLES = 10_000
 _CHUNK = 1000
 
@@ -34,7 +34,7 @@ class Estimate:
 
 
 def accuracy(num_right: float, num_images: float) -> Estimate:
-    """Return the share of correct answers with Wilson's score interval; the counts may be effective ones."""
+    """Return the share of correct answers with Wilson's score interval. Counts may be effective (fractional) ones."""
     share, square = num_right / num_images, float(ndtri((1 + CONFIDENCE) / 2)) ** 2
     center = (num_right + square / 2) / (num_images + square)
     margin = (square * (num_images * share * (1 - share) + square / 4)) ** 0.5 / (num_images + square)
@@ -42,7 +42,8 @@ def accuracy(num_right: float, num_images: float) -> Estimate:
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p of McNemar's test, from the counts of images that only one classifier gets right."""
+    """Return the exact two-sided p value of McNemar's test, from the counts of images that only one classifier gets
+    right."""
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
@@ -61,12 +62,13 @@ def paired_difference(only_first: float, only_second: float, num_images: float) 
 
 
 def student_t(freedom: float, tests: int = 1) -> float:
-    """Return the factor of a standard error in the two-sided interval by Student's t, for `tests` of them at once."""
+    """Return the factor of the standard error in a two-sided interval by Student's t, for `tests` simultaneous
+    intervals."""
     return float(stdtrit(freedom, 1 - (1 - CONFIDENCE) / (2 * tests)))
 
 
 def mean_of(values_S: Sequence[float] | np.ndarray) -> Estimate | None:
-    """Return the mean of S seeds' values with Student's t interval; None with one seed."""
+    """Return the mean of S seeds' values with Student's t interval, or None for one seed."""
     S = len(values_S)
     if S < 2:
         return None
@@ -78,11 +80,11 @@ def mean_over_seeds(values_SN: np.ndarray, tests: int = 1) -> Estimate:
     """Return the mean of S seeds' values on the same N images, with an interval over images and seeds.
 
     Images and seeds count as independent draws: the variance of the mean is var(means of images) / N + var(means of
-    seeds) / S. Its degrees of freedom are Satterthwaite's, so few seeds that differ widen the interval as Student's t
-    does. With one seed the interval covers the choice of images alone.
+    seeds) / S. Its degrees of freedom are Satterthwaite's, so a few seeds that differ widen the interval as Student's t
+    does. With one seed the interval covers only the choice of images.
 
     Args:
-        tests: how many means are looked at, so that all their intervals cover at once (Bonferroni).
+        tests: number of means that are examined together, so that all their intervals hold simultaneously (Bonferroni).
     """
     S, N = values_SN.shape
     parts = [(float(values_SN.mean(axis=0).var(ddof=1)) / N, N - 1)] if N > 1 else []
@@ -95,7 +97,7 @@ def mean_over_seeds(values_SN: np.ndarray, tests: int = 1) -> Estimate:
 
 
 def oracle_choice(correct_NR: np.ndarray, costs_R: Sequence[float]) -> np.ndarray:
-    """Return the cheapest resolution (N,) at which each image is correct, or the cheapest of all if there is none."""
+    """Return the cheapest resolution at which each image is correct, or the cheapest of all if there is none, (N,)."""
     cheapest_first_R = np.argsort(costs_R, kind="stable")
     return cheapest_first_R[np.argmax(correct_NR[:, cheapest_first_R], axis=1)]
 
@@ -106,7 +108,7 @@ def shares(chosen_N: np.ndarray, num_resolutions: int) -> np.ndarray:
 
 
 def class_weights(labels_N: np.ndarray) -> np.ndarray:
-    """Return weights (N,) by which every class counts the same; their mean is 1."""
+    """Return weights (N,) that give every class the same total weight. Their mean is 1."""
     classes, positions_N, counts = np.unique(labels_N, return_inverse=True, return_counts=True)
     return (len(labels_N) / len(classes) / counts)[positions_N]
 
@@ -114,7 +116,7 @@ def class_weights(labels_N: np.ndarray) -> np.ndarray:
 def balanced_accuracy(correct_N: np.ndarray, labels_N: np.ndarray) -> Estimate:
     """Return the mean over the classes of the share of correct answers.
 
-    The interval is Wilson's, of as many equally weighted images as have the same variance (Kish 1965).
+    The interval is Wilson's for the number of equally weighted images with the same variance (Kish 1965).
     """
     weights_N = class_weights(labels_N)
     num_images = weights_N.sum() ** 2 / (weights_N**2).sum()
@@ -126,11 +128,11 @@ def envelope(
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Return the upper concave envelope of points (cost, accuracy) at given costs.
 
-    It is the highest accuracy that drawing between any two of the points at random reaches at no more than the cost.
-    Below the cheapest point it is that of the cheapest point, which is the least that can be spent.
+    The envelope is the highest accuracy that a random mix of any two points reaches without exceeding the cost. Below
+    the cheapest point it is the cheapest point's accuracy, because nothing can cost less.
 
     Returns:
-        The accuracy (B,); and which two points are mixed: index of the cheaper, index of the more expensive, weight of
+        The accuracy (B,), and the two mixed points: index of the cheaper, index of the more expensive, and weight of
         the latter in [0, 1], each (B,).
     """
     S, rows_B = len(costs_S), np.arange(len(at_B))
@@ -154,8 +156,8 @@ def envelope(
 def bootstrap_means(values_NC: np.ndarray, seed: int = 0, num_resamples: int = RESAMPLES) -> np.ndarray:
     """Return the column means of B bootstrap resamples of the rows, (B, C).
 
-    Equal rows are exchangeable, so drawing their counts from a multinomial is the same as drawing rows, and takes no
-    longer for more images.
+    Equal rows are exchangeable, so drawing their counts from a multinomial distribution equals drawing rows. The time
+    does not grow with the number of images.
     """
     rows_PC, counts_P = np.unique(values_NC, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Style every figure: colors for light and dark, axes, headings, and labels that do not overlap."""
+"""The style of every figure: colors for light and dark, axes, headings, and labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RESOLUTION_COLORS = LinearSegmentedColormap.from_list("resolutions", ["#3565b8"
 
 @dataclass(frozen=True)
 class Theme:
-    """The colors of the light or the dark theme; resolutions have the same colors in both."""
+    """The colors of the light or the dark theme. Resolutions have the same colors in both."""
 
     background: str
     ink: str
@@ -39,7 +39,7 @@ DARK = Theme("#161b22", "#e6edf3", "#9aa4af", "#2b323b", "#ff8a5c", "#5fd38a", "
 
 
 def resolution_colors(num_resolutions: int) -> list[str]:
-    """Return one color per resolution, largest first, from blue to yellow; readable on light and dark."""
+    """Return one color per resolution, largest first, from blue to yellow, readable on light and dark."""
     return [to_hex(_RESOLUTION_COLORS(position)) for position in np.linspace(0, 1, max(num_resolutions, 2))][
         :num_resolutions
     ]
@@ -72,7 +72,7 @@ def style_axes(axes: Axes, theme: Theme, grid: Literal["both", "x", "y"] = "both
 
 
 def percent_axis(axes: Axes) -> None:
-    """Hide y axis numbers above 100: labels and markers need the room, and no accuracy lies there."""
+    """Hide the numbers above 100 on the y axis, where no accuracy can be, to make room for labels and markers."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
 
 
@@ -99,7 +99,7 @@ _DISTANCES = (7, 12, 18, 26, 36, 50, 68, 90, 120)  # points between a label and 
 _LEADER_FROM = 18  # points; a label farther away gets a thin line to its point
 _LEADER_SAMPLES = 16
 _PADDING = 2.5  # points around a label's box
-_STEP = 3.0  # points between the samples of a line that labels keep away from
+_STEP = 3.0  # points between the samples of a line that labels should not cover
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class Label:
 def place_labels(
     axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], *, size: float, background: str
 ) -> None:
-    """Write `labels`, the most important first, where they cover nothing.
+    """Write `labels`, the most important first, at places where they cover nothing.
 
-    Each label takes the place with the least penalty among several directions and distances around its anchors.
-    Covering another label or the edge costs most, then covering lines, then the distance.
+    Each label is placed where the penalty is lowest, among several directions and distances around its anchors. The
+    penalty is highest for covering another label or the edge, then for covering lines, then for distance.
 
     Args:
-        axes: the axes, with final limits and position.
+        axes: axes with final limits and position.
         lines: polylines (M, 2) in data coordinates that labels should not cover.
         size: font size in points.
         background: color of the halo around the letters.
@@ -168,7 +168,7 @@ def _offsets(half: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Return candidate centers (M, 2) of a box of half size `half`, pixels from its anchor, and distances in points."""
     angles = np.linspace(0, 2 * np.pi, _DIRECTIONS, endpoint=False)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    # From the box's center to its edge, so that every direction leaves the same gap.
+    # Add the distance from the box's center to its edge, so that the gap is the same in every direction.
     reach = np.min(half / np.maximum(np.abs(directions), 1e-9), axis=1)
     lengths = reach[:, None] + np.array(_DISTANCES) * scale
     offsets = directions[:, None] * lengths[:, :, None]
@@ -178,10 +178,10 @@ def _offsets(half: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
 def _penalties(
     point: np.ndarray, offsets: np.ndarray, half: np.ndarray, frame: np.ndarray, boxes: np.ndarray, occupied: np.ndarray
 ) -> np.ndarray:
-    """Return the penalty of each candidate place (M,).
+    """Return the penalty of each candidate place, (M,).
 
-    It is 10,000 for each label or edge that it covers, 1,000 for each label that its leader crosses, and 40 for each
-    sample of a line that it covers.
+    The penalty is 10,000 for each label or edge that the place covers, 1,000 for each label that its leader line
+    crosses, and 40 for each sample of a line that it covers.
     """
     low, high = point + offsets - half, point + offsets + half
     outside = (low < frame[0]).any(axis=1) | (high > frame[1]).any(axis=1)

@@ -1,4 +1,4 @@
-"""Write the tables and notes of a report as text, which Markdown and HTML both show."""
+"""The tables and notes of a report as text, which Markdown and HTML both show."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def cost_words(report: Mapping[str, Any]) -> CostWords:
 
 
 def cost_headers(report: Mapping[str, Any]) -> list[str]:
-    """Return the headers of `cost_cells`: the report's unit first, and always GFLOPs."""
+    """Return the headers of `cost_cells`: the report's unit, then GFLOPs if that is another unit."""
     return list(dict.fromkeys([cost_words(report).unit, "GFLOPs"]))
 
 
 def cost_cells(report: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    """Return the cost of a row or of a point of the budget curve."""
+    """Return the cost cells of a row or of a point of the budget curve."""
     both = {cost_words(report).unit: row["mean_cost"], "GFLOPs": row["mean_gflops"]}
     return [gflops(both[header]) for header in cost_headers(report)]
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first column is aligned left, the others right."""
+    """Return a Markdown table. The first column is aligned left, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join(f"| {' | '.join(cell(text) for text in line)} |" for line in lines)
 
 
 def markdown_figure(name: str, caption: str, figures: Collection[str]) -> str:
-    """A link to the figure, or nothing if NAME.png is not one of `figures`."""
+    """Return a link to the figure, or an empty string if NAME.png is not one of `figures`."""
     return f"![{caption}]({name}.png)" if f"{name}.png" in figures else ""
 
 
@@ -93,8 +93,8 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
         "Envelope: the upper concave envelope of all static networks, which is what drawing between any two of them at "
         f"random reaches at the same {words.noun}. A routed network that is not above it saves nothing.",
         "Oracle: each image at the cheapest resolution that is correct, or at the cheapest of all if none is. No "
-        "policy can be more accurate with this network. A placebo oracle has as many looks, but all at the largest "
-        "resolution, through crops that are shifted by a sixteenth of their side: what it gains is luck.",
+        "policy can be more accurate with this network. A placebo oracle chooses among as many answers, but all from "
+        "the largest resolution, for crops that are shifted by a sixteenth of their side: what it gains is luck.",
         "Differences are paired, on the same images: Bonett and Price's interval and McNemar's exact test against "
         f"single networks; {method['bootstrap_resamples']:,} bootstrap resamples of the images against mixtures.",
         "Intervals cover the choice of validation images, not the seed of the training: compare several seeds.",
@@ -121,7 +121,7 @@ def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def provenance_pairs(report: Mapping[str, Any], named: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Data set, date and commit of a report, then what is `named`, then its environment."""
+    """Return a report's data set, date and commit, then the pairs in `named`, then the report's environment."""
     about = {"data set": report["dataset"], "created": report["created"], "git commit": report["git_commit"]}
     pairs = [*about.items(), *named.items(), *report["environment"].items()]
     return [(str(key), str(value)) for key, value in pairs if value is not None]
@@ -133,7 +133,7 @@ def percent(fraction: float | None, digits: int = 1) -> str:
 
 
 def interval(row: Mapping[str, Any], digits: int = 1) -> str:
-    """The interval of a row's top-1, in percent."""
+    """Return the interval of a row's top-1, in percent."""
     return f"{100 * row['top1_low']:.{digits}f} to {100 * row['top1_high']:.{digits}f}"
 
 
@@ -143,12 +143,12 @@ def signed(points: float) -> str:
 
 
 def gflops(value: float) -> str:
-    """Format a cost with three significant digits, never in powers of ten."""
+    """Format a cost with three significant digits, never in scientific notation."""
     return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="k").rstrip(".")
 
 
 def p_value(value: float | None) -> str:
-    """Format a p value; without a test it is a dash."""
+    """Format a p value. None, which means no test, becomes a dash."""
     if value is None:
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.2g}"
@@ -214,7 +214,7 @@ def budget_table(report: Mapping[str, Any]) -> Table:
 
 
 def policy_note(report: Mapping[str, Any]) -> str:
-    """Say on which images policies were fitted, which budget chose one, and which images the numbers are of."""
+    """Say which images policies were fitted on, which budget chose one, and which images the numbers are for."""
     found, words = report["policies"], cost_words(report)
     budget = found["budget"]
     limits = [] if budget["cost"] is None else [f"at most {gflops(budget['cost'])} {words.unit}"]
@@ -232,7 +232,7 @@ def policy_note(report: Mapping[str, Any]) -> str:
 
 
 def policy_table(report: Mapping[str, Any]) -> Table:
-    """Return the table of what the best policy of each kind reaches at rising cost."""
+    """Return the table of the accuracy of each kind's best policy at rising cost."""
     curves = report["policies"]["curves"]
     rows = []
     for kind, points in curves.items():
@@ -246,7 +246,7 @@ def policy_table(report: Mapping[str, Any]) -> Table:
 
 
 def class_table(report: Mapping[str, Any]) -> Table:
-    """Return the table of the classes, those with the lowest accuracy first where there are many."""
+    """Return the table of the classes, with the lowest accuracy first if there are many."""
     sides, routed = report["resolutions"], report["comparisons"] is not None
     rows = report["by_class"]
     if len(rows) > CLASS_ROWS:
@@ -264,7 +264,8 @@ def class_table(report: Mapping[str, Any]) -> Table:
 
 
 def by_chosen_table(report: Mapping[str, Any]) -> Table:
-    """Return the table of static accuracy by chosen resolution, which shows how hard the images of each choice are."""
+    """Return the table of static accuracy by chosen resolution, which shows how difficult the images of each choice
+    are."""
     sides, routing = report["resolutions"], report["routing"]
     return ("sent to", "images", *(f"static {side} px" for side in sides)), [
         (f"{side} px", f"{count:,}", *(percent(value) for value in values))
@@ -298,14 +299,14 @@ def attribute_table(name: str, found: Mapping[str, Any]) -> Table:
 
 
 def every(points: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """Return about `count` of the points, evenly spaced, with both ends and bias 0."""
+    """Return about `count` of the points, evenly spaced, including both ends and bias 0."""
     last = len(points) - 1
     wanted = {round(last * k / (count - 1)) for k in range(count)} if last >= 0 else set()
     return [point for k, point in enumerate(points) if k in wanted or point["budget_bias"] == 0]
 
 
 def cell(text: object) -> str:
-    """Escape text so that it cannot end a table cell or open a tag."""
+    """Escape text so that it cannot end a table cell or open an HTML tag."""
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 

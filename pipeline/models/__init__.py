@@ -1,4 +1,4 @@
-"""The networks: backbones, resolution predictors, their batch norms and costs.
+"""The networks: backbones, resolution predictors, their batch norms, and their costs.
 
-Start with `drnet.py`, the network as a whole, then `backbone.py` and `predictor.py`.
+Start with `drnet.py`, the whole network, then read `backbone.py` and `predictor.py`.
 """

@@ -1,4 +1,4 @@
-"""The backbone: a network of torchvision or timm, or our small one, with norms that are private to a resolution."""
+"""The backbone: a network of torchvision or timm, or our small ResNet, with norms that are private to a resolution."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pipeline.models.weights import TIMM, classifier_keys, load_weights
 class SmallResNet(nn.Module):
     """A residual network for small images of any size: 3x3/2 stem, three BasicBlocks of stride 2, average pooling.
 
-    The stem keeps half of the resolution, so that details of a few pixels survive to the first block; the cost grows
-    with H * W. On the CPU a step's time goes where the feature maps are large, so blocks start after the stem.
+    The stem only halves the resolution, so that details of a few pixels reach the first block. The cost grows with H *
+    W. On a CPU most of a step's time goes into large feature maps, so the blocks start after the stem.
 
     Args:
         num_classes: K.
-        width: multiplies every channel count.
+        width: multiplier of every channel count.
     """
 
     def __init__(self, num_classes: int, width: float = 1.0):
@@ -45,17 +45,17 @@ class SmallResNet(nn.Module):
         remove_mean(stem)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of images (N, 3, H, W), H and W at least 1."""
+        """Return logits (N, K) for images (N, 3, H, W), H and W at least 1."""
         return self.fc(self.pool(self.blocks(self.stem(images))).flatten(1))
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """Returns `channels * width`, rounded to a multiple of 8, at least 8."""
+    """Return `channels * width`, rounded to a multiple of 8, at least 8."""
     return max(8, 8 * round(channels * width / 8))
 
 
 def residual_block(inputs: int, outputs: int, stride: int) -> BasicBlock:
-    """Returns ResNet's block of two convolutions, with a 1x1 projection where the shapes differ."""
+    """Return ResNet's block of two convolutions, with a 1x1 projection if the input and output shapes differ."""
     projection = None
     if stride != 1 or inputs != outputs:
         projection = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -63,18 +63,18 @@ def residual_block(inputs: int, outputs: int, stride: int) -> BasicBlock:
 
 
 def init_convolutions(module: nn.Module) -> None:
-    """Initialize every convolution as He et al. do, and torchvision's ResNet."""
+    """Initialize every convolution inside `module` as He et al. and torchvision's ResNet do."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
 def remove_mean(stem: nn.Conv2d) -> None:
-    """Start every filter of a first convolution with zero mean over its window, so that it responds to edges.
+    """Give every filter of a first convolution zero mean over its window, so that it responds to edges.
 
-    Brightness varies far more between images than what is drawn on them, and random filters mostly pass brightness on.
-    It matters in short trainings from scratch: on generated letters at 64 px, four epochs reached 57 % accuracy with
-    this start and 27 % without. Training may bring the mean back.
+    Images differ far more in brightness than in content, and random filters mostly pass brightness on. This
+    initialization matters in short trainings from scratch: on generated letters at 64 px, four epochs reached 57 %
+    accuracy with it and 27 % without. Training may bring the mean back.
     """
     with torch.no_grad():
         stem.weight -= stem.weight.mean(dim=(2, 3), keepdim=True)
@@ -83,14 +83,15 @@ def remove_mean(stem: nn.Conv2d) -> None:
 SMALL_RESNET = "small_resnet"
 _AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 _PROBE_SIDES = (224, 160, 196, 256, 288, 128)
-"""A network must take two of these: multiples of the usual strides and patches."""
+"""A backbone must accept at least two of these sides in pixels. They are multiples of the usual strides and patch
+sizes."""
 
 
 class ResolutionBackbone(nn.Module):
-    """One network for R candidate resolutions: all layers shared, except norms that are private to each.
+    """One network for R candidate resolutions: all layers are shared, except norms that are private to a resolution.
 
     Args:
-        network: a classification network (N, 3, H, W) -> (N, K); changed in place.
+        network: classification network (N, 3, H, W) -> (N, K); changed in place.
         num_resolutions: R.
         private_norms: which norms have a copy for each resolution, as in `make_resolution_aware`.
     """
@@ -98,39 +99,39 @@ class ResolutionBackbone(nn.Module):
     def __init__(self, network: nn.Module, num_resolutions: int, private_norms: PrivateNorms = "auto"):
         super().__init__()
         self.num_resolutions = num_resolutions
-        # A plain list: the layers are registered in `network` and must not be in the state dict twice.
+        # A plain list, because the layers are registered in `network` and must not be in the state dict twice.
         self._norms = make_resolution_aware(network, num_resolutions, private_norms)
         self.network = network
 
     def forward(self, images: Tensor, resolution_index: int) -> Tensor:
-        """Logits (N, K) of images (N, 3, H, W), normalized with the norms of candidate `resolution_index`."""
+        """Return logits (N, K) for images (N, 3, H, W), using the norms of resolution `resolution_index`."""
         self.select(resolution_index)
         return self.network(images)
 
     def select(self, resolution_index: int) -> None:
-        """Make one candidate's norms active; raises ValueError for an index outside [0, R)."""
+        """Activate the norms of one resolution. Raise ValueError for an index outside [0, R)."""
         if not 0 <= resolution_index < self.num_resolutions:
             raise ValueError(f"resolution index {resolution_index} is not in 0..{self.num_resolutions - 1}")
         for norm in self._norms:
             norm.active = resolution_index
 
     def freeze_statistics(self, frozen: bool) -> None:
-        """Have every batch norm use its running statistics in training mode too, from the next `train()` on."""
+        """Set whether every batch norm uses its running statistics in training mode too, from the next `train()` on."""
         for norm in self._norms:
             norm.frozen = frozen
 
     def classifier_parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters of the layer that computes the logits."""
+        """Return the parameters of the layer that computes the logits."""
         keys = classifier_keys(self.network)
         return [parameter for name, parameter in self.network.named_parameters() if name in keys]
 
     def layer_depths(self) -> dict[nn.Parameter, int]:
-        """Returns how many groups of layers, as timm cuts the network, lie between each parameter and the output.
+        """Return, for each parameter, the number of layer groups between it and the output.
 
-        Private copies of a norm belong to the group of the layer that they replace.
+        The groups are those of timm. Private copies of a norm belong to the group of the layer that they replace.
 
         Raises:
-            ValueError: timm does not cut this network.
+            ValueError: timm does not define layer groups for this network.
         """
         matcher: Any = getattr(self.network, "group_matcher", None)
         if matcher is None:
@@ -146,7 +147,7 @@ class ResolutionBackbone(nn.Module):
         return {parameter: max(groups.values()) - groups[name] for parameter, name in names.items()}
 
     def at(self, resolution_index: int) -> nn.Module:
-        """Returns a separate copy of the network with one candidate's plain norms, for export and cost."""
+        """Return a separate copy of the network with the plain norms of one resolution, for export and cost counts."""
         self.select(resolution_index)
         network = copy.deepcopy(self.network)
         keep_resolution(network, resolution_index)
@@ -167,17 +168,18 @@ def build_backbone(
     """Build a resolution-aware backbone by name.
 
     Args:
-        name: `small_resnet`, a torchvision classification model, or `timm/NAME`; it must take images of several sizes.
-        num_classes: K; the classifier has this many outputs.
+        name: `small_resnet`, a torchvision classification model, or `timm/NAME`; it must accept images of several
+            sizes.
+        num_classes: number K of the classifier's outputs.
         num_resolutions: R.
         width: channel multiplier of `small_resnet`.
-        weights: as in `load_weights`; every candidate's norms start from the same values. None is random.
-        dropout, drop_path: probabilities of dropout before the classifier and of skipping the last block; None is the
-            network's own.
+        weights: as in `load_weights`; the norms of every resolution start from the same values. None starts at random.
+        dropout, drop_path: probabilities of dropout before the classifier and of skipping the last block; None keeps
+            the network's default.
         private_norms: which norms have a copy for each resolution, as in `make_resolution_aware`.
 
     Raises:
-        ValueError: the name, the width, the weights, a probability or the norms do not fit.
+        ValueError: the name, width, weights, a probability or the norms are not possible.
     """
     rates = {"dropout": dropout, "drop_path": drop_path}
     if name == SMALL_RESNET:
@@ -187,7 +189,7 @@ def build_backbone(
         network = _with_rates(partial(build, name, num_classes), name, rates, arguments)
         if width != 1:
             raise ValueError(
-                f"backbone {name} has one width. Set model.backbone_width=1; only {SMALL_RESNET} is scaled"
+                f"backbone {name} has a fixed width. Set model.backbone_width=1; only {SMALL_RESNET} can be scaled"
             )
         _check_outputs(network, name, num_classes)
     avoid_unsafe_projections(network)
@@ -198,16 +200,16 @@ def build_backbone(
 
 TIMM_RATES = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
 TORCHVISION_RATES = {"dropout": "dropout", "drop_path": "stochastic_depth_prob"}
-"""The name of the constructor's argument for each rate."""
+"""Maps each rate to the name of torchvision's constructor argument."""
 
 
 def _with_rates(
     build: Callable[..., nn.Module], name: str, rates: Mapping[str, float | None], arguments: Mapping[str, str]
 ) -> nn.Module:
-    """Build a network with the rates that are given.
+    """Build a network with the rates that are not None.
 
     Args:
-        arguments: name of the constructor's argument for each rate.
+        arguments: maps each rate to the name of the constructor's argument.
 
     Raises:
         ValueError: the constructor does not take a rate.
@@ -238,16 +240,16 @@ def _torchvision(name: str, num_classes: int, **rates: Any) -> nn.Module:
 
 
 def _timm(name: str, num_classes: int, **rates: Any) -> nn.Module:
-    """Build a network of timm; position embeddings follow the image size where the network can resample them."""
+    """Build a timm network. Position embeddings are resampled to the image size if the network supports it."""
     import timm
 
     architecture, _, tag = name.removeprefix(TIMM).partition(".")
     if not timm.is_model(architecture):
         known = [TIMM + model for model in timm.list_models()]
-        raise _unknown(TIMM + architecture, known, "timm.list_models() names all")
+        raise _unknown(TIMM + architecture, known, "timm.list_models() lists all names")
     if tag:
         raise ValueError(
-            f"backbone {name} names weights too; set model.backbone={TIMM}{architecture} and model.weights={tag}"
+            f"backbone {name} also names weights; set model.backbone={TIMM}{architecture} and model.weights={tag}"
         )
     state = torch.get_rng_state()
     try:
@@ -266,7 +268,7 @@ def _unknown(name: str, known: list[str], otherwise: str) -> ValueError:
 
 
 def _check_outputs(network: nn.Module, name: str, num_classes: int) -> None:
-    """Raise ValueError unless the network takes several sizes and returns logits alone, in training mode too."""
+    """Raise ValueError unless the network accepts several sizes and returns only logits, in training mode too."""
     fitting: list[int] = []
     reason = ""
     for side in _PROBE_SIDES:
@@ -280,7 +282,7 @@ def _check_outputs(network: nn.Module, name: str, num_classes: int) -> None:
         fitting.append(side)
         if len(fitting) == 2:
             return
-    only = f"takes images of {fitting[0]} px only" if fitting else "takes images of a size of its own"
+    only = f"takes images of {fitting[0]} px only" if fitting else "takes none of the usual image sizes"
     raise ValueError(
         f"backbone {name} {only} ({reason}), but dynamic resolution needs several sizes. Choose one without a fixed "
         "size, such as resnet50, timm/tf_efficientnet_lite0, timm/convnext_nano or timm/vit_tiny_patch16_224"
@@ -288,15 +290,16 @@ def _check_outputs(network: nn.Module, name: str, num_classes: int) -> None:
 
 
 GRAPHS_PER_RESOLUTION = 16
-"""How many graphs torch.compile may make: about 4 kinds of passes, each for sizes 0, 1, the first one and any."""
+"""The graphs that torch.compile may make per resolution: about 4 kinds of passes, each for the batch sizes 0, 1, the
+first one and any."""
 
 
 def compile_backbone(backbone: ResolutionBackbone, backend: str | Callable = "inductor") -> None:
     """Run the backbone's passes with torch.compile.
 
     Each resolution has its own graphs, for passes with and without gradient and for both kinds of batch norm
-    statistics. A graph takes sub-batches of any size once it has seen two sizes. That is more than torch's default
-    limit of 8 graphs, beyond which torch runs the network uncompiled.
+    statistics. A graph accepts sub-batches of any size once it has seen two sizes. These are more graphs than torch's
+    default limit of 8, above which torch runs the network uncompiled.
     """
     limit = GRAPHS_PER_RESOLUTION * backbone.num_resolutions
     backbone.compile(backend=backend, recompile_limit=limit, isolate_recompiles=True)

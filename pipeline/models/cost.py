@@ -1,4 +1,4 @@
-"""The cost of a forward pass: multiply-adds (MACs, as in the paper) by torch's own counter, or measured time."""
+"""The cost of a forward pass: multiply-adds (MACs, as in the paper) from torch's own counter, or measured time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MIN_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one image in batches of `batch_size`, and where they were measured.
+    """Measured milliseconds per image in batches of `batch_size`, and the conditions of the measurement.
 
-    `backbone_milliseconds` are for the candidate resolutions, largest first. Decoding and resizing are not included.
+    `backbone_milliseconds` lists the candidate resolutions, largest first. Decoding and resizing are not included.
     """
 
     backbone_milliseconds: tuple[float, ...]
@@ -46,30 +46,30 @@ class Latency:
         )
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, atomically. `load` reads the same numbers to the last bit."""
+        """Write the measurement to a JSON file, atomically. `load` restores the numbers exactly."""
         write_whole(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> Latency:
-        """Read what `save` wrote. Raises ValueError where the file is missing or damaged."""
+        """Read a file that `save` wrote. Raise ValueError if it is missing or damaged."""
         try:
             content = json.loads(path.read_text())
             return cls(**content | {"backbone_milliseconds": tuple(content["backbone_milliseconds"])})
         except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: this run has not measured its milliseconds") from None
+            raise ValueError(f"{path} does not exist: this run has not measured its latency in milliseconds") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}). It holds the costs that the run has measured.") from None
+            raise ValueError(f"{path} is damaged ({error}). It contains the costs that the run measured.") from None
 
 
 def measure_latency(model: DRNet, batch_size: int, precision: str = "float32") -> Latency:
-    """Time the predictor and the backbone at every resolution on the model's device.
+    """Measure the latency of the predictor and of the backbone at every resolution, on the model's device.
 
-    Networks run in inference mode with as many threads as torch has here. The candidates take turns in every round, so
-    that a machine that slows down for a while slows all of them; each figure is the median of ROUNDS rounds. The model
+    Networks run in inference mode with torch's current number of threads. The networks take turns in every round, so
+    that a temporary slowdown of the machine affects all of them. Each figure is the median of ROUNDS rounds. The model
     and the random state do not change.
 
     Args:
-        batch_size: images at once.
+        batch_size: images per batch.
         precision: float32, or bfloat16 under autocast, as in training.
     """
     device = next(model.parameters()).device
@@ -95,13 +95,13 @@ def measure_latency(model: DRNet, batch_size: int, precision: str = "float32") -
 
 
 def _repeats(run: Callable[[], object], device: torch.device) -> int:
-    """Warm up; returns how often to call `run` for one timing."""
+    """Warm up, and return how often to call `run` for one timing."""
     fastest = min(_seconds(run, 1, device) for _ in range(WARM_UP_ROUNDS))
     return max(1, round(MIN_SECONDS / fastest))
 
 
 def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Returns the seconds of one call, as the mean of `repeats` calls."""
+    """Return the seconds of one call, as the mean over `repeats` calls."""
     _finish(device)
     begun = time.perf_counter()
     for _ in range(repeats):
@@ -117,10 +117,11 @@ def _finish(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of one image, in GFLOPs (1e9 multiply-adds) and, where it was measured, in milliseconds.
+    """The cost of one image in GFLOPs (1e9 multiply-adds) and, if it was measured, in milliseconds.
 
-    `backbone_gflops[j]` is the backbone's cost at `resolutions[j]`; the predictor's is paid once for every image.
-    Names without a unit are in milliseconds where there is a `latency`, else in GFLOPs: decisions use those.
+    `backbone_gflops[j]` is the backbone's cost at `resolutions[j]`. The predictor's cost is paid once for every image.
+    Attributes without a unit in their name are in `unit`, the unit in which decisions are made: milliseconds if
+    `latency` is given, otherwise GFLOPs.
     """
 
     resolutions: tuple[int, ...]
@@ -130,7 +131,7 @@ class Costs:
 
     @property
     def unit(self) -> str:
-        """The unit of the costs that decide: gflops or milliseconds."""
+        """The unit in which decisions are made: gflops or milliseconds."""
         return "gflops" if self.latency is None else "milliseconds"
 
     @property
@@ -144,30 +145,31 @@ class Costs:
         return self.predictor_gflops if self.latency is None else self.latency.predictor_milliseconds
 
     def mean(self, shares_R: Sequence[float], with_predictor: bool = True) -> float:
-        """Mean cost as in `mean_gflops`, in `unit`."""
+        """Return the mean cost as in `mean_gflops`, but in `unit`."""
         return _mean(shares_R, self.backbone, self.predictor if with_predictor else 0.0)
 
     def mean_gflops(self, shares_R: Sequence[float], with_predictor: bool = True) -> float:
-        """Mean cost where the share `shares_R[j]` of the images runs at resolution j (shares sum to 1)."""
+        """Return the mean cost in GFLOPs if the share `shares_R[j]` of the images runs at resolution j. Shares sum to
+        1."""
         return _mean(shares_R, self.backbone_gflops, self.predictor_gflops if with_predictor else 0.0)
 
     @property
     def relative(self) -> tuple[float, ...]:
-        """The candidates' GFLOPs (R,) on a scale from 0, the lowest, to 1, the highest; all 0 where they are equal.
+        """The resolutions' GFLOPs (R,) on a scale from 0 (cheapest) to 1 (most expensive), or all 0 if they are equal.
 
-        GFLOPs even where the unit is milliseconds, so that a `budget_bias` means the same wherever the model runs.
+        This uses GFLOPs even if `unit` is milliseconds, so that a `budget_bias` has the same meaning on every machine.
         """
         low, high = min(self.backbone_gflops), max(self.backbone_gflops)
         return tuple((cost - low) / ((high - low) or 1.0) for cost in self.backbone_gflops)
 
     @property
     def min_backbone_gflops(self) -> float:
-        """Mean cost of the backbone where every image takes the cheapest candidate."""
+        """The backbone's GFLOPs if every image runs at the cheapest resolution."""
         return min(self.backbone_gflops)
 
     @property
     def max_backbone_gflops(self) -> float:
-        """Mean cost of the backbone where every image takes the most expensive candidate."""
+        """The backbone's GFLOPs if every image runs at the most expensive resolution."""
         return max(self.backbone_gflops)
 
 
@@ -178,8 +180,8 @@ def _mean(shares_R: Sequence[float], costs_R: Sequence[float], more: float) -> f
 def count_macs(module: nn.Module, *inputs: Any) -> int:
     """Count the multiply-adds of `module(*inputs)` in eval mode, without computing it or changing the module.
 
-    Convolutions and matrix products count; normalization, activations and pooling do not, as in the paper. Only the
-    shapes of tensors in `inputs` matter.
+    As in the paper, convolutions and matrix products count; normalization, activations and pooling do not. Only the
+    shapes of the tensors in `inputs` matter.
     """
     with FlopCounterMode(display=False) as counter:
         meta_forward(module, *inputs)
@@ -187,7 +189,7 @@ def count_macs(module: nn.Module, *inputs: Any) -> int:
 
 
 def measure_costs(model: DRNet) -> Costs:
-    """Count backbone and predictor for one image at every candidate resolution.
+    """Count the multiply-adds of backbone and predictor for one image at every candidate resolution.
 
     Raises:
         ValueError: an input size is too small for its network.

@@ -1,4 +1,4 @@
-"""The dynamic resolution network: backbone, resolution predictor, and the normalization of their input."""
+"""The dynamic resolution network (DRNet): backbone, resolution predictor, and the normalization of their input."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from pipeline.models.weights import weights_input
 
 
 class DRNet(nn.Module):
-    """Backbone and predictor over R candidate resolutions (Zhu et al., NeurIPS 2021).
+    """Backbone and predictor for R candidate resolutions (Zhu et al., NeurIPS 2021).
 
-    It holds no policy: the caller decides at which resolution an image runs.
+    The network contains no policy: the caller decides at which resolution an image runs.
 
     Args:
         backbone, predictor: built for `len(resolutions)` candidates.
         resolutions: candidate sides in pixels; resolution index j means `resolutions[j]`.
-        predictor_size: side of the predictor's input, pixels.
-        mean, std: that normalize RGB channels on the scale 0..1.
+        predictor_size: side of the predictor's input, in pixels.
+        mean, std: normalization of the RGB channels on the scale 0..1.
+
+    Raises:
+        ValueError: mean or std does not have 3 values, or a std is not positive.
     """
 
     mean: Tensor
@@ -50,34 +53,35 @@ class DRNet(nn.Module):
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The image sides that a batch must hold: candidates and predictor's input, largest first."""
+        """The image sides that a batch must contain: the resolutions and the predictor's input, largest first."""
         return tuple(sorted({*self.resolutions, self.predictor_size}, reverse=True))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Returns (x / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, 3, H, W), on the model's device.
+        """Return (x / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, 3, H, W), on the model's device.
 
-        The memory format is `memory_format`: a convolution follows the format of its input as well as of its weights.
+        The result has the memory format `memory_format`, because a convolution's format depends on its input as well as
+        on its weights.
         """
         scale = (255 * self.std).reciprocal().view(1, 3, 1, 1)
         bias = (-self.mean / self.std).view(1, 3, 1, 1)
-        # NHWC viewed as NCHW is channels_last already. The float copy keeps that layout and is changed in place.
+        # NHWC viewed as NCHW already is channels_last. The float copy keeps this layout and is changed in place.
         pixels = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
         return pixels.mul_(scale).add_(bias).contiguous(memory_format=self.memory_format)
 
     def predictor_logits(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Returns the predictor's scores (N, R), from `images[predictor_size]`, uint8 (N, S, S, 3)."""
+        """Return the predictor's scores (N, R) for `images[predictor_size]`, uint8 (N, S, S, 3)."""
         return self.predictor(self.normalize(images[self.predictor_size]))
 
     def static_logits(self, images: Mapping[int, Tensor], resolution_index: int) -> Tensor:
-        """Returns class logits (N, K) of the batch at one candidate, from `images[resolutions[resolution_index]]`."""
+        """Return class logits (N, K) of the batch at one resolution, for `images[resolutions[resolution_index]]`."""
         return self.backbone(self.normalize(images[self.resolutions[resolution_index]]), resolution_index)
 
 
 def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> DRNet:
-    """Build the network that `config` describes, on the CPU, from the global random state.
+    """Build the network that `config` describes, on the CPU, using the global random state.
 
     Raises:
-        ValueError: backbone, weights or predictor do not fit.
+        ValueError: the backbone, the weights or the predictor are not possible.
     """
     num_resolutions = len(config.resolutions)
     backbone = build_backbone(
@@ -95,28 +99,28 @@ def build_drnet(config: ModelConfig, num_classes: int, mean: Sequence[float], st
 
 
 VALIDATION_CROP = 224 / 256
-"""Side of the center crop where neither the configuration nor the weights say one (the paper's)."""
+"""The side of the center crop if neither the configuration nor the weights give one (the paper's value)."""
 
 
 def normalization(config: ModelConfig) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Returns the mean and std of an untrained network's input, or None for those of the training images.
+    """Return the mean and std of an untrained network's input, or None to use those of the training images.
 
     Raises:
-        ValueError: the weights do not exist, or `config` asks for values that they do not state.
+        ValueError: the weights do not exist, or `config` asks for the weights' values and they have none.
     """
     if isinstance(config.normalization, tuple):
         return config.normalization
     found = weights_input(config.backbone, config.weights)
     if config.normalization == "weights" and found is None:
         raise ValueError(
-            f"normalization is weights, but {'a file' if config.weights else 'null'} as weights has no mean and "
-            "standard deviation. Give data, or both as [mean, std]"
+            f"model.normalization is weights, but model.weights is {'a file' if config.weights else 'null'}, which has "
+            "no mean and standard deviation. Give data, or both values as [mean, std]"
         )
     return None if found is None or config.normalization == "data" else (found.mean, found.std)
 
 
 def validation_crop(config: Config) -> float:
-    """Returns the side of the center crop in validation, as a fraction of the shorter side."""
+    """Return the side of the center crop in validation, as a fraction of the image's shorter side."""
     if config.loader.validation_crop is not None:
         return config.loader.validation_crop
     found = weights_input(config.model.backbone, config.model.weights)
@@ -124,13 +128,13 @@ def validation_crop(config: Config) -> float:
 
 
 def place_model(model: DRNet, device: torch.device, *, channels_last: bool) -> DRNet:
-    """Move a model to a device, with weights and input in one memory format."""
+    """Move a model to a device, and give its weights and input the same memory format."""
     model.memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=model.memory_format)  # ty: ignore[no-matching-overload]
 
 
 def build_configured(config: PredictorConfig, num_resolutions: int) -> Predictor:
-    """Build the predictor that `config` describes. Raises ValueError where there is none."""
+    """Build the predictor that `config` describes. Raise ValueError if it is not possible."""
     shape = predictor_shape(
         config.architecture, blocks=config.blocks, kernel=config.kernel, stem_stride=config.stem_stride
     )

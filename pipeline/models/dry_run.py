@@ -15,25 +15,25 @@ from torch.func import functional_call
 
 
 def meta_forward(module: nn.Module, *inputs: Any, training: bool = False) -> Any:
-    """Run `module(*inputs)` on the meta device, where tensors have shapes and no values."""
+    """Run `module(*inputs)` on the meta device, where tensors have shapes but no values."""
     state = {
         name: torch.empty_like(value, device="meta")
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
     on_meta = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
-    # Eager: after a first call on the meta device, torch.compile would silently leave the module uncompiled for good.
+    # Run eagerly: after a first call on the meta device, torch.compile would silently never compile the module.
     with training_mode(module, training), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return functional_call(module, state, on_meta)
 
 
 def meta_images(side: int, count: int = 1) -> Tensor:
-    """Returns images (count, 3, side, side) without values."""
+    """Return images (count, 3, side, side) without values."""
     return torch.empty(count, 3, side, side, device="meta")
 
 
 @contextmanager
 def training_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Set training or eval mode for the body; afterwards every layer has its former flag."""
+    """Set training or eval mode inside the `with` block, then restore every layer's previous mode."""
     flags = [(layer, layer.training) for layer in module.modules()]
     module.train(training)
     try:
@@ -48,21 +48,23 @@ _BATCHES = (2, 4)
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that autograd keeps from forward to backward: for each image, and once a step (casts of weights)."""
+    """Bytes that autograd keeps from forward to backward: per image, and once per step (weights cast to bfloat16)."""
 
     bytes_per_image: int
     fixed_bytes: int
 
     def of_batch(self, num_images: int) -> int:
+        """Return the bytes for a batch."""
         return self.bytes_per_image * num_images + self.fixed_bytes
 
 
 def measure_activations(module: nn.Module, side: int, *arguments: Any, precision: str = "float32") -> Activations:
-    """Measure what autograd keeps of `module(images, *arguments)` in training mode; the module does not change.
+    """Measure the bytes that autograd keeps for `module(images, *arguments)` in training mode. The module does not
+    change.
 
     Args:
-        side: of the square images, pixels.
-        precision: `bfloat16` runs the forward pass under autocast.
+        side: side of the square images, in pixels.
+        precision: float32, or `bfloat16` to run the forward pass under autocast.
     """
     small, large = (_kept_bytes(module, size, side, arguments, precision) for size in _BATCHES)
     per_image = (large - small) // (_BATCHES[1] - _BATCHES[0])
@@ -70,7 +72,7 @@ def measure_activations(module: nn.Module, side: int, *arguments: Any, precision
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of parameters or buffers."""
+    """Return the bytes of parameters or buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -85,7 +87,7 @@ def _kept_bytes(module: nn.Module, batch: int, side: int, arguments: tuple[Any, 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
-                kept[storage._cdata] = storage  # kept alive, so that no other storage gets its address
+                kept[storage._cdata] = storage  # keep it alive, so that no other storage gets its address
             return tensor
 
         images = torch.empty(batch, 3, side, side).to(memory_format=torch.channels_last)

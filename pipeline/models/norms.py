@@ -1,4 +1,4 @@
-"""Norm layers: private to each resolution, synchronized over ranks in training, folded for inference."""
+"""Norm layers that are private to a resolution, synchronized over ranks in training, or folded for inference."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ PrivateNorms = Literal["auto", "batch_norm", "all", "none"]
 
 
 class ResolutionNorm(nn.Module):
-    """Private copies of one norm layer, of which the one of resolution `active` normalizes.
+    """Private copies of one norm layer. The copy of resolution `active` normalizes.
 
-    An activation's statistics change with the input resolution. So everything in a batch norm (mean, variance, scale,
-    shift) is private to a resolution, while convolutions and classifier are shared (Zhu et al., NeurIPS 2021, section
-    3.3). Other norms have private scale and shift.
+    The statistics of an activation change with the input resolution. So mean, variance, scale and shift of a batch norm
+    are private to a resolution, while convolutions and classifier are shared (Zhu et al., NeurIPS 2021, section 3.3).
+    Other norms have private scale and shift.
 
     Args:
-        norm: the layer to copy. With one candidate, it computes exactly what it did.
-        num_copies: the number of candidates R, or 1 for a layer that all candidates share.
+        norm: the layer to copy. With one copy, the result is exactly the layer's.
+        num_copies: number of resolutions R, or 1 for a layer that all resolutions share.
     """
 
     active: int
     keeps_statistics: bool
-    """In training mode, normalize with the batch's statistics and leave the running ones as they are."""
+    """In training mode, normalize with the batch's statistics but do not update the running statistics."""
     frozen: bool
-    """Normalize with the running statistics in training mode too; set it before `train()`."""
+    """Normalize with the running statistics in training mode too. Set this before calling `train()`."""
 
     def __init__(self, norm: nn.Module, num_copies: int):
         super().__init__()
@@ -45,18 +45,18 @@ class ResolutionNorm(nn.Module):
         self.keeps_statistics = self.frozen = False
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, which leaves the statistics of a frozen layer in inference mode."""
+        """Set training mode. The statistics of a frozen layer stay in inference mode."""
         super().train(mode)
         for norm in self.norms:
-            norm.training = mode and not self.frozen  # not that of its activation and dropout
+            norm.training = mode and not self.frozen  # but not the mode of its activation and dropout
         return self
 
     def at(self, index: int) -> nn.Module:
-        """Returns the layer that candidate `index` uses."""
+        """Return the layer that resolution `index` uses."""
         return self.norms[index if len(self.norms) > 1 else 0]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Normalize (N, C, H, W), or whatever shape the layer takes, with the active copy."""
+        """Normalize (N, C, H, W), or any other shape that the layer accepts, with the active copy."""
         norm = self.at(self.active)
         if self.keeps_statistics:
             return functional_call(norm, {name: value.clone() for name, value in norm.named_buffers()}, features)
@@ -69,7 +69,7 @@ class ResolutionNorm(nn.Module):
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TIMM_NORMS = {f"timm.layers.{file}" for file in ("norm", "norm_act", "grn", "evo_norm", "filter_response_norm")}
-"""Modules of timm that define norms which are no kind of torch's."""
+"""Modules of timm whose norm layers are not subclasses of torch's."""
 
 
 def _is_norm(layer: nn.Module) -> bool:
@@ -80,25 +80,25 @@ def _is_norm(layer: nn.Module) -> bool:
 def make_resolution_aware(
     module: nn.Module, num_resolutions: int, private: PrivateNorms = "auto"
 ) -> list[ResolutionNorm]:
-    """Replace norm layers inside `module`, in place, by a ResolutionNorm that starts from their values.
+    """Replace norm layers inside `module`, in place, by ResolutionNorms that start from their values.
 
     Args:
-        private: the layers with a copy for each resolution: `batch_norm`, `all` norms, `none`, or `auto`, which is
-            `batch_norm` in a network that has any and `all` in others. A batch norm with one copy for all resolutions
-            is replaced as well, since its statistics can be frozen or kept.
+        private: the layers with a copy for each resolution: `batch_norm`, `all` norms, `none`, or `auto`, which means
+            `batch_norm` if the network has any and `all` otherwise. A batch norm that all resolutions share is replaced
+            as well, because its statistics may have to be frozen or kept.
 
     Returns:
         The new layers, in the order of `module.modules()`.
 
     Raises:
-        ValueError: `num_resolutions` is not positive, or `module` has no such layers or is resolution-aware already.
+        ValueError: `num_resolutions` is not positive, or `module` has no such layers or already is resolution-aware.
     """
     kind = type(module).__name__
     if num_resolutions < 1:
         raise ValueError(f"num_resolutions is {num_resolutions}; give at least 1")
     parents = list(module.modules())
     if any(isinstance(parent, ResolutionNorm) for parent in parents):
-        raise ValueError(f"{kind} is resolution-aware already")
+        raise ValueError(f"{kind} already is resolution-aware")
     if private == "auto":
         private = "batch_norm" if any(isinstance(layer, _BATCH_NORMS) for layer in parents) else "all"
     replaced: dict[nn.Module, ResolutionNorm] = {}
@@ -120,14 +120,15 @@ def make_resolution_aware(
 
 
 def resolution_norms(module: nn.Module) -> list[ResolutionNorm]:
+    """Return all ResolutionNorms inside `module`, in the order of `module.modules()`."""
     return [layer for layer in module.modules() if isinstance(layer, ResolutionNorm)]
 
 
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Leave the running statistics inside `module` as they are during the body, in training mode too.
+    """Keep the running statistics inside `module` unchanged during the `with` block, in training mode too.
 
-    For a forward pass that is repeated: a batch counts once.
+    This is for a forward pass that is repeated, so that a batch counts once.
     """
     layers = resolution_norms(module)
     for layer in layers:
@@ -140,7 +141,7 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def keep_resolution(module: nn.Module, index: int) -> None:
-    """Replace every ResolutionNorm of `module`, in place, by the plain layer of candidate `index`."""
+    """Replace every ResolutionNorm inside `module`, in place, by the plain layer of resolution `index`."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, ResolutionNorm):
@@ -148,17 +149,17 @@ def keep_resolution(module: nn.Module, index: int) -> None:
 
 
 class SynchronizedBatchNorm(_BatchNorm):
-    """A BatchNorm1d or BatchNorm2d that, in training mode, normalizes with statistics over all ranks' values.
+    """A BatchNorm1d or BatchNorm2d that, in training mode, normalizes with statistics over the values of all ranks.
 
-    All ranks must run it in the same order, even a rank without images. Gradients of scale and shift come from the
-    rank's own images, as for any parameter; the input's gradient includes its effect on other ranks' outputs. In a
-    single process, or in inference mode, it equals them to the last bit. Like timm's BatchNormAct2d it then
-    applies the dropout and activation that it holds, if any.
+    All ranks must run it in the same order, including ranks without images. Gradients of scale and shift come from the
+    rank's own images, as for any parameter. The input's gradient includes the input's effect on other ranks' outputs.
+    In a single process, or in inference mode, the results equal those of torch's layer bit for bit. Like timm's
+    BatchNormAct2d, it then applies its dropout and activation, if it has any.
     """
 
     @classmethod
     def of(cls, norm: _BatchNorm) -> SynchronizedBatchNorm:
-        """Returns the synchronized form of a layer, with the same parameters, buffers, dropout and activation.
+        """Return the synchronized version of a layer, with the same parameters, buffers, dropout and activation.
 
         Raises:
             ValueError: the layer is another kind of batch norm.
@@ -173,7 +174,7 @@ class SynchronizedBatchNorm(_BatchNorm):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, H, W) or (N, C); N may be 0 where another rank has images."""
+        """Normalize (N, C, H, W) or (N, C). N may be 0 if another rank has images."""
         features = self._normalized(input)
         for layer in self.children():
             features = layer(features)
@@ -203,7 +204,7 @@ class SynchronizedBatchNorm(_BatchNorm):
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:
-    """Replace every batch norm inside `module`, in place, by its synchronized form; the state dict stays the same."""
+    """Replace every batch norm inside `module`, in place, by its synchronized version, with the same state dict."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, _BATCH_NORMS):
@@ -211,15 +212,16 @@ def synchronize_batch_norms(module: nn.Module) -> None:
 
 
 def has_synchronized_norms(module: nn.Module) -> bool:
+    """Return whether `module` contains a synchronized batch norm."""
     return any(isinstance(layer, SynchronizedBatchNorm) for layer in module.modules())
 
 
 @torch.no_grad()
 def _global_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the values per channel over all ranks, their mean (C,) and biased variance (C,), float32.
+    """Return the number of values per channel over all ranks, their mean (C,) and biased variance (C,), float32.
 
-    Ranks' means and squared deviations are merged by the formula of Chan, Golub and LeVeque (1979): a difference
-    of sums of squares would lose precision.
+    The ranks' means and squared deviations are merged by the formula of Chan, Golub and LeVeque (1979), because a
+    difference of sums of squares would lose precision.
     """
     channels = features.shape[1]
     mine = torch.zeros(2 * channels + 1, device=features.device)
@@ -236,7 +238,7 @@ def _global_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    """Computes (x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance depend on all ranks' x."""
+    """Compute (x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance depend on all ranks' x."""
 
     @staticmethod
     def forward(ctx: Any, features, weight, bias, mean_C, variance_C, count, eps):
@@ -245,7 +247,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        """Computes dx = w / sigma * (dy - E[dy] - xhat * E[dy * xhat]), E over all ranks (Ioffe and Szegedy, 2015)."""
+        """Compute dx = w / sigma * (dy - E[dy] - xhat * E[dy * xhat]), E over all ranks (Ioffe and Szegedy, 2015)."""
         features, weight, mean_C, inverse_std_C, count = ctx.saved_tensors
         gradient = gradients[0].float()
         shape, others = (1, -1) + (1,) * (features.ndim - 2), _all_but_channels(features)
@@ -274,13 +276,13 @@ _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 def fold_batch_norms(program: ExportedProgram) -> int:
     """Fold the batch norms of an inference program, in place, into the convolutions before them.
 
-    With w, b of the convolution, mean m, variance v, scale g, shift s of the norm and k = g / sqrt(v + eps), a
-    convolution with weight k * w and bias k * (b - m) + s replaces both. A batch norm stays where its input is anything
-    but the output of one convolution that nothing else uses. The graph of a program shows operations, not layers, so it
-    does not matter which kind of layer computes them, and an activation inside a layer stays.
+    With weight w and bias b of the convolution, mean m, variance v, scale g and shift s of the norm, and k = g / sqrt(v
+    + eps), a convolution with weight k * w and bias k * (b - m) + s replaces both. A batch norm stays unless its input
+    is the output of one convolution that nothing else uses. A program's graph consists of operations, not layers, so
+    the type of the layer does not matter, and an activation inside a layer stays.
 
     Returns:
-        How many batch norms were folded.
+        The number of batch norms that were folded.
     """
     signature, state = program.graph_signature, program.state_dict
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -310,5 +312,5 @@ def fold_batch_norms(program: ExportedProgram) -> int:
 
 
 def _is_own_tensor(node: Any, names: dict[str, str]) -> bool:
-    """Returns whether an argument is a stored tensor that one operation uses."""
+    """Return whether an argument is a stored tensor that only one operation uses."""
     return isinstance(node, Node) and node.name in names and len(node.users) == 1

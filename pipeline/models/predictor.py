@@ -1,4 +1,4 @@
-"""The resolution predictor: a family of small networks, of which the paper's four (supplement, Table 1) are points."""
+"""The resolution predictor: a family of small networks that includes the paper's four (supplement, Table 1)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MAX_STAGES = len(_CHANNELS)
 
 @dataclass(frozen=True)
 class PredictorShape:
-    """The shape of a predictor of the family; width and input size are separate.
+    """The shape of a predictor. Width and input size are separate settings.
 
     Attributes:
-        blocks: BasicBlocks of each stage, at most MAX_STAGES stages of 64, 128, 256 and 512 channels. 0 stands for one
-            plain convolution with stride 2.
-        kernel: side of the stem's and the plain convolutions' kernel, odd.
+        blocks: number of BasicBlocks in each stage; at most MAX_STAGES stages, with 64, 128, 256 and 512 channels. 0
+            means one plain convolution with stride 2.
+        kernel: side of the kernels of the stem and the plain convolutions, odd.
         stem_stride: stride of the stem's convolution; a max pool of stride 2 follows.
 
     Raises:
-        ValueError: lists everything that is wrong.
+        ValueError: lists all problems.
     """
 
     blocks: tuple[int, ...]
@@ -63,14 +63,14 @@ ARCHITECTURES = {
 
 
 class Predictor(nn.Module):
-    """Stem, body, average pooling, dropout and classifier over the R candidate resolutions.
+    """Stem, body, average pooling, dropout, and a classifier over the R candidate resolutions.
 
-    A network is trained on its `outputs`. Its scores, of which the largest is the choice, are the outputs, or their
-    sigmoids where `gives_probabilities` is true, plus `offset_R`: what makes the choices meet a budget.
+    The network is trained on its `outputs`. Its scores are the outputs, or their sigmoids if `gives_probabilities` is
+    true, plus `offset_R`. The resolution with the largest score is chosen. The offset makes the choices meet a budget.
 
     Args:
         stem, body: convolutional parts, applied in this order.
-        num_features: channels of the body's output.
+        num_features: number of channels of the body's output.
         num_resolutions: R.
         dropout: probability of zeroing a pooled feature.
     """
@@ -89,27 +89,27 @@ class Predictor(nn.Module):
         self.register_buffer("gives_probabilities", torch.tensor(False))
         self.register_load_state_dict_pre_hook(_complete_state)
         init_convolutions(self)
-        # Outputs near zero: training draws every candidate equally often at first, and sees the loss of each.
+        # Outputs start near zero, so training first draws every resolution equally often and sees the loss of each.
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, R), float32, of images (N, 3, S, S), S at least 16."""
+        """Return scores (N, R), float32, for images (N, 3, S, S), S at least 16."""
         outputs_NR = self.outputs(images).float()
         return torch.where(self.gives_probabilities, outputs_NR.sigmoid(), outputs_NR) + self.offset_R
 
     def outputs(self, images: Tensor) -> Tensor:
-        """Outputs (N, R) of images (N, 3, S, S): logits of the choice, or of each resolution being right."""
+        """Return outputs (N, R) for images (N, 3, S, S): logits of the choice, or of each resolution being correct."""
         return self.fc(self.dropout(self.pool(self.body(self.stem(images))).flatten(1)))
 
     def clear_offset(self, *, gives_probabilities: bool) -> None:
-        """Start from scores without an offset, as training does."""
+        """Reset the offset to zero, as at the start of training, and set what the outputs mean."""
         self.offset_R.zero_()
         self.gives_probabilities.fill_(gives_probabilities)
 
 
 def _complete_state(predictor: Predictor, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a state dict from before offsets existed load: its scores are its outputs."""
+    """Accept a state dict from before offsets existed: its scores are its outputs."""
     state.setdefault(f"{prefix}offset_R", torch.zeros_like(predictor.offset_R))
     state.setdefault(f"{prefix}gives_probabilities", torch.zeros_like(predictor.gives_probabilities))
 
@@ -121,7 +121,7 @@ def predictor_shape(
     kernel: int | None = None,
     stem_stride: int | None = None,
 ) -> PredictorShape:
-    """Returns one of the ARCHITECTURES with the given parts changed.
+    """Return the shape of one of the ARCHITECTURES, with the given parts replaced.
 
     Raises:
         ValueError: the architecture is unknown, or the shape is impossible.
@@ -139,12 +139,12 @@ def predictor_shape(
 def build_predictor(
     shape: PredictorShape, num_resolutions: int, *, width: float = 1.0, dropout: float = 0.2
 ) -> Predictor:
-    """Build a predictor of the family, from the global random state.
+    """Build a predictor, using the global random state.
 
     Args:
         num_resolutions: R.
-        width: multiplies every channel count; the result is rounded to a multiple of 8, at least 8.
-        dropout: before the classifier.
+        width: multiplier of every channel count; the result is rounded to a multiple of 8, at least 8.
+        dropout: probability of dropout before the classifier.
     """
     channels = [scaled_channels(base, width) for base in _CHANNELS[: len(shape.blocks)]]
     stem = nn.Sequential(
@@ -168,7 +168,7 @@ def _body(shape: PredictorShape, channels: Sequence[int]) -> Iterator[nn.Module]
         if count == 0:
             yield from _convolution(inputs, outputs, shape.kernel, stride=2)
         for block in range(count):
-            # The stem has reduced the sides already, so the first stage keeps them.
+            # The stem has already reduced the sides, so the first stage keeps them.
             yield residual_block(inputs if block == 0 else outputs, outputs, stride=2 if stage and block == 0 else 1)
         inputs = outputs
 

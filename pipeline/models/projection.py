@@ -8,26 +8,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MIN_CHANNELS = 16
-"""Input channels from which on oneDNN's own strided kernel is sound."""
+"""The number of input channels from which oneDNN's strided kernel is safe."""
 
 
 class NarrowProjection(nn.Conv2d):
     """A strided 1x1 convolution that drops the pixels which the stride skips, then runs with stride 1.
 
-    In torch 2.13 oneDNN's backward pass of such a convolution writes outside its memory on a CPU with several threads
-    (float32, channels_last, fewer than MIN_CHANNELS input channels), and the process dies by SIGSEGV or SIGBUS.
-    Result, parameters and multiply-adds are those of nn.Conv2d.
+    In torch 2.13, oneDNN's backward pass of such a convolution writes outside its memory on a CPU with several threads
+    (float32, channels_last, fewer than MIN_CHANNELS input channels), and the process dies with SIGSEGV or SIGBUS.
+    Result, parameters and multiply-adds equal those of nn.Conv2d.
     """
 
     @classmethod
     def of(cls, convolution: nn.Conv2d) -> Self:
-        """The same layer with the same parameters."""
+        """Return a NarrowProjection with the parameters of `convolution`."""
         layer = cls(convolution.in_channels, convolution.out_channels, 1, groups=convolution.groups, device="meta")
         layer.stride, layer._parameters = convolution.stride, convolution._parameters
         return layer.train(convolution.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Features (N, C', ceil(H / stride), ceil(W / stride)) of (N, C, H, W)."""
+        """Return features (N, C', ceil(H / stride), ceil(W / stride)) for features (N, C, H, W)."""
         rows, columns = (int(step) for step in self.stride)
         return functional.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias, groups=self.groups)
 
@@ -36,7 +36,7 @@ def avoid_unsafe_projections(module: nn.Module) -> None:
     """Replace every strided 1x1 convolution of few channels inside `module`, in place, by a NarrowProjection.
 
     Raises:
-        ValueError: such a convolution computes something else, as one with standardized weights does.
+        ValueError: such a convolution is of another class, for example one with standardized weights.
     """
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):

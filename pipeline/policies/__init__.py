@@ -1,4 +1,4 @@
-"""Policies: where an image starts and when it stops, fitted on stored logits.
+"""Policies: at which resolution an image starts and when it stops. They are fitted on stored logits.
 
-Start with fit.py. The decision itself is pipeline/serving/runtime/policy.py, which each registered model carries.
+Start with fit.py. The decision itself is pipeline/serving/runtime/policy.py, which is stored with each model.
 """

@@ -1,7 +1,8 @@
-"""Chooses a policy by a budget on some of the validation images, and applies it to the others.
+"""Choose a policy by a budget on one part of the validation images, and measure the policy on the other part.
 
-What is chosen is chosen on other images than what is stated: on a `select` half. Where there are few images, the
-policies of each fold are fitted on the other folds instead, so every image is stated.
+The images that a policy is chosen on are never the images that its results are reported on. With many images, one half
+(`select`) is for choosing and the other half for reporting. With few images, cross-fitting takes the place of the
+halves: the policies of each fold are fitted on the other folds, so results cover every image.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from pipeline.policies.fit import ALL, FittedPolicy, fit_fronts
 from pipeline.policies.route import Images, Routed, route
 
 CONFIDENCE = 0.95
-"""of the one-sided bounds by which a budget is said to hold"""
+"""The confidence level of the one-sided bound that a policy must meet to count as within a budget."""
 CURVE_POINTS = 30
-"""costs at which a curve is computed"""
+"""The number of costs at which a curve is computed."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a policy may cost, and how much less accurate than the best static resolution it may be.
+    """The highest cost of a policy, and how much less accurate than the best static resolution it may be.
 
     Attributes:
-        cost: highest mean cost of an image, in the unit of the costs; None sets no limit.
-        max_drop: highest loss of accuracy, a fraction of 1; None sets no limit.
+        cost: highest mean cost per image, in the unit of `Images.costs`; None sets no limit.
+        max_drop: largest loss of accuracy, as a fraction of 1; None sets no limit.
     """
 
     cost: float | None = None
@@ -38,13 +39,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Split:
-    """Which images policies are fitted on, and which they are applied to.
+    """How to divide images into those that policies are fitted on and those that results are reported on.
 
     Attributes:
-        select_share: of the images that policies are fitted on; the others are stated.
-        cross_fit_below: with fewer images than this, folds take the place of halves.
-        folds: how many.
-        seed: of the hash that splits.
+        select_share: share of the images that policies are fitted on; results are reported on the rest.
+        cross_fit_below: with fewer images than this, cross-fitting over folds replaces the two halves.
+        folds: number of folds.
+        seed: seed of the hash that assigns images to parts.
     """
 
     select_share: float = 0.5
@@ -53,11 +54,12 @@ class Split:
     seed: int = 0
 
     def parts(self, keys_N: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each part, the rows to fit on and the rows to apply to; together the latter are what is stated.
+        """Return the pairs (rows to fit on, rows to apply to), int64. Results are reported on all rows to apply to
+        together.
 
         Args:
-            keys_N: uint64, of what identifies an image, such as the checksum of its bytes: an image stays on its side
-                whatever other images there are, and so do its duplicates.
+            keys_N: uint64 keys that identify the images, such as the checksums of their bytes. The key alone decides
+                the side of an image, so other images do not change it, and duplicates stay together.
         """
         uniform_N = hashed(keys_N, self.seed)
         if len(keys_N) >= self.cross_fit_below:
@@ -69,18 +71,21 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Fitted policies, the one that the budget chooses, and what they do with the stated images.
+    """Fitted policies, the one that the budget chooses, and their decisions on the held-out images.
+
+    The held-out images are those that results are reported on.
 
     Attributes:
-        fronts: kind or ALL -> the front of these policies, fitted on all images that may be chosen on.
-        chosen: the policy of fronts[ALL] that the budget chooses.
-        stated: the rows that results are stated on, ascending.
-        routed: kind or ALL -> what the chosen policy does with the stated rows; for a kind, its most accurate policy
-            that costs no more than the chosen one. Kinds without such a policy are left out.
-        curves: kind or ALL -> what policies of rising cost do with the stated rows.
-        num_select: images that each of them was fitted on, the mean over the folds.
-        folds: None where the halves are disjoint.
-        costs_C: the highest costs of the curves, (C,).
+        fronts: maps a kind, or ALL, to the Pareto front of its policies, fitted on all images that may be used to
+            choose.
+        chosen: the policy of `fronts[ALL]` that the budget chooses.
+        stated: rows of the held-out images, ascending, int64.
+        routed: maps ALL to the decisions of the chosen policy on the held-out images, and each kind to those of its
+            most accurate policy that costs no more than the chosen one. Kinds without such a policy are absent.
+        curves: maps a kind, or ALL, to the decisions on the held-out images at each of the costs `costs_C`.
+        num_select: number of images that a policy was fitted on; with folds, the mean over the folds.
+        folds: number of folds; None if the images were divided into two halves.
+        costs_C: upper limits of the cost along the curves, (C,).
     """
 
     fronts: Mapping[str, list[FittedPolicy]]
@@ -94,7 +99,7 @@ class Calibration:
 
 
 class Discordant(NamedTuple):
-    """How many images only one of two classifiers gets right, among how many; fractions where these are weighted."""
+    """How many images only one of two classifiers gets right, and the number of images; fractional with weights."""
 
     only_first: float
     only_second: float
@@ -102,21 +107,24 @@ class Discordant(NamedTuple):
 
 
 def hashed(keys_N: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded hash of each key, uniform in [0, 1), float64 (N,)."""
+    """Return a seeded hash of each key, uniform in [0, 1), float64 (N,)."""
     with np.errstate(over="ignore"):
         bits_N = splitmix64(splitmix64(keys_N.astype(np.uint64)) ^ splitmix64(np.uint64(seed % 2**64)))
     return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) -> Calibration:
-    """Fit policies, choose one by the budget, and apply all of them to the stated images.
+    """Fit policies, choose one by the budget, and apply the fitted policies to the held-out images.
+
+    Args:
+        keys_N: uint64 keys that identify the images (see `Split.parts`).
 
     Raises:
         ValueError: no policy meets the budget.
     """
     parts = split.parts(keys_N)
     fits = [fit_fronts(images.rows(fit)) for fit, _ in parts]
-    # With folds every image may be chosen on for what is deployed; what is stated comes from the folds' own policies.
+    # With folds, the deployed policy is chosen on all images, and results come from the policies of the folds.
     fit = parts[0][0] if len(parts) == 1 else np.arange(len(images))
     fronts = fits[0] if len(parts) == 1 else fit_fronts(images)
     chosen = choose(fronts[ALL], budget, images.rows(fit))
@@ -126,7 +134,7 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
     order = np.argsort(stated)
 
     def at(kind: str, cost: float) -> Routed:
-        """What each part's most accurate policy of at most this cost does with the rows of the part."""
+        """Apply each part's most accurate policy of at most this cost to the rows of the part."""
         points = [cheaper(found[kind], cost) or found[kind][0] for found in fits]
         return Routed.joined([route(point.policy, rows) for point, rows in zip(points, applied, strict=True)]).rows(
             order
@@ -147,10 +155,15 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
 
 
 def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> FittedPolicy:
-    """The policy that a budget chooses; `images` are those that the policies were fitted on.
+    """Return the policy that a budget chooses from a Pareto front.
 
-    With a highest cost: the most accurate policy that costs no more. With a highest loss of accuracy: the cheapest
-    policy that loses no more by a one-sided bound, so that luck alone does not let one through.
+    With a cost limit alone, this is the most accurate policy within the limit. With a limit on the loss of accuracy, it
+    is the cheapest policy whose loss has a one-sided upper bound within the limit. The bound rejects policies that are
+    good enough only by luck.
+
+    Args:
+        points: the front, cheapest first.
+        images: the images that the policies were fitted on.
 
     Raises:
         ValueError: no policy meets the budget.
@@ -174,21 +187,25 @@ def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> Fi
 
 
 def cheaper(points: Sequence[FittedPolicy], cost: float) -> FittedPolicy | None:
-    """The last, so the most accurate, of a front's policies that cost no more."""
+    """Return the most accurate policy of a front that costs at most `cost`, or None if there is none."""
     return next((point for point in reversed(points) if point.cost <= cost * (1 + 1e-9)), None)
 
 
 def weighted_accuracy(correct_NR: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
-    """The weighted share of right answers at each resolution, (R,)."""
+    """Return the weighted share of correct answers at each resolution, (R,)."""
     return weights_N @ correct_NR / weights_N.sum()
 
 
 def discordant(first_N: np.ndarray, second_N: np.ndarray, weights_N: np.ndarray | None = None) -> Discordant:
-    """Count the images that only one of two classifiers gets right, as far as they say something of its accuracy.
+    """Count the images that only one of two classifiers gets right.
 
-    With weights the counts are those of as many equally weighted images as have the same variance (Kish 1965): of all
-    images, or of those on which the classifiers differ, whichever are fewer. A few images of a rare class then say as
-    little as they do.
+    With weights, return the counts of an equivalent unweighted sample: as many equally weighted images as have the same
+    variance (Kish 1965). The variance is that over all images, or over the images on which the classifiers differ,
+    whichever gives fewer images. So a few heavily weighted images of a rare class count as a few images only.
+
+    Args:
+        first_N, second_N: whether each classifier is correct, bool.
+        weights_N: weights of the images in an accuracy; None weights all images equally.
     """
     only_first_N, only_second_N = first_N & ~second_N, ~first_N & second_N
     if weights_N is None or np.ptp(weights_N) == 0:
@@ -202,12 +219,14 @@ def discordant(first_N: np.ndarray, second_N: np.ndarray, weights_N: np.ndarray 
 
 
 def drop_bound(first_N: np.ndarray, second_N: np.ndarray, weights_N: np.ndarray | None = None) -> float:
-    """Upper one-sided bound of how much more accurate the first of two classifiers is on the same images.
+    """Return an upper one-sided confidence bound of how much more accurate the first of two classifiers is.
 
-    The adjusted Wald bound of Bonett and Price (2012). Classifiers that agree on every image have the bound 0.
+    This is the adjusted Wald bound of Bonett and Price (2012) for paired proportions, as a fraction of 1. For
+    classifiers that agree on every image the bound is 0.
 
     Args:
-        weights_N: of the images in an accuracy; None counts them the same.
+        first_N, second_N: whether each classifier is correct on the same images, bool.
+        weights_N: weights of the images in an accuracy; None weights all images equally.
     """
     found = discordant(first_N, second_N, weights_N)
     if found.only_first + found.only_second == 0:

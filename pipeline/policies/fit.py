@@ -1,7 +1,7 @@
-"""Fits policies: every chain of resolutions with every threshold of a grid, and the front of what they reach.
+"""Fit policies: evaluate every cascade of resolutions at every threshold of a grid, and keep the Pareto front.
 
-Confidence cascades: Berestizshevsky and Even 2018; Streeter 2018 (arXiv 1802.07697). The images that a policy is fitted
-on must not be those that its accuracy is stated on.
+Confidence cascades: Berestizshevsky and Even 2018; Streeter 2018 (arXiv 1802.07697). Do not report a policy's accuracy
+on the images that it was fitted on.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from pipeline.serving.runtime.policy import ALWAYS, NEVER, Policy, first_resolut
 
 KINDS = ("static", "cascade", "predictor", "predictor+cascade")
 ALL = "all"
-"""among the kinds: the front of all of them together"""
+"""The key of the front over all kinds together."""
 MAX_MEMBERS = 4
-"""resolutions that one cascade may run"""
+"""The largest number of resolutions in a cascade."""
 GRID = {1: 400, 2: 64, 3: 24}
-"""thresholds that are tried for each member, by how many thresholds a policy has: quantiles of the confidence"""
+"""Maps the number of thresholds of a policy to the number of values tried for each: quantiles of the confidence."""
 START_BIASES = 25
-"""biases of the predictor that a predictor+cascade is tried with"""
+"""The number of predictor biases that are tried for a predictor+cascade."""
 FRONT_POINTS = 60
-"""most points of a front"""
+"""The largest number of policies in a front."""
 
 
 @dataclass(frozen=True)
 class FittedPolicy:
-    """A policy with what it reached on the images that it was fitted on.
+    """A policy, with its cost and accuracy on the images that it was fitted on.
 
     Attributes:
-        cost: mean of one image, in the unit of the costs, predictor included where it runs.
-        accuracy: expected, a fraction of 1 (see expected_correctness).
+        cost: mean cost per image, in the unit of `Images.costs`, including the predictor if the policy uses it.
+        accuracy: expected accuracy, as a fraction of 1 (see `expected_correctness`).
     """
 
     policy: Policy
@@ -46,16 +46,17 @@ class FittedPolicy:
     accuracy: float
 
     def to_json(self) -> dict[str, Any]:
+        """Return the policy, cost and accuracy as plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
 class _Fitting:
-    """The images of a fit, and what is computed of them once.
+    """The images of a fit, and values that are computed from them once.
 
     Attributes:
-        worth_NR: the weight of each image times the probability that its answer is right. Thresholds are swept on it
-            rather than on right and wrong answers: those pick up the luck of single images near a threshold.
+        worth_NR: weight of each image times the probability that its answer is correct. Thresholds are chosen by these
+            rather than by correctness itself, because correctness would overfit single images near a threshold.
         order: indices of the resolutions, cheapest first.
     """
 
@@ -65,7 +66,7 @@ class _Fitting:
 
 
 def expected_correctness(images: Images) -> np.ndarray:
-    """The probability that each answer is right, by a logistic regression on all resolutions' confidences (N, R)."""
+    """Return the probability (N, R) that each answer is correct, from a logistic regression on all R confidences."""
     confidence_NR = images.confidence_NR.astype(np.float64)
     logits_NR = np.log(confidence_NR.clip(1e-6)) - np.log((1 - confidence_NR).clip(1e-6))
     features_NF = np.column_stack([np.ones(len(logits_NR)), logits_NR, logits_NR**2 / 10])
@@ -73,7 +74,8 @@ def expected_correctness(images: Images) -> np.ndarray:
 
 
 def _logistic(features_NF: np.ndarray, targets_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
-    """Fitted probabilities (N,) of a logistic regression with a ridge penalty of 1 on all but the first feature."""
+    """Return the fitted probabilities (N,) of a logistic regression with a ridge penalty of 1 on all features but the
+    first."""
     ridge_F = np.append(0.0, np.ones(features_NF.shape[1] - 1))
 
     def loss(weights_F: np.ndarray) -> tuple[float, np.ndarray]:
@@ -87,17 +89,19 @@ def _logistic(features_NF: np.ndarray, targets_N: np.ndarray, weights_N: np.ndar
 
 
 def fit_policies(images: Images, kinds: Sequence[str] = KINDS) -> list[FittedPolicy]:
-    """The front of all policies of the given kinds: each costs more than the one before, and is more accurate.
+    """Return the Pareto front of all policies of the given kinds, by cost and accuracy.
 
     Returns:
-        At most FRONT_POINTS policies, cheapest first. The first is the cheapest policy of all, the last the most
-        accurate one. Empty where there are no policies of these kinds, as without a predictor.
+        At most FRONT_POINTS policies with rising cost and accuracy. The first is the cheapest of all policies, the last
+        the most accurate. The list is empty if there is no policy of these kinds, such as `predictor` without predictor
+        logits.
     """
     return _merged(_kind_fronts(images, kinds), kinds)
 
 
 def fit_fronts(images: Images) -> dict[str, list[FittedPolicy]]:
-    """The fronts of `fit_policies` by kind, where a static resolution counts as each kind, and that of ALL kinds."""
+    """Return a front as in `fit_policies` for each kind, and for ALL kinds. Static policies belong to every kind's
+    front."""
     fronts = _kind_fronts(images, KINDS)
     groups = {kind: tuple(dict.fromkeys(("static", kind))) for kind in KINDS} | {ALL: KINDS}
     return {name: _merged(fronts, kinds) for name, kinds in groups.items()}
@@ -115,7 +119,8 @@ def _merged(fronts: Mapping[str, Sequence[FittedPolicy]], kinds: Sequence[str]) 
 
 
 def front(points: Sequence[FittedPolicy]) -> list[FittedPolicy]:
-    """The points that no other beats in both accuracy and cost, cheapest first."""
+    """Return the Pareto front of the points, cheapest first: no other point beats one of them in both cost and
+    accuracy."""
     kept: list[FittedPolicy] = []
     for point in sorted(points, key=lambda point: (point.cost, -point.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:
@@ -124,7 +129,7 @@ def front(points: Sequence[FittedPolicy]) -> list[FittedPolicy]:
 
 
 def thin(points: Sequence[FittedPolicy], most: int = FRONT_POINTS) -> list[FittedPolicy]:
-    """About `most` points of a front, evenly spaced in accuracy, with both ends."""
+    """Return about `most` points of a front, evenly spaced in accuracy, including the first and the last."""
     if len(points) <= most:
         return list(points)
     accuracies = np.array([point.accuracy for point in points])
@@ -154,7 +159,7 @@ def _candidates(fitting: _Fitting, kind: str) -> Iterator[FittedPolicy]:
 
 
 def _biases(images: Images, count: int) -> list[float]:
-    """Biases at which the predictor's mean cost runs from the cheapest to the most expensive resolution, and 0."""
+    """Return 0 and biases that move the predictor's mean cost from the cheapest to the most expensive resolution."""
     logits_NR, relative_R = images.predictor_logits_NR, np.asarray(images.costs.relative)
     assert logits_NR is not None
     switches = [
@@ -167,7 +172,7 @@ def _biases(images: Images, count: int) -> list[float]:
 
 
 def _starts(images: Images, members: Sequence[int], bias: float) -> np.ndarray:
-    """The resolution that the predictor chooses for each image, as `first_resolution` does."""
+    """Return the index of the resolution that the predictor chooses for each image, as in `first_resolution`."""
     assert images.predictor_logits_NR is not None
     logits, relative_R = torch.from_numpy(images.predictor_logits_NR), torch.tensor(images.costs.relative)
     return first_resolution(predictor_policy(members, bias), logits, relative_R, len(images)).numpy()
@@ -176,10 +181,10 @@ def _starts(images: Images, members: Sequence[int], bias: float) -> np.ndarray:
 def _swept(
     fitting: _Fitting, members: tuple[int, ...], start_N: np.ndarray, start_bias: float | None
 ) -> Iterator[FittedPolicy]:
-    """The front over a grid of thresholds of one chain.
+    """Yield the Pareto front of one cascade over a grid of thresholds.
 
     With bin b_k of an image's confidence at member k and threshold t_k on the bins' edges, an image that starts at s
-    stops at member k when b_s < t_s, ..., b_(k-1) < t_(k-1) and b_k >= t_k. So accuracy and cost at all thresholds at
+    stops at member k if b_s < t_s, ..., b_(k-1) < t_(k-1) and b_k >= t_k. So accuracy and cost at all thresholds at
     once are cumulative sums of histograms over (b_s, ..., b_k).
     """
     images, num_thresholds = fitting.images, len(members) - 1
@@ -207,30 +212,32 @@ def _swept(
         chosen = np.unravel_index(place, sizes)
         values = tuple(_threshold(edge, int(at)) for edge, at in zip(edges, chosen, strict=True))
         if start_bias is None and ALWAYS in values:
-            continue  # a shorter chain
+            continue  # every image stops there, so this equals a shorter cascade
         yield FittedPolicy(Policy(members, values, start_bias), float(cost[place]), float(accuracy[place]))
 
 
 def _edges(values_N: np.ndarray, count: int) -> np.ndarray:
-    """Inner edges of at most `count` bins with about as many values in each."""
+    """Return the inner edges of at most `count` bins that hold about the same number of values."""
     return np.unique(np.quantile(values_N, np.linspace(0, 1, count + 1)[1:-1]))
 
 
 def _threshold(edges: np.ndarray, place: int) -> float:
-    """The confidence from which the bins `place` and above begin."""
+    """Return the confidence at which bin `place` begins, so that images in this bin and above stop."""
     if place == 0:
         return ALWAYS
     return float(edges[place - 1]) if place <= len(edges) else NEVER
 
 
 def _stopped(bins: Sequence[np.ndarray], num_bins: Sequence[int], values_N: np.ndarray, stops: bool) -> np.ndarray:
-    """Sums of values by thresholds, (num_bins + 1, ...), over the images that stop at the last of some members.
+    """Sum values over the images that stop at the last of some members, for all thresholds: (num_bins + 1, ...).
 
-    They are below the threshold at every member before, and above it at the last one, where that has a threshold.
+    An image stops at the last member if its confidence is below the threshold at every earlier member and, if the last
+    member has a threshold, not below that one.
 
     Args:
-        bins: of each image's confidence, for every member that has a threshold.
-        stops: whether the last of the members has one.
+        bins: bin of each image's confidence, for every member that has a threshold.
+        num_bins: number of bins of each of these members.
+        stops: whether the last member has a threshold.
     """
     if not bins:
         return np.array(values_N.sum())
@@ -245,7 +252,7 @@ def _stopped(bins: Sequence[np.ndarray], num_bins: Sequence[int], values_N: np.n
 
 
 def _front_places(cost: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """Places of the points that no other beats in both."""
+    """Return the indices of the points that no other point beats in both cost and accuracy."""
     order = np.lexsort((-accuracy, cost))
     best = np.maximum.accumulate(accuracy[order])
     better = np.concatenate([[True], accuracy[order][1:] > best[:-1]])

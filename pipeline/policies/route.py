@@ -1,4 +1,4 @@
-"""What a policy does with images whose logits are stored: which resolutions run, which answer counts, what it costs."""
+"""Apply a policy to images with stored logits: which resolutions run, which answer counts, and what it costs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pipeline.serving.runtime.policy import STOP, Policy, confidence, first_reso
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """What policies need to know of N images at R resolutions.
+    """What policies need to know about N images at R resolutions.
 
     Attributes:
-        confidence_NR: of the answer at each resolution, float32.
-        correct_NR: whether each answer is right, bool.
-        predictor_logits_NR: float32; None where there is no predictor.
-        weights_N: of the images in an accuracy, float64; their mean is 1.
+        confidence_NR: confidence of the answer at each resolution (see `confidence`), float32.
+        correct_NR: whether each answer is correct, bool.
+        predictor_logits_NR: the predictor's logits, float32; None without a predictor.
+        weights_N: weights of the images in an accuracy, float64, with mean 1.
+        costs: cost of each resolution and of the predictor.
     """
 
     confidence_NR: np.ndarray
@@ -38,7 +39,7 @@ class Images:
         costs: Costs,
         weights_N: np.ndarray | None = None,
     ) -> Images:
-        """Images by their stored logits; without weights they all count the same."""
+        """Build the images from stored logits and true classes (N,). Without weights, all images count equally."""
         weights_N = np.ones(len(labels_N)) if weights_N is None else weights_N / weights_N.mean()
         confidence_NR = confidence(torch.from_numpy(logits_NRK).flatten(0, 1)).view(logits_NRK.shape[:2]).numpy()
         correct_NR = logits_NRK.argmax(axis=2) == labels_N[:, None]
@@ -48,7 +49,7 @@ class Images:
         return len(self.correct_NR)
 
     def rows(self, rows_M: np.ndarray) -> Images:
-        """Some of the images."""
+        """Return the images at the given rows, in that order."""
         predictor = self.predictor_logits_NR
         return replace(
             self,
@@ -61,10 +62,10 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What a policy does with N images.
+    """The decisions of a policy for N images.
 
     Attributes:
-        ran_NR: which resolutions ran, bool; an image pays for each.
+        ran_NR: which resolutions ran, bool; an image pays for each of them.
         last_N: index of the resolution whose answer counts, int64.
         predictor_N: whether the predictor ran, bool.
     """
@@ -75,34 +76,34 @@ class Routed:
 
     @classmethod
     def joined(cls, parts: Sequence[Routed]) -> Routed:
-        """The images of several parts, one after another."""
+        """Concatenate the images of several parts."""
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
     def rows(self, rows_M: np.ndarray) -> Routed:
-        """Some of the images, in the given order."""
+        """Return the decisions for the given rows, in that order."""
         return Routed(self.ran_NR[rows_M], self.last_N[rows_M], self.predictor_N[rows_M])
 
     def cost_N(self, costs: Costs) -> np.ndarray:
-        """The cost of each image in the unit of the costs, with the predictor where it ran."""
+        """Return the cost of each image, in the unit of `costs`, including the predictor where it ran."""
         return self.ran_NR @ np.asarray(costs.backbone) + costs.predictor * self.predictor_N
 
     def gflops_N(self, costs: Costs) -> np.ndarray:
-        """The GFLOPs of each image, with the predictor where it ran."""
+        """Return the GFLOPs of each image, including the predictor where it ran."""
         return self.ran_NR @ np.asarray(costs.backbone_gflops) + costs.predictor_gflops * self.predictor_N
 
     def correct_N(self, correct_NR: np.ndarray) -> np.ndarray:
-        """Whether the answer that counts is right, bool."""
+        """Return whether the answer that counts is correct for each image, bool."""
         return correct_NR[np.arange(len(self.last_N)), self.last_N]
 
 
 def route(policy: Policy, images: Images) -> Routed:
-    """Apply a policy to images."""
+    """Apply a policy to images and return its decisions."""
     N, R = images.correct_NR.shape
     confidence_NR = torch.from_numpy(images.confidence_NR)
     predictor = None if images.predictor_logits_NR is None else torch.from_numpy(images.predictor_logits_NR)
     now_N = first_resolution(policy, predictor, torch.tensor(images.costs.relative), N)
     ran_NR, last_N = torch.zeros(N, R, dtype=torch.bool), now_N.clone()
-    for index in policy.members:  # cheapest first, and an image only ever moves on to a later one
+    for index in policy.members:  # cheapest first: an image only moves to a later member
         here = (now_N == index).nonzero().flatten()
         ran_NR[here, index] = True
         last_N[here] = index

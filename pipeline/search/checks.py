@@ -39,9 +39,9 @@ from pipeline.training.run import precision_of_run, with_precision
 
 GPU_SHARE = 0.25
 STARTUP_SECONDS = 60.0
-"""Start-up time of a Ray worker group, measured on two CPU cores."""
+"""The start-up time of a Ray worker group in seconds, measured on two CPU cores."""
 BACKWARD = 3.0
-"""The cost of a forward and a backward pass, in forward passes."""
+"""The cost of a forward and a backward pass together, in forward passes."""
 WARM_UP, TIMED = 2, 5
 BACKBONE_IMAGES = 16
 
@@ -57,13 +57,13 @@ class Checked:
 
 
 def with_run_precision(config: Config) -> Config:
-    """Return the configuration with the precision that its run has chosen, or that suits this machine."""
+    """Return the configuration with the precision that its run has chosen, or else that suits this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return with_precision(config, precision_of_run(config, device, RunFolder.of(config).precision, keep=False))
 
 
 def check_search(config: Config) -> Checked:
-    """Check the configuration, the backbone, the data and the space; raise one ConfigError with every problem."""
+    """Check the configuration, the backbone, the data and the space. Raise one ConfigError that lists every problem."""
     problems = list(_stage_problems(config))
     backbone, space, manifest, costs = None, None, None, None
     try:
@@ -114,7 +114,7 @@ def _alpha_problems(space: Space, backbone_gflops: tuple[float, ...]) -> Iterato
 
 
 def _table_problems(config: Config, backbone: TrainedBackbone, manifest: Manifest) -> Iterator[str]:
-    """Yield why the given weights or tables do not fit the rest of the configuration."""
+    """Yield why the given weights or tables do not match the rest of the configuration."""
     try:
         model = model_with_backbone(backbone, config, len(manifest.classes))
         if config.search.tables is not None and config.stages.predictor is not None:
@@ -148,7 +148,7 @@ def _fit_problems(config: Config, resources: dict[str, float]) -> Iterator[str]:
 
 
 def trial_resources(search: SearchConfig) -> dict[str, float]:
-    """Return the resources of the connected cluster that one trial uses."""
+    """Return the resources that one trial uses on the connected cluster."""
     gpus = ray.cluster_resources().get("GPU", 0)
     share = (GPU_SHARE if gpus else 0.0) if search.gpus_per_trial == "auto" else search.gpus_per_trial
     return {"CPU": search.cpus_per_trial, **({"GPU": share} if share else {})}
@@ -161,10 +161,10 @@ def trials_at_once(search: SearchConfig, resources: dict[str, float], needed: di
 
 
 def describe_search(config: Config) -> str:
-    """Describe the space, the number of trials, the cost of one, and the total time. Trains and writes nothing.
+    """Describe the space, the number of trials, the cost of a trial, and the total time. Nothing is trained or written.
 
     Raises:
-        ConfigError: as `search_run`.
+        ConfigError: as in `search_run`.
     """
     config = with_run_precision(config)
     checked = check_search(config)
@@ -214,7 +214,7 @@ def _lines(config: Config, checked: Checked, speed: Speed, work: SearchWork, at_
 
 @dataclass(frozen=True)
 class SearchWork:
-    """The numbers of images that a search runs through networks."""
+    """The numbers of images that a search runs through its networks."""
 
     table_images: int
     """Images through the backbone at every resolution, once for all trials."""
@@ -227,7 +227,7 @@ class SearchWork:
 
 
 def search_work(config: Config, manifest: Manifest) -> SearchWork:
-    """Count the images that a search runs through networks."""
+    """Count the images that a search runs through its networks."""
     stage, joint = trial_stage(config), config.stages.joint
     train, validation = manifest.splits[TRAIN].count, manifest.splits[VALIDATION].count
     return SearchWork(
@@ -240,14 +240,14 @@ def search_work(config: Config, manifest: Manifest) -> SearchWork:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per image on one trial's share of a machine; the backbone runs at all resolutions, without gradient."""
+    """Seconds per image on one trial's share of a machine. The backbone runs at all resolutions, without gradient."""
 
     predictor: float
     backbone: float
 
 
 def measure_speed(config: Config, candidate: Candidate, num_classes: int, num_threads: int) -> Speed:
-    """Time a candidate's training step and the backbone on blank images."""
+    """Time a candidate's training step and the backbone, on blank images."""
     torch.set_num_threads(num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = trial_config(config, candidate, config.seed)

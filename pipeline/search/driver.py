@@ -61,7 +61,7 @@ class SearchResult:
     """A finished search.
 
     Attributes:
-        chosen: the finetuned candidate that the budget selects; None without a budget, or if none is within it.
+        chosen: the finetuned candidate that the budget chooses; None without a budget, or if no candidate is within it.
     """
 
     folder: SearchFolder
@@ -70,7 +70,7 @@ class SearchResult:
 
 
 def search_run(config: Config) -> SearchResult:
-    """Search, finetune, choose and report; resume where an earlier attempt stopped.
+    """Search, finetune, choose and report. Resume where an earlier attempt stopped.
 
     Raises:
         ConfigError: lists every problem that can be found before the first trial.
@@ -106,7 +106,7 @@ def search_run(config: Config) -> SearchResult:
 
 
 def _begin(config: Config, folder: SearchFolder, checked: Checked) -> SearchSettings:
-    """Save the backbone in the search's folder, and collect what the trials share."""
+    """Save the backbone in the search's folder, and return the settings that the trials share."""
     manifest = checked.manifest
     model = model_with_backbone(checked.backbone, config, len(manifest.classes))
     save_model(folder.backbone, model, config, classes=manifest.classes)
@@ -135,7 +135,7 @@ def _fill_tables(settings: SearchSettings, manifest: Manifest) -> None:
     config, folder = settings.config, settings.folder
     if config.search.tables is not None or _tables_complete(settings, manifest):
         return
-    # These are Ray Train's own files. A restart resumes from the written part of the tables.
+    # This folder contains only Ray Train's own files. A restart resumes from the written part of the tables.
     shutil.rmtree(folder.fill, ignore_errors=True)
     saved = "the written part of the logit tables"
     with followed(folder.path):
@@ -170,7 +170,7 @@ def _fill_worker(settings: SearchSettings) -> None:
 
 
 def _validation_images(settings: SearchSettings, checked: Checked) -> Images:
-    """Return the backbone's answers for each validation image, on which policies without a predictor are fitted."""
+    """Return the backbone's answers for the validation images, on which policies without a predictor are fitted."""
     model = load_model(settings.folder.backbone).model
     key = TableKey.of(model, settings.config, checked.manifest, VALIDATION)
     table = LogitTable(settings.tables, key, range(1))
@@ -221,7 +221,7 @@ def _run_tune(settings: SearchSettings, searcher: TrialSearcher) -> None:
             time_attr=EPOCH,
             metric=SCORE,
             mode="max",
-            # One more than a trial has: ASHA stops a trial at max_t, and this one must still write its record.
+            # Use one epoch more than a trial has, because ASHA stops a trial at max_t before it can write its record.
             max_t=trial_stage(settings.config).epochs + 1,
             grace_period=search.grace_epochs,
         )
@@ -292,7 +292,7 @@ def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
             "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
             "policy": policy_of(config),
             "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
-            # The search's own store: it may be a file in the storage of the search.
+            # Use the search's own store, which may be a file in the search's storage.
             "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
         }
     )
@@ -308,9 +308,10 @@ def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
 
 
 def policy_of(config: Config) -> PolicyConfig:
-    """How a finetuned run chooses its policy: by the search's budget, so that one without a predictor may win.
+    """Return how a finetuned run chooses its policy: by the search's budget, so that a policy without a predictor may
+    win.
 
-    With both limits the run takes the most accurate policy within the budget, and the search checks the other limit.
+    With both limits, the run takes the most accurate policy within the budget, and the search checks the other limit.
     """
     search = config.search
     if search.budget_gflops is not None and config.cost == "flops":
@@ -331,7 +332,7 @@ def _save_start(start: Path, settings: SearchSettings, config: Config, weights: 
 
 
 def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR: np.ndarray) -> Finetuned | None:
-    """Return the finetuned candidate that the budget selects; None without a budget."""
+    """Return the finetuned candidate that the budget chooses, or None without a budget."""
     budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
     if budget is None and lowest is None:
         return None
@@ -388,8 +389,8 @@ def register_chosen(chosen: Finetuned | None) -> RegisteredModel:
     """Register the chosen model under an alias that names the budget.
 
     Raises:
-        ValueError: nothing was chosen.
-        TrackingError: as `register_model`.
+        ValueError: no model was chosen.
+        TrackingError: as in `register_model`.
     """
     if chosen is None:
         raise ValueError(

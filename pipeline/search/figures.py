@@ -1,4 +1,4 @@
-"""Draws the figures of a search from report.json's values, with Agg and matplotlib's object interface only."""
+"""Draw the figures of a search from the values in report.json, with Agg and matplotlib's object interface only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.evaluation.tables import cost_words
 
 
 def draw_search_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
-    """PNG bytes by name: front, and importance with enough trials."""
+    """Return PNG bytes by name: front, and importance if there are enough trials."""
     figures = {"front": draw_front(report, theme)}
     if report["importance"]:
         figures["importance"] = draw_importance(report, theme)
@@ -36,7 +36,7 @@ def draw_search_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, by
 
 
 def draw_front(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Above: every trial, the static resolutions and the oracle. Below: the surroundings of the front, enlarged."""
+    """Draw every trial, the static resolutions and the oracle (above), and the region of the front enlarged (below)."""
     figure = new_figure(8.6, 9.6, theme)
     above, below = figure.add_axes((0.085, 0.565, 0.895, 0.335)), figure.add_axes((0.085, 0.06, 0.895, 0.43))
     for axes in (above, below):
@@ -118,7 +118,7 @@ def _draw_compared(axes: Axes, report: Mapping[str, Any], theme: Theme, *, label
 
 def _limit_all(axes: Axes, report: Mapping[str, Any]) -> None:
     *statics, oracle = report["rows"]
-    # Trials far below everything else would flatten the rest: the static resolutions bound what is of interest.
+    # Trials far below everything else would flatten the rest, so the static resolutions set the limits.
     lowest = min(row["top1_low"] for row in statics)
     rows = [row for row in [*_with_result(report["trials"]), *report["rows"]] if row["top1"] >= lowest]
     heights = [100 * row["top1"] for row in rows] + [100 * oracle["top1_high"]]
@@ -145,7 +145,7 @@ def _labels(axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], th
 
 
 def draw_importance(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Draw each parameter's share in the variance of accuracy and of cost as bars with intervals."""
+    """Draw each parameter's share of the variance of accuracy and of cost, as bars with intervals."""
     rows = report["importance"][::-1]
     figure = new_figure(8.2, 1.5 + 0.42 * len(rows), theme)
     height = figure.get_figheight()

@@ -21,15 +21,15 @@ RESAMPLES = 20
 TARGETS = ("accuracy", "gflops")
 Item = TypeVar("Item")
 Point = tuple[float, float]
-"""Accuracy and GFLOPs."""
+"""The accuracy and the GFLOPs of an item."""
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """A candidate over its seeds; every record has a result.
+    """The results of a candidate over its seeds. Every record has a result.
 
     Attributes:
-        right_SN: whether the routed answer is right, by seed and image, bool.
+        right_SN: whether the routed answer is correct, by seed and image, bool.
     """
 
     candidate: Candidate
@@ -38,18 +38,19 @@ class Summary:
 
     @property
     def num_seeds(self) -> int:
+        """The number of seeds."""
         return len(self.records)
 
     @cached_property
     def accuracy(self) -> Estimate:
-        """Mean over the seeds; the interval covers images and seeds, or is Wilson's interval with one seed."""
+        """The mean over the seeds. The interval covers images and seeds, or is Wilson's interval for one seed."""
         if self.num_seeds == 1:
             return accuracy(int(self.right_SN.sum()), self.right_SN.shape[1])
         return mean_over_seeds(self.right_SN.astype(np.float64))
 
     @cached_property
     def gflops(self) -> float:
-        """Mean cost over the seeds, predictor included."""
+        """The mean cost over the seeds, including the predictor."""
         return float(np.mean([record.gflops for record in self.records]))
 
     @property
@@ -60,19 +61,21 @@ class Summary:
 
     @property
     def predictor_gflops(self) -> float:
+        """The predictor's cost for one image, in GFLOPs."""
         return self.records[0].predictor_gflops or 0.0
 
     @property
     def shares(self) -> list[float]:
-        """The share of the images at each resolution, mean over the seeds."""
+        """The share of the images at each resolution, averaged over the seeds."""
         return np.mean([record.shares for record in self.records], axis=0).tolist()
 
     @property
     def point(self) -> Point:
+        """Accuracy and GFLOPs, the means over the seeds."""
         return self.accuracy.value, self.gflops
 
     def minus(self, other: Summary) -> Estimate:
-        """The difference of two accuracies on the same images, over the seeds that both have."""
+        """Return the difference of two accuracies on the same images, over the seeds that both candidates have."""
         seeds = sorted({record.seed for record in self.records} & {record.seed for record in other.records})
         mine, theirs = self._rows(seeds), other._rows(seeds)
         return mean_over_seeds(mine.astype(np.float64) - theirs)
@@ -86,7 +89,7 @@ def summarize(records: Sequence[Record], correct_NR: np.ndarray) -> dict[Candida
     """Summarize every candidate that has a result.
 
     Args:
-        correct_NR: whether each resolution is right, by image of the validation beton, bool.
+        correct_NR: whether each resolution is correct, for the images of the validation beton, bool.
     """
     rows_N = np.arange(len(correct_NR))
     return {
@@ -96,7 +99,7 @@ def summarize(records: Sequence[Record], correct_NR: np.ndarray) -> dict[Candida
 
 
 def pareto(items: Sequence[Item], point: Callable[[Item], Point]) -> list[Item]:
-    """The items that no other dominates, cheapest first: no other is as accurate and as cheap, and better in one."""
+    """Return the items of the Pareto front, cheapest first: no other item dominates them (see `dominates`)."""
     front: list[Item] = []
     for item in sorted(items, key=lambda item: (point(item)[1], -point(item)[0])):
         if not front or point(item)[0] > point(front[-1])[0]:
@@ -105,12 +108,12 @@ def pareto(items: Sequence[Item], point: Callable[[Item], Point]) -> list[Item]:
 
 
 def dominates(first: Point, second: Point) -> bool:
-    """Whether `first` is at least as good in both values, and better in one."""
+    """Return whether `first` is at least as good in both values, and better in one."""
     return first[0] >= second[0] and first[1] <= second[1] and first != second
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-    """The area between a set of points and a reference that is worse in both."""
+    """Return the area between a set of points and a reference that is worse in both values."""
     volume, lowest = 0.0, reference[0]
     for value, gflops in pareto(points, lambda point: point):
         if value > lowest and gflops < reference[1]:
@@ -122,14 +125,14 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
 def spread(items: Sequence[Item], point: Callable[[Item], Point], count: int) -> list[Item]:
     """Select up to `count` items of the front that together keep most of its hypervolume, cheapest first.
 
-    The selection is greedy, so a smaller `count` selects some of the same items. The second item taken is always the
-    most accurate one: a flat end adds little area, but a user who allows little loss needs it.
+    The selection is greedy, so a smaller `count` selects a subset of the same items. The second selected item is always
+    the most accurate one: the flat end of a front adds little area, but users who accept little loss need it.
     """
     front, chosen = pareto(items, point), []
     if not front:
         return []
     costs, values = [point(item)[1] for item in front], [point(item)[0] for item in front]
-    # The reference lies a tenth of the range beyond the worst values, so that both ends count.
+    # The reference is a tenth of the range worse than the worst values, so that both ends add area.
     margin = 0.1
     reference = (
         min(values) - margin * (max(values) - min(values) or 1.0),
@@ -151,9 +154,10 @@ def choose(
     budget_gflops: float | None = None,
     lowest_accuracy: float | None = None,
 ) -> Item | None:
-    """Choose the item to deploy: the most accurate within the budget, or the cheapest that is accurate enough.
+    """Return the item to deploy: the most accurate one within the budget, or the cheapest one that is accurate enough.
 
-    With both limits, the cheapest that is within the budget and accurate enough. None if there is no such item.
+    With both limits, it is the cheapest one that is within the budget and accurate enough. Return None if there is
+    none.
     """
     allowed = [
         item
@@ -169,12 +173,12 @@ def choose(
 
 
 def budget_score(values: Mapping[str, float], budget_gflops: float) -> float:
-    """The score that objective=budget maximizes: accuracy, minus one point for every percent above the budget."""
+    """Return the score that objective=budget maximizes: accuracy, minus one point for each percent above the budget."""
     return values["accuracy_routed"] - max(0.0, values["gflops_routed"] / budget_gflops - 1)
 
 
 def budget_alias(search: SearchConfig) -> str:
-    """The registry alias of the model that a budget selects, such as under-13-mflops or within-0-5-points."""
+    """Return the registry alias of the model that a budget chooses, such as under-13-mflops or within-0-5-points."""
     parts = []
     if search.budget_gflops is not None:
         parts.append(f"under-{1000 * search.budget_gflops:g}-mflops")
@@ -184,13 +188,13 @@ def budget_alias(search: SearchConfig) -> str:
 
 
 def parameter_importance(records: Sequence[Record], space: Space, seed: int = 0) -> list[dict[str, Any]]:
-    """The share of each parameter in the variance of accuracy and of cost, by fANOVA (Hutter et al., ICML 2014).
+    """Return each parameter's share of the variance of accuracy and of cost, by fANOVA (Hutter et al., ICML 2014).
 
     Args:
         records: trials of one seed.
 
     Returns:
-        For each parameter `parameter` and, for accuracy and gflops, `mean`, `low` and `high` over bootstrap resamples
+        For each parameter, `parameter` and, for accuracy and gflops, `mean`, `low` and `high` over bootstrap resamples
         of the trials; the most important for accuracy first. Empty with fewer than MIN_TRIALS trials.
     """
     usable = [record for record in records if record.has_result and space.sampled(record.candidate) is not None]

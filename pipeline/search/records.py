@@ -1,4 +1,4 @@
-"""Name the files of a search, and store one record for each finished trial."""
+"""The files of a search, and one record for each finished trial."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ Outcome = Literal["finished", "collapsed", "stopped", "diverged", "failed"]
 
 @dataclass(frozen=True)
 class SearchFolder:
-    """The folder of one search, an absolute path."""
+    """The folder of one search, as an absolute path."""
 
     path: Path
 
     @classmethod
     def of(cls, config: Config) -> SearchFolder:
+        """Return the folder of a configuration's search."""
         return cls(RunFolder.of(config).path / "search")
 
     @property
@@ -47,12 +48,12 @@ class SearchFolder:
 
     @property
     def fill(self) -> Path:
-        """Ray Train's own files while the tables are computed; never read again."""
+        """The folder of Ray Train's own files while the tables are computed. They are not read again."""
         return self.path / "fill"
 
     @property
     def trials(self) -> Path:
-        """Records and predictors of the trials."""
+        """The folder with the records and predictors of the trials."""
         return self.path / "trials"
 
     @property
@@ -62,7 +63,7 @@ class SearchFolder:
 
     @property
     def tune(self) -> Path:
-        """Ray Tune's own files; never read again."""
+        """The folder of Ray Tune's own files. They are not read again."""
         return self.path / "tune"
 
     @property
@@ -78,21 +79,21 @@ class SearchFolder:
 
 @dataclass(frozen=True)
 class Record:
-    """One trial: its candidate and seed, and the result.
+    """One trial: its candidate, its seed, and its result.
 
     Attributes:
         context: digest of everything that the trials of a search share; only trials of one context are comparable.
         seed: seed of weights, order and noise.
-        outcome: finished; collapsed (finished, but every image goes to one resolution); stopped (by ASHA); diverged;
+        outcome: finished; collapsed (finished, but every image goes to one resolution); stopped (by ASHA); diverged; or
             failed (by an error or the death of its process; a restart tries it again).
         reason: why the outcome is not `finished`.
-        accuracy: routed top-1 on the validation images, a fraction of 1; None, like `gflops`, without a result.
-        gflops: mean cost, predictor included, GFLOPs.
+        accuracy: routed top-1 on the validation images, as a fraction of 1; None without a result.
+        gflops: mean cost in GFLOPs, including the predictor; None without a result.
         predictor_gflops: the predictor's part of `gflops`.
-        shares: the share of the images at each resolution.
+        shares: share of the images at each resolution.
         choices: one letter for each image of the validation beton, `a` for the first resolution; empty if unfinished.
         seconds: duration of the trial.
-        images_per_second: speed of its training.
+        images_per_second: training speed.
     """
 
     context: str
@@ -116,17 +117,17 @@ class Record:
 
     @property
     def has_result(self) -> bool:
-        """Whether it was trained to its last epoch."""
+        """Whether the trial was trained to its last epoch."""
         return self.outcome in ("finished", "collapsed")
 
     @property
     def chosen_N(self) -> np.ndarray:
-        """The resolution of each image, int64."""
+        """The index of the resolution of each image, int64."""
         return (np.frombuffer(self.choices.encode(), np.uint8) - ord(FIRST_LETTER)).astype(np.int64)
 
 
 class Records:
-    """The folder of trials: KEY.json, and KEY.pt with the predictor's weights.
+    """The folder of trials: KEY.json with the record, and KEY.pt with the predictor's weights.
 
     No two trials write the same file, so processes and machines need no lock.
     """
@@ -140,12 +141,12 @@ class Records:
         return [record for record in found if record is not None and record.context == context]
 
     def find(self, context: str, candidate: Candidate, seed: int) -> Record | None:
-        """Read the record of one trial; None if there is none."""
+        """Read the record of one trial, or return None if there is none."""
         path = self._path(trial_key(context, candidate, seed))
         return self._load(path) if path.exists() else None
 
     def write(self, record: Record, predictor: Mapping[str, Tensor] | None = None) -> None:
-        """Write a trial, its weights first, so that no record lacks them."""
+        """Write a trial. Its weights are written first, so that every record has its weights."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if predictor is not None:
             with whole_file(self.weights(record)) as file:

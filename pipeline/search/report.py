@@ -1,6 +1,6 @@
 """The report of a search: the front, the paper's four, the finetuned candidates, and which model to deploy.
 
-Rows and differences have the keys of `pipeline.evaluation.comparison`.
+Rows and differences have the same keys as in `pipeline.evaluation.comparison`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from pipeline.search.space import RECIPE_KEYS, Candidate, Space, paper_candidate
 SCHEMA_VERSION = 2
 FRONT_ROWS = 15
 DIGITS = 2
-"""Digits of a percentage: candidates differ by less than those of an evaluation report."""
+"""The digits after the point of a percentage, because candidates differ less than the rows of an evaluation report."""
 _NAMED = ("git_commit", "dataset")
 _OUTCOME_KEYS = ("predictor_gflops", "seed", "outcome", "reason", "seconds", "images_per_second", "epochs")
 
@@ -61,7 +61,7 @@ class Finetuned:
     """A candidate that was finetuned with its backbone, in its own run.
 
     Attributes:
-        report: of the run; None if it failed, for `reason`.
+        report: the run's report; None if the run failed, for the reason in `reason`.
     """
 
     candidate: Candidate
@@ -71,6 +71,7 @@ class Finetuned:
 
     @property
     def point(self) -> Point:
+        """Accuracy and GFLOPs in the run's report."""
         assert self.report is not None
         return self.report["headline"]["top1"], self.report["headline"]["mean_gflops"]
 
@@ -87,19 +88,19 @@ def build_search_report(
     context: Mapping[str, Any],
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Everything in report.json, as plain Python values, from the records of the trials and the backbone's answers.
+    """Return the content of report.json as plain Python values, from the trials' records and the backbone's answers.
 
-    Accuracies are fractions of 1, differences points, costs GFLOPs (1e9 multiply-adds an image, the predictor
-    included). Keys: `rows` (static resolutions and oracle, see `evaluation.comparison.table_rows`); `trials` (a row for
-    every record); `front` (keys of the first seed's trials that no other dominates); `compared` (the paper's four and
-    the finalists over all their seeds, see `_compared`); `against_paper` (for each of the four, what dominates it);
-    `predictor` and `policies` (whether a predictor pays, and the front of whole policies, see `_predictor`);
-    `finetuned`; `chosen`; `importance`; `space`; `costs`; `method`; `environment`.
+    Accuracies are fractions of 1, differences are percentage points, costs are GFLOPs (1e9 multiply-adds per image,
+    including the predictor). Keys: `rows` (static resolutions and oracle, see `evaluation.comparison.table_rows`);
+    `trials` (a row for every record); `front` (keys of the first seed's trials that no other trial dominates);
+    `compared` (the paper's four and the finalists over all their seeds, see `_compared`); `against_paper` (for each of
+    the four, what dominates it); `predictor` and `policies` (whether a predictor pays, and the front of whole policies,
+    see `_predictor`); `finetuned`; `chosen`; `importance`; `space`; `costs`; `method`; `environment`.
 
     Args:
-        correct_NR: whether each resolution is right, by image of the validation beton, bool.
-        calibration: of policies without a predictor on the backbone's stored logits; None leaves them out.
-        context: `dataset` and `git_commit` where they are known; everything else goes under `environment`.
+        correct_NR: whether each resolution is correct, for the images of the validation beton, bool.
+        calibration: policies without a predictor, fitted on the backbone's stored logits; None leaves them out.
+        context: `dataset` and `git_commit` if known; all other keys are stored under `environment`.
     """
     papers = {candidate: number for number, candidate in paper_candidates(config).items()}
     first = [record for record in records if record.seed == config.seed]
@@ -151,7 +152,7 @@ def _first_front(records: Sequence[Record]) -> list[Record]:
 
 
 def _trial(record: Record, papers: Mapping[Candidate, int], correct_NR: np.ndarray, costs: Costs) -> dict[str, Any]:
-    """The row of a trial, with its outcome; the interval is over the images, null without a result."""
+    """Return the row of a trial, with its outcome. The interval is over the images, and null without a result."""
     candidate, N = record.candidate, len(correct_NR)
     values = asdict(record)
     row = {key: values[key] for key in _OUTCOME_KEYS}
@@ -169,7 +170,7 @@ def _routed_cost(shares_R: Sequence[float], predictor_gflops: float | None, cost
 
 
 def _names(full: Sequence[Summary], papers: Mapping[Candidate, int]) -> dict[Candidate, str]:
-    """Short names: the paper's numbers, and letters for the others, cheapest first."""
+    """Return short names: the paper's numbers, and letters for the other candidates, cheapest first."""
     found = sorted((s for s in full if s.candidate not in papers), key=lambda summary: summary.gflops)
     letters = {summary.candidate: chr(ord("A") + place % 26) for place, summary in enumerate(found)}
     return letters | {candidate: f"paper {number}" for candidate, number in papers.items()}
@@ -182,7 +183,7 @@ def _compared(
     correct_NR: np.ndarray,
     costs: Costs,
 ) -> dict[str, Any]:
-    """The row of a candidate over its seeds, and in `random` that of random routing with the same shares and cost."""
+    """Return the row of a candidate over its seeds. Its `random` is random routing with the same shares and cost."""
     name, N, records = names[summary.candidate], len(correct_NR), summary.records
     method = "wilson" if summary.num_seeds == 1 else "student-t"
     random = mean_over_seeds(np.stack([correct_NR @ np.asarray(record.shares) for record in records]))
@@ -213,9 +214,9 @@ def _against(
     names: Mapping[Candidate, str],
     papers: Mapping[Candidate, int],
 ) -> dict[str, Any]:
-    """One of the paper's four against the most accurate finalist that costs no more, over the same seeds.
+    """Compare one of the paper's four with the most accurate finalist that costs no more, over the same seeds.
 
-    `compared_with` names the finalist, and so does `dominated_by` if it dominates; null if there is none.
+    `compared_with` names the finalist, and `dominated_by` names it if it dominates. Both are null if there is none.
     """
     candidate = next(candidate for candidate, found in papers.items() if found == number)
     row: dict[str, Any] = {"paper": number, "dominated_by": None, "compared_with": None}
@@ -241,12 +242,12 @@ def _predictor(
     costs: Costs,
     calibration: Calibration | None,
 ) -> dict[str, Any]:
-    """Every candidate, over its seeds, minus everything without a predictor that costs no more.
+    """Compare every candidate, over its seeds, with everything without a predictor that costs no more.
 
     Returns:
-        `predictor`, as `evaluation.comparison.predictor_gains`, and `policies`: the front of candidates and policies
-        without a predictor, cheapest first, each with `label`, `top1` and `mean_gflops`. Both are for the images that
-        no cascade was fitted on. Without a calibration they are null and empty.
+        `predictor`, as in `evaluation.comparison.predictor_gains`, and `policies`: the Pareto front of candidates and
+        policies without a predictor, cheapest first, each with `label`, `top1` and `mean_gflops`. Both are for the
+        images that no cascade was fitted on. Without a calibration they are null and empty.
     """
     if calibration is None:
         return {"predictor": None, "policies": []}
@@ -273,14 +274,14 @@ def _predictor(
 
 
 def _label(routed: Routed, costs: Costs) -> str:
-    """The resolutions that run, cheapest first: static 48 px, or cascade 32, 48 px."""
+    """Return the resolutions that run, cheapest first, such as static 48 px, or cascade 32, 48 px."""
     ran = np.flatnonzero(routed.ran_NR.any(axis=0))
     sides = ", ".join(str(costs.resolutions[j]) for j in sorted(ran, key=lambda j: costs.backbone[j]))
     return f"{'static' if len(ran) == 1 else 'cascade'} {sides} px"
 
 
 def _finetuned(item: Finetuned, names: Mapping[Candidate, str]) -> dict[str, Any]:
-    """The headline of the run's own report, with the candidate; without one if the run failed."""
+    """Return the headline of the run's own report with the candidate, or only the candidate if the run failed."""
     name = names.get(item.candidate, item.candidate.network)
     row: dict[str, Any] = {
         "name": name,
@@ -315,7 +316,7 @@ def write_search_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def render_search(report: Mapping[str, Any], figures: Collection[str]) -> str:
-    """The report as Markdown; `figures` are the PNG files beside it."""
+    """Return the report as Markdown. `figures` lists the PNG files in the same folder."""
     parts = [f"# Search: {cell(report['name'])}", f"**{verdict(report)}**", "\n".join(_details(report))]
     parts.append(markdown_figure("front", "Accuracy against cost of every trial", figures))
     if report["policies"]:
@@ -336,15 +337,15 @@ def render_search(report: Mapping[str, Any], figures: Collection[str]) -> str:
         parts.append(markdown_figure("importance", "Importance of the parameters", figures))
         parts.append(markdown_table(*_importance_table(report)))
     if bad := [row for row in report["trials"] if row["outcome"] != "finished"]:
-        parts += ["## Trials without a sound result", markdown_table(*_bad_table(bad))]
+        parts += ["## Trials without a valid result", markdown_table(*_bad_table(bad))]
     parts += ["## How it was measured", "\n".join(f"- {note}" for note in _notes(report))]
     parts.append(markdown_table(("", ""), _provenance(report)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 _POLICIES_NOTE = (
-    "Candidates, and policies without a predictor on the same backbone: cascades and static resolutions. All are "
-    "stated on validation images that no cascade was fitted on."
+    "Candidates, and policies without a predictor on the same backbone: cascades and static resolutions. All results "
+    "are for validation images that no cascade was fitted on."
 )
 
 
@@ -354,12 +355,12 @@ def _policies_table(report: Mapping[str, Any]) -> Table:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Whether a predictor pays on these images, then the model to deploy or how the front compares with the paper."""
+    """Say whether a predictor pays on these images, and which model to deploy or how the front compares to the four."""
     return " ".join(filter(None, (predictor_sentence(report), _outcome(report))))
 
 
 def _outcome(report: Mapping[str, Any]) -> str:
-    """One sentence: the model to deploy, or how the front compares with the paper's four."""
+    """Return one sentence: the model to deploy, or how the front compares with the paper's four."""
     chosen = report["chosen"]
     if chosen is not None:
         found = (
@@ -385,7 +386,7 @@ def _outcome(report: Mapping[str, Any]) -> str:
 
 
 def _dominating_static(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The most accurate static resolution that costs no more than the chosen model and is no less accurate."""
+    """Return the most accurate static resolution that costs no more than the chosen model and is no less accurate."""
     best = choose(_statics(report), lambda row: (row["top1"], row["mean_gflops"]), budget_gflops=chosen["mean_gflops"])
     return best if best is not None and best["top1"] >= chosen["top1"] else None
 
@@ -430,7 +431,7 @@ def _compared_note(report: Mapping[str, Any]) -> str:
 
 
 def _compared_table(report: Mapping[str, Any]) -> Table:
-    """The candidates in the form of the supplement's Table 1."""
+    """Return the candidates in the format of the supplement's Table 1."""
     costs = ("predictor GFLOPs", "total GFLOPs", "over seeds")
     body = [
         (
@@ -514,9 +515,9 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "backbone. Its cost is in GFLOPs of 1e9 multiply-adds an image, predictor included, at the shares measured on "
         "these images.",
         "The paper's four have this configuration's input size, width and recipe, and the same seeds as the finalists. "
-        "The first seed selected the finalists on the same images, so it flatters them.",
-        "Random: the same shares, drawn without looking at the image. Oracle: the cheapest resolution that is right, "
-        "without a predictor.",
+        "The first seed selected the finalists on the same images, so their results for it are too good.",
+        "Random: images assigned to resolutions at random, with the same shares. Oracle: the cheapest correct "
+        "resolution, without a predictor.",
         "Importance: functional ANOVA over the trials of the first seed, with bootstrap intervals over the trials.",
     ]
 

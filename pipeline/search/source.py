@@ -1,4 +1,4 @@
-"""Load the trained backbone that a search starts from, of a run, a checkpoint or a registered model."""
+"""Load the trained backbone that a search starts from: that of a run, a checkpoint or a registered model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PREFIX = "backbone."
 
 @dataclass(frozen=True)
 class TrainedBackbone:
-    """The weights of a backbone and what is known about them; None means unknown.
+    """The weights of a backbone, and what is known about them. None means unknown.
 
     Attributes:
         origin: where the weights come from, for messages.
@@ -79,12 +79,15 @@ def backbone_path(config: Config) -> Path:
 
 
 def _candidates(folder: Path) -> tuple[Path, ...]:
-    """Return a folder's files that may hold a backbone; the backbone stage's comes first: the joint stage adapts it."""
+    """Return the files in a folder that may contain a backbone.
+
+    The backbone stage's model comes first, because the joint stage adapts the backbone to its predictor.
+    """
     return RunFolder(folder).backbone, RunFolder(folder).model, folder / STATE_FILE
 
 
 def load_backbone(path: Path) -> TrainedBackbone:
-    """Read the backbone of a model.pt or of a checkpoint's state; raise ValueError if the file is neither."""
+    """Read the backbone of a model.pt or of a checkpoint's state. Raise ValueError if the file is neither."""
     try:
         loaded = load_model(path)
     except ValueError as no_model:
@@ -128,7 +131,7 @@ def registered_backbone(model_uri: str) -> TrainedBackbone:
 
 
 def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manifest) -> Iterator[str]:
-    """Yield every way in which a backbone does not fit the configuration and its data."""
+    """Yield every mismatch between a backbone and the configuration and its data."""
     ours = config.model
     if trained.resolutions != ours.resolutions:
         yield (

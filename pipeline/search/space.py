@@ -1,4 +1,4 @@
-"""The search space: candidates, the parameters that a preset varies, and the checks of a space."""
+"""The search space: candidates, the parameters that a preset varies, and checks of the space."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
 }
 """The parameters that each preset varies."""
 WIDTH_STEP = 1 / 16
-"""One step is 8 of the second stage's 128 channels; channel counts are rounded to multiples of 8."""
+"""The step between widths: 8 of the second stage's 128 channels. Channel counts are rounded to multiples of 8."""
 RECIPE_FACTOR = 3.0
 ALPHA_SHARES = (0.15, 0.85)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A predictor and how it is trained; costs in GFLOPs (1e9 multiply-adds)."""
+    """A predictor and how it is trained. Costs are in GFLOPs (1e9 multiply-adds)."""
 
     blocks: tuple[int, ...]
     kernel: int
@@ -61,7 +61,7 @@ class Candidate:
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> Candidate:
-        """Parse what `described` returns."""
+        """Return the candidate that `described` turned into a JSON tree."""
         return cls(blocks=tuple(tree["blocks"]), **{key: value for key, value in tree.items() if key != "blocks"})
 
     def described(self) -> dict[str, Any]:
@@ -70,11 +70,12 @@ class Candidate:
 
     @property
     def shape(self) -> PredictorShape:
+        """The predictor's shape."""
         return PredictorShape(self.blocks, self.kernel, self.stem_stride)
 
     @property
     def network(self) -> str:
-        """The predictor in words."""
+        """The predictor described in words."""
         stem = f"{self.kernel}x{self.kernel}/{self.stem_stride}"
         return f"blocks {blocks_text(self.blocks)}, {stem}, {self.input_size} px, width {self.width:g}"
 
@@ -103,17 +104,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A parameter with a range of values, sampled evenly in the logarithm."""
+    """A parameter with a range of values, sampled uniformly in the logarithm."""
 
     low: float
     high: float
 
     def random(self, generator: np.random.Generator) -> float:
-        """Draw a value of the range."""
+        """Draw a value from the range."""
         return self.clip(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
 
     def clip(self, value: float) -> float:
-        """Return the nearest value of the range."""
+        """Return the nearest value in the range."""
         return min(max(value, self.low), self.high)
 
     def __contains__(self, value: Any) -> bool:
@@ -125,10 +126,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """The parameters that are varied, and the candidate that sets the others.
+    """The parameters that are varied, and the candidate that sets all others.
 
     Attributes:
-        max_gflops: highest cost of a predictor, GFLOPs.
+        max_gflops: highest cost of a predictor, in GFLOPs.
     """
 
     base: Candidate
@@ -136,7 +137,7 @@ class Space:
     max_gflops: float
 
     def candidate(self, values: Mapping[str, Any]) -> Candidate:
-        """Return the candidate with these values of `parameters`, in a sampler's form (see `sampled`)."""
+        """Return the candidate with these values of `parameters`, in the sampler's form (see `sampled`)."""
         changed = dict(values)
         if "blocks" in changed:
             changed["blocks"] = parse_blocks(changed["blocks"])
@@ -145,7 +146,7 @@ class Space:
         return Candidate.parse({**self.base.described(), **changed})
 
     def sampled(self, candidate: Candidate) -> dict[str, Any] | None:
-        """Return the values that a sampler draws for a candidate; None if it is not in the space."""
+        """Return the values that a sampler would draw for a candidate, or None if it is not in the space."""
         values = {key: getattr(candidate, key) for key in self.parameters}
         if "blocks" in values:
             values["blocks"] = blocks_text(values["blocks"])
@@ -155,7 +156,7 @@ class Space:
         return values if inside and self.candidate(values) == candidate else None
 
     def random(self, generator: np.random.Generator) -> dict[str, Any]:
-        """Draw values without any preference, in a sampler's form."""
+        """Draw uniformly random values, in the sampler's form."""
         return {
             key: parameter.random(generator)
             if isinstance(parameter, Range)
@@ -177,7 +178,7 @@ class Space:
         return predictor_gflops(candidate) <= self.max_gflops
 
     def cheapest_gflops(self) -> float:
-        """Return the cost of the cheapest predictor in the space; infinity if there is none."""
+        """Return the cost of the cheapest predictor in the space, or infinity if there is none."""
         low = {key: _lowest(parameter) for key, parameter in self.parameters.items() if key in ARCHITECTURE_KEYS}
         if "stem_stride" in low:
             low["stem_stride"] = max(_choices(self.parameters["stem_stride"]))
@@ -231,7 +232,7 @@ def input_sizes(config: Config) -> tuple[int, ...]:
 
 
 def space_problems(config: Config, space: Space, backbone_gflops: tuple[float, ...]) -> Iterator[str]:
-    """Yield every empty or contradictory part of a space, and budgets that no candidate can reach."""
+    """Yield every empty or contradictory part of a space, and every budget that no candidate can reach."""
     contradictions = list(_range_problems(space))
     yield from contradictions
     largest = max(config.model.resolutions)
@@ -281,7 +282,7 @@ def _range_problems(space: Space) -> Iterator[str]:
 
 
 def predictor_gflops(candidate: Candidate) -> float:
-    """Return the cost of a candidate's predictor for one image, GFLOPs."""
+    """Return the cost of a candidate's predictor for one image, in GFLOPs."""
     return _counted(candidate.shape, candidate.width, candidate.input_size)
 
 
@@ -294,12 +295,12 @@ def _counted(shape: PredictorShape, width: float, input_size: int) -> float:
 
 
 def blocks_text(blocks: tuple[int, ...]) -> str:
-    """Format block counts as samplers and tables use them: 1-1."""
+    """Format block counts as samplers and tables use them, such as 1-1."""
     return "-".join(map(str, blocks))
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:
-    """Parse what `blocks_text` returns."""
+    """Return the block counts that `blocks_text` formatted."""
     return tuple(map(int, text.split("-")))
 
 
@@ -313,5 +314,5 @@ def _lowest(parameter: Choice | Range) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """Return equal text for equal values, from which to compute a digest."""
+    """Return a text that is equal for equal values, for computing a digest."""
     return json.dumps(value, sort_keys=True)

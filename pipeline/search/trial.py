@@ -59,18 +59,19 @@ class SearchSettings:
 
     @property
     def records(self) -> Records:
+        """The records of the trials."""
         return Records(self.folder.trials)
 
 
 def tune_trial(config: Mapping[str, Any], settings: SearchSettings, report: Callable[[dict[str, Any]], object]) -> None:
-    """Run one trial for Ray Tune; its record is written before Tune gets the result.
+    """Run one trial for Ray Tune. Its record is written before Tune gets the result.
 
     Args:
         config: the `candidate` and the `seed`, as `TrialSearcher.suggest` returns them.
         report: Ray Tune's `report`.
 
     Raises:
-        Exception: the error that made the trial fail; the record has it too. A diverged trial does not raise.
+        Exception: the error that made the trial fail, which the record also contains. A diverged trial does not raise.
     """
     candidate, seed = Candidate.parse(config["candidate"]), config["seed"]
     budget = settings.config.search.budget_gflops if settings.config.search.objective == "budget" else None
@@ -97,10 +98,10 @@ class TrialData:
     """The data and models that all trials of a process share.
 
     Attributes:
-        config: the search's configuration; its stages.predictor says how candidates are trained.
-        context: see Record.context.
+        config: configuration of the search; its stages.predictor says how candidates are trained.
+        context: as in `Record`.
         backbone: the trained backbone, on `device`; trials do not run it.
-        mean, std: the pixel statistics of the images that the backbone was trained on.
+        mean, std: pixel statistics of the images that the backbone was trained on.
         train: training images in the order of a seed, at least at the candidates' input sizes.
         validation: validation images.
     """
@@ -120,7 +121,7 @@ class TrialData:
 
 @lru_cache(maxsize=1)
 def trial_data(settings: SearchSettings) -> TrialData:
-    """Open what this process's trials share, once; a node's first process copies and decodes the data."""
+    """Open what this process's trials share, once. The first process on a node copies and decodes the data."""
     from pipeline.cluster.worker import data_of_node  # loads Ray
 
     config = settings.config
@@ -154,7 +155,7 @@ def trial_data(settings: SearchSettings) -> TrialData:
 
 
 def _reader(settings: SearchSettings, key: TableKey, cached: bool) -> Reader:
-    """Open a reader of the predictor's inputs of a split; a node decodes them once if they fit the cache."""
+    """Open a reader of a split's predictor inputs. A node decodes them once if they fit into the cache."""
     config, sides = settings.config, input_sizes(settings.config)
     loader = open_loader(config, key.split, sides, num_threads=os.cpu_count() or 1 if cached else settings.cpus)
     if not cached:
@@ -177,7 +178,7 @@ def decodes_once(config: Config, manifest: Manifest) -> bool:
 
 
 def table_crops(config: Config) -> dict[str, range]:
-    """Return the crop epochs of each split that the trials see and the logit tables hold."""
+    """Return, for each split, the crop epochs that the trials see and the logit tables contain."""
     return {TRAIN: range(num_crops(config)), VALIDATION: range(1)}
 
 
@@ -199,7 +200,7 @@ def trial_stage(config: Config) -> PredictorStage:
 
 
 def trial_config(config: Config, candidate: Candidate, seed: int) -> Config:
-    """Return a trial's configuration: the predictor stage alone, with one candidate."""
+    """Return a trial's configuration: only the predictor stage, with one candidate."""
     changed = trial_stage(config).model_copy(update=candidate.recipe())
     return config.model_copy(
         update={
@@ -222,8 +223,8 @@ def run_trial(
     Args:
         seed: seed of weights, order and noise. With the configuration's seed, a trial computes the same as the
             predictor stage of a run with one worker and no earlier stage.
-        on_epoch: called after every epoch with the number of finished epochs and the measured values. If it is given,
-            every epoch is evaluated.
+        on_epoch: called after every epoch with the number of finished epochs and the measured values. If given, every
+            epoch is evaluated.
 
     Returns:
         The record, and the predictor's weights on the CPU. A diverged trial has no weights; its record has the reason.
@@ -304,7 +305,7 @@ def build_model(data: TrialData, config: Config, seed: int) -> tuple[DRNet, Cost
 
 
 class _Reporter:
-    """The loop's Reporter: keeps what the last epoch measured, and the warnings of the last evaluation."""
+    """The loop's Reporter, which keeps the values of the last epoch and the warnings of the last evaluation."""
 
     def __init__(self, on_epoch: Callable[[int, Mapping[str, float]], None] | None):
         self._on_epoch = on_epoch

@@ -18,11 +18,11 @@ from pipeline.search.space import Candidate, Space
 from pipeline.search.trial import ACCURACY, EPOCH, GFLOPS, SCORE, SearchSettings
 
 MAX_DRAWS = 500
-"""After this many rejected candidates (too expensive or already tried) the space counts as used up."""
+"""The number of consecutively rejected candidates (too expensive or already tried) after which the space is used up."""
 SAMPLER_DRAWS = 20
-"""Draws of the sampler; later ones are random, because in a small space the sampler repeats its favorites."""
+"""The number of draws from the sampler. Later draws are random, because in a small space the sampler repeats itself."""
 STARTUP_SHARE = 0.25
-"""This share of the trials is drawn at random before the sampler learns from them."""
+"""The share of the trials that are drawn at random before the sampler learns from them."""
 
 Trial = tuple[Candidate, int]
 """A candidate and a seed."""
@@ -30,7 +30,7 @@ Trial = tuple[Candidate, int]
 
 @dataclass(frozen=True)
 class RunningTrial:
-    """A trial that Tune is running; `drawn` is the sampler's name for it, None for a fixed trial or a repeat."""
+    """A trial that Tune is running. `drawn` is the sampler's name for it, or None for a fixed trial or a repeat."""
 
     candidate: Candidate
     seed: int
@@ -38,14 +38,14 @@ class RunningTrial:
 
 
 class TrialSearcher(Searcher):
-    """Chooses the next trial: the fixed candidates, then the sampler's, then the finalists with the other seeds.
+    """Choose the next trial: the fixed candidates, then the sampler's, then the finalists with the other seeds.
 
     The records are the state: a recorded trial is not repeated, and the sampler learns from it again after a restart.
 
     Args:
         fixed: candidates that are always tried, such as the paper's.
         num_drawn: number of the sampler's candidates, including recorded ones.
-        finalists: picks from the first seed's records the candidates to train with every seed.
+        finalists: selects, from the first seed's records, the candidates to train with every seed.
         on_record: called with the record of every trial that ends.
     """
 
@@ -92,7 +92,7 @@ class TrialSearcher(Searcher):
         return [trial for trial in wanted if trial not in self._done and trial not in running]
 
     def _repeats(self) -> list[Trial]:
-        """Return the finalists with every other seed; they are known once all trials of the first seed have ended."""
+        """Return the finalists with every other seed. They are known once all trials of the first seed have ended."""
         first = [record for record in self._done.values() if record.seed == self._seeds[0]]
         return [(candidate, seed) for seed in self._seeds[1:] for candidate in self._finalists(first)]
 
@@ -119,7 +119,7 @@ class TrialSearcher(Searcher):
         )
 
     def _objectives(self, record: Record) -> list[float] | None:
-        """Return the values that the sampler optimizes; None for a trial without a result."""
+        """Return the values that the sampler optimizes, or None for a trial without a result."""
         if record.accuracy is None or record.gflops is None:
             return None
         if isinstance(self.metric, list):
@@ -148,7 +148,7 @@ class TrialSearcher(Searcher):
         return any(trial.seed == self._seeds[0] for trial in self._running.values())
 
     def _draw(self, trial_id: str) -> RunningTrial | None:
-        """Draw a new candidate within the cost limit; None when the space is used up."""
+        """Draw a new candidate within the cost limit, or return None if the space is used up."""
         assert self._sampler is not None
         tried = {candidate for candidate, _ in self._done} | {trial.candidate for trial in self._running.values()}
         for number in range(MAX_DRAWS):
@@ -199,25 +199,27 @@ class TrialSearcher(Searcher):
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: the records are the state."""
+        """Do nothing, because the records are the state."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return no state: Ray Tune pickles the searcher to restore it, but the records are the state."""
+        """Return no state. Ray Tune pickles the searcher to restore it, but the records are the state."""
         return {}
 
 
 class PatientASHA(ASHAScheduler):
-    """ASHA that never stops the paper's four and the finalists' repeats.
+    """ASHA that never stops the paper's four or the finalists' repeats.
 
     A diverged trial has no score, and Ray's own scheduler would fail on it.
     """
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return ASHA's decision about a trial, or CONTINUE for a trial that it must not stop."""
         if trial.config["to_the_end"] or result[SCORE] is None:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Tell ASHA about a trial that has ended, or remove the trial if it has no score."""
         if result.get(SCORE) is None:
             self.on_trial_remove(tune_controller, trial)
         else:

@@ -1,4 +1,4 @@
-"""The registered model: exporting and packaging it, the code that is stored with it, and classifying files.
+"""Serving: export and package a trained model, run it, and answer HTTP requests with it.
 
 Start with pyfunc.py, which MLflow loads and calls; runtime/ runs the programs that export.py writes.
 """

@@ -1,6 +1,6 @@
-"""The deployments of a served model on Ray Serve: a router with the HTTP side, and perhaps one for each resolution.
+"""The Ray Serve deployments of a model: a router that answers HTTP and, if split, one deployment per resolution.
 
-A replica runs the code that is stored with the registered version. New here is only where its programs run.
+A replica runs the code that is stored with the registered version. This module only decides where its programs run.
 """
 
 from __future__ import annotations
@@ -33,56 +33,61 @@ from pipeline.serving.http import RETRY_SECONDS, UnavailableError, build_app
 from pipeline.serving.pyfunc import CODE_FOLDER, FOLDER_ARTIFACT, PLACEMENT, REQUESTS_AT_ONCE, load_code
 
 ARTIFACTS = f"artifacts/{FOLDER_ARTIFACT}"
-"""Where a registered version holds its programs, their description and their code."""
+"""Where a registered version stores its programs, their description and their code."""
 META = "meta.json"
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 ATTEMPTS = 3
-"""How often a call to a resolution's deployment is sent when its replicas die."""
+"""How many times a call to a resolution's deployment is sent if replicas die."""
 SECONDS_TO_DRAIN = 30.0
 _LATENCIES = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 _BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 METRICS = {
     "drnet_serve_images": "images answered, by the resolution whose answer counts",
     "drnet_serve_bad_images": "images that cannot be used",
-    "drnet_serve_escalations": "images that ran again at this resolution, because a smaller one was not sure",
+    "drnet_serve_escalations": "images that ran again at this resolution, because an earlier one was not confident",
     "drnet_serve_gflops": "multiply-adds / 1e9 of all answers, with the predictor",
-    "drnet_serve_seconds": "seconds from the whole body to the answer, by the request's last resolution",
+    "drnet_serve_seconds": "seconds from the complete request body to the answer, by the request's last resolution",
     "drnet_serve_batch": "images in a batch of a program",
     "drnet_serve_waiting": "images that wait for a program",
 }
-"""The metrics of the replicas; Prometheus sees them with the prefix ray_."""
+"""Descriptions of the replicas' metrics. Prometheus adds the prefix `ray_` to their names."""
 
 
 class Served(BaseModel):
-    """Everything that a replica needs to know; the arguments of an application in Serve's configuration."""
+    """The settings of a served model, which are the arguments of its applications in Serve's configuration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    """Address of the version, `models:/NAME/VERSION`."""
+    """Address of the registered version: `models:/NAME/VERSION`."""
     tracking_uri: str | None = None
-    """Address of the registry; None is MLFLOW_TRACKING_URI on the replica's node."""
+    """Address of the registry; None uses MLFLOW_TRACKING_URI on the replica's node."""
     split: Literal["together", "by_resolution"] = "together"
+    """Whether one replica runs all programs (`together`), or each resolution has its own deployment (`by_resolution`).
+    """
     resolution: int | None = None
     """The resolution of this application in pixels; None for the router."""
     serving: ServingConfig = ServingConfig()
     token_sha256: str | None = None
+    """SHA-256 of the token that requests need, in hexadecimal; None accepts requests without a token."""
 
     @property
     def name(self) -> str:
+        """The registered model's name."""
         return self.model.split("/")[1]
 
     @property
     def version(self) -> str:
+        """The registered version's number."""
         return self.model.split("/")[2]
 
     def part_name(self, resolution: int) -> str:
-        """Returns the name of a resolution's application."""
+        """Return the name of the application that serves a resolution."""
         return f"{self.name} v{self.version} {resolution}px"
 
 
 def router(args: Served | Mapping[str, Any]) -> serve.Application:
-    """Builds the application that answers HTTP; Serve's configuration names this function, with a mapping."""
+    """Build the application that answers HTTP. Serve's configuration names this function and passes a mapping."""
     served = Served.model_validate(args)
     serving = served.serving
     options = _options(serving, serving.gpus_per_replica if served.split == "together" else 0.0) | {
@@ -94,7 +99,7 @@ def router(args: Served | Mapping[str, Any]) -> serve.Application:
 
 
 def resolution(args: Served | Mapping[str, Any]) -> serve.Application:
-    """Builds the application of one resolution; Serve's configuration names this function, with a mapping."""
+    """Build the application of one resolution. Serve's configuration names this function and passes a mapping."""
     served = Served.model_validate(args)
     options = _options(served.serving, served.serving.gpus_per_replica)
     options |= {"max_ongoing_requests": 2 * REQUESTS_AT_ONCE}
@@ -123,7 +128,7 @@ def _options(serving: ServingConfig, num_gpus: float) -> dict[str, Any]:
 
 
 class Part:
-    """What both deployments do: load the stored code and the programs that run in this replica."""
+    """The common part of both deployments: load the stored code, and the programs that run in this replica."""
 
     def __init__(self, served: Mapping[str, Any]):
         self.served = Served.model_validate(served)
@@ -138,7 +143,7 @@ class Part:
             )
         mlflow.set_tracking_uri(registry)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / ARTIFACTS  # as MLflow places them
+            folder = Path(temporary) / ARTIFACTS  # where MLflow places downloads
             for name in (META, CODE_FOLDER):
                 self._fetch(name, temporary)
             self.code = load_code(folder / CODE_FOLDER)
@@ -151,7 +156,7 @@ class Part:
         self.batch_size = Histogram("drnet_serve_batch", METRICS["drnet_serve_batch"], _BATCHES, ("program",))
 
     def files(self, network: Any) -> list[str]:
-        """Returns the files of the programs that run here."""
+        """Return the names of the program files that this replica runs."""
         raise NotImplementedError
 
     def _fetch(self, name: str, folder: str) -> None:
@@ -159,7 +164,7 @@ class Part:
 
 
 class Router(Part):
-    """Answers HTTP requests: decodes, runs the predictor, applies the policy, and runs or sends on the images."""
+    """Answer HTTP requests: decode images, run the predictor, apply the policy, and run or forward the crops."""
 
     def __init__(self, served: Mapping[str, Any]):
         super().__init__(served)
@@ -198,6 +203,7 @@ class Router(Part):
         return build_app(self, pool, int(serving.max_body_mb * 1e6), self.served.token_sha256)
 
     def about(self) -> dict[str, Any]:
+        """Return the model's version, classes, resolutions, costs and policies, as JSON values."""
         network = self.network
         return {
             "model": self.address,
@@ -216,11 +222,17 @@ class Router(Part):
         }
 
     def policy(self, name: str | None, wishes: Mapping[str, float]) -> Any:
+        """Return the policy that a request asks for, by its name or by parameters of `RoutedNetwork.policy_for`.
+
+        Raises:
+            ValueError: a name and parameters are both given, or there is no such policy.
+        """
         if name is not None and wishes:
             raise ValueError(f"policy and {' and '.join(wishes)} contradict each other; give one of them")
         return self.network.policy_for(**wishes) if name is None else self.network.named_policy(name)
 
     def classify(self, images: Sequence[Any], policy: Any) -> list[Any]:
+        """Classify images with a policy, update the metrics, and return a runtime.Answer for each image."""
         started = time.perf_counter()
         answers = list(self.classifier.classify(images, policy))
         for answer in answers:
@@ -237,7 +249,7 @@ class Router(Part):
 
 
 class Resolution(Part):
-    """Runs the program of one resolution on the crops of all routers, in Ray Serve's batches."""
+    """Run the program of one resolution on the crops of all routers, in batches that Ray Serve collects."""
 
     def __init__(self, served: Mapping[str, Any]):
         super().__init__(served)
@@ -253,7 +265,7 @@ class Resolution(Part):
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)
     async def logits(self, calls: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-        """Returns logits (n, K) for each call's crops, uint8 (n, S, S, 3)."""
+        """Return logits (n, K) for the crops of each call, uint8 (n, S, S, 3)."""
         sizes = [len(crops) for crops in calls]
         images = torch.from_numpy(np.concatenate(calls))  # a copy: a call's array is read-only
         rows = await asyncio.to_thread(self.network.logits, self.index, images)
@@ -262,18 +274,18 @@ class Resolution(Part):
 
 
 class SpreadPrograms:
-    """Runs the predictor here, and each resolution in its own deployment.
+    """Run the predictor in this process, and each resolution in its own deployment.
 
     Args:
-        predictor: runs program 0.
-        handles: run the other programs.
+        predictor: queue that runs program 0.
+        handles: deployments that run the other programs.
     """
 
     def __init__(self, predictor: Any, handles: Sequence[DeploymentHandle]):
         self._predictor, self._handles = predictor, handles
 
     def submit(self, program: int, images: Sequence[Tensor]) -> Sequence[Any]:
-        """Run a program on images of one shape; returns a row for each."""
+        """Run a program on images of one shape and return a row, which may still be computed, for each image."""
         if program == 0:
             return self._predictor.submit(0, images)
         if not images:
@@ -282,11 +294,12 @@ class SpreadPrograms:
         return [RemoteRow(call, place) for place in range(len(images))]
 
     def close(self) -> None:
+        """Close the predictor's queue."""
         self._predictor.close()
 
 
 class Call:
-    """The logits of one call to a resolution's deployment; the call is sent again if its replica dies."""
+    """The logits of one call to a resolution's deployment. The call is repeated if its replica dies."""
 
     def __init__(self, handle: DeploymentHandle, crops: NDArray[np.uint8]):
         self._handle, self._crops = handle, crops
@@ -295,7 +308,7 @@ class Call:
         self._rows: Tensor | None = None
 
     def rows(self) -> Tensor:
-        """Wait for the logits (n, K); raises UnavailableError if no replica answers."""
+        """Wait for the logits (n, K). Raise UnavailableError if no replica answers."""
         with self._lock:
             for attempt in range(ATTEMPTS):
                 if self._rows is not None:
@@ -313,11 +326,11 @@ class Call:
 
 
 class RemoteRow:
-    """One image's row of a call."""
+    """The row of one image in a call's logits."""
 
     def __init__(self, call: Call, place: int):
         self._call, self._place = call, place
 
     def result(self) -> Tensor:
-        """Wait for the logits (K,)."""
+        """Wait for the logits (K,) and return them."""
         return self._call.rows()[self._place]

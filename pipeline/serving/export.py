@@ -1,4 +1,4 @@
-"""Exports a trained DRNet to the folder that runtime/ runs: programs and a description."""
+"""Export a trained DRNet to a folder that runtime/ can run: programs and a description."""
 
 from __future__ import annotations
 
@@ -32,18 +32,21 @@ class _FromPixels(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return logits for uint8 images (N, S, S, 3)."""
         return self.network(images.permute(0, 3, 1, 2).float() * self.scale + self.bias)
 
 
 def export_model(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] | None = None) -> None:
-    """Write meta.json, a backbone_SIDE.pt2 for each resolution and, with several, predictor.pt2 into `folder`.
+    """Write meta.json, a backbone_SIDE.pt2 for each resolution and, with several resolutions, predictor.pt2.
 
-    The programs take uint8 (N, S, S, 3) for any N >= 1, normalize inside, and hold no pickle. Batch norms are folded
+    The programs take uint8 (N, S, S, 3) for any N >= 1, normalize inside, and contain no pickle. Batch norms are folded
     into the convolutions before them, which saves a pass over memory at every layer. Each resolution has its own batch
-    norms, so its program has its own weights: R times the backbone on disk and in memory. `loaded` is on the CPU.
+    norms, so its program has its own weights: R times the backbone on disk and in memory.
 
     Args:
-        policies: from `fitted_policies`; None leaves the model with its predictor's own choice.
+        loaded: the trained model, on the CPU.
+        folder: where the files are written.
+        policies: the result of `fitted_policies`; None leaves the predictor's choices as the only policy.
     """
     model = loaded.model.eval()
     costs = measure_costs(model)
@@ -69,10 +72,11 @@ def export_model(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] 
 
 
 def fitted_policies(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a registered model knows of its policies, from the report of its run.
+    """Return the policies that a registered model stores, from the report of its run.
 
-    `policy` is the one that the run's budget chose, `policies` the front that a request may choose from: each with
-    `policy`, and on the images that it was fitted on the mean `gflops` and the `accuracy`.
+    `policy` is the policy that the run's budget chose. `policies` is the Pareto front from which a request may choose.
+    Each of its entries has `policy`, and the mean `gflops` and the `accuracy` on the images that it was fitted on. The
+    result is empty if the report has no policies.
     """
     found = report["policies"]
     if found is None:
@@ -88,7 +92,7 @@ def fitted_policies(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exported(model: DRNet, network: nn.Module, side: int) -> ExportedProgram:
-    """Returns the program of a copy of `network`, uint8 (N, S, S, 3) -> logits, with batch norms folded."""
+    """Export a copy of `network` as a program uint8 (N, S, S, 3) -> logits, with batch norms folded."""
     # torch.export treats a batch of one as a constant and does not write channels_last weights completely.
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     pixels = _FromPixels(model, copy.deepcopy(network)).eval()

@@ -1,4 +1,4 @@
-"""The HTTP side of a served model: requests in all their forms, limits, the token, and answers as JSON."""
+"""The HTTP interface of a served model: request formats, size limits, the token, and JSON answers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from starlette.routing import Route
 from pipeline.serving.pyfunc import IMAGE_COLUMN, OUTPUT_COLUMNS, wishes
 
 FORMS = ("dataframe_records", "dataframe_split", "instances", "inputs")
-"""The forms of MLflow's JSON."""
+"""The top-level keys of MLflow's JSON request formats."""
 WISHES = {
     "budget": "budget_gflops",
     "budget_gflops": "budget_gflops",
     "budget_bias": "budget_bias",
     "max_accuracy_drop": "max_accuracy_drop",
 }
-"""The parameters of an address that change the policy, with the engine's names; a header x-budget says the same."""
+"""Maps a query parameter that selects the policy to the parameter of `RoutedNetwork.policy_for`. A header such as
+x-budget sets the same parameter."""
 POLICY = "policy"
 MODEL_HEADER = "x-model"
 RETRY_SECONDS = 1
@@ -43,30 +44,30 @@ log = logging.getLogger("ray.serve")
 
 
 class UnavailableError(Exception):
-    """A part of the model cannot be reached now; the same request may succeed a moment later."""
+    """A part of the model cannot be reached now. The same request may succeed later."""
 
 
 class ServedModel(Protocol):
-    """A loaded model."""
+    """The interface of a loaded model that the HTTP application needs."""
 
     address: str
     """`models:/NAME/VERSION`."""
 
     def about(self) -> dict[str, Any]:
-        """Returns what people and programs want to know about the model, as JSON values."""
+        """Return a description of the model as JSON values."""
         ...
 
     def policy(self, name: str | None, wishes: Mapping[str, float]) -> Any:
-        """Returns a policy by its name or by wishes; raises ValueError if there is none."""
+        """Return a policy by its name or by parameters. Raise ValueError if there is no such policy."""
         ...
 
     def classify(self, images: Sequence[Any], policy: Any) -> list[Any]:
-        """Returns a runtime.Answer for each image; raises UnavailableError."""
+        """Return a runtime.Answer for each image. Raise UnavailableError if a part of the model cannot be reached."""
         ...
 
 
 class RefusedError(Exception):
-    """A request gets an error status and a reason."""
+    """A request is refused with an HTTP status and a reason."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -74,11 +75,12 @@ class RefusedError(Exception):
 
 
 class LimitedRequest(Request):
-    """A request whose body ends with status 413 as soon as it is known to exceed `max_bytes`."""
+    """A request that is refused with status 413 as soon as its body is known to exceed `max_bytes`."""
 
     max_bytes = 0
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of the body. Raise RefusedError if the body is too large."""
         limit = f"the body is larger than {self.max_bytes / 1e6:g} MB; send fewer or smaller images"
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_bytes:
@@ -92,12 +94,12 @@ class LimitedRequest(Request):
 
 
 def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: str | None) -> Starlette:
-    """Returns the ASGI application of a model.
+    """Return the ASGI application of a model.
 
     Args:
-        pool: its threads classify; their number limits the requests that share batches.
-        max_bytes: the largest body.
-        token_sha256: SHA-256 of the token that POST / and GET /model need, as hexadecimal text; None needs none.
+        pool: classifies on its threads. Their number limits how many requests can share batches.
+        max_bytes: largest size of a request body.
+        token_sha256: SHA-256, in hexadecimal, of the token that POST / and GET /model require; None requires no token.
     """
 
     async def page(_: Request) -> Response:
@@ -125,7 +127,7 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
         return JSONResponse({"predictions": rows, "model": model.address})
 
     def answered(handler: Handler) -> Handler:
-        """Wrap a handler: every answer names the model, and every error is JSON with a reason."""
+        """Wrap a handler so that every response names the model, and every error is JSON with a reason."""
 
         async def handle(request: Request) -> Response:
             headers = {MODEL_HEADER: model.address}
@@ -133,7 +135,7 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
                 response = await handler(request)
             except RefusedError as error:
                 status, reason = error.status, str(error)
-            except ValueError as error:  # a wish that makes no sense
+            except ValueError as error:  # an invalid policy parameter
                 status, reason = 400, str(error)
             except UnavailableError as error:
                 status, reason = 503, f"{error}; try again"
@@ -168,12 +170,12 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
 
 
 def digest_of(token: str) -> str:
-    """Returns the SHA-256 of a token; a configuration may show it."""
+    """Return the SHA-256 of a token in hexadecimal, which is safe to show in a configuration."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def check_token(request: Request, token_sha256: str | None) -> None:
-    """Raise RefusedError with status 401 unless the request has the token, if one is needed."""
+    """Raise RefusedError with status 401 if a token is required and the request does not have it."""
     if token_sha256 is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -182,10 +184,10 @@ def check_token(request: Request, token_sha256: str | None) -> None:
 
 
 def wanted_policy(request: Request) -> tuple[str | None, dict[str, float]]:
-    """Returns the policy that a request names, and its wishes by the engine's names, from its address and headers.
+    """Return the policy name of a request, or None, and its parameters for `policy_for`, from query and headers.
 
     Raises:
-        RefusedError: a parameter is unknown, or is not a number.
+        RefusedError: a parameter is unknown or not a number.
     """
     known = (*WISHES, POLICY)
     given = {name: text for name in known if (text := request.headers.get(f"x-{name.replace('_', '-')}"))}
@@ -203,10 +205,10 @@ def wanted_policy(request: Request) -> tuple[str | None, dict[str, float]]:
 
 
 async def images_of(request: Request) -> tuple[list[Any], dict[str, Any], bool]:
-    """Returns the images of a request, the parameters in its body, and whether it is one image without any form.
+    """Return a request's images, the parameters in its body, and whether the body is a single image file.
 
     Raises:
-        RefusedError: with status 400 or 413.
+        RefusedError: with status 400, 413 or 415.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -232,7 +234,7 @@ async def images_of(request: Request) -> tuple[list[Any], dict[str, Any], bool]:
 
 
 def parse_json(body: bytes) -> tuple[list[Any], dict[str, Any]]:
-    """Returns the images and the parameters of MLflow's JSON; a record without an image gives None.
+    """Return the images and parameters of MLflow's JSON. A record without an image gives None.
 
     Raises:
         RefusedError: with status 400.

@@ -1,4 +1,4 @@
-"""Packages a trained network as an MLflow model that needs neither this project nor pickle."""
+"""Package a trained network as an MLflow model that needs neither this project nor pickle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save_pyfunc(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] |
     """Write an MLflow model: exported programs, their description, the code that runs them, and pyfunc.py.
 
     Args:
-        policies: see `export_model`.
+        policies: as in `export_model`.
     """
     with tempfile.TemporaryDirectory() as temporary:
         programs = Path(temporary) / pyfunc.FOLDER_ARTIFACT
@@ -51,12 +51,12 @@ def save_pyfunc(loaded: LoadedModel, folder: Path, policies: Mapping[str, Any] |
 
 
 def write_code(folder: Path) -> None:
-    """Copy the package that runs the programs beside them."""
+    """Copy the package that runs the programs into `folder`."""
     shutil.copytree(_RUNTIME, folder / pyfunc.CODE_FOLDER, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def code_files() -> list[Path]:
-    """Returns every file of code that is stored with a model."""
+    """Return every source file that is stored with a model."""
     return [Path(pyfunc.__file__), *sorted(_RUNTIME.glob("*.py"))]
 
 
@@ -65,13 +65,13 @@ def _signature() -> ModelSignature:
         ColSpec(_OUTPUT_TYPES[kind], name, required=name == "gflops") for name, kind in pyfunc.OUTPUT_COLUMNS.items()
     ]
     params = ParamSchema([ParamSpec(name, "double", default) for name, default in pyfunc.PARAMS.items()])
-    # Base64 text over HTTP. A binary column would let MLflow's server decode it: only in some forms of a request, and
-    # with one bad image as the end of the whole request. A string column passes everything on, bytes and arrays too.
+    # Images arrive as base64 text over HTTP. MLflow's server would decode a binary column in some request formats only,
+    # and one bad image would fail the whole request. A string column passes any value unchanged, bytes and arrays too.
     return ModelSignature(Schema([ColSpec("string", pyfunc.IMAGE_COLUMN)]), Schema(outputs), params)
 
 
 def _example(side: int) -> pd.DataFrame:
-    """Returns one gray JPEG as the example input."""
+    """Return the example input: one gray JPEG."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
     return pd.DataFrame({pyfunc.IMAGE_COLUMN: [buffer.getvalue()]})

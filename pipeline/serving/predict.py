@@ -1,4 +1,4 @@
-"""Classifies image files with a loaded model."""
+"""Classify image files with a loaded model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ import pandas as pd
 from pipeline.serving import pyfunc
 
 MAX_FILE_BYTES = 256 * 1024**2
-"""The size above which a file is an error, so that the process does not run out of memory."""
+"""The largest file size in bytes. Larger files are errors, so that the process does not run out of memory."""
 _READERS = 8
 
 
 def classify_files(
     model: mlflow.pyfunc.PyFuncModel, paths: Sequence[Path], at_once: int = 256, budget_bias: float = 0.0
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each file, in order: `file` and pyfunc.OUTPUT_COLUMNS, with None where there is no answer.
+    """Yield a row for each file, in order: `file` and the columns of pyfunc.OUTPUT_COLUMNS. Missing values are None.
 
     The next files are read while the model runs.
+
+    Args:
+        at_once: number of files that are read and passed to the model together.
+        budget_bias: as in `RoutedClassifier.predict`.
     """
     params = {pyfunc.BUDGET_PARAM: budget_bias} if budget_bias else None
     groups = [paths[start : start + at_once] for start in range(0, len(paths), at_once)]
@@ -40,7 +44,7 @@ def classify_files(
 
 
 def _content(path: Path) -> bytes | str:
-    """Returns the file's bytes, or as text the reason why they cannot be read."""
+    """Return the file's bytes or, as text, the reason why the file cannot be read."""
     try:
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             return f"the file has {size:,} bytes, more than {MAX_FILE_BYTES:,}"

@@ -1,7 +1,7 @@
-"""The registered model: takes images, returns class, probability, chosen resolution and cost of each.
+"""The registered model: it classifies images and returns class, probability, chosen resolution and cost of each.
 
 MLflow stores this file with the model and runs it wherever the model is loaded, so it imports nothing of this project.
-Beside it lie the exported programs, their description, and the code that runs them: no pickle.
+The exported programs, their description, and the code that runs them are stored next to it, without pickle.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any
 import pandas as pd
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # MLflow warns about its own type hints
+    warnings.simplefilter("ignore")  # MLflow's import warns about MLflow's own type hints
     import mlflow.exceptions
     import mlflow.pyfunc
 
 FOLDER_ARTIFACT, CODE_FOLDER = "drnet", "routed"
-"""The artifact's name, and in it the folder with the copy of runtime/; every registered version has these names."""
+"""The artifact's name, and the folder inside it with the copy of runtime/. Every registered version has these names."""
 IMAGE_COLUMN, BUDGET_PARAM = "image", "budget_bias"
 PARAMS = {BUDGET_PARAM: 0.0, "budget_gflops": 0.0, "max_accuracy_drop": -1.0}
-"""The parameters of a request with their defaults, which stand for "not given"."""
+"""The parameters of a request. Their default values mean "not given"."""
 OUTPUT_COLUMNS = {
     "class_index": "Int64",
     "label": "string",
@@ -43,16 +43,17 @@ OUTPUT_COLUMNS = {
     "error": "string",
 }
 PLACEMENT = {"device": "auto", "precision": "float32", "compiled": False}
-"""The settings that `mlflow.pyfunc.load_model(..., model_config=...)` may change; see runtime/programs.py."""
+"""The settings that `mlflow.pyfunc.load_model(..., model_config=...)` can change; see runtime/programs.py."""
 REQUESTS_AT_ONCE = 64
 _SERVED_MODEL = "__pyfunc_model_path__"
-"""The environment variable that names the model in MLflow's server process."""
+"""The environment variable that contains the model's path in the process of MLflow's server."""
 
 
 class RoutedClassifier(mlflow.pyfunc.PythonModel):
-    """Returns a row for each image, in order; `error` says why an image cannot be used."""
+    """An MLflow model that returns a row for each image, in order. `error` says why an image cannot be used."""
 
     def load_context(self, context: Any) -> None:
+        """Load the stored code and programs. MLflow calls this once."""
         folder = Path(context.artifacts[FOLDER_ARTIFACT])
         code = load_code(folder / CODE_FOLDER)
         placement = code.Placement(**{**PLACEMENT, **(context.model_config or {})})
@@ -63,23 +64,24 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Classify the images in column `image`.
 
-        Each is the bytes of an image file (JPEG, PNG, WebP, BMP, TIFF), the same as base64 text, or a square crop as a
-        uint8 array (S, S, 3).
+        An image is the bytes of an image file (JPEG, PNG, WebP, BMP, TIFF), the same bytes as base64 text, or a square
+        crop as a uint8 array (S, S, 3).
 
         Args:
-            params: at most one of these; without any the model uses the policy that it was registered with.
-                `budget_gflops` takes the most accurate policy whose mean cost is no higher. `max_accuracy_drop` takes
-                the cheapest policy that loses no more points of accuracy against the model's best. `budget_bias` runs
-                each image once, where the predictor chooses: the bias times each resolution's cost, from 0 (cheapest)
-                to 1 (most expensive), is added to its logits, so above 0 spends more and below 0 less.
+            params: at most one of the following; without any, the model uses the policy that it was registered with.
+                `budget_gflops` selects the most accurate policy whose mean cost is at most this. `max_accuracy_drop`
+                selects the cheapest policy that loses at most this many points of accuracy compared with the model's
+                most accurate policy. `budget_bias` runs each image once, at the predictor's choice, after adding the
+                bias times each resolution's relative cost (0 for the cheapest, 1 for the most expensive) to the
+                predictor's logits: a positive bias spends more, a negative one less.
 
         Returns:
-            A row for each: class_index, label, probability in [0, 1], resolution in pixels (whose answer it is),
-            resolutions (all that ran), gflops (multiply-adds / 1e9 of all of them, with the predictor where it ran)
-            and error. An unusable image has nothing but error and gflops 0.
+            A row for each image: class_index, label, probability in [0, 1], resolution (pixels) whose answer counts,
+                resolutions (all that ran), gflops (multiply-adds / 1e9 of all of them, including the predictor if it
+                ran) and error. For an unusable image, error is set, gflops is 0, and all else is missing.
 
         Raises:
-            MlflowException: a parameter makes no sense; MLflow's server answers with status 400.
+            MlflowException: a parameter is invalid; MLflow's server answers with status 400.
         """
         try:
             policy = self.classifier.network.policy_for(**wishes(params or {}))
@@ -94,7 +96,7 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
 
 
 def wishes(params: dict[str, Any]) -> dict[str, float]:
-    """Returns the parameters that are given; raises ValueError if one is not a finite number."""
+    """Return the parameters that differ from their defaults. Raise ValueError if one is not a finite number."""
     given = {}
     for name, default in PARAMS.items():
         value = params.get(name)
@@ -109,9 +111,10 @@ def wishes(params: dict[str, Any]) -> dict[str, float]:
 def widen_server() -> None:
     """Let this process answer REQUESTS_AT_ONCE requests at the same time.
 
-    Only requests that are being answered share batches. MLflow's server answers each in `asyncio.to_thread`, whose pool
-    has only 4 threads more than there are cores. The pool belongs to an event loop that does not exist yet when the
-    model is loaded, so the function is replaced, in a process that does nothing else.
+    Only requests that are processed at the same time can share batches. MLflow's server processes each request in
+    `asyncio.to_thread`, whose pool has only 4 threads more than there are cores. That pool belongs to an event loop
+    that does not exist yet when the model is loaded, so this replaces the function `asyncio.to_thread`. The process
+    does nothing else.
     """
     pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "request")
 
@@ -119,7 +122,7 @@ def widen_server() -> None:
         called = partial(contextvars.copy_context().run, function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(pool, called)
 
-    asyncio.to_thread = to_thread  # ty: ignore[invalid-assignment]  # the same but for its name
+    asyncio.to_thread = to_thread  # ty: ignore[invalid-assignment]  # the same signature with other names
 
 
 def load_code(folder: Path) -> ModuleType:

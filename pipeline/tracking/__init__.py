@@ -1,4 +1,4 @@
-"""MLflow: one run for each training run, the journal in between, and the model registry.
+"""MLflow tracking: one run for each training run, its local journal, and the model registry.
 
 Start with tracker.py (runs), registry.py (models) and promotion.py (aliases); store.py checks the address.
 """
@@ -15,7 +15,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-# Otherwise each retry of a call logs a line; this project reports an unreachable server once.
+# Otherwise each retry of a call logs a line. This project reports an unreachable server once.
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-# When a model is saved, it only warns that an environment made by uv has no pip.
+# This logger only warns, when a model is saved, that an environment made by uv has no pip.
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)

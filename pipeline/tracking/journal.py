@@ -36,12 +36,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """An append-only file of records, with the byte offset up to which one server has received them in one run.
+    """An append-only file of records, and the byte offset up to which one server has received them in one run.
 
     A run's folder has one journal that the driver and rank 0 write, and one for each node's system metrics.
 
-    A record is delivered at least once: the offset is written after the server has answered. MLflow stores metrics that
-    are equal in run, key, step, time and value only once, so they arrive exactly once.
+    A record is delivered at least once, because the offset is written after the server has answered. MLflow stores
+    metrics that are equal in run, key, step, time and value only once, so metrics arrive exactly once.
     """
 
     def __init__(self, folder: Path, name: str = JOURNAL_FILE):
@@ -51,7 +51,7 @@ class Journal:
     def append(self, record: Record) -> None:
         """Append a record and sync it to disk. Raise OSError if that fails."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        # Unbuffered: the line is one write, so another writer's line cannot land inside it.
+        # Write without a buffer: the line is a single write, so lines of two writers cannot be mixed up.
         with self.path.open("a+b", buffering=0) as file:
             if self._ends_torn(file):
                 line = b"\n" + line
@@ -59,7 +59,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Record]]:
-        """Yield (offset after the record, record) from byte `start`; stop at a line that is still incomplete."""
+        """Yield (offset after the record, record) from byte `start`. Stop at a line that is still incomplete."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -74,17 +74,18 @@ class Journal:
                     yield place, record
 
     def delivered(self, server: str, run_id: str | None = None) -> int:
-        """Return the offset up to which `server` has the records in a run, by default in any; 0 if it has none."""
+        """Return the offset up to which `server` has the records in a run, or in any run if None; 0 without records."""
         try:
             content = json.loads(self._delivered_path.read_text())
             same = content["server"] == server and run_id in (None, content["run_id"])
             if same and content["place"] <= self.path.stat().st_size:
                 return content["place"]
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # absent or damaged: sending everything again is correct, only slower
+            pass  # the file is absent or damaged; sending everything again is correct, but slower
         return 0
 
     def set_delivered(self, server: str, run_id: str, place: int) -> None:
+        """Store the offset up to which `server` has the records in a run."""
         write_whole(self._delivered_path, json.dumps({"server": server, "run_id": run_id, "place": place}))
 
     def num_pending(self, server: str) -> int:
@@ -118,8 +119,12 @@ def opened_record() -> Record:
 
 
 def metrics_record(stage: str | None, values: Mapping[str, float], step: int, since_ms: int) -> Record:
-    """Return the record of one step of a stage, or of the whole run if it is None; the step began at `since_ms`."""
-    # JSON has no NaN and no infinity.
+    """Return the record of one step of a stage, or of the whole run if `stage` is None.
+
+    Args:
+        since_ms: when the step began, in milliseconds since 1970.
+    """
+    # JSON has no NaN and no infinity, so these are stored as text.
     written = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
     times = {"since_ms": since_ms, "time_ms": now_ms()}
     return {"kind": "metrics", "stage": stage, "step": step, **times, "values": written}
@@ -142,7 +147,7 @@ def artifacts_record(path: str, artifact_path: str | None) -> Record:
 
 
 def status_record(status: str) -> Record:
-    """Return the record of the run's end: FINISHED, FAILED or KILLED."""
+    """Return the record of the end of the run: FINISHED, FAILED or KILLED."""
     return {"kind": "status", "status": status, "time_ms": now_ms()}
 
 
@@ -150,13 +155,13 @@ _RECORDS_AT_ONCE = 200
 
 
 class Delivery:
-    """Sends the records that the server does not have yet, in order. Not thread-safe.
+    """Send the records that the server does not have yet, in order. Not thread-safe.
 
     Args:
-        uri: the server or store.
+        uri: address of the server or store.
         folder: the run's folder.
-        run_id: the id of the folder's run on the server; None looks it up.
-        name: the journal's file name. Only the delivery of the main journal creates a run that the server lacks.
+        run_id: id of the folder's run on the server; None looks it up.
+        name: file name of the journal. Only the delivery of the main journal creates a run that the server lacks.
     """
 
     def __init__(self, uri: str, folder: Path, run_id: str | None = None, name: str = JOURNAL_FILE):
@@ -171,13 +176,14 @@ class Delivery:
 
     @property
     def num_pending(self) -> int:
+        """The number of records that the server does not have yet."""
         return self.journal.num_pending(self._server)
 
     def send(self) -> None:
         """Send everything that is in the journal now.
 
         Raises:
-            Exception: any error of the server's client or the file system; what was not sent stays pending.
+            Exception: any error of the server's client or the file system. Records that were not sent stay pending.
         """
         client, run_id = self._connect()
         while batch := list(islice(self.journal.read(self.journal.delivered(self._server, run_id)), _RECORDS_AT_ONCE)):
@@ -193,7 +199,7 @@ class Delivery:
         return self._client, self.run_id
 
     def _send(self, client: MlflowClient, records: list[Record]) -> None:
-        """Send records in order; skip one that MLflow will never accept, with a warning."""
+        """Send records in order. Skip a record that MLflow will never accept, with a warning."""
         try:
             for are_metrics, group in groupby(records, lambda record: record["kind"] == "metrics"):
                 if are_metrics:
@@ -230,7 +236,7 @@ class Delivery:
                 client.log_batch(run_id, metrics[start : start + MAX_METRICS_PER_BATCH])
 
     def _target(self, client: MlflowClient, record: Record) -> str:
-        """Return the run that a record belongs to: its stage's run, or the whole run."""
+        """Return the id of the run that a record belongs to: its stage's run, or the whole run."""
         assert self.run_id is not None
         stage = record["stage"]
         if stage is None:

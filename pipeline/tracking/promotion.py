@@ -1,6 +1,6 @@
 """The alias of a registered model (champion): the gate that guards it, its history, and rolling it back.
 
-Registering sets an alias that does not exist yet. Only `promote` and `roll_back` move an existing one.
+Registering a model sets an alias that does not exist yet. Only `promote` and `roll_back` move an existing alias.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.evaluation.gate import (
 from pipeline.tracking.store import TrackingError, connect, explained, now_ms, tracking_uri
 
 ANSWERS_FILE = "answers.npz"
-"""The artifact of a version that holds which validation images it classifies correctly."""
+"""The artifact of a version that records which validation images it classifies correctly."""
 FIRST, PROMOTED, ROLLED_BACK, OUTSIDE = "first", "promoted", "rolled back", "moved outside"
 _KEPT_ENTRIES = 200
 
@@ -43,15 +43,15 @@ class Decision:
     champion: str
     """The version that had the alias when the two were compared."""
     comparison: Comparison | None
-    """None when the challenger already is the champion."""
+    """The comparison of the two versions; None if the challenger already is the champion."""
     objections: list[str]
 
 
 def promote(config: Config, number: str, bounds: Bounds) -> Decision:
-    """Give the configured alias to a version if the gate has no objection; the version's tags record the reasons.
+    """Give the configured alias to a version if the gate has no objection. The version's tags record the reasons.
 
     Raises:
-        TrackingError: the two versions cannot be compared, or somebody else moved the alias in the meantime.
+        TrackingError: the two versions cannot be compared, or another process moved the alias in the meantime.
     """
     uri = tracking_uri(config)
     mlflow.set_tracking_uri(uri)  # MLflow resolves models:/ addresses by this alone, for the whole process
@@ -93,14 +93,15 @@ def weigh(client: MlflowClient, name: str, alias: str, number: str, bounds: Boun
 def _best_former(
     client: MlflowClient, name: str, alias: str, challenger: Answers, number: str
 ) -> tuple[str, Comparison | None]:
-    """Return the most accurate version that had the alias before the champion, and the challenger against it.
+    """Return the most accurate version that had the alias before the champion, and the challenger compared with it.
 
-    Versions that were rolled back, deleted, or evaluated on other images do not count; None if none is left.
+    Versions that were rolled back, deleted, or evaluated on other images do not count. If none is left, the version is
+    empty and the comparison None.
     """
     *formers, _ = standing(history(client, name, alias))
     existing = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
     versions = [version for version in dict.fromkeys(formers) if version in existing and version != number]
-    # The tag is the accuracy on the version's own images, so the first one on the challenger's images is the best.
+    # Sorted by the accuracy in the tags, the first version that was evaluated on the challenger's images is the best.
     for version in sorted(versions, key=lambda version: -float(existing[version].tags.get("accuracy", 0))):
         try:
             return version, compare_answers(challenger, _answers(name, version))
@@ -117,12 +118,12 @@ def record(client: MlflowClient, decision: Decision, found: Comparison) -> None:
 
 
 def roll_back(config: Config) -> tuple[str, str]:
-    """Give the alias back to the version that had it before; returns that version and the one that had it now.
+    """Give the alias back to the version that had it before. Return that version, and the one that lost the alias.
 
     Versions that were deleted in the meantime are skipped.
 
     Raises:
-        TrackingError: no version had the alias before, or somebody else moved it in the meantime.
+        TrackingError: no version had the alias before, or another process moved it in the meantime.
     """
     uri, name, alias = tracking_uri(config), config.registry.name, config.registry.alias
     with explained(uri):
@@ -142,7 +143,7 @@ def roll_back(config: Config) -> tuple[str, str]:
 
 
 def give_first(client: MlflowClient, name: str, alias: str, number: str) -> str:
-    """Give a version the alias if no version has it; returns the version that has it afterwards."""
+    """Give a version the alias if no version has it. Return the version that has it afterwards."""
     champion = alias_version(client, name, alias)
     if champion is not None:
         return champion
@@ -153,11 +154,16 @@ def give_first(client: MlflowClient, name: str, alias: str, number: str) -> str:
 def move(client: MlflowClient, name: str, alias: str, expected: str | None, number: str, how: str, why: str) -> None:
     """Point the alias at a version and add the move to the history.
 
-    MLflow has no compare-and-swap, so the alias is read right before and right after: of two processes that move it at
-    once, at least the one whose version does not stay gets an error.
+    MLflow has no compare-and-swap, so the alias is read right before and right after. If two processes move it at once,
+    at least the one whose version does not stay gets an error.
+
+    Args:
+        expected: the version that should have the alias now; None if none should.
+        number: the version that gets the alias.
+        how, why: kind of and reason for the move, for the history.
 
     Raises:
-        TrackingError: the alias is not, or does not stay, where this process expects it.
+        TrackingError: the alias does not have the expected version before or after the move.
     """
     if (found := alias_version(client, name, alias)) != expected:
         raise TrackingError(
@@ -176,7 +182,7 @@ def move(client: MlflowClient, name: str, alias: str, expected: str | None, numb
 
 
 def history(client: MlflowClient, name: str, alias: str) -> list[dict[str, Any]]:
-    """Returns every move of the alias, oldest first: `version`, `how`, `why`, `time_ms`. The last one is current.
+    """Return every move of the alias, oldest first: `version`, `how`, `why`, `time_ms`. The last one is current.
 
     A move that was made outside this module is detected here and becomes an entry too.
     """
@@ -194,7 +200,7 @@ def history(client: MlflowClient, name: str, alias: str) -> list[dict[str, Any]]
 
 
 def standing(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the versions that rollbacks step through, the current one last: rolling back undoes later moves."""
+    """Return the versions that rollbacks step through, the current one last. A rollback removes all later versions."""
     stack: list[str] = []
     for entry in entries:
         version = entry["version"]
@@ -207,13 +213,13 @@ def standing(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def alias_version(client: MlflowClient, name: str, alias: str) -> str | None:
-    """Returns the version that has the alias, or None."""
+    """Return the version that has the alias, or None."""
     found = client.get_registered_model(name).aliases.get(alias)
     return None if found is None else str(found)
 
 
 def _answers(name: str, number: str) -> Answers:
-    """Download a version's answers. Raises ValueError if it has none, and the registry's own errors."""
+    """Download a version's answers. Raise ValueError if it has none, or the registry's own errors."""
     version = f"models:/{name}/{number}"
     if ANSWERS_FILE not in {found.path for found in mlflow.artifacts.list_artifacts(artifact_uri=version)}:
         raise ValueError(

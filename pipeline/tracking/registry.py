@@ -42,26 +42,27 @@ class RegisteredModel:
     version: str
     alias: str
     champion: str
-    """The version that has the alias: this one, if it is the first."""
+    """The version that has the alias, which is this one if it is the first."""
     tags: dict[str, str]
     is_new: bool
-    """False when the same model with the same report was already registered."""
+    """False if the same model with the same report was already registered."""
 
     @property
     def uri(self) -> str:
+        """The version's address, `models:/NAME/VERSION`."""
         return f"models:/{self.name}/{self.version}"
 
 
 def register_model(config: Config, folder: Path, model_file: Path, report_file: Path) -> RegisteredModel:
-    """Register a finished run's model; it gets the configured alias if no version has it yet.
+    """Register a finished run's model. It gets the configured alias if no version has it yet.
 
-    The version carries accuracy, GFLOPs, data digest and commit as tags, and answers.npz: which validation images it
-    classifies correctly, for `promotion.promote`. The same model is not registered twice.
+    The version has its accuracy, GFLOPs, data digest and commit as tags, and an artifact answers.npz, which records
+    which validation images it classifies correctly, for `promotion.promote`. The same model is not registered twice.
 
     Args:
         folder: the run's folder.
-        model_file: its model.pt.
-        report_file: its report.json.
+        model_file: the run's model.pt.
+        report_file: the run's report.json.
 
     Raises:
         ValueError: the run has not finished, its predictor was never trained, or report and predictions do not match.
@@ -198,7 +199,7 @@ def find_model(model_uri: str, budget_bias: float = 0.0) -> FoundModel:
         budget_bias: the value that predictions will use.
 
     Raises:
-        TrackingError: there is no such model (the message lists those that exist), or it takes no budget_bias.
+        TrackingError: there is no such model (the message lists the existing ones), or it does not take a budget_bias.
     """
     uri = tracking_uri()
     file = sqlite_file(uri)
@@ -221,14 +222,14 @@ def find_model(model_uri: str, budget_bias: float = 0.0) -> FoundModel:
 
 
 def load_registered(model: FoundModel) -> mlflow.pyfunc.PyFuncModel:
-    """Load a model; its `predict` takes a DataFrame whose column `image` holds the bytes of image files.
+    """Load a model. Its `predict` takes a DataFrame whose column `image` contains the bytes of image files.
 
     Raises:
         TrackingError: the model is no longer available.
     """
     mlflow.set_tracking_uri(model.tracking_uri)
     with explained(model.tracking_uri), tempfile.TemporaryDirectory() as copy:
-        # MLflow unquotes the path of a model on this machine once too often, so one with a percent sign is copied.
+        # MLflow unquotes the path of a local model once too often, so a model whose path has a percent sign is copied.
         return mlflow.pyfunc.load_model(model.uri, dst_path=copy if "%" in model.tracking_uri else None)
 
 

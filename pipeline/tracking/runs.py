@@ -1,4 +1,4 @@
-"""Describe the single MLflow run of a run folder, and find or create it on a server."""
+"""Describe the one MLflow run that belongs to a run folder, and find or create it on a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARENT_TAG, COMMIT_TAG, DIRTY_TAG = "mlflow.parentRunId", "mlflow.source.git.com
 
 @dataclass(frozen=True)
 class Description:
-    """The content of an MLflow run, kept in the run's folder because the server may be down when the run starts."""
+    """The content of an MLflow run. It is stored in the run's folder, because the server may be down at the start."""
 
     key: str
     """The key that identifies the run on every server and across restarts."""
@@ -45,7 +45,7 @@ class Description:
 
     @classmethod
     def load(cls, folder: Path) -> Description:
-        """Read the description; raises ValueError if the folder belongs to no tracked run."""
+        """Read the description in a run's folder. Raise ValueError if the folder belongs to no tracked run."""
         path = folder / DESCRIPTION_FILE
         try:
             return cls(**json.loads(path.read_text()))
@@ -55,12 +55,13 @@ class Description:
             raise ValueError(f"{path} is damaged ({error}); remove it, and the next start writes a new one") from None
 
     def save(self, folder: Path) -> None:
+        """Write the description to the run's folder, atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / DESCRIPTION_FILE, json.dumps(asdict(self), indent=1))
 
 
 def describe_run(config: Config, folder: Path, manifest: Manifest) -> Description:
-    """Write the run's current description to tracking.json; key and first start time stay the same."""
+    """Write the run's current description to tracking.json. Its key and first start time stay the same."""
     before = Description.load(folder) if (folder / DESCRIPTION_FILE).exists() else None
     tree = config.model_dump(mode="json")
     description = Description(
@@ -78,11 +79,11 @@ def describe_run(config: Config, folder: Path, manifest: Manifest) -> Descriptio
 
 
 def find_or_create_run(client: MlflowClient, uri: str, description: Description) -> str:
-    """Return the run's id. Create the run if there is none, and complete one that was only partly described.
+    """Return the run's id. Create the run if it does not exist, and complete one that was only partly described.
 
     Raises:
         TrackingError: the experiment was deleted.
-        MlflowException: the server cannot be reached, or refuses.
+        MlflowException: the server cannot be reached, or refuses the request.
     """
     experiment = experiment_id(client, uri, description.experiment)
     tagged = f"tags.`{KEY_TAG}` = '{description.key}'"
@@ -107,11 +108,12 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
 
 
 def find_run(client: MlflowClient, uri: str, description: Description) -> str:
-    """Return the id of the run, once it is fully described: `find_or_create_run` deletes no such run as a duplicate.
+    """Return the id of the run, once it is fully described: `find_or_create_run` never deletes such a run as a
+    duplicate.
 
     Raises:
         TrackingError: the run does not exist yet, or the experiment was deleted.
-        MlflowException: the server cannot be reached, or refuses.
+        MlflowException: the server cannot be reached, or refuses the request.
     """
     experiment = experiment_id(client, uri, description.experiment)
     described = f"tags.`{KEY_TAG}` = '{description.key}' and tags.`{DESCRIBED_TAG}` = 'true'"
@@ -122,10 +124,10 @@ def find_run(client: MlflowClient, uri: str, description: Description) -> str:
 
 
 def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
-    """Return the run that a condition selects, or None; if there are several, delete all but one.
+    """Return the run that a condition selects, or None. If there are several, delete all but one.
 
-    When the response to a creation is lost, MLflow's client retries and creates a second run. The one that stays is a
-    run that is fully described, because others may already write to it.
+    If the response to a creation is lost, MLflow's client retries and creates a second run. A fully described run is
+    kept, because other processes may already write to it.
     """
     found = sorted(
         client.search_runs([experiment], condition),
@@ -137,10 +139,10 @@ def _one_run(client: MlflowClient, experiment: str, condition: str) -> Any:
 
 
 def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_ms: int) -> str:
-    """Return the id of a stage's child run and set it to RUNNING; end the run's other children.
+    """Return the id of a stage's child run and set it to RUNNING. End the run's other children.
 
     Raises:
-        MlflowException: the server cannot be reached, or refuses.
+        MlflowException: the server cannot be reached, or refuses the request.
     """
     parent = client.get_run(run_id)
     stage_id = None
@@ -167,7 +169,8 @@ def children(client: MlflowClient, run_id: str) -> list[Any]:
 
 
 def git_tags(folder: Path) -> dict[str, str]:
-    """Return the source's commit and whether it has changes; empty outside a git repository or without git."""
+    """Return the source's commit and whether there are uncommitted changes; empty outside a git repository or without
+    git."""
     try:
         commit, status = (
             subprocess.run(
@@ -199,6 +202,6 @@ def _dataset(config: Config, manifest: Manifest) -> dict[str, str]:
 
 
 def param_text(value: Any) -> str:
-    """Return a value as text, cut to the length that MLflow accepts; bytes of names that are not UTF-8 are escaped."""
+    """Return a value as text, cut to the length that MLflow accepts. Bytes of names that are not UTF-8 are escaped."""
     text = valid_text(str(value))
     return text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"

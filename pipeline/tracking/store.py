@@ -30,7 +30,7 @@ DRIVERS = {
     "pyodbc": "pip install pyodbc and install Microsoft's ODBC driver",
     "pymssql": "pip install pymssql",
 }
-"""How to install the module that SQLAlchemy imports for a kind of database."""
+"""Maps a module that SQLAlchemy imports for a kind of database to how to install it."""
 DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", *DATABASES, "http", "https", "databricks")
 CONNECT_SECONDS = 10
@@ -39,18 +39,19 @@ _FORMS = "give http://HOST:PORT, sqlite:///FILE or postgresql://... in tracking.
 
 
 class TrackingError(ValueError):
-    """An MLflow operation failed; the message says why and what to change."""
+    """An MLflow operation failed. The message says why and what to change."""
 
 
 def tracking_uri(config: Config | None = None) -> str:
     """Return the address of the MLflow server or store, after checks that need no connection.
 
-    It is MLFLOW_TRACKING_URI, else tracking.uri, else mlflow.db in the project's folder. For a Ray job, whose project
-    folder is deleted when it ends, the default lies in cluster.storage. The path of a relative SQLite file starts at
-    the project's folder, so every process uses the same file.
+    It is MLFLOW_TRACKING_URI or, if that is not set, tracking.uri, or by default mlflow.db in the project's folder. For
+    a Ray job, whose project folder is deleted when the job ends, the default is in cluster.storage. A relative SQLite
+    path starts at the project's folder, so every process uses the same file.
 
     Raises:
-        TrackingError: MLflow cannot use the address: its kind or form, a missing driver, or a file that is not a store.
+        TrackingError: MLflow cannot use the address: an unsupported kind or form, a missing driver, or a file that is
+            not a store.
     """
     configured = config.tracking.uri if config else None
     uri = os.environ.get("MLFLOW_TRACKING_URI") or configured or _default_store(config)
@@ -69,7 +70,7 @@ def _default_store(config: Config | None) -> str:
 
 
 def _address_problem(uri: str, file: Path | None) -> str | None:
-    """Return why MLflow cannot use an address and what to do, or None; connects to nothing."""
+    """Return why MLflow cannot use an address and what to do, or None. This does not connect to anything."""
     kind, _, driver = uri.partition(":")[0].partition("+")
     if kind not in SCHEMES:
         return f"MLflow does not support this kind; {_FORMS}"
@@ -90,13 +91,13 @@ def _address_problem(uri: str, file: Path | None) -> str | None:
 
 
 def _file_problem(file: Path) -> str | None:
-    """Return why a file cannot be a SQLite store, or None; a file that does not exist yet can be one."""
+    """Return why a file cannot be a SQLite store, or None. A file that does not exist yet can be one."""
     try:
         str(file).encode()
     except UnicodeEncodeError:
         return f"the path {redacted(ascii(str(file)))} is not UTF-8; choose another folder"
     if file.name in ("", ":memory:") or file == PROJECT_FOLDER:
-        return "it names no file, so nothing would be kept; give sqlite:///FILE"
+        return "it names no file, so nothing would be stored; give sqlite:///FILE"
     if file.is_dir():
         return f"{file} is a folder; give a file in it, such as {sqlite_address(file / 'mlflow.db')}"
     if not file.exists():
@@ -106,7 +107,7 @@ def _file_problem(file: Path) -> str | None:
     if not os.access(file, os.R_OK | os.W_OK):
         return f"this user may not read and write {file}; change its permissions, or choose another file"
     try:
-        # Not opened as a file: closing it would release the locks of other SQLite connections in this process.
+        # Do not open it as a file: closing it would release the locks of other SQLite connections in this process.
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, timeout=0)) as connection:
             connection.execute("PRAGMA schema_version")
     except sqlite3.Error as error:
@@ -140,11 +141,11 @@ def _databricks_problem(uri: str) -> str | None:
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """Find the experiment or create it, and return its id.
+    """Find or create the experiment, and return its id.
 
     Raises:
         TrackingError: the experiment was deleted.
-        MlflowException: the server cannot be reached, or refuses.
+        MlflowException: the server cannot be reached, or refuses the request.
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
@@ -164,7 +165,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn an error of MLflow or of its database that is raised inside into a TrackingError."""
+    """Turn an error of MLflow or its database, raised in the `with` block, into a TrackingError."""
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
@@ -174,10 +175,11 @@ def explained(uri: str) -> Iterator[None]:
 def connect(uri: str) -> MlflowClient:
     """Return a client of a server or store.
 
-    A database is read once first, because MLflow itself would retry for minutes. A SQLite file's folder is created.
+    A database is read once first, because MLflow itself would retry for minutes. The folder of a SQLite file is
+    created.
 
     Raises:
-        TrackingError: what answers is not a database that MLflow can use, so a later attempt would fail too.
+        TrackingError: the address is no database that MLflow can use, so a later attempt would fail too.
         Exception: any other error of the database's driver, of MLflow, or of the file system.
     """
     if (file := sqlite_file(uri)) is not None:
@@ -203,7 +205,7 @@ def _engine(uri: str) -> sqlalchemy.Engine:
 
 
 def server_problem(uri: str) -> str | None:
-    """Return why the server or store does not answer a query and what to change, or None if it does."""
+    """Return why the server or store does not answer a query and what to change, or None if it answers."""
     file = sqlite_file(uri)
     if problem := _address_problem(uri, file):
         return f"the tracking address {redacted(uri)!r} cannot be used: {problem}"
@@ -232,16 +234,17 @@ def explanation(error: Exception, uri: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the absolute path of a SQLite address's file; None for other addresses."""
+    """Return the absolute path of a SQLite address's file, or None for other addresses."""
     path = sqlite_path(uri)
     return None if path is None else (PROJECT_FOLDER / path).resolve()
 
 
 def _artifact_location(uri: str) -> str | None:
-    """Return the artifact folder beside a SQLite file; None for a server, which has its own."""
+    """Return the artifact folder next to a SQLite file, or None for a server, which has its own."""
     file = sqlite_file(uri)
     return None if file is None else (file.parent / "mlartifacts").as_uri()
 
 
 def now_ms() -> int:
+    """Return the current time in milliseconds since 1970, as MLflow stores it."""
     return time.time_ns() // 1_000_000

@@ -1,7 +1,7 @@
-"""One MLflow run for one training run, across restarts of both training and server.
+"""One MLflow run for each training run, across restarts of both training and server.
 
-The driver opens and closes the run; rank 0 logs in between. Every value first goes to the journal in the run's folder
-and is sent from there, so a slow, stopped or restarted server neither slows training nor loses a value.
+The driver opens and closes the run; rank 0 logs in between. Every value is first written to the journal in the run's
+folder and sent from there. So a slow, stopped or restarted server neither slows training nor loses a value.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class RunHandle:
     uri: str = field(repr=False)
     """The address of the MLflow server or store."""
     folder: Path
-    """The run's folder, which holds its journal."""
+    """The run's folder, which contains its journal."""
     run_id: str | None
-    """The run's id; None if the server did not answer. The run is created when it does."""
+    """The run's id; None if the server did not answer. The run is created once it answers."""
 
 
 def open_run(config: Config, folder: Path, manifest: Manifest) -> RunHandle:
     """Find or create the MLflow run of a run folder, and send what earlier attempts left in the journal.
 
-    A server that does not answer causes one warning; the run is created when it answers.
+    If the server does not answer, this logs one warning, and the run is created once the server answers.
 
     Raises:
         TrackingError: the address cannot work, or the experiment was deleted.
@@ -70,11 +70,11 @@ def open_run(config: Config, folder: Path, manifest: Manifest) -> RunHandle:
 
 
 def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> None:
-    """End the run and send everything; what cannot be sent stays in the journal. Never raises.
+    """End the run and send all pending records. Records that cannot be sent stay in the journal. Never raises.
 
     Args:
         status: FINISHED, FAILED or KILLED.
-        artifacts: a folder to upload under its own name, if it exists.
+        artifacts: folder to upload under its own name, if it exists.
     """
     journal = Journal(handle.folder)
     try:
@@ -84,13 +84,13 @@ def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> 
             journal.append(artifacts_record(str(path), artifacts.name))
         journal.append(status_record(status))
         _send_now(handle.uri, handle.folder)
-    except (TrackingError, OSError) as error:  # a full disk has already ended the run; report that error, not this one
+    except (TrackingError, OSError) as error:  # if a full disk ended the run, the user must see that error instead
         _logger.warning("MLflow does not have the end of the run: %s", error)
 
 
 @contextmanager
 def tracked_run(config: Config, folder: Path, report: Path, manifest: Manifest) -> Iterator[RunHandle]:
-    """Open a run folder's MLflow run; it ends as FINISHED with the report as artifact, or as FAILED or KILLED."""
+    """Open a run folder's MLflow run. It ends as FINISHED with the report as artifact, or as FAILED or KILLED."""
     tracking, status = open_run(config, folder, manifest), "FAILED"
     try:
         yield tracking
@@ -133,12 +133,13 @@ def _send_now(uri: str, folder: Path) -> RunHandle:
 
 
 class RunLogger:
-    """Logs for rank 0: to the journal at once, to the server from a thread. It never ends the training.
+    """Log for rank 0: to the journal immediately, and to the server from a thread. An error never ends the training.
 
     After a restart, values that were logged before are not logged again.
 
     Args:
-        journal: the journal's file name. A node's journal never gets the same step twice, so it is not checked.
+        journal: file name of the journal. A node's own journal never gets the same step twice, so it is not checked for
+            repeated values.
     """
 
     def __init__(self, handle: RunHandle, journal: str = JOURNAL_FILE):
@@ -151,7 +152,7 @@ class RunLogger:
         self._thread.start()
 
     def metrics(self, stage: str | None, values: Mapping[str, float], step: int) -> None:
-        """Log values of a step of a stage, or of the whole run (None). NaN and infinity are allowed."""
+        """Log the values of a step of a stage, or of the whole run if `stage` is None. NaN and infinity are allowed."""
         numbers = {key: float(value) for key, value in values.items()}
         fresh = {key: number for key, number in numbers.items() if (stage, key, step, str(number)) not in self._logged}
         if fresh:
@@ -159,11 +160,11 @@ class RunLogger:
         self._since_ms = now_ms()
 
     def params(self, stage: str, params: Mapping[str, object]) -> None:
-        """Log the parameters of a stage; logging them again requires the same values."""
+        """Log the parameters of a stage. Logging them again requires the same values."""
         self._write(params_record(stage, params))
 
     def close(self) -> None:
-        """Stop after at most `CLOSE_SECONDS` of sending; the driver sends the rest."""
+        """Stop after sending for at most `CLOSE_SECONDS`. The driver sends the rest."""
         self._closing.set()
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
@@ -176,7 +177,7 @@ class RunLogger:
         self._wake.set()
 
     def _deliver(self, delivery: Delivery) -> None:
-        """Run the thread: send when woken, and retry failures with growing delays."""
+        """Send when woken, and retry failures with growing delays. This is the body of the sending thread."""
         retry_seconds = _FIRST_RETRY_SECONDS
         failing = False
         while True:
@@ -203,7 +204,7 @@ class RunLogger:
 
 
 def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
-    """Return (stage, key, step, value) of every value in the journal; values are text, because NaN equals nothing."""
+    """Return (stage, key, step, value) of every value in the journal. Values are text, because NaN never equals NaN."""
     return {
         (record["stage"], key, record["step"], str(value))
         for _, record in journal.read()
@@ -214,7 +215,8 @@ def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
 
 @contextmanager
 def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
-    """Record this node's CPU, memory, network and GPU use. A failure causes a warning only, and no server delays it."""
+    """Record this node's CPU, memory, network and GPU use. A failure only causes a warning. A slow server causes no
+    delay."""
     ended = threading.Event()
     thread = threading.Thread(target=_monitor, args=(handle, node, ended), name="system-metrics", daemon=True)
     thread.start()
@@ -226,7 +228,7 @@ def system_metrics(handle: RunHandle, node: str) -> Iterator[None]:
 
 
 def _monitor(handle: RunHandle, node: str, ended: threading.Event) -> None:
-    """Run the thread: MLflow measures, and the values go to the node's journal, which is sent when the server answers.
+    """Measure with MLflow's monitors, and write the values to the node's journal. This is the body of the thread.
 
     MLflow's own thread would stop at the first failed call.
     """

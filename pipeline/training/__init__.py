@@ -1,4 +1,4 @@
-"""Training: three stages, what a step of each computes, checkpoints and logit tables; runs without Ray.
+"""Training: the three stages, what a step of each computes, checkpoints and logit tables. It runs without Ray.
 
-Start with `loop.py`, which trains the stages in order, then `objectives.py`, the losses.
+Start with `loop.py`, which trains the stages in order, then read `objectives.py`, the losses.
 """

@@ -1,4 +1,4 @@
-"""Builds a worker's model and loaders from the configuration and the worker's rank, without Ray."""
+"""Build a worker's model and loaders from the configuration and the worker's rank, without Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.models.norms import synchronize_batch_norms
 
 
 def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRNet:
-    """Build the untrained model, the same on every rank."""
+    """Build the untrained model. It is the same on every rank."""
     torch.manual_seed(config.seed)
     mean, std = normalization(config.model) or (manifest.mean, manifest.std)
     model = build_drnet(config.model, len(manifest.classes), mean, std)
@@ -24,7 +24,7 @@ def build_model(config: Config, manifest: Manifest, device: torch.device) -> DRN
 
 
 def equip_for_training(model: DRNet, config: Config) -> None:
-    """Add to the network what only training has: synchronized batch norms and compiled passes."""
+    """Add what the network needs for training only: synchronized batch norms and compiled passes."""
     if config.training.sync_batch_norm:
         synchronize_batch_norms(model)
     if config.training.compile:
@@ -34,12 +34,12 @@ def equip_for_training(model: DRNet, config: Config) -> None:
 def open_loader(
     config: Config, split: str, sides: Collection[int] = (), *, rank: int = 0, world_size: int = 1, num_threads: int = 1
 ) -> MultiResolutionLoader:
-    """Open a rank's loader of a split, with the crops and the order of the configuration.
+    """Open a rank's loader of a split, with the crops and the order that the configuration gives.
 
     Args:
-        split: datasets.beton.TRAIN, with random crops in a new order every epoch, or VALIDATION.
-        sides: image sides to read besides the candidate resolutions and the predictor's input.
-        num_threads: threads that decode.
+        split: datasets.beton.TRAIN (random crops, in a new order every epoch) or VALIDATION.
+        sides: image sides in pixels to read besides the candidate resolutions and the predictor's input.
+        num_threads: number of decoding threads.
     """
     settings, training = config.loader, split == TRAIN
     augmented = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, settings.flip)
@@ -63,7 +63,7 @@ def open_loader(
 def open_loaders(
     config: Config, rank: int, world_size: int, num_threads: int
 ) -> Iterator[tuple[MultiResolutionLoader, MultiResolutionLoader]]:
-    """Open a rank's training and validation loaders, and close them at the end."""
+    """Open a rank's training and validation loaders, and close them at the end of the `with` block."""
     with ExitStack() as stack:
         train, validation = (
             open_loader(config, split, rank=rank, world_size=world_size, num_threads=num_threads) for split in SPLITS

@@ -15,7 +15,7 @@ from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 
 STATE_FILE = "state.pt"
-"""The file in a checkpoint's folder."""
+"""The name of the file in a checkpoint's folder."""
 STATE_FORMAT = 2
 MODEL_FORMAT = 1
 
@@ -26,9 +26,9 @@ class OtherRunError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that changes during a run, and the configuration and data that it was computed from.
+    """Everything that changes during a run, with the configuration and data digest that it was computed from.
 
-    Random draws depend on (seed, epoch, step, rank, sample) and learning rates on progress, so they are not stored.
+    Random draws depend on (seed, epoch, step, rank, sample) and learning rates on progress, so neither is stored.
     Between checkpoints each rank has its own running statistics of batch norm. Every checkpoint averages them over the
     ranks, even if the run never fails. So a resumed run equals an uninterrupted one, and the result of a run with
     several workers depends on checkpoint_steps.
@@ -36,18 +36,18 @@ class TrainingState:
 
     stage: str
     data_epoch: int
-    """Finished epochs, over all stages."""
+    """The number of finished epochs, over all stages."""
     step: int
-    """Finished steps of the current epoch."""
+    """The number of finished steps in the current epoch."""
     model: Mapping[str, Any]
-    """The model; at a stage's end, the stage's result."""
+    """The model's state dict; at the end of a stage, that of the stage's result."""
     optimizer: Mapping[str, Any]
     objective: Mapping[str, Any]
     """Other weights that the stage trains, such as those of an ensemble."""
     averaged: Mapping[str, Any] | None
-    """The moving average of the weights, if the stage has one."""
+    """The moving average of the weights, or None if the stage has none."""
     meter: Mapping[str, Any]
-    """The epoch's reported values, summed over its steps so far."""
+    """The reported values of the epoch, summed over its steps so far."""
     config: Mapping[str, Any]
     data_digest: str
 
@@ -60,13 +60,13 @@ class TrainingState:
 
     @property
     def name(self) -> str:
-        """The checkpoint's name. Names sort in the order of the run."""
+        """The checkpoint's name. Sorted names are in the order of the run."""
         return f"checkpoint_{self.data_epoch:04d}_{self.step:06d}_{self.stage}"
 
     def refuse_other(self, config: Config, data_digest: str) -> None:
-        """Raise OtherRunError with every difference, unless the state belongs to this configuration and data.
+        """Raise OtherRunError, listing every difference, if the state belongs to another configuration or other data.
 
-        Fields that may change between attempts may differ. Data is compared by content, not by path.
+        Fields that may change between attempts are ignored. Data is compared by content, not by path.
         """
         started_with = stored_config(self.config, config, "the checkpoint's configuration")
         changed = [line for line in drift(started_with, config) if not line.startswith("data.")]
@@ -84,15 +84,15 @@ class TrainingState:
         return TrainingState(**{field: _copied(getattr(self, field)) for field in self.__dataclass_fields__})
 
     def save(self, path: Path) -> None:
-        """Write the state, atomically."""
+        """Write the state to a file, atomically."""
         _save({"format": STATE_FORMAT, **{field: getattr(self, field) for field in self.__dataclass_fields__}}, path)
 
     @classmethod
     def load(cls, path: Path) -> TrainingState:
-        """Read what `save` wrote, on the CPU.
+        """Read a file that `save` wrote, with all tensors on the CPU.
 
         Raises:
-            ValueError: the file is not a whole training state of this format.
+            ValueError: the file is not a complete training state of this format.
         """
         content = _load(path, STATE_FORMAT)
         return cls(**{field: content[field] for field in cls.__dataclass_fields__})
@@ -109,7 +109,7 @@ def _copied(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A finished model, the normalization and crop of its inputs, and the classes of its outputs."""
+    """A finished model, with the normalization and crop of its inputs and the classes of its outputs."""
 
     model: DRNet
     config: ModelConfig
@@ -120,7 +120,7 @@ class LoadedModel:
 
 
 def save_model(path: Path, model: DRNet, config: Config, *, classes: Sequence[str]) -> None:
-    """Write the finished model, atomically."""
+    """Write the finished model to a file, atomically."""
     content = {
         "format": MODEL_FORMAT,
         "config": config.model.model_dump(mode="json"),
@@ -132,10 +132,10 @@ def save_model(path: Path, model: DRNet, config: Config, *, classes: Sequence[st
 
 
 def load_model(path: Path) -> LoadedModel:
-    """Read a model.pt of `save_model`, on the CPU, in inference mode. Raise ValueError for any other file."""
+    """Read a model.pt that `save_model` wrote, on the CPU, in inference mode. Raise ValueError for any other file."""
     content = _load(path, MODEL_FORMAT)
     config = ModelConfig.model_validate(content["config"] | {"weights": None})
-    # From the state: a stage that starts from another model keeps that model's mean and std.
+    # Take mean and std from the state, because a stage that starts from another model keeps that model's values.
     mean, std = (tuple(content["state"][name].tolist()) for name in ("mean", "std"))
     model = build_drnet(config, len(content["classes"]), mean, std)
     model.load_state_dict(content["state"])
@@ -152,7 +152,7 @@ def _load(path: Path, expected: int) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist. Give the model.pt or a checkpoint of a run.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds of errors for a damaged file
+    except Exception as error:  # torch.load raises many types of errors for a damaged file
         raise ValueError(f"{path} is not a readable checkpoint: {str(error) or type(error).__name__}") from error
     if not isinstance(content, dict) or content.get("format") != expected:
         raise ValueError(f"{path} is not a checkpoint of format {expected} of this project")

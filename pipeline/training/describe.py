@@ -1,4 +1,4 @@
-"""Estimate the cost of a configuration: FLOPs, parameters, data, steps, memory."""
+"""Estimate what a configuration costs: FLOPs, parameters, data, steps, memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _ASSUMED_CLASSES = 1000
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Images and classes of the prepared data, or the expected ones of its source. None is unknown."""
+    """Images and classes of the prepared data or, if it is not prepared, those expected from its source. None is
+    unknown."""
 
     dataset: str
     folder: str
@@ -48,7 +49,8 @@ class DataSummary:
 class NetworkSummary:
     """One network at one input size. GFLOPs are 1e9 multiply-adds per image.
 
-    `enlarged` is the share of the validation images that have fewer pixels; None if the data is not on this machine.
+    `enlarged` is the share of the validation images that have fewer pixels than the input. It is None if the data is
+    not on this machine.
     """
 
     name: str
@@ -60,7 +62,7 @@ class NetworkSummary:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a worker holds at the peak of a training step, without the libraries' own memory and work space."""
+    """Bytes that a worker needs at the peak of a training step, without the memory and work space of libraries."""
 
     weights: int
     gradients: int
@@ -70,16 +72,17 @@ class StepMemory:
 
     @property
     def total(self) -> int:
+        """The sum in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.images
 
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage. Steps are None while the data is unknown.
+    """One stage. Numbers of steps are None if the data is unknown.
 
     A routed stage has a target for the backbone's mean cost. `alpha_gflops` must lie within `reachable_gflops`, the
-    costs of the cheapest and the most expensive resolution. The range of `alpha_milliseconds` is measured when training
-    starts. All three are None in other stages.
+    costs of the cheapest and the most expensive resolution. The range for `alpha_milliseconds` is measured when
+    training starts. All three are None in other stages.
     """
 
     name: str
@@ -91,18 +94,18 @@ class StageSummary:
     reachable_gflops: tuple[float, float] | None
     memory: StepMemory
     training_gflops: float | None
-    """GFLOPs of the whole stage: a backward pass counts as two forward passes, a routed image as alpha. None if the
-    data, or alpha in GFLOPs, is unknown."""
+    """GFLOPs of the whole stage. A backward pass counts as two forward passes, and a routed image costs alpha. None if
+    the data, or alpha in GFLOPs, is unknown."""
     table_bytes: int | None
-    """Size of the logit tables that the stage keeps on disk, or None."""
+    """The size of the logit tables that the stage keeps on disk, in bytes; None if it keeps none."""
 
 
 @dataclass(frozen=True)
 class Description:
     """Everything that `jobs.describe` prints.
 
-    `lowest_gflops` and `highest_gflops` are the cost of an image, predictor included, if every image takes the cheapest
-    or the most expensive resolution. `parameters` counts all private batch norms.
+    `lowest_gflops` and `highest_gflops` are the costs per image, including the predictor, if every image runs at the
+    cheapest or the most expensive resolution. `parameters` counts all private batch norms.
     """
 
     run: str
@@ -113,15 +116,15 @@ class Description:
     highest_gflops: float
     images_per_worker: int
     input: str
-    """Where the normalization of the input comes from, and its center crop in validation."""
+    """The source of the input normalization, and the center crop in validation."""
     precision: str
-    """What training.precision stands for on this machine, and why."""
+    """The precision that training.precision means on this machine, and the reason."""
     stages: list[StageSummary]
     problems: list[str]
 
 
 def describe(config: Config) -> Description:
-    """Describe a run. Builds the model with random weights and reads no images.
+    """Describe a run. This builds the model with random weights and reads no images.
 
     Raises:
         ValueError: the model cannot be built, or the prepared data is damaged.
@@ -148,7 +151,7 @@ def describe(config: Config) -> Description:
 
 
 def _precision(config: Config) -> Precision:
-    """Return the run's precision, or what one worker on this machine would choose."""
+    """Return the run's stored precision, or the one that a worker on this machine would choose."""
     use_gpu = torch.cuda.is_available() and config.cluster.use_gpu is not False
     device = torch.device("cuda" if use_gpu else "cpu")
     return precision_of_run(config, device, RunFolder.of(config).precision, keep=False)
@@ -164,7 +167,7 @@ def _input(config: Config) -> str:
 
 
 def _weights_problems(config: Config) -> Iterator[str]:
-    """Yield why there are no such weights, as far as that is known without a download."""
+    """Yield the reason if the weights do not exist, as far as this is known without a download."""
     try:
         weights_input(config.model.backbone, config.model.weights)
     except ValueError as error:
@@ -197,7 +200,7 @@ def summarize_data(data: DataConfig) -> DataSummary:
 
 
 def _counts_of_glyphs(data: DataConfig) -> tuple[int, int, int]:
-    """Count the classes, training and validation images to generate; images cycle through the classes."""
+    """Count the classes, training images and validation images to generate. The images cycle through the classes."""
     num_classes, num_train = len(LETTERS), data.glyphs.num_train
     if data.images_per_class is not None:
         per_class = [len(range(label, num_train, num_classes)) for label in range(num_classes)]
@@ -206,7 +209,7 @@ def _counts_of_glyphs(data: DataConfig) -> tuple[int, int, int]:
 
 
 def _counts_of_source(data: DataConfig) -> tuple[int, int, int]:
-    """Count the classes, training and validation images of the source, bad images included."""
+    """Count the classes, training images and validation images of the source, including unusable images."""
     options = SourceOptions(
         folder=data.folder,
         source=data.source,
@@ -222,7 +225,7 @@ def _counts_of_source(data: DataConfig) -> tuple[int, int, int]:
 
 
 def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]:
-    """Return the counts that are known without the source."""
+    """Return the numbers of classes, training and validation images that are known without reading the source."""
     if data.dataset != "imagenet100":
         return None, None, None
     num_classes = len(imagenet100_ids())
@@ -231,7 +234,7 @@ def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]
 
 
 def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSummary]:
-    """Yield the backbone at each resolution with the parameters used there, then the predictor."""
+    """Yield the backbone at each resolution, with the number of parameters used there, then the predictor."""
     norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionNorm)]
     used = _count(model.backbone) - sum(_count(layer.norms[1:]) for layer in norms)
     validation, enlarged = beton_path(config.data.folder, VALIDATION), [None] * len(model.resolutions)
@@ -262,7 +265,7 @@ def _stages(config: Config, model: DRNet, data: DataSummary, costs: Costs) -> It
 
 
 def _training_gflops(stage: Stage, costs: Costs, data: DataSummary) -> float | None:
-    """Return the GFLOPs that the stage spends on training images; validation is left out."""
+    """Return the GFLOPs that the stage spends on training images, without validation."""
     if data.num_train is None:
         return None
     every, forward = sum(costs.backbone_gflops), 0.0
@@ -275,10 +278,10 @@ def _training_gflops(stage: Stage, costs: Costs, data: DataSummary) -> float | N
         trained = costs.predictor_gflops + stage.alpha_gflops
     else:
         assert isinstance(stage, BackboneStage)
-        period = range(max(1, len(costs.backbone) - 2))  # steps after which every resolution has had its turns
+        period = range(max(1, len(costs.backbone) - 2))  # the steps after which the turns of the resolutions repeat
         steps = [sandwich(len(costs.backbone), stage.resolutions_per_step, step) for step in period]
         trained = sum(costs.backbone_gflops[index] for indices in steps for index in indices) / len(steps)
-        forward = -2 * stage.freeze_epochs * trained  # a frozen backbone runs forward only
+        forward = -2 * stage.freeze_epochs * trained  # a frozen backbone has no backward pass
     return data.num_train * (3 * stage.epochs * trained + forward)
 
 
@@ -287,7 +290,7 @@ def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:
 
 
 def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
-    """Return the size of the stage's table: all crops of the training images, and the validation images."""
+    """Return the bytes of the stage's table: all crops of the training images, and the validation images."""
     if not _trains_on_table(stage) or not (data.num_train and data.num_validation and data.num_classes):
         return None
     num_images = (stage.num_crops or stage.epochs) * data.num_train + data.num_validation
@@ -295,7 +298,7 @@ def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
 
 
 def _step_memory(config: Config, model: DRNet, stage: Stage) -> StepMemory:
-    """Estimate the peak: the backward pass of a batch with every image at the largest resolution."""
+    """Estimate the memory peak: the backward pass of a batch with every image at the largest resolution."""
     batch, precision = config.training.batch_size // config.cluster.num_workers, config.training.precision
     trained: list[nn.Module] = []
     activations = 0

@@ -1,6 +1,6 @@
-"""What ranks exchange. Without a process group, everything works as for a single rank.
+"""Communication between ranks. Without a process group, every function behaves as for a single rank.
 
-GradientReducer replaces DistributedDataParallel because a step runs several backward passes (one per resolution, on
+GradientReducer replaces DistributedDataParallel, because a step runs several backward passes (one per resolution, on
 sub-batches that may be empty on a rank), and the private batch norms of an unchosen resolution get no gradient.
 """
 
@@ -24,15 +24,17 @@ Value = TypeVar("Value")
 
 
 def rank() -> int:
+    """Return this process's rank, or 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of ranks, or 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Returns the sum of `value` over all ranks, as a new tensor without gradient."""
+    """Return the sum of `value` over all ranks, as a new tensor without gradient."""
     total = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -40,28 +42,29 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 BUCKET_BYTES = 4 * 2**20
-"""The least size of a message, if enough gradients are left. More latency below it, less overlap above it."""
+"""The minimum bytes of a message, if enough gradients are left. Smaller messages cost latency; larger ones overlap
+less."""
 
 
 class GradientReducer:
-    """Sums gradients over the ranks, and sends them while the backward pass that completes them still runs.
+    """Sum gradients over the ranks, and send them while the backward pass that completes them is still running.
 
     The parameters form buckets in the order in which a backward pass completes their gradients. A bucket is sent once
-    all of its gradients are complete and the one before it is sent. So every rank sends the same messages in the same
-    order, whatever its images are. A thread sends them, in a process group of their own: the step's other messages
-    (synchronized batch norms, the mean cost) neither wait for them nor get mixed up with them.
+    all of its gradients are complete and the bucket before it is sent. So every rank sends the same messages in the
+    same order, whatever its images are. A thread sends them in a separate process group, so that the step's other
+    messages (synchronized batch norms, the mean cost) neither wait for them nor get mixed up with them.
 
-    Within a `with` block each step runs its backward passes, the last one under `last_pass()`, and then `finish`. A
-    single process has no hooks, no thread and no copies.
+    Within the `with` block, each step runs its backward passes, the last one inside `last_pass()`, and then calls
+    `finish`. A single process has no hooks, no thread and no copies.
 
     Args:
         early: parameters that get a gradient in the last backward pass of every step, in the order of that pass.
-        late: the others, sent at the end with the loss in one message, always as float32.
-        wire: dtype of the other messages. bfloat16 halves their bytes; the sums over the ranks are float32.
-        bucket_bytes: the least size of a bucket in float32.
+        late: the other parameters, sent at the end in one message with the loss, always as float32.
+        wire: dtype of the other messages. bfloat16 halves their bytes; the sums over the ranks are still float32.
+        bucket_bytes: minimum size of a bucket in float32.
 
     Attributes:
-        num_sent: messages of this step that have left before `finish`.
+        num_sent: number of this step's messages that were sent before `finish`.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class GradientReducer:
                 for bucket in self._early
                 for parameter in bucket.tensors
             ]
-            # A daemon, because a rank that fails must be able to exit while the others do not answer.
+            # A daemon thread, so that a rank that fails can exit while the others do not answer.
             threading.Thread(target=self._send_queued, name="gradients", daemon=True).start()
         return self
 
@@ -112,11 +115,12 @@ class GradientReducer:
     def finish(self, loss: Tensor) -> Tensor:
         """Replace every gradient by its sum over the ranks.
 
-        A parameter without gradient counts as zero, also with a single rank, so that the optimizer treats a resolution
-        that no image chose in the same way on any number of ranks. A frozen one gets none, so the optimizer skips it.
+        A parameter without gradient counts as zero, even with a single rank. So the optimizer treats a resolution that
+        no image chose in the same way for any number of ranks. A frozen parameter gets no gradient, so the optimizer
+        skips it.
 
         Args:
-            loss: this rank's loss, a scalar that is summed in the last message.
+            loss: this rank's loss, a scalar, which is summed in the last message.
 
         Returns:
             The sum of `loss` over the ranks, without gradient.
@@ -143,11 +147,11 @@ class GradientReducer:
         return total.grad.clone()
 
     def wait_for(self, message: int, seconds: float) -> None:
-        """Wait for the sums of one of the `num_sent` messages; raises TimeoutError after `seconds`."""
+        """Wait for the sums of one of the `num_sent` messages. Raise TimeoutError after `seconds`."""
         self._early[message].sent.result(seconds)
 
     def _changed(self, bucket: _Bucket, parameter: Tensor) -> None:
-        """Note a change of a parameter's gradient; autograd calls it during backward passes."""
+        """Record that a parameter's gradient is complete. Autograd calls this during backward passes."""
         assert parameter in bucket.missing, "a gradient changed after it was complete"
         if not self._completing:
             return
@@ -163,7 +167,7 @@ class GradientReducer:
         self._queue.put(bucket)
 
     def _send_queued(self) -> None:
-        """Run the thread that sends buckets, one after the other."""
+        """Send queued buckets one after the other. This is the body of the sending thread."""
         while (bucket := self._queue.get()) is not None:
             wire = torch.float32 if bucket is self._last else self._wire
             try:
@@ -174,7 +178,7 @@ class GradientReducer:
                 bucket.sent.set_exception(error)
 
     def _on_stream(self, bucket: _Bucket) -> AbstractContextManager:
-        """Order the messages of a GPU behind the bucket's gradients, beside the backward pass."""
+        """Make GPU messages wait for the bucket's gradients, while the backward pass continues in parallel."""
         if self._stream is None:
             return nullcontext()
         assert bucket.filled is not None
@@ -183,20 +187,20 @@ class GradientReducer:
 
 
 class _Bucket:
-    """Gradients that are sent in one message, and where in the message they are.
+    """Gradients that are sent in one message, and their positions in the message.
 
     Attributes:
-        missing: the tensors whose gradients are not complete yet.
-        flat: the message, float32, as long as a multiple of the number of ranks.
-        filled: on a GPU, after this event `flat` holds the gradients.
-        sent: done when `flat` holds the sums, on a GPU when they are queued.
+        missing: tensors whose gradients are not complete yet.
+        flat: the message, float32; its length is a multiple of the number of ranks.
+        filled: GPU event after which `flat` contains the gradients.
+        sent: done when `flat` contains the sums or, on a GPU, when the sums are queued.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device):
         self.tensors, self.missing = tensors, set(tensors)
         sizes = [tensor.numel() for tensor in tensors]
         self.flat = torch.zeros(-(-sum(sizes) // world_size()) * world_size(), device=device)
-        # With a parameter's own strides, so that neither copies nor the optimizer permute channels_last weights.
+        # Use the parameter's own strides, so that neither copies nor the optimizer permute channels_last weights.
         starts = itertools.accumulate([0, *sizes[:-1]])
         self.parts = [
             self.flat.as_strided(tensor.shape, tensor.stride(), start)
@@ -206,12 +210,12 @@ class _Bucket:
         self.sent: Future[None] = Future()
 
     def fill(self) -> None:
-        """Copy the gradients into the message; one that is None counts as zero."""
+        """Copy the gradients into the message. A gradient that is None counts as zero."""
         for tensor, part in zip(self.tensors, self.parts, strict=True):
             part.zero_() if tensor.grad is None else part.copy_(tensor.grad)
 
     def wait(self) -> None:
-        """Wait for the sums, make them the gradients, and get ready for the next step."""
+        """Wait for the sums, make them the gradients, and prepare for the next step."""
         self.sent.result()
         for tensor, part in zip(self.tensors, self.parts, strict=True):
             if tensor.requires_grad or not isinstance(tensor, nn.Parameter):  # not frozen
@@ -220,7 +224,7 @@ class _Bucket:
 
 
 def _cut(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[Tensor]]:
-    """Cut parameters into consecutive groups of at least `bucket_bytes`; the last one may be smaller."""
+    """Cut parameters into consecutive groups of at least `bucket_bytes`. The last group may be smaller."""
     groups: list[list[Tensor]] = []
     room = 0
     for parameter in parameters:
@@ -233,10 +237,10 @@ def _cut(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[Ten
 
 
 def _sum_in_place(flat: Tensor, wire: torch.dtype, group: dist.ProcessGroup) -> None:
-    """Replace a float32 message by its sum over the ranks; its length is a multiple of their number.
+    """Replace a float32 message by its sum over the ranks. Its length must be a multiple of their number.
 
-    With another dtype on the wire, each rank receives the others' values of its share of the message, adds them in
-    float32, rounds the sum and sends it to all. So a value is rounded twice, however many ranks there are.
+    With another dtype on the wire, each rank receives the others' values for its part of the message, adds them in
+    float32, rounds the sum and sends it to all. So a value is rounded twice, whatever the number of ranks.
     """
     if wire == flat.dtype:
         dist.all_reduce(flat, group=group)
@@ -251,17 +255,18 @@ def _sum_in_place(flat: Tensor, wire: torch.dtype, group: dist.ProcessGroup) -> 
 
 @cache
 def _gradient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Returns the group of gradient messages, which all ranks of `world` create together."""
+    """Return the process group for gradient messages. All ranks of `world` must call this together."""
     group = dist.new_group(timeout=default_pg_timeout)  # NCCL's own default is shorter
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def average_running_statistics(model: nn.Module) -> None:
-    """Replace the batch norms' running means and variances by their means over the ranks.
+    """Replace the batch norms' running means and variances by their averages over the ranks.
 
-    Each rank updates them from its own sub-batches; after this every rank, and the checkpoint, holds the same model.
-    A value that is the same on every rank, as in a frozen layer, keeps its bits: the mean of equal values may not.
+    Each rank updates them from its own sub-batches. Afterwards every rank, and the checkpoint, has the same model. A
+    value that is already equal on every rank, as in a frozen layer, is kept, because a computed average of equal values
+    may differ in the last bits.
     """
     statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if world_size() == 1:
@@ -275,7 +280,7 @@ def average_running_statistics(model: nn.Module) -> None:
 
 
 def gather(value: Value) -> list[Value]:
-    """Returns every rank's value in the order of the ranks, for small values that pickle takes."""
+    """Return every rank's value, in the order of the ranks. Values must be small and picklable."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -283,7 +288,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def from_first_rank(value: Value) -> Value:
-    """Returns rank 0's value on all ranks."""
+    """Return rank 0's value on all ranks."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -291,13 +296,13 @@ def from_first_rank(value: Value) -> Value:
 
 
 def _reduce_in_place(tensors: Sequence[Tensor], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    """Replace tensors by their sums (or minima, maxima) over the ranks, in one message for each dtype."""
+    """Replace tensors by their sums (or minima, maxima) over the ranks, with one message per dtype."""
     if world_size() == 1:
         return
-    # In order of appearance, which is the same on every rank: otherwise messages of different dtypes could be mixed up.
+    # Order dtypes by appearance, which is the same on every rank; otherwise ranks could mix up their messages.
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in alike])
+        same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in same_dtype])
         dist.all_reduce(flat, operation)
-        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+        for tensor, part in zip(same_dtype, flat.split([tensor.numel() for tensor in same_dtype]), strict=True):
             tensor.copy_(part.view(tensor.shape))

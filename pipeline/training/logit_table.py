@@ -1,4 +1,4 @@
-"""The logit table: a frozen backbone's logits for crops of every sample, computed once and kept on disk."""
+"""The logit table: a frozen backbone's logits for crops of every sample, computed once and stored on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets.beton import TRAIN, Manifest
-from datasets.files import exclusive, write_whole
+from datasets.files import exclusive, shown_bytes, write_whole
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet, validation_crop
 from pipeline.training import distributed
@@ -28,11 +28,11 @@ from pipeline.training.run import Batches
 FORMAT = 1
 TABLE_FILE = "table.json"
 CHUNK_SAMPLES = 1024
-"""Samples per file. A killed process loses at most one file's work on each rank."""
+"""Samples per file. A killed process loses at most the work of one file per rank."""
 
 
 class TableError(ValueError):
-    """A logit table is missing, incomplete, damaged, or belongs to something else."""
+    """A logit table is missing, incomplete, damaged, or does not match the backbone and data."""
 
 
 class UnfillableTableError(TableError):
@@ -41,17 +41,16 @@ class UnfillableTableError(TableError):
 
 @dataclass(frozen=True)
 class TableKey:
-    """Everything that a table's logits depend on.
+    """Everything that the logits of a table depend on.
 
     Attributes:
         backbone: SHA-256 of the backbone's weights and statistics, and of the normalization of its input.
         data: digest of the prepared data's manifest.
         split: train or validation.
-        crop: the settings of the split's crop, and the largest side of the loader, which decides the scale of JPEG
-            decoding.
+        crop: settings of the split's crop, and the loader's largest side, which decides the scale of JPEG decoding.
         resolutions: sides in pixels; axis R.
-        num_classes: axis K.
-        num_samples: samples in the split.
+        num_classes: size of axis K.
+        num_samples: number of samples in the split.
         precision: precision of the forward passes.
         chunk_samples: samples per file; the last file may have fewer.
     """
@@ -70,7 +69,7 @@ class TableKey:
     def of(cls, model: DRNet, config: Config, manifest: Manifest, split: str) -> TableKey:
         """Return the key of `model`'s logits for a split of the data that `config` loads.
 
-        The validation split uses float32 and the center crop, as evaluation during training does.
+        The validation split uses float32 and the center crop, like evaluation during training.
         """
         loader = config.loader
         augmentation = {
@@ -93,7 +92,7 @@ class TableKey:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The content of table.json."""
+        """Return the content of table.json."""
         return {"format": FORMAT, **asdict(self)}
 
     @property
@@ -103,21 +102,24 @@ class TableKey:
 
     @property
     def num_chunks(self) -> int:
-        """The number of files for one epoch of crops."""
+        """The number of files per epoch of crops."""
         return -(-self.num_samples // self.chunk_samples)
 
     @property
     def crop_bytes(self) -> int:
-        """The size of one epoch of crops in bytes, without the files' headers."""
+        """The bytes of one epoch of crops, without the file headers."""
         return logits_bytes(self.num_samples, len(self.resolutions), self.num_classes)
 
     def bounds(self, chunk: int) -> tuple[int, int]:
-        """Return the first sample of a chunk and the one past its last."""
+        """Return the index of a chunk's first sample, and one past the index of its last sample."""
         return chunk * self.chunk_samples, min((chunk + 1) * self.chunk_samples, self.num_samples)
 
 
 def backbone_digest(model: DRNet) -> str:
-    """Return a SHA-256 in hexadecimal of everything that turns images into class logits, for any device and format."""
+    """Return a SHA-256 in hexadecimal of everything that turns images into class logits.
+
+    The digest does not depend on the device or the memory format.
+    """
     digest = hashlib.sha256()
     state = {"mean": model.mean, "std": model.std, **model.backbone.state_dict()}
     for name, value in sorted(state.items()):
@@ -127,20 +129,20 @@ def backbone_digest(model: DRNet) -> str:
 
 
 def logits_bytes(num_images: int, num_resolutions: int, num_classes: int) -> int:
-    """Return the size of stored logits on disk."""
+    """Return the bytes of stored logits on disk."""
     return num_images * num_resolutions * num_classes * np.dtype(np.float16).itemsize
 
 
 class LogitTable:
-    """Reads a complete table.
+    """Read logits from a complete table.
 
     Args:
-        root: folder of tables: that of `fill_table`, or one to which the table's folder was copied.
+        root: folder of tables, either the one of `fill_table` or one to which the table's folder was copied.
         key: identifies the table.
-        crop_epochs: the epochs of crops that will be read.
+        crop_epochs: epochs of crops that will be read.
 
     Raises:
-        TableError: there is no table with this key (with the differences to other tables), or it is incomplete.
+        TableError: the table is incomplete, or none has this key; the message lists the differences to other tables.
     """
 
     def __init__(self, root: Path, key: TableKey, crop_epochs: Sequence[int]):
@@ -154,11 +156,11 @@ class LogitTable:
     def logits(self, crop_epoch: int, indices_N: Tensor) -> Tensor:
         """Return logits (N, R, K), float32 on the CPU, of samples with the crops of `crop_epoch`.
 
-        The first read of a file verifies its checksum. Files stay mapped until another `crop_epoch` is read.
+        The first read of a file verifies its checksum. Files stay memory-mapped until another `crop_epoch` is read.
 
         Raises:
             TableError: a file is missing or damaged.
-            ValueError: the table was not opened for the epoch, or has no such sample.
+            ValueError: the table was not opened for this epoch, or has no such sample.
         """
         indices = indices_N.cpu().numpy()
         if crop_epoch not in self._crop_epochs or (
@@ -176,7 +178,7 @@ class LogitTable:
         return torch.from_numpy(logits_NRK).float()
 
     def _chunk(self, crop_epoch: int, chunk: int) -> NDArray[np.float16]:
-        # Keep the chunks of one epoch of crops only: all chunks could need more mappings than a process may have.
+        # Keep only the chunks of one epoch of crops, because all chunks could exceed a process's limit of mappings.
         if self._mapped[0] != crop_epoch:
             self._mapped = (crop_epoch, {})
         chunks = self._mapped[1]
@@ -197,7 +199,7 @@ class LogitTable:
 
 
 def _check_key(root: Path, key: TableKey) -> None:
-    """Raise TableError if `root` has no table of `key`."""
+    """Raise TableError if `root` has no table with this key."""
     path = root / key.digest / TABLE_FILE
     if path.is_file():
         if differences := _differences(path, key):
@@ -223,15 +225,17 @@ def _differences(path: Path, key: TableKey) -> list[str]:
 
 
 def crop_folder(folder: Path, crop_epoch: int) -> Path:
+    """Return the folder of one epoch of crops."""
     return folder / f"crops-{crop_epoch:05}"
 
 
 def chunk_path(folder: Path, crop_epoch: int, chunk: int) -> Path:
+    """Return the path of the file of a chunk."""
     return crop_folder(folder, crop_epoch) / f"chunk-{chunk:05}.npy"
 
 
 def write_chunk(path: Path, logits_NRK: NDArray[np.float16]) -> None:
-    """Write the logits (n, R, K) of a file."""
+    """Write the logits (n, R, K) of a chunk to its file, with a checksum."""
     file = io.BytesIO()
     np.save(file, logits_NRK)
     content = file.getvalue()
@@ -239,7 +243,7 @@ def write_chunk(path: Path, logits_NRK: NDArray[np.float16]) -> None:
 
 
 def map_chunk(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> NDArray[np.float16]:
-    """Map the logits (n, R, K) of a file; raise TableError if it is missing or damaged."""
+    """Memory-map the logits (n, R, K) of a chunk. Raise TableError if the file is missing or damaged."""
     path = chunk_path(folder, crop_epoch, chunk)
     first, last = key.bounds(chunk)
     expected = (last - first, len(key.resolutions), key.num_classes)
@@ -250,7 +254,7 @@ def map_chunk(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> NDArr
             raise ValueError("its checksum differs")
         logits_NRK = np.load(path, mmap_mode="r")
         if logits_NRK.dtype != np.float16 or logits_NRK.shape != expected:
-            raise ValueError(f"it holds {logits_NRK.dtype} {logits_NRK.shape} instead of float16 {expected}")
+            raise ValueError(f"it contains {logits_NRK.dtype} {logits_NRK.shape} instead of float16 {expected}")
     except (OSError, ValueError) as error:
         raise TableError(
             f"{path} of the logit table is missing or damaged ({error}). Resume the run, which computes the file again."
@@ -259,10 +263,10 @@ def map_chunk(folder: Path, key: TableKey, crop_epoch: int, chunk: int) -> NDArr
 
 
 def copy_table(source: Path, target: Path, key: TableKey, crop_epochs: Sequence[int]) -> None:
-    """Copy missing epochs of crops to a node's own disk. One process of a node copies, the others wait.
+    """Copy missing epochs of crops to a node's own disk. One process per node copies, the others wait.
 
     Raises:
-        TableError: `source` has no complete table of the key.
+        TableError: `source` has no complete table with this key.
     """
     LogitTable(source, key, crop_epochs)
     with exclusive(target / key.digest, waiting=lambda: None):
@@ -277,7 +281,7 @@ def copy_table(source: Path, target: Path, key: TableKey, crop_epochs: Sequence[
 
 
 BATCH_SAMPLES = 128
-"""Samples in a forward pass of the backbone, without gradient."""
+"""The number of samples in a forward pass of the backbone, without gradient."""
 
 BackboneLogits = Callable[[Mapping[int, Tensor]], Tensor]
 """Maps images on the backbone's device, {side: uint8 (n, side, side, 3)}, to logits (n, R, K)."""
@@ -293,19 +297,19 @@ def fill_table(
     device: torch.device,
     tell: Callable[[str], None],
 ) -> None:
-    """Compute the missing chunks of a table for the crops of some epochs. Every rank must call it.
+    """Compute the missing chunks of a table for the crops of some epochs. Every rank must call this.
 
-    One rank writes each chunk. Intact chunks stay, damaged ones are computed again.
+    Each chunk is written by one rank. Intact chunks are kept, damaged ones are computed again.
 
     Args:
         root: folder of tables, the same for every rank.
         crop_epochs: the loader's epochs whose crops are used.
-        loader: loads the key's split.
-        backbone_logits: images on `device`, {side: uint8 (n, side, side, 3)}, -> logits (n, R, K).
-        tell: called with a line about every crop epoch that was incomplete.
+        loader: loads the split of the key.
+        backbone_logits: maps images on `device`, {side: uint8 (n, side, side, 3)}, to logits (n, R, K).
+        tell: called with one line of text for every crop epoch that was incomplete.
 
     Raises:
-        UnfillableTableError: on every rank: the disk has too little space, or a logit is not a finite float16.
+        UnfillableTableError: on every rank, if the disk has too little space or a logit is not a finite float16.
     """
     folder, rank, world_size = root / key.digest, distributed.rank(), distributed.world_size()
     folder.mkdir(parents=True, exist_ok=True)
@@ -325,7 +329,7 @@ def fill_table(
     for number, crop_epoch in enumerate(crop_epochs, 1):
         started = time.perf_counter()
         crop_folder(folder, crop_epoch).mkdir(exist_ok=True)
-        # All ranks meet at the end of every epoch, so that none waits longer than one epoch for another.
+        # All ranks synchronize at the end of every epoch, so that none waits longer than one epoch for another.
         with _on_every_rank():
             for chunk, logits_NRK in _compute(key, crop_epoch, missing[crop_epoch], loader, backbone_logits, device):
                 write_chunk(chunk_path(folder, crop_epoch, chunk), logits_NRK)
@@ -340,7 +344,8 @@ def fill_table(
 
 @contextmanager
 def _on_every_rank() -> Iterator[None]:
-    """Wait until every rank reaches the end of the body. An UnfillableTableError of one rank is raised on all."""
+    """Wait until every rank reaches the end of the `with` block. Raise an UnfillableTableError of one rank on all
+    ranks."""
     problem: str | None = None
     try:
         yield
@@ -355,7 +360,7 @@ def _check_room(folder: Path, key: TableKey, num_chunks: int) -> None:
     needed, free = num_chunks * key.crop_bytes // key.num_chunks, shutil.disk_usage(folder).free
     if needed > free:
         raise UnfillableTableError(
-            f"The logit table needs {needed / 1e9:.1f} GB more in {folder}, which has {free / 1e9:.1f} GB free. "
+            f"The logit table needs {shown_bytes(needed)} more in {folder}, which has {shown_bytes(free)} free. "
             "Free some space, lower stages.predictor.num_crops, or set stages.predictor.logits=live."
         )
 
@@ -368,7 +373,7 @@ def _compute(
     backbone_logits: BackboneLogits,
     device: torch.device,
 ) -> Iterator[tuple[int, NDArray[np.float16]]]:
-    """Yield each of the chunks with its logits (n, R, K)."""
+    """Yield each chunk's number and its logits (n, R, K)."""
     batches = {chunk: _batches(*key.bounds(chunk)) for chunk in chunks}
     samples = [indices_N for parts in batches.values() for indices_N in parts]
     with closing(loader.read(crop_epoch, samples, sides=key.resolutions)) as epoch:

@@ -1,4 +1,4 @@
-"""The training loop: stages in order, epochs, steps. It uses torch, and none of Ray, MLflow and FFCV."""
+"""The training loop: stages in order, epochs, steps. It uses torch, but not Ray, MLflow or FFCV."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ from pipeline.training.run import (
 def evaluate(
     model: DRNet, batches: Iterable, costs: Costs, backbone_logits: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float]:
-    """Measure top-1 at each resolution and routed, mean cost (with the predictor) and shares. All ranks must call it.
+    """Measure top-1 at each resolution and with routing, the mean cost including the predictor, and shares.
 
-    `share_SIDE` is the share of images that go to a resolution, `oracle_share_SIDE` the share for which it is the
-    cheapest that is right.
+    Every rank must call this. `share_SIDE` is the share of images that the predictor sends to a resolution.
+    `oracle_share_SIDE` is the share of images for which the resolution is the cheapest correct one.
 
     Args:
         batches: this rank's part of the validation images.
-        backbone_logits: as for `collect_predictions`.
+        backbone_logits: as in `collect_predictions`.
     """
     found = collect_predictions(model, batches, backbone_logits)
     right_NR = found.logits_NRK.argmax(axis=2) == found.labels_N[:, None]
@@ -85,11 +85,11 @@ class StageData:
     """The data of one stage: loaders, crops and logit tables.
 
     Attributes:
-        first_epoch: the data_epoch of the stage's first epoch.
-        num_crops: different crops of each training image, used in turn: the stage's epoch e has the crops of data_epoch
-            first_epoch + e mod num_crops.
-        sides: image sides to decode; None is all.
-        train_table, validation_table: the frozen backbone's logits; None where the backbone runs.
+        first_epoch: data_epoch of the stage's first epoch.
+        num_crops: number of different crops of each training image, used in turn: the stage's epoch e uses the crops of
+            data_epoch first_epoch + e mod num_crops.
+        sides: image sides to decode, in pixels; None decodes all.
+        train_table, validation_table: stored logits of the frozen backbone; None if the backbone runs instead.
     """
 
     train: Batches
@@ -101,15 +101,15 @@ class StageData:
     validation_table: LogitTable | None = None
 
     def crop_epoch(self, data_epoch: int) -> int:
-        """Returns the number of the epoch whose crops `data_epoch` uses."""
+        """Return the epoch whose crops `data_epoch` uses."""
         return self.first_epoch + (data_epoch - self.first_epoch) % self.num_crops
 
     def epoch(self, data_epoch: int, start_step: int = 0) -> Epoch:
-        """Start a pass over the training images."""
+        """Start a pass over the training images, at step `start_step`."""
         return self.train.epoch(data_epoch, start_step, crop_epoch=self.crop_epoch(data_epoch), sides=self.sides)
 
     def logits(self, data_epoch: int, indices_N: Tensor) -> Tensor | None:
-        """Returns stored logits (N, R, K) of samples, float32 on the CPU; None where the backbone runs."""
+        """Return stored logits (N, R, K) of samples, float32 on the CPU, or None if the backbone runs instead."""
         return self.train_table.logits(self.crop_epoch(data_epoch), indices_N) if self.train_table else None
 
     def validation_epoch(self) -> Epoch:
@@ -118,12 +118,12 @@ class StageData:
 
     @property
     def validation_logits(self) -> Callable[[Tensor], Tensor] | None:
-        """Maps indices (N,) to stored logits (N, R, K) of validation samples; None where the backbone runs."""
+        """The function from indices (N,) to stored validation logits (N, R, K); None if the backbone runs instead."""
         return partial(self.validation_table.logits, 0) if self.validation_table else None
 
 
 def open_stage_data(run: Run, stage: Stage, first_epoch: int) -> StageData:
-    """Open the data of a stage whose model `run` holds already. Every rank must call it.
+    """Open the data of a stage. `run.model` must already be the stage's model. Every rank must call this.
 
     For a predictor stage with `logits: table`, this computes the missing parts of the logit tables.
 
@@ -146,7 +146,7 @@ def open_stage_data(run: Run, stage: Stage, first_epoch: int) -> StageData:
 
 
 def _table(run: Run, split: str, loader: Batches, crop_epochs: range) -> LogitTable:
-    """Returns the complete table of a split, after computing what is missing."""
+    """Compute the missing parts of a split's logit table, and return the table."""
     key = TableKey.of(run.model, run.config, run.manifest, split)
     backbone_logits = Forward(run.model, key.precision).frozen_backbone
     with run.goodput.inside(TABLE):
@@ -156,7 +156,7 @@ def _table(run: Run, split: str, loader: Batches, crop_epochs: range) -> LogitTa
 
 @dataclass
 class StageState:
-    """Everything that one stage trains with, besides the model."""
+    """Everything besides the model that one stage trains with."""
 
     stage: Stage
     data: StageData
@@ -166,15 +166,15 @@ class StageState:
     monitor: DivergenceMonitor
     meter: Meter
     phase: str = COMPILE
-    """The goodput's phase: COMPILE until the process has taken its first step of the stage."""
+    """The goodput phase of a training step: COMPILE until the process has run its first step of the stage."""
 
 
 def train(run: Run, state: TrainingState | None = None) -> None:
-    """Run all stages of the configuration, or what remains of them after `state`.
+    """Run all stages of the configuration, or those that remain after `state`.
 
     Raises:
         OtherRunError: the state belongs to another configuration or other data.
-        DivergedError: a loss, gradient or weight is not finite, or a loss above training.max_loss; on all ranks.
+        DivergedError: on all ranks, if a loss, gradient or weight is not finite, or a loss exceeds training.max_loss.
         TableError: a logit table cannot be computed or read.
     """
     if state is not None:
@@ -187,7 +187,7 @@ def train(run: Run, state: TrainingState | None = None) -> None:
         if state is None or state.data_epoch < end:
             train_stage(run, name, stage, data_epoch, monitor, state)
             state = None
-        # Also on a resume from the stage's last checkpoint: the process may have died before it kept the model.
+        # Do this also when resuming from the stage's last checkpoint: the process may have died before this line.
         if isinstance(stage, BackboneStage) and (state is None or (state.data_epoch, state.step) == (end, 0)):
             run.reporter.keep(AFTER_BACKBONE, run.model)
         data_epoch = end
@@ -205,9 +205,9 @@ def train_stage(
     """Train one stage.
 
     Args:
-        data_epoch: the number of epochs of the stages before it.
-        state: where to resume; the state of another stage is ignored.
-        data: what the stage reads; None opens it.
+        data_epoch: number of epochs in the stages before this one.
+        state: where to resume; a state of another stage is ignored.
+        data: what the stage reads; None opens it here.
     """
     run.goodput.enter(SET_UP)
     if state is not None and state.stage != name:
@@ -247,7 +247,7 @@ def prepare_stage(
     state: TrainingState | None = None,
     data: StageData | None = None,
 ) -> StageState:
-    """Build what a stage trains with, or restore it from a `state` of this stage. Every rank must call it."""
+    """Build what a stage trains with, or restore it from a `state` of this stage. Every rank must call this."""
     costs_R = torch.tensor(run.costs.backbone, device=run.device)
     settings = run.config.training
     objective = build_objective(run.model, stage, costs_R, settings.precision, settings.backward)
@@ -264,10 +264,10 @@ def prepare_stage(
 
 
 def train_epoch(run: Run, stage_state: StageState, progress: Progress) -> dict[str, float]:
-    """Train the steps of one epoch, from `progress.step` on.
+    """Train the remaining steps of one epoch, from `progress.step` on.
 
     Returns:
-        Means over the whole epoch, and the speed, seconds and share of waiting of the steps that ran here.
+        Mean values over the whole epoch, and the speed, seconds and share of waiting of the steps that ran here.
     """
     stage, optimizer, before = stage_state.stage, stage_state.optimizer, run.goodput.seconds
     parameters, checkpoint_steps = list(trained_parameters(optimizer)), run.config.training.checkpoint_steps
@@ -326,20 +326,20 @@ def place(batch, run: Run, data: StageData, progress: Progress) -> StepBatch:
 
 
 def gradient_reducer(run: Run, objective: Objective) -> GradientReducer:
-    """Build what sums the gradients of a stage over the ranks. Every rank must call it."""
-    objective.unfreeze()  # hooks belong to every parameter of the stage, whatever the next step freezes
+    """Build the reducer that sums the gradients of a stage over the ranks. Every rank must call this."""
+    objective.unfreeze()  # every parameter of the stage needs a hook, even if the next step freezes it
     wire = getattr(torch, run.config.training.gradient_dtype)
     return GradientReducer(*completion_order(run.model, objective.own), wire=wire)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's learning rate, scaled by the group's `lr_scale`."""
+    """Set the learning rate of every group, multiplied by the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradient down to `max_norm`, if given; returns its former norm."""
+    """Scale the gradient to a norm of at most `max_norm`, if given. Return the norm before scaling."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -347,7 +347,7 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
 
 
 def validate(run: Run, stage_state: StageState, name: str) -> tuple[dict[str, float], str | None]:
-    """Evaluate the model with which the stage would end now; returns values, and a warning after a collapse."""
+    """Evaluate the model that the stage would return now. Return the values and, after a collapse, a warning."""
     with run.goodput.inside(EVALUATE):
         model = run.model if stage_state.averaged is None else stage_state.averaged.module
         values = evaluate(model, stage_state.data.validation_epoch(), run.costs, stage_state.data.validation_logits)
@@ -360,13 +360,14 @@ def validate(run: Run, stage_state: StageState, name: str) -> tuple[dict[str, fl
 def fit_offset(run: Run, stage_state: StageState, data_epoch: int) -> dict[str, float]:
     """Set the predictor's offset so that its choices meet the stage's alpha on the training images.
 
-    Training holds the mean cost of noisy choices to alpha, but the model is used without noise. All ranks must call it.
+    Training keeps the mean cost of noisy choices at alpha, but the finished model chooses without noise. Every rank
+    must call this.
 
     Args:
         data_epoch: the epoch whose crops are used.
 
     Returns:
-        `predictor_bias`: the offset is this times the relative costs. Nothing where no alpha asks for savings.
+        `predictor_bias`: the offset is this number times the relative costs. Empty if no alpha asks for savings.
     """
     stage, data, model = stage_state.stage, stage_state.data, run.model
     if not isinstance(stage, RoutedStage) or stage.target is None or stage.target >= max(run.costs.backbone):
@@ -384,7 +385,7 @@ def fit_offset(run: Run, stage_state: StageState, data_epoch: int) -> dict[str, 
                 scores.append(model.predictor_logits(images).cpu().numpy())
     bias = fit_bias(np.concatenate(distributed.gather(np.concatenate(scores))), run.costs, stage.target)
     if model.predictor.gives_probabilities:
-        bias = min(bias, 0.0)  # paying for a resolution that is less often right gains nothing
+        bias = min(bias, 0.0)  # spending more on resolutions that are correct less often gains nothing
     offset_R = bias * torch.tensor(run.costs.relative)
     for each in (model, *([stage_state.averaged.module] if stage_state.averaged else [])):
         each.predictor.offset_R.copy_(offset_R)
@@ -392,7 +393,7 @@ def fit_offset(run: Run, stage_state: StageState, data_epoch: int) -> dict[str, 
 
 
 def average_over_ranks(run: Run, stage_state: StageState) -> None:
-    """Make the ranks' own values the same on all ranks: running statistics, and sums of the epoch so far."""
+    """Make values that differ between ranks equal on all ranks: running statistics, and sums over the epoch so far."""
     distributed.average_running_statistics(run.model)
     if stage_state.averaged is not None:
         distributed.average_running_statistics(stage_state.averaged.module)
@@ -400,7 +401,7 @@ def average_over_ranks(run: Run, stage_state: StageState) -> None:
 
 
 def checkpoint(run: Run, stage_state: StageState, progress: Progress, values: Mapping[str, float]) -> None:
-    """Report the state as a checkpoint. Raises DivergedError where something in it is not finite."""
+    """Report the state as a checkpoint. Raise DivergedError if a value in it is not finite."""
     stage_state.monitor.check()
     epochs, step = divmod(progress.data_epoch * progress.steps + progress.step, progress.steps)
     with run.goodput.inside(CHECKPOINT):

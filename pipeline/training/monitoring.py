@@ -18,13 +18,13 @@ from pipeline.training.run import Progress
 
 
 class Meter:
-    """Adds up per-image sums of steps. A mean is the sum over all ranks, divided by the images of all ranks.
+    """Sum reported values over images. A mean is the sum over all ranks divided by the number of images on all ranks.
 
-    `fold` sums over the ranks; afterwards every rank holds the same totals, which a checkpoint within an epoch saves.
-    The moment of the call changes means by rounding only.
+    `fold` sums over the ranks. Afterwards every rank has the same totals, which a checkpoint within an epoch saves.
+    When `fold` is called changes the means only by rounding.
 
     Args:
-        state: the state of another meter, to continue from.
+        state: the state of another meter to continue from.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
@@ -33,13 +33,13 @@ class Meter:
         self._images: int = state["images"] if state else 0
 
     def update(self, sums: Mapping[str, Tensor], global_size: int) -> None:
-        """Add one step: this rank's sums, and the images of the step over all ranks."""
+        """Add the sums of one step on this rank, and the number of images of the step on all ranks."""
         for key, value in sums.items():
             self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
         self._images += global_size
 
     def fold(self) -> None:
-        """Add all ranks' sums since the last call to the totals. Every rank must call it."""
+        """Add the sums of all ranks since the last call to the totals. Every rank must call this."""
         if not self._sums:
             return
         added = distributed.sum_over_ranks(torch.stack([value.double() for value in self._sums.values()])).tolist()
@@ -53,20 +53,20 @@ class Meter:
         return {"totals": dict(self._totals), "images": self._images}
 
     def means(self) -> dict[str, float]:
-        """Return means over all images of all ranks. Every rank must call it."""
+        """Return the means over all images on all ranks. Every rank must call this."""
         self.fold()
         return {key: value / self._images for key, value in self._totals.items()}
 
 
 def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mapping[str, float]) -> str | None:
-    """Return a warning if the predictor has collapsed, else None.
+    """Return a warning if the predictor has collapsed, otherwise None.
 
-    It has collapsed if it sends more than COLLAPSED_SHARE of the validation images to one resolution, and the oracle,
-    which takes the cheapest correct resolution, sends fewer.
+    The predictor has collapsed if it sends more than COLLAPSED_SHARE of the validation images to one resolution, and
+    the oracle, which uses the cheapest correct resolution, sends fewer.
 
     Args:
-        name: the stage's name.
-        values: what `evaluate` returns: `share_SIDE` and `oracle_share_SIDE` for every resolution.
+        name: name of the stage.
+        values: result of `evaluate`, with `share_SIDE` and `oracle_share_SIDE` for every resolution.
     """
     share, side, cost = max(
         (values[f"share_{side}"], side, cost) for side, cost in zip(costs.resolutions, costs.backbone, strict=True)
@@ -100,22 +100,23 @@ def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mappin
 
 
 CHECK_STEPS = 50
-"""Losses are checked after at most this many steps."""
+"""Losses are checked at least once in this many steps."""
 
 
 class DivergedError(ValueError):
-    """Training diverged. A retry with the same configuration would end in the same way."""
+    """Training diverged. A retry with the same configuration would diverge in the same way."""
 
 
 class DivergenceMonitor:
-    """Checks the loss and gradient norm of every step, some steps later.
+    """Check the loss and gradient norm of every step, some steps later.
 
-    Reading a value from a GPU waits for it, so steps are collected and checked together: every CHECK_STEPS, and before
-    anything is evaluated or saved. Loss and gradient are sums over the ranks, so every rank raises at the same step.
+    Reading a value from a GPU waits for the GPU, so steps are collected and checked together: after CHECK_STEPS steps,
+    and before anything is evaluated or saved. Loss and gradient are sums over the ranks, so every rank raises at the
+    same step.
 
     Args:
-        max_loss: largest mean loss of a step that is allowed; None allows every finite one.
-        last_checkpoint: name of the checkpoint from which training resumes.
+        max_loss: largest mean loss that a step may have; None allows every finite loss.
+        last_checkpoint: name of the checkpoint from which training resumed.
     """
 
     def __init__(self, max_loss: float | None, last_checkpoint: str | None = None):
@@ -134,10 +135,11 @@ class DivergenceMonitor:
             self.check()
 
     def check(self) -> None:
-        """Check every step since the last call. Every rank must call it.
+        """Check every step since the last call. Every rank must call this.
 
         Raises:
-            DivergedError: names the first bad step, its images on all ranks, the last checkpoint and what to change.
+            DivergedError: names the first diverged step, its images on all ranks, the last checkpoint and what to
+                change.
         """
         if not self._unseen:
             return
@@ -151,10 +153,10 @@ class DivergenceMonitor:
         self._unseen = []
 
     def check_weights(self, progress: Progress, *modules: nn.Module) -> None:
-        """Check weights and running statistics after the last update. Every rank must call it.
+        """Check weights and running statistics after the last update. Every rank must call this.
 
         Raises:
-            DivergedError: one of them is not finite.
+            DivergedError: a weight or a statistic is not finite.
         """
         values = [value for module in modules for value in module.state_dict().values() if value.is_floating_point()]
         if not torch.stack([value.isfinite().all() for value in values]).all():

@@ -1,7 +1,7 @@
-"""What a step of each stage computes: forward, loss, backward. The loop around it is the same for all stages.
+"""What a step of each stage computes: forward pass, loss, backward pass. All stages share the loop around it.
 
-An objective adds the gradient of its loss, *already divided by the global batch's size*, to the parameters; the loop
-then sums gradients over ranks. So k ranks and one process take the same step, however a batch is split.
+An objective adds the gradient of its loss, *already divided by the size of the global batch*, to the parameters. The
+loop then sums gradients over ranks. So k ranks take the same step as one process, however a batch is split.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from pipeline.training.optim import cost_target, temperature
 
 
 def gumbel_noise(seed: int, epoch: int, indices_N: Tensor, num_resolutions: int) -> Tensor:
-    """Returns standard Gumbel noise (N, R), float32 on the CPU, for samples `indices_N` in an epoch."""
+    """Return standard Gumbel noise (N, R), float32 on the CPU, for samples `indices_N` in an epoch."""
     with np.errstate(over="ignore"):
         key = splitmix64(splitmix64(np.uint64(seed % 2**64)) + np.uint64(epoch))
         sample_N1 = splitmix64(key + indices_N.cpu().numpy().astype(np.uint64) * GOLDEN_RATIO)[:, None]
         bits_NR = splitmix64(sample_N1 + np.arange(1, num_resolutions + 1, dtype=np.uint64) * GOLDEN_RATIO)
-    # 53 random bits, shifted by half a step away from 0 and 1, so that both logarithms are finite.
+    # Take 53 random bits, shifted by half a step away from 0 and 1, so that both logarithms are finite.
     uniform_NR = ((bits_NR >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return torch.from_numpy(-np.log(-np.log(uniform_NR))).float()
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Returns the seed of torch's generator (dropout) for one step, so that checkpoints need not hold its state."""
+    """Return the seed of torch's generator (dropout) for one step, so that checkpoints need not store its state."""
     with np.errstate(over="ignore"):
         value = np.uint64(seed % 2**64)
         for part in (epoch, step, rank):
@@ -51,24 +51,24 @@ def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
 
 
 def straight_through_choice(predictor_logits_NR: Tensor, gumbel_NR: Tensor, tau: float) -> Tensor:
-    """Returns one-hot choices (N, R) with the gradient of the relaxed choice.
+    """Return one-hot choices (N, R) with the gradient of the relaxed choice (straight-through Gumbel-softmax).
 
-    h = one_hot(argmax_j(log p_j + g_j)); its gradient is that of softmax((log p + g) / tau).
+    The forward value is h = one_hot(argmax_j(log p_j + g_j)); its gradient is that of softmax((log p + g) / tau).
     """
     perturbed_NR = functional.log_softmax(predictor_logits_NR.float(), dim=1) + gumbel_NR
     relaxed_NR = functional.softmax(perturbed_NR / tau, dim=1)
     hard_NR = functional.one_hot(perturbed_NR.argmax(dim=1), perturbed_NR.shape[1]).to(relaxed_NR.dtype)
-    # In this order, (relaxed - relaxed) is exactly zero, so the forward value is one-hot to the last bit.
+    # In this order, (relaxed - relaxed) is exactly zero, so the forward value is exactly one-hot.
     return hard_NR + (relaxed_NR - relaxed_NR.detach())
 
 
 def mixed_logits(choice_NR: Tensor, logits_NRK: Tensor) -> Tensor:
-    """Returns the network's output y = sum_j h_j y_j, (N, K)."""
+    """Return the network's output y = sum_j h_j y_j, (N, K)."""
     return torch.einsum("nr,nrk->nk", choice_NR, logits_NRK)
 
 
 def summed_cross_entropy(logits_NK: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Returns the cross entropy summed over the batch; the caller divides by the global batch's size.
+    """Return the cross entropy summed over the batch. The caller divides by the size of the global batch.
 
     Args:
         targets: classes (N,), or the probability of each class (N, K).
@@ -77,18 +77,18 @@ def summed_cross_entropy(logits_NK: Tensor, targets: Tensor, label_smoothing: fl
 
 
 def summed_distillation(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
-    """Returns KL(p_teacher || p_student), summed over the batch; the teacher gets no gradient."""
+    """Return KL(p_teacher || p_student), summed over the batch. The teacher gets no gradient."""
     log_student_NK = functional.log_softmax(student_NK.float(), dim=1)
     log_teacher_NK = functional.log_softmax(teacher_NK.detach().float(), dim=1)
     return functional.kl_div(log_student_NK, log_teacher_NK, reduction="sum", log_target=True)
 
 
 def cost_penalty(local_cost: Tensor, others_cost: Tensor, costs_R: Tensor, alpha: float) -> Tensor:
-    """Computes L_reg = max(0, (E[F] - alpha) / (C_max - C_min)), with E[F] the mean over the *global* batch.
+    """Compute L_reg = max(0, (E[F] - alpha) / (C_max - C_min)), with E[F] the mean over the *global* batch.
 
     Args:
-        local_cost: this rank's share of E[F], sum_n F_n / N_global, with gradient.
-        others_cost: the other ranks' share, without gradient.
+        local_cost: this rank's part of E[F], sum_n F_n / N_global, with gradient.
+        others_cost: the other ranks' part of E[F], without gradient.
         costs_R: C_j, in GFLOPs or milliseconds.
         alpha: target in the same unit.
     """
@@ -99,9 +99,10 @@ def cost_penalty(local_cost: Tensor, others_cost: Tensor, costs_R: Tensor, alpha
 class Ensemble(nn.Module):
     """Weighted mean of the logits at R resolutions (Wang et al., "Resolution Switchable Networks", ECCV 2020).
 
-    The weights are softmax(scores). They start equal; learned weights minimize the ensemble's cross entropy, whose
-    gradient reaches only them. The logits come from the students of the same step. This is the paper's multi-resolution
-    ensemble distillation without losses between pairs of resolutions; the temperature is 1, as in the paper.
+    The weights are softmax(scores) and start equal. Learned weights minimize the ensemble's cross entropy, whose
+    gradient reaches only the scores. The logits come from the students of the same step. This is the paper's
+    multi-resolution ensemble distillation without losses between pairs of resolutions. The temperature is 1, as in the
+    paper.
 
     Args:
         num_resolutions: R.
@@ -113,18 +114,18 @@ class Ensemble(nn.Module):
         self.scores_R = nn.Parameter(torch.zeros(num_resolutions), requires_grad=learned)
 
     def forward(self, logits_NRK: Tensor) -> Tensor:
-        """Returns the teacher's logits (N, K), with gradient for the scores only."""
+        """Return the teacher's logits (N, K), with gradient for the scores only."""
         return torch.einsum("r,nrk->nk", self.scores_R.softmax(dim=0), logits_NRK.detach())
 
 
-# Batch norm in training mode needs two values per channel; one image at the smallest resolution may have only one.
+# Batch norm in training mode needs two values per channel, but one image at the smallest resolution may have only one.
 MIN_IMAGES_FOR_STATISTICS: int = 2
 
 
 Sums = dict[str, Tensor]
-"""Sums over a rank's images of the reported values: loss, correct answers, choices, cost."""
+"""Sums of the reported values over a rank's images: loss, correct answers, choices, cost."""
 LastPass = Callable[[], AbstractContextManager[None]]
-"""Surrounds a backward pass after which no other one changes the gradients of the parameters that it reaches."""
+"""The context of a backward pass after which no other pass changes the gradients of the parameters that it reaches."""
 
 
 @dataclass(frozen=True)
@@ -136,30 +137,30 @@ class StepBatch:
     labels_N: Tensor
     gumbel_NR: Tensor
     global_size: int
-    """Images of this step over all ranks."""
+    """The number of images of this step on all ranks."""
     logits_NRK: Tensor | None = None
-    """The frozen backbone's logits, where they are stored; then `images` needs only the predictor's input."""
+    """Stored logits of the frozen backbone, or None. With stored logits, `images` needs only the predictor's input."""
     epoch: float = 0.0
-    """Epochs of the stage that are done, for annealed values; a fraction counts the steps within an epoch."""
+    """The finished epochs of the stage, for annealed values. A fraction counts the steps within an epoch."""
     step: int = 0
-    """Steps of the stage that are done."""
+    """The finished steps of the stage."""
     num_slices: int = 1
-    """Slices that the backbone trains on one after another, to hold the activations of one slice at a time."""
+    """The number of slices that the backbone trains on one after another, so that memory holds one at a time."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     def slices(self) -> list[slice]:
-        """Returns the rows of each slice. Every rank has as many; their sizes differ by at most one and may be 0."""
+        """Return the rows of each slice. Every rank has the same number; sizes differ by at most one and may be 0."""
         bounds = [len(self) * part // self.num_slices for part in range(self.num_slices + 1)]
         return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 
     def passes(self, last_pass: LastPass) -> Iterable[tuple[slice, LastPass]]:
-        """Returns the rows of each slice, the last one with `last_pass`."""
+        """Return the rows of each slice with its context: `last_pass` for the last slice, none for the others."""
         return zip(self.slices(), [*itertools.repeat(nullcontext, self.num_slices - 1), last_pass], strict=True)
 
     def part(self, rows: slice) -> StepBatch:
-        """Returns the images of these rows as part of the same global batch."""
+        """Return the images at these rows, as part of the same global batch."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return StepBatch(**{name: _rows_of(value, rows) for name, value in values.items()})
 
@@ -171,16 +172,16 @@ def _rows_of(value: Any, rows: slice) -> Any:
 
 
 class Objective(ABC):
-    """Adds a step's gradient to the parameters and returns what to report.
+    """Add a step's gradient to the parameters, and return the values to report.
 
-    `own` holds what the stage trains beside the model. It is part of the optimizer and of checkpoints, not of the
+    `own` holds what the stage trains besides the model. It belongs to the optimizer and to checkpoints, but not to the
     finished model. Most objectives own nothing.
     """
 
     own: nn.Module = nn.Module()
 
     def unfreeze(self) -> None:  # noqa: B027  most objectives freeze nothing
-        """Have every parameter that the stage trains require a gradient; the next step freezes what it must."""
+        """Make every parameter that the stage trains require a gradient. The next step freezes what it must."""
 
     @abstractmethod
     def __call__(self, batch: StepBatch, last_pass: LastPass = nullcontext) -> Sums: ...
@@ -192,7 +193,7 @@ def build_objective(
     """Build the objective of a stage, and freeze what the stage does not train.
 
     Args:
-        costs_R: the backbone's cost at each resolution in the unit of the stage's alpha, on the model's device.
+        costs_R: the backbone's cost at each resolution, in the unit of the stage's alpha, on the model's device.
         precision: float32, or bfloat16 to run forward passes under autocast.
         backward: training.backward, for the backbone stage.
     """
@@ -211,7 +212,7 @@ def build_objective(
 
 
 class Forward:
-    """The model's two forward passes in the run's precision; logits come back as float32.
+    """The model's two forward passes in the run's precision. Logits are returned as float32.
 
     Batch norm runs in inference mode for fewer than MIN_IMAGES_FOR_STATISTICS images; gradients still flow. With
     synchronized batch norm the images of all ranks count, and all ranks must make the same passes in training mode.
@@ -223,12 +224,13 @@ class Forward:
         self.synchronized = has_synchronized_norms(model)
 
     def layer_by_layer(self, images: Mapping[int, Tensor], index: int, *, frozen_statistics: bool = False) -> Tensor:
-        """Runs `backbone` in training mode for a backward pass that goes layer by layer over all resolutions.
+        """Run `backbone` in training mode so that the backward pass goes layer by layer over all resolutions.
 
-        Autograd orders the operations of a backward pass by their numbers in the thread that ran them forward. In a
-        thread of its own, a layer has the same numbers at every resolution. So the gradients of the last layers are
-        complete, and can be sent, when the pass has reached only these layers. A single process sends nothing, and
-        synchronized batch norms exchange messages in an order that equal numbers would leave open.
+        Autograd orders the operations of a backward pass by their sequence numbers in the thread that ran them forward.
+        In a separate thread, a layer has the same numbers at every resolution. So the gradients of the last layers are
+        complete, and can be sent, as soon as the pass has reached these layers. A single process does not do this,
+        because it sends nothing. Synchronized batch norms do not do it either, because their messages need a fixed
+        order, which equal numbers do not give.
         """
         run = partial(self.backbone, images, index, training=True, frozen_statistics=frozen_statistics)
         device = images[self.model.resolutions[index]].device
@@ -241,10 +243,10 @@ class Forward:
     def backbone(
         self, images: Mapping[int, Tensor], index: int, *, training: bool, frozen_statistics: bool = False
     ) -> Tensor:
-        """Returns logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}.
+        """Return logits (N, K) at resolution `index`, for images {side: uint8 (N, side, side, 3)}.
 
         Args:
-            frozen_statistics: batch norm uses and keeps its running statistics, in training mode too.
+            frozen_statistics: batch norm uses its running statistics, and does not update them, in training mode too.
         """
         side = self.model.resolutions[index]
         self.model.backbone.freeze_statistics(frozen_statistics)
@@ -254,23 +256,23 @@ class Forward:
 
     @torch.no_grad()
     def frozen_backbone(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Returns logits (N, R, K) at all resolutions, without gradient and with batch norm in inference mode."""
+        """Return logits (N, R, K) at all resolutions, without gradient and with batch norm in inference mode."""
         indices = range(len(self.model.resolutions))
         return torch.stack([self.backbone(images, index, training=False) for index in indices], dim=1)
 
     def predictor(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Returns the predictor's outputs (N, R), on which it is trained."""
+        """Return the predictor's outputs (N, R), on which it is trained."""
         inputs = images[self.model.predictor_size]
         self.model.predictor.train(self._has_statistics(inputs))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
             return self.model.predictor.outputs(self.model.normalize(inputs)).float()
 
     def known_logits(self, part: StepBatch) -> Tensor:
-        """Returns the frozen backbone's logits (N, R, K), from the batch where it holds them."""
+        """Return the frozen backbone's logits (N, R, K), stored ones if the batch has them."""
         return self.frozen_backbone(part.images) if part.logits_NRK is None else part.logits_NRK
 
     def _has_statistics(self, images: Tensor) -> bool:
-        """Returns whether batch norm sees enough images for statistics."""
+        """Return whether batch norm sees enough images to compute statistics."""
         count = len(images)
         if self.synchronized:
             count = int(distributed.sum_over_ranks(torch.tensor(count, device=images.device)))
@@ -278,14 +280,14 @@ class Forward:
 
 
 def sandwich(num_resolutions: int, per_step: int | None, step: int) -> list[int]:
-    """Returns the indices of the resolutions that a step trains, ascending (sandwich rule; Yu and Huang, ICCV 2019).
+    """Return the indices of the resolutions that a step trains, ascending (sandwich rule; Yu and Huang, ICCV 2019).
 
-    The largest and the smallest are always among them. The ones between take turns rather than being drawn, so that
-    each is trained equally often and every rank knows which without a message.
+    The largest and the smallest resolution are always included. Those in between take turns instead of being drawn at
+    random, so that each is trained equally often and every rank knows them without communication.
 
     Args:
-        per_step: number of resolutions in a step, at least 2; None or at least `num_resolutions` is all.
-        step: steps of the stage that are done.
+        per_step: number of resolutions in a step, at least 2; None trains all.
+        step: finished steps of the stage.
     """
     if per_step is None or per_step >= num_resolutions:
         return list(range(num_resolutions))
@@ -294,16 +296,18 @@ def sandwich(num_resolutions: int, per_step: int | None, step: int) -> list[int]
 
 
 class BackboneObjective(Objective):
-    """The sum of the losses of a step's resolutions. Backward runs per slice and resolution, to hold one's activations.
+    """The sum of the losses of a step's resolutions. Backward runs per slice and resolution, to save activation memory.
 
-    With distillation L = sum_j (L_ce(y_j) + weight * KL(p_teacher || p_j)). The teacher is the largest resolution,
-    which does not learn from itself, or the ensemble (Wang et al., ECCV 2020), with L_ce(ensemble) for learned weights.
+    With distillation, L = sum_j (L_ce(y_j) + weight * KL(p_teacher || p_j)). The teacher is the largest resolution,
+    which does not learn from itself, or the ensemble (Wang et al., ECCV 2020); learned ensemble weights add
+    L_ce(ensemble).
 
-    In the first freeze_epochs, only the classifier has a gradient, and batch norms keep their statistics. Progress
-    alone says whether a step is one of these, so a resume needs no state.
+    In the first freeze_epochs epochs, only the classifier has a gradient, and batch norms keep their statistics. This
+    depends on progress alone, so a resume needs no state.
 
-    A step's last backward pass hides the time of the messages, so it is that of the largest resolution unless that one
-    teaches. `together` runs one pass for all resolutions, which hides more and holds the activations of all.
+    The communication overlaps with a step's last backward pass. So the last pass is that of the largest resolution,
+    unless the largest resolution is the teacher. `together` runs one pass for all resolutions, which overlaps more
+    communication but keeps the activations of all.
     """
 
     def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device, *, together: bool):
@@ -319,7 +323,7 @@ class BackboneObjective(Objective):
     def __call__(self, batch: StepBatch, last_pass: LastPass = nullcontext) -> Sums:
         self._freeze(batch.epoch < self.stage.freeze_epochs)
         mixed: Mixed | None = None
-        if self.mixing is not None:  # once for all slices, so that mixtures do not depend on slicing
+        if self.mixing is not None:  # mix once for all slices, so that mixtures do not depend on slicing
             sides = self.forward.model.resolutions
             mixed = self.mixing({side: batch.images[side] for side in sides}, batch.labels_N)
             batch = replace(batch, images=mixed.images, labels_N=mixed.dominant_N)
@@ -332,7 +336,7 @@ class BackboneObjective(Objective):
         self._freeze(False)
 
     def _freeze(self, frozen: bool) -> None:
-        """Train the classifier alone, or the whole backbone."""
+        """Train only the classifier if `frozen`, otherwise the whole backbone."""
         if frozen != self.frozen:
             backbone, self.frozen = self.forward.model.backbone, frozen
             backbone.requires_grad_(not frozen)
@@ -343,7 +347,7 @@ class BackboneObjective(Objective):
         return self.forward.backbone(images, index, training=True, frozen_statistics=self.frozen)
 
     def _train_on(self, part: StepBatch, mixed: Mixed | None, last_pass: LastPass) -> Sums:
-        """Run a slice forward and backward; `mixed` holds the slice's mixtures, if any."""
+        """Run a slice forward and backward. `mixed` contains the slice's mixtures, if any."""
         sides = self.forward.model.resolutions
         sums: Sums = {"loss": torch.zeros((), device=part.labels_N.device)}
         losses: list[Tensor] = []
@@ -369,11 +373,11 @@ class BackboneObjective(Objective):
                 losses.append(loss)
             else:
                 sums["loss"] += _backward(loss, part, last_pass if index == order[-1] else nullcontext)
-            if len(indices) == len(sides) or index in (0, len(sides) - 1):  # the others miss some steps
+            if len(indices) == len(sides) or index in (0, len(sides) - 1):  # the others skip some steps
                 sums[f"accuracy_{sides[index]}"] = _correct(logits_NK, part.labels_N)
         if self.together:
             sums["loss"] += _backward(torch.stack(losses).sum(), part, last_pass)
-        if teacher_NK is not None and teacher_NK.requires_grad:  # reaches the ensemble's scores only
+        if teacher_NK is not None and teacher_NK.requires_grad:  # this gradient reaches only the ensemble's scores
             sums["loss"] += _backward(self._cross_entropy(teacher_NK, part, mixed), part)
         return sums
 
@@ -382,11 +386,12 @@ class BackboneObjective(Objective):
         return summed_cross_entropy(logits_NK, targets, self.stage.label_smoothing)
 
     def _students(self, images: Mapping[int, Tensor], indices: Sequence[int]) -> dict[int, Tensor]:
-        """Returns logits (N, K) at the resolutions `indices`, largest first, before the first backward pass.
+        """Return logits (N, K) at the resolutions `indices`, largest first, before the first backward pass.
 
-        Together, all keep their activations. Apart, the largest resolution does, and goes backward first. The others
-        compute theirs again in the backward pass, when the largest's are gone; batch norm does not count that pass. So
-        peak memory is that of the largest alone, at the price of one more forward pass of the smaller ones.
+        With `together`, all resolutions keep their activations. Otherwise only the largest resolution keeps them, and
+        its backward pass runs first. The others recompute theirs in their backward pass, after the largest's are freed;
+        batch norm does not count that second pass. So the memory peak is that of the largest resolution alone, at the
+        cost of one more forward pass of the smaller ones.
         """
         backbone = self.forward.model.backbone
         if self.together:
@@ -410,9 +415,9 @@ class BackboneObjective(Objective):
 class RoutedObjective(Objective):
     """The predictor's straight-through choices among the backbone's logits: L = L_ce + eta * L_reg.
 
-    The backbone runs forward and backward slice by slice, and the gradient of the choices is collected. The predictor,
-    which is small, runs on the rank's whole batch, and backward once. So neither E[F] nor batch norm in the predictor
-    depends on how the batch is sliced.
+    The backbone runs forward and backward slice by slice, while the gradient of the choices is collected. The predictor
+    is small, so it runs forward and backward once on the rank's whole batch. So neither E[F] nor the predictor's batch
+    norm depends on how the batch is sliced.
     """
 
     def __init__(self, forward: Forward, stage: RoutedStage, costs_R: Tensor):
@@ -421,12 +426,12 @@ class RoutedObjective(Objective):
 
     @abstractmethod
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
-        """Returns the backbone's logits (N, R, K) for a slice and the indices that its images chose."""
+        """Return the backbone's logits (N, R, K) for a slice whose images chose the resolutions `chosen_N`."""
 
     def __call__(self, batch: StepBatch, last_pass: LastPass = nullcontext) -> Sums:
         tau, alpha = temperature(self.stage, batch.epoch), cost_target(self.stage, batch.epoch)
         choice_NR = straight_through_choice(self.forward.predictor(batch.images), batch.gumbel_NR, tau)
-        # The graph is cut here; the predictor runs backward once, at the end.
+        # Detach the choices here, so that the predictor's backward pass runs once, at the end.
         cut_NR = choice_NR.detach().requires_grad_()
         sums: Sums = {}
         for rows, ending in batch.passes(last_pass):
@@ -446,14 +451,14 @@ class RoutedObjective(Objective):
 
 
 class PredictorObjective(RoutedObjective):
-    """Trains the predictor alone, on a frozen backbone (inference mode of batch norm, no gradient) or stored logits."""
+    """Train only the predictor, on a frozen backbone (batch norm in inference mode, no gradient) or stored logits."""
 
     def logits(self, part: StepBatch, chosen_N: Tensor) -> Tensor:
         return self.forward.known_logits(part)
 
 
 class CorrectnessObjective(Objective):
-    """The predictor learns how probably each resolution is right, on a frozen backbone.
+    """Train the predictor to estimate how probably each resolution is correct, on a frozen backbone.
 
     L = sum_j BCE(sigmoid(z_j), p_j), with p_j the probability that the backbone gives the true class at resolution j.
     """
@@ -474,16 +479,16 @@ class CorrectnessObjective(Objective):
 
 
 class JointObjective(RoutedObjective):
-    """Trains predictor and backbone together.
+    """Train predictor and backbone together.
 
-    With hard choices the backbone's gradient flows through the chosen resolution only, and the gradient of the choice
-    needs only the values at the others. So each image trains at its chosen resolution, in that resolution's sub-batch,
-    and is evaluated at the others without gradient and without an update of batch norm statistics.
+    With hard choices, the backbone's gradient flows only through the chosen resolution, and the gradient of the choice
+    needs only the values at the others. So each image trains at its chosen resolution, in a sub-batch with the other
+    images that chose it. At the other resolutions it runs without gradient and without updating batch norm statistics.
 
-    The images that choose a resolution are not representative. Their statistics make the resolution worse for all other
-    images, and the predictor learns to avoid it. So running statistics normalize the sub-batch too: they stay as they
-    are (`frozen`), or are first updated from the whole batch (`all`). `routed` uses and collects the sub-batch's own
-    statistics, as the paper does.
+    The images that choose a resolution are not representative. Their statistics would make the resolution worse for all
+    other images, and the predictor would learn to avoid it. So by default running statistics normalize the sub-batch
+    too. They are not updated (`frozen`), or are first updated from the whole batch (`all`). `routed` uses and updates
+    the sub-batch's own statistics, as the paper does.
     """
 
     def __init__(self, forward: Forward, stage: JointStage, costs_R: Tensor):
@@ -495,15 +500,15 @@ class JointObjective(RoutedObjective):
         return torch.stack([self._logits_at(index, part, chosen_N == index) for index in indices], dim=1)
 
     def _logits_at(self, index: int, part: StepBatch, chosen_N: Tensor) -> Tensor:
-        """Returns logits (N, K) at one resolution, with gradient for the images that chose it only."""
+        """Return logits (N, K) at one resolution, with gradient only for the images that chose it."""
         side = self.forward.model.resolutions[index]
         images = part.images[side]
-        if self.norm_statistics == "all":  # first, because the backward pass reads the statistics again
+        if self.norm_statistics == "all":  # this must come first, because the backward pass reads the statistics again
             with torch.no_grad():
                 self.forward.backbone({side: images}, index, training=True)
         trained, valued = chosen_N.nonzero().squeeze(1), (~chosen_N).nonzero().squeeze(1)
         logits = []
-        if len(valued):  # before the pass that may update the running statistics
+        if len(valued):  # this must come before the pass that may update the running statistics
             with torch.no_grad():
                 logits.append(self.forward.backbone({side: images[valued]}, index, training=False))
         frozen = self.norm_statistics != "routed"
@@ -514,7 +519,7 @@ class JointObjective(RoutedObjective):
 
 
 def _backward(loss: Tensor, part: StepBatch, last_pass: LastPass = nullcontext) -> Tensor:
-    """Add the gradient of a slice's summed loss, divided by the global batch's size; returns the sum."""
+    """Add the gradient of a slice's summed loss, divided by the size of the global batch. Return the summed loss."""
     with last_pass():
         (loss / part.global_size).backward()
     return loss.detach()

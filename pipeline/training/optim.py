@@ -1,4 +1,4 @@
-"""Optimizer, schedules as pure functions of progress, and the moving average of the weights."""
+"""The optimizer, schedules as pure functions of progress, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ ONE_CYCLE_END = ONE_CYCLE_START / 10_000
 
 
 def learning_rate(stage: Stage, epoch: float) -> float:
-    """Returns the stage's learning rate after `epoch` epochs; a fraction counts the steps within an epoch.
+    """Return the stage's learning rate after `epoch` epochs; a fraction counts the steps within an epoch.
 
-    Linear warm-up from 0, then either steps (times gamma every step_epochs, counted from the stage's start, as in
-    the paper) or a half cosine from the end of the warm-up to zero at the end of the stage. One cycle is a half cosine
-    up during the warm-up and one down after it, between fixed fractions of the peak; the momentum is constant.
+    The rate rises linearly from 0 during the warm-up. Then it follows steps (multiplied by gamma every step_epochs,
+    counted from the stage's start, as in the paper), or a half cosine from the end of the warm-up to zero at the end of
+    the stage. The one-cycle schedule is a half cosine up during the warm-up and another one down after it, between
+    fixed fractions of the peak; the momentum is constant.
     """
     if stage.schedule == "one_cycle":
         return stage.lr * _one_cycle(epoch, stage.warmup_epochs, stage.epochs)
@@ -37,40 +38,40 @@ def learning_rate(stage: Stage, epoch: float) -> float:
 
 
 def temperature(stage: RoutedStage, epoch: float) -> float:
-    """Returns the stage's tau after `epoch` epochs."""
+    """Return the stage's tau after `epoch` epochs."""
     return _annealed(stage.tau_start, stage.tau, stage, epoch)
 
 
 def cost_target(stage: RoutedStage, epoch: float) -> float:
-    """Returns the stage's alpha after `epoch` epochs, in the run's unit of cost."""
+    """Return the stage's alpha after `epoch` epochs, in the run's unit of cost."""
     return _annealed(stage.alpha_start, stage.alpha, stage, epoch)
 
 
 def _annealed(start: float | None, end: float, stage: RoutedStage, epoch: float) -> float:
-    """Returns a value that moves linearly from `start` to `end` in anneal_epochs, and is `end` from then on."""
+    """Return a value that moves linearly from `start` to `end` during anneal_epochs, and then stays at `end`."""
     if start is None:
         return end
     return end + (start - end) * max(0.0, 1 - epoch / (stage.anneal_epochs or stage.epochs))
 
 
 def _one_cycle(epoch: float, rise_epochs: float, epochs: float) -> float:
-    """Returns the rate as a fraction of the peak."""
+    """Return the learning rate as a fraction of the peak."""
     if epoch < rise_epochs:
         return _half_cosine(ONE_CYCLE_START, 1.0, epoch / rise_epochs)
     return _half_cosine(1.0, ONE_CYCLE_END, (epoch - rise_epochs) / (epochs - rise_epochs))
 
 
 def _half_cosine(start: float, end: float, done: float) -> float:
-    """Returns `start` at done = 0, `end` at done = 1, and a half cosine in between."""
+    """Return `start` at done = 0, `end` at done = 1, and a half cosine in between."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class MovingAverage(AveragedModel):
-    """A copy of `model` that `update_parameters(model)` moves: average = decay * average + (1 - decay) * model.
+    """A copy of `model` that `update_parameters(model)` updates: average = decay * average + (1 - decay) * model.
 
-    The first update copies the model. Running statistics of batch norm are averaged as the weights are: they describe
-    the activations of the weights that they were measured with, so averages of both over the same steps fit together,
-    and the latest statistics would not fit averaged weights. Where no image chooses a resolution, its statistics stay
+    The first update copies the model. Running statistics of batch norm are averaged like the weights. They describe the
+    activations of the weights that they were measured with, so averages of both over the same steps match, while the
+    latest statistics would not match averaged weights. If no image chooses a resolution, its statistics stay constant
     and their average approaches them.
     """
 
@@ -86,20 +87,20 @@ def _update(decay: float) -> Callable[[PARAM_LIST, PARAM_LIST, Tensor | int], No
     def update(averaged: PARAM_LIST, current: PARAM_LIST, num_averaged: Tensor | int) -> None:
         if averaged[0].is_floating_point():
             average(averaged, current, num_averaged)
-        else:  # counts of batches and flags have no mean
+        else:  # a mean of flags or batch counters makes no sense
             torch._foreach_copy_(averaged, current)
 
     return update
 
 
 def build_optimizer(model: DRNet, stage: Stage, own: nn.Module | None = None) -> torch.optim.Optimizer:
-    """Build the stage's optimizer over the parameters that it trains; a group's `lr_scale` multiplies the schedule.
+    """Build the stage's optimizer over the parameters that it trains. A group's `lr_scale` multiplies the schedule.
 
     Args:
-        own: the objective's own parameters. They have no weight decay, which would pull ensemble weights together.
+        own: the objective's own parameters. They get no weight decay, which would make ensemble weights more equal.
 
     Raises:
-        ValueError: the stage has a layer_decay, and the layers of the backbone are in no groups.
+        ValueError: the stage has a layer_decay, but timm does not define layer groups for the backbone.
     """
     predictor_scale = stage.predictor_lr_scale if isinstance(stage, JointStage) else 1.0
     groups = [
@@ -123,10 +124,10 @@ def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Paramete
 
 
 def completion_order(model: DRNet, own: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Returns the trained parameters as GradientReducer takes them: early ones in a backward pass's order, and late.
+    """Return the trained parameters as GradientReducer's `early` (in the order of a backward pass) and `late`.
 
-    Late are those that the last backward pass may not reach: the private batch norms, because no image may choose their
-    resolution, and the objective's own parameters.
+    Late parameters are those that the last backward pass may not reach: private batch norms, because no image may
+    choose their resolution, and the objective's own parameters.
     """
     late = {p: None for part in (*resolution_norms(model.backbone), own) for p in part.parameters() if p.requires_grad}
     forward = [*model.predictor.parameters(), *model.backbone.parameters()]
@@ -134,10 +135,10 @@ def completion_order(model: DRNet, own: nn.Module) -> tuple[list[nn.Parameter], 
 
 
 def backbone_scales(backbone: ResolutionBackbone, stage: Stage) -> dict[nn.Parameter, float]:
-    """Returns the learning rate of each of the backbone's parameters as a multiple of the schedule's.
+    """Return the factor by which the schedule's learning rate is multiplied for each of the backbone's parameters.
 
-    It is layer_decay ** d for a layer with d groups of layers between it and the output, as in BEiT (Bao et al., ICLR
-    2022), times head_lr_scale for the classifier.
+    It is layer_decay ** d for a layer with d layer groups between it and the output, as in BEiT (Bao et al., ICLR
+    2022), and also multiplied by head_lr_scale for the classifier.
     """
     scales = dict.fromkeys(backbone.parameters(), 1.0)
     if not isinstance(stage, LayerRates):
@@ -150,10 +151,10 @@ def backbone_scales(backbone: ResolutionBackbone, stage: Stage) -> dict[nn.Param
 
 
 def _groups(scales: Mapping[nn.Parameter, float], stage: Stage) -> Iterator[tuple[float, float, list[nn.Parameter]]]:
-    """Yield the parameters that are trained by (lr_scale, weight decay), both of the group."""
+    """Yield the trained parameters in groups, each with its lr_scale and weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, scale in scales.items():
-        # Weights of convolutions and classifiers have two dimensions or more; batch norm and biases have one.
+        # Weights of convolutions and classifiers have at least two dimensions; batch norm and biases have one.
         decay = stage.weight_decay if stage.decay_norm_and_bias or parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
             groups.setdefault((scale, decay), []).append(parameter)

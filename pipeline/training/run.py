@@ -29,7 +29,8 @@ from pipeline.training.checkpoint import OtherRunError, TrainingState
 
 @dataclass(frozen=True)
 class Progress:
-    """The position of a run. `epoch` counts within the stage; `data_epoch` over all stages, and seeds random draws."""
+    """The position of a run. `epoch` counts within the stage. `data_epoch` counts over all stages, and seeds random
+    draws."""
 
     stage: str
     epoch: int
@@ -40,19 +41,19 @@ class Progress:
 
     @property
     def epochs_done(self) -> float:
-        """Epochs of the stage that are done; a fraction counts the steps within an epoch."""
+        """The finished epochs of the stage. A fraction counts the steps within an epoch."""
         return self.epoch + self.step / self.steps
 
 
 AFTER_BACKBONE, BEFORE_JOINT = "backbone", "before-joint"
-"""The moments of a run at which the model is kept."""
+"""The points of a run at which the model is kept."""
 
 
 class Reporter(Protocol):
-    """Receives the loop's progress. Every rank calls it; most of it matters on rank 0 only."""
+    """Receives the progress of the training loop. Every rank calls it; most calls have an effect on rank 0 only."""
 
     def step(self, progress: Progress, loss: Tensor) -> None:
-        """Report a finished step; `loss` is the mean over the global batch, still on the device."""
+        """Report a finished step. `loss` is the mean over the global batch, still on the device."""
         ...
 
     def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
@@ -60,11 +61,11 @@ class Reporter(Protocol):
         ...
 
     def message(self, text: str) -> None:
-        """Report a line of text to the user."""
+        """Show a line of text to the user."""
         ...
 
     def keep(self, name: str, model: DRNet) -> None:
-        """Keep the model as it is now.
+        """Keep a copy of the model's current state.
 
         Args:
             name: AFTER_BACKBONE or BEFORE_JOINT.
@@ -72,24 +73,24 @@ class Reporter(Protocol):
         ...
 
     def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        """Save the state. It changes as training continues: use `state.copy()` beyond this call.
+        """Save the state. Training changes it afterwards, so use `state.copy()` to keep it beyond this call.
 
         Args:
-            values: the epoch's values at its end; empty within an epoch.
+            values: measured values at the end of an epoch; empty within an epoch.
         """
         ...
 
 
 def costs_of_run(model: DRNet, config: Config, file: Path, *, resumed: bool) -> Costs:
-    """Measure the costs: GFLOPs and, where the run's cost is milliseconds, those too. Every rank must call it.
+    """Count GFLOPs and, if the run's costs are in milliseconds, measure those too. Every rank must call this.
 
     Rank 0 measures milliseconds once and stores them in `file`.
 
     Args:
-        resumed: the run resumes, so `file` must exist.
+        resumed: whether the run resumes; then `file` must exist.
 
     Raises:
-        OtherRunError: `file` is missing, and new measurements would differ; on all ranks.
+        OtherRunError: on all ranks, if `file` is missing and new measurements would differ.
     """
     costs = measure_costs(model)
     if config.cost == "flops":
@@ -102,19 +103,19 @@ def costs_of_run(model: DRNet, config: Config, file: Path, *, resumed: bool) -> 
 
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
-"""How Linux names CPUs that multiply bfloat16 natively: Intel's, AMD's and Arm's."""
+"""The CPU flags by which Linux reports native bfloat16 multiplication on Intel, AMD and Arm CPUs."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The precision of a run's forward passes, and why it has this one."""
+    """The precision of a run's forward passes, and the reason for it."""
 
     name: str
     reason: str
 
 
 def native_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> tuple[bool, str]:
-    """Returns whether a device computes bfloat16 natively, and a clause that says why."""
+    """Return whether a device computes bfloat16 natively, and a clause that gives the reason."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return native, f"the GPU {torch.cuda.get_device_name(device)} {'has' if native else 'lacks'} bfloat16"
@@ -125,7 +126,7 @@ def native_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> tuple[bool
 
 
 def has_depthwise_convolutions(config: ModelConfig) -> bool:
-    """Returns whether each channel of some convolution of the backbone has a filter of its own."""
+    """Return whether the backbone has a depthwise convolution, in which each channel has its own filter."""
     with torch.device("meta"):
         network = build_backbone(config.backbone, 2, 1, width=config.backbone_width)
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
@@ -133,7 +134,7 @@ def has_depthwise_convolutions(config: ModelConfig) -> bool:
 
 
 def choose_precision(found: Sequence[tuple[bool, str]]) -> Precision:
-    """Returns bfloat16 where every worker's device has it, from the workers' `native_bfloat16`."""
+    """Return bfloat16 if every worker's device supports it natively, given each worker's `native_bfloat16`."""
     lacking = [reason for native, reason in found if not native]
     return Precision("float32", lacking[0]) if lacking else Precision("bfloat16", found[0][1])
 
@@ -141,12 +142,12 @@ def choose_precision(found: Sequence[tuple[bool, str]]) -> Precision:
 def precision_of_run(
     config: Config, device: torch.device, file: Path, *, keep: bool = True, cpuinfo: Path = CPUINFO
 ) -> Precision:
-    """Return the precision that training.precision stands for. Every rank must call it, and gets the same.
+    """Return the precision that training.precision means in this run. Every rank must call this, and gets the same.
 
     Args:
-        file: where rank 0 keeps the first choice, so that the run resumes with it on other machines too.
+        file: where rank 0 stores the first choice, so that the run resumes with it on other machines too.
         keep: False only reads the file.
-        cpuinfo: Linux's list of what the CPU can do.
+        cpuinfo: Linux's list of CPU features.
     """
     if config.training.precision != "auto":
         return Precision(config.training.precision, "it is configured")
@@ -163,22 +164,22 @@ def precision_of_run(
 
 
 def with_precision(config: Config, precision: Precision) -> Config:
-    """Return the configuration with the precision in place of auto."""
+    """Return the configuration with auto replaced by the chosen precision."""
     return config.model_copy(update={"training": config.training.model_copy(update={"precision": precision.name})})
 
 
 def refuse_unreachable(config: Config, costs: Costs) -> None:
-    """Raise ConfigError, on every rank, where a stage's alpha cannot be reached with the run's costs."""
+    """Raise ConfigError, on every rank, if a stage's alpha cannot be reached with the run's costs."""
     problems = alpha_problems(config, costs)
     if problems:
         raise ConfigError(problems, f"the run {config.name}")
 
 
 def alpha_problems(config: Config, costs: Costs) -> list[str]:
-    """Returns a problem for each stage whose alpha the candidates cannot reach or never exceed.
+    """Return a problem for each stage whose alpha is below all resolutions' costs or above all of them.
 
-    Alpha is a target of the backbone's mean cost, without the predictor. Milliseconds can be checked only with measured
-    costs.
+    Alpha is a target for the backbone's mean cost, without the predictor. In milliseconds it can be checked only with
+    measured costs.
     """
     low, high = min(costs.backbone), max(costs.backbone)
     key, unit = f"alpha_{costs.unit}", "GFLOPs" if costs.latency is None else f"ms ({costs.latency})"
@@ -225,13 +226,13 @@ SET_UP, TABLE, COMPILE, DATA_WAIT, STEP, EVALUATE, CHECKPOINT = PHASES = (
 
 
 class Goodput:
-    """A clock that is in exactly one phase at any time, so the phases' seconds add up to the total.
+    """A clock that is always in exactly one phase, so that the phases' seconds add up to the total.
 
-    It measures this process: a GPU may still work on an earlier phase. What a stage's first step compiles, allocates or
-    tunes counts as `compile`, with or without torch.compile. The clock starts in `set_up`.
+    It measures this process; a GPU may still be busy with an earlier phase. Everything that a stage's first step
+    compiles, allocates or tunes counts as `compile`, with or without torch.compile. The clock starts in `set_up`.
 
     Args:
-        now: seconds since some moment.
+        now: returns seconds since an arbitrary time.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -240,7 +241,7 @@ class Goodput:
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """Seconds in each phase until now."""
+        """The seconds spent in each phase so far."""
         self.enter(self._phase)
         return MappingProxyType(dict(self._seconds))
 
@@ -253,7 +254,7 @@ class Goodput:
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
-        """Switch to `phase` for the body, then back."""
+        """Switch to `phase` for the `with` block, then back."""
         before = self._phase
         self.enter(phase)
         try:
@@ -262,7 +263,7 @@ class Goodput:
             self.enter(before)
 
     def metrics(self) -> dict[str, float]:
-        """Returns `goodput_PHASE_seconds`, and `goodput_PHASE_share` of the total, a fraction of 1."""
+        """Return `goodput_PHASE_seconds`, and `goodput_PHASE_share` of the total, as a fraction of 1."""
         seconds = self.seconds
         total = sum(seconds.values()) or 1.0
         return {f"goodput_{phase}_seconds": value for phase, value in seconds.items()} | {
@@ -271,25 +272,33 @@ class Goodput:
 
 
 class Epoch(Protocol):
-    """One pass over a loader's batches; it may be closed in the middle."""
+    """One pass over a loader's batches. It may be closed before its end."""
 
     def __iter__(self) -> Iterator: ...
 
     def __next__(self) -> Any: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the pass, and free its memory."""
+        ...
 
 
 class Batches(Protocol):
-    """The loader's interface for the loop; datasets.loading.loader.MultiResolutionLoader implements it."""
+    """The interface of a loader that the loop uses, implemented by datasets.loading.loader.MultiResolutionLoader."""
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """The number of samples."""
+        ...
 
     @property
-    def num_batches(self) -> int: ...
+    def num_batches(self) -> int:
+        """The number of steps of an epoch, the same on every rank."""
+        ...
 
-    def global_size(self, step: int) -> int: ...
+    def global_size(self, step: int) -> int:
+        """Return the number of images of batch `step` over all ranks."""
+        ...
 
     def epoch(
         self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None

@@ -252,7 +252,7 @@ def test_weights_of_another_network_are_refused_with_every_kind_of_misfit(tmp_pa
     [
         ("resnet18", "IMAGENET1K_V7", "IMAGENET1K_V1"),
         ("resnet18", "ResNet50_Weights.IMAGENET1K_V2", "ResNet18|IMAGENET1K_V1"),
-        ("resnet18", "missing.pt", "is not a file, and not one of"),
+        ("resnet18", "missing.pt", "is neither a file nor one of"),
         ("small_resnet", "IMAGENET1K_V1", "no published weights"),
     ],
 )

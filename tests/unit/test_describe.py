@@ -282,7 +282,7 @@ def test_the_share_of_images_that_a_resolution_enlarges(tmp_path: Path, monkeypa
     samples = [Sample(jpeg(*size), *size, 0) for size in sizes]
     write_beton(tmp_path / "data" / "validation.beton", samples, len(samples))
     run_job(tmp_path, monkeypatch)
-    assert "smaller and so enlarged: 60.0 % at 64 px, 20.0 % at 32 px" in capsys.readouterr().out
+    assert "enlarged because they are smaller: 60.0 % at 64 px, 20.0 % at 32 px" in capsys.readouterr().out
 
 
 def test_the_job_prints_one_json_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

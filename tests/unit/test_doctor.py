@@ -150,7 +150,7 @@ def test_a_full_disk_is_reported_before_a_download(manifest: Manifest) -> None:
     full = node("a", data_digest=None, data_free_bytes=10)
     held = node("b", data_digest=manifest.digest, data_free_bytes=10)
     [problem] = staging_problems(config, manifest, [full, held])
-    assert "data.folder /local on a has 0.0 GB free" in problem
+    assert "data.folder /local on a has 0.0 MB free" in problem
     assert list(staging_problems(config_of(), manifest, [full])) == [], "nothing is downloaded"
 
 
@@ -159,7 +159,7 @@ def test_a_storage_without_space_for_checkpoints_is_reported(tmp_path: Path, mon
     assert list(space_problems(config)) == []
     monkeypatch.setattr("pipeline.cluster.doctor.free_bytes", lambda _: 1000)
     [problem] = space_problems(config)
-    assert problem.startswith("cluster.storage has 0.0 GB free; 3 checkpoints")
+    assert problem.startswith("cluster.storage has 0.0 MB free; 3 checkpoints")
 
 
 def test_notes_on_memory_and_threads(manifest: Manifest) -> None:

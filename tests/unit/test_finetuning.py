@@ -65,7 +65,7 @@ def test_the_normalization_is_that_of_the_weights_the_data_or_the_configuration(
 
 @pytest.mark.parametrize("weights", [None, __file__])
 def test_weights_without_a_normalization_are_refused_where_it_is_asked_for(weights: str | None) -> None:
-    with pytest.raises(ValueError, match=r"normalization is weights, but .* Give data, or both as \[mean, std\]"):
+    with pytest.raises(ValueError, match=r"normalization is weights, but .* or both values as \[mean, std\]"):
         normalization(ModelConfig(backbone="resnet18", weights=weights, normalization="weights"))
 
 

@@ -251,7 +251,7 @@ def test_a_second_preparation_of_a_folder_is_refused(tmp_path, source):
 def test_too_little_space_is_an_error_before_writing(tmp_path, source, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match=r"0\.0 GB free, but about .* GB are needed"):
+    with pytest.raises(OSError, match=r"0\.0 MB free, but about .* are needed"):
         prepared(tmp_path / "out", source)
     assert list((tmp_path / "out").iterdir()) == []
 

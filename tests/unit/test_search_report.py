@@ -193,7 +193,7 @@ def test_no_predictor_is_a_candidate_and_the_first_sentence_says_whether_one_pay
     """With honest confidence a cascade is perfect. With equal confidence it is no better than a static network."""
     honest = report_of(records(), chosen=None, finetuned=[], calibration=cascades(0.3))
     assert honest["predictor"]["pays_from"] is None
-    assert verdict(honest).startswith("A predictor does not pay here: at no cost is a policy with one proven more")
+    assert verdict(honest).startswith("A predictor does not pay here: at no cost is a policy with a predictor proven")
     assert {row["label"].split()[0] for row in honest["policies"]} <= {"static", "cascade"}
     costs = [row["mean_gflops"] for row in honest["policies"]]
     assert costs == sorted(costs)

@@ -213,7 +213,7 @@ def test_leftovers_count_as_space_without_their_holes(images, undisturbed, kille
     assert left < needed < sum(path.stat().st_size for path in (killed / ".partial").iterdir())
     usage = shutil.disk_usage(killed)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - left - 1))
-    with pytest.raises(OSError, match="GB free"):
+    with pytest.raises(OSError, match="MB free"):
         prepared(killed, images, Counted())
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - left))
     assert prepared(killed, images, Counted()).num_adopted == 3 * 64

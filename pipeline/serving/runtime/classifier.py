@@ -1,4 +1,4 @@
-"""Classifies image files: decodes them on threads and runs them in batches that calls share."""
+"""Classify image files: decode them on threads, and run them in batches that concurrent calls share."""
 
 from __future__ import annotations
 
@@ -24,37 +24,38 @@ _Item = tuple[float, Tensor, Future[Tensor]]
 
 
 class Row(Protocol):
-    """A row of logits that may not be there yet."""
+    """A row of logits that may still be computed."""
 
     def result(self) -> Tensor:
-        """Wait for the row; raises what the program raised."""
+        """Wait for the row and return it. Raise the program's exception if it failed."""
         ...
 
 
 class Programs(Protocol):
-    """Where programs run: on a thread of this process, or elsewhere."""
+    """The interface that runs programs, on a thread of this process or elsewhere."""
 
     def submit(self, program: int, images: Sequence[Tensor]) -> Sequence[Row]:
-        """Run a program on images of one shape; returns a row for each."""
+        """Run a program on images of one shape and return a row, which may still be computed, for each image."""
         ...
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         ...
 
 
 class ProgramQueue:
-    """One thread that runs programs on the images of all calls; each program has its own queue of images.
+    """One thread that runs programs on the images of all calls. Each program has its own queue of images.
 
-    It runs whatever is there instead of waiting for more, so a lone image is answered at once. While a program runs,
-    images of other calls gather. The fullest batch runs next, unless an image has waited for `patience_seconds`.
+    The thread never waits for more images, so a single image is answered immediately. Images of other calls collect
+    while a program runs. The fullest batch runs next, unless an image has waited for `patience_seconds`.
 
     Args:
-        programs: (n, ...) -> (n, ...), row by row, for any n >= 1. The first has priority: it is the predictor, whose
-            answers fill the other batches.
-        batch_sizes: the most images that each program runs at once.
-        patience_seconds: how long an image may wait for fuller batches to run first.
-        ran: called after each batch with the program's index, the batch's size, and how many images wait for it.
+        programs: functions (n, ...) -> (n, ...) that treat each row independently, for any n >= 1. The first has
+            priority: it is the predictor, whose answers fill the other batches.
+        batch_sizes: largest batch of each program, in images.
+        patience_seconds: how long an image may wait while fuller batches run first.
+        ran: called after each batch with the program's index, the batch size, and the number of images that wait for
+            it.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class ProgramQueue:
         self._thread.start()
 
     def submit(self, program: int, images: Sequence[Tensor]) -> list[Future[Tensor]]:
-        """Queue images of one shape for `programs[program]`; returns a future row for each.
+        """Queue images of one shape for `programs[program]`, and return a future row for each image.
 
         Raises:
             RuntimeError: the queue is closed.
@@ -88,7 +89,7 @@ class ProgramQueue:
         return futures
 
     def close(self) -> None:
-        """Run what is queued and end the thread."""
+        """Run the queued images, then stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -99,7 +100,7 @@ class ProgramQueue:
             program, images, futures = batch
             try:
                 rows = self._programs[program](torch.stack(images))
-            except Exception as error:  # any error belongs to the callers
+            except Exception as error:  # the callers get any error
                 for future in futures:
                     future.set_exception(error)
             else:
@@ -109,7 +110,7 @@ class ProgramQueue:
                 self._ran(program, len(images), len(self._waiting[program]))
 
     def _next_batch(self) -> tuple[int, list[Tensor], list[Future[Tensor]]] | None:
-        """Wait for a batch; returns None when the queue is closed and empty."""
+        """Wait for a batch. Return None when the queue is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or any(self._waiting))
             heads = {k: (len(items), items[0][0]) for k, items in enumerate(self._waiting) if items}
@@ -122,10 +123,13 @@ class ProgramQueue:
 
 
 def next_program(heads: Mapping[int, tuple[int, float]], late: float) -> int:
-    """Returns the program to run next: the one with the oldest image from before `late`, else 0, else the fullest.
+    """Return the program to run next.
+
+    This is the program with the oldest image, if that arrived before `late`. Otherwise it is program 0 if it has
+    images, or the program with the most images.
 
     Args:
-        heads: for each program with waiting images, their number and when the oldest arrived.
+        heads: for each program with waiting images, their number and when the oldest arrived, in seconds.
         late: a time on the same clock.
     """
     waited_long = [(since, program) for program, (_, since) in heads.items() if since <= late]
@@ -139,30 +143,34 @@ PATIENCE_SECONDS = 0.05
 
 
 def program_queue(network: RoutedNetwork, ran: Callable[[int, int, int], None] | None = None) -> ProgramQueue:
-    """Returns a queue of all programs of a network, the predictor first if it is routed; for `ran` see ProgramQueue."""
+    """Return a queue for all programs of a network, with the predictor first if it is routed.
+
+    Args:
+        ran: as in `ProgramQueue`.
+    """
     programs = [partial(network.logits, index) for index in range(len(network.resolutions))]
     sides = list(network.resolutions)
     if network.is_routed:
         programs, sides = [network.predictor_logits, *programs], [network.predictor_size, *sides]
-    # No larger than what runs at once anyway, so that the first results return while the others run.
+    # Larger batches would run in several parts anyway; this way the first results return while the others run.
     batch_sizes = [images_at_once(side, network.device) for side in sides]
     return ProgramQueue(programs, batch_sizes, PATIENCE_SECONDS, ran)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one image: everything but `error`, or only `error` and no cost."""
+    """The answer for one image. Either everything but `error` is set, or only `error` is, and the cost is 0."""
 
     class_index: int | None = None
     label: str | None = None
     probability: float | None = None
     """The probability of the class, 0 to 1."""
     resolution: int | None = None
-    """The resolution whose answer this is, pixels."""
+    """The resolution whose answer counts, in pixels."""
     resolutions: str | None = None
-    """All resolutions that ran, in order: "32,48"."""
+    """All resolutions that ran, in order, such as "32,48"."""
     gflops: float = 0.0
-    """Multiply-adds / 1e9 of all of them, with the predictor where it ran."""
+    """Multiply-adds / 1e9 at all resolutions that ran, including the predictor if it ran."""
     error: str | None = None
 
 
@@ -181,12 +189,12 @@ class _Image:
 
 
 class Classifier:
-    """Runs a network on the images of any number of concurrent calls, from any thread.
+    """Run a network on the images of any number of concurrent calls, from any thread.
 
     Args:
-        network: nothing else may run it at the same time.
-        num_threads: the number of decoding threads; None is one for each CPU of the process.
-        programs: where the network's programs run, the predictor first if it is routed; None is a thread.
+        network: no other code may run it at the same time.
+        num_threads: number of decoding threads; None is one per CPU of the process.
+        programs: runs the network's programs, the predictor first if it is routed; None runs them on one thread.
     """
 
     def __init__(self, network: RoutedNetwork, num_threads: int | None = None, programs: Programs | None = None):
@@ -196,16 +204,17 @@ class Classifier:
         self._decoders = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), "decoder")
 
     def close(self) -> None:
-        """End the threads. No call may be running."""
+        """Stop the threads. No call may be running."""
         self._decoders.shutdown()
         self._queue.close()
 
     def classify(self, images: Sequence[Any], policy: Policy | None = None) -> Iterator[Answer]:
-        """Yield an answer for each image, in order; any number of images needs the memory of 2 * IMAGES_AT_ONCE.
+        """Yield an answer for each image, in order. At most 2 * IMAGES_AT_ONCE images are in memory.
 
         Args:
-            images: each the bytes of an image file, the same as base64 text, or a square crop, uint8 (S, S, 3).
-            policy: None is the one that the model was registered with.
+            images: each is the bytes of an image file, the same bytes as base64 text, or a square crop, uint8 (S, S,
+                3).
+            policy: None is the policy that the model was registered with.
         """
         policy = policy or self.network.default_policy
         running: list[_Image] = []
@@ -217,43 +226,44 @@ class Classifier:
         yield from self._answers(running)
 
     def _begin(self, images: Sequence[Any], policy: Policy) -> list[_Image]:
-        """Decode the images and queue them where the policy sends them; only last passes are left to be waited for."""
+        """Decode images and run them as the policy says. The logits of each image's last resolution may still be
+        computed."""
         network = self.network
         first_side = network.predictor_size if policy.needs_predictor else network.resolutions[policy.members[0]]
         begun = self._on_threads(partial(self._opened, first_side), images)
-        sound = [image for image in begun if image.error is None]
-        if not sound:
+        usable = [image for image in begun if image.error is None]
+        if not usable:
             return begun
         predictor_NR = None
         if policy.needs_predictor:
-            rows = self._queue.submit(0, [_crop(image) for image in sound])
+            rows = self._queue.submit(0, [_crop(image) for image in usable])
             predictor_NR = torch.stack([row.result() for row in rows])
-        now = network.first_resolution(policy, predictor_NR, len(sound)).tolist()
+        now = network.first_resolution(policy, predictor_NR, len(usable)).tolist()
         for index in policy.members:
-            group = [place for place, where in enumerate(now) if where == index and sound[place].error is None]
+            group = [place for place, where in enumerate(now) if where == index and usable[place].error is None]
             if group:
-                following = self._run(policy, index, [sound[place] for place in group])
+                following = self._run(policy, index, [usable[place] for place in group])
                 now = [*now]
                 for place, where in zip(group, following, strict=True):
                     now[place] = where
-        for image in sound:
+        for image in usable:
             image.gflops = network.cost(policy, image.ran)
             image.picture = image.crop = None
         return begun
 
     def _run(self, policy: Policy, index: int, images: Sequence[_Image]) -> list[int]:
-        """Queue images at a resolution; returns where each runs next, once that is known."""
+        """Queue images at a resolution, and return where each of them runs next."""
         side = self.network.resolutions[index]
         self._on_threads(partial(self._cropped, side), images)
-        sound = [image for image in images if image.error is None]
-        rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in sound])
-        for image, row in zip(sound, rows, strict=True):
+        usable = [image for image in images if image.error is None]
+        rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in usable])
+        for image, row in zip(usable, rows, strict=True):
             image.logits = row
             image.ran.append(index)
         following = dict.fromkeys(map(id, images), STOP)
-        if can_stop(policy, index) and sound:
+        if can_stop(policy, index) and usable:
             sure_N = confidence(torch.stack([row.result() for row in rows]))
-            following |= dict(zip(map(id, sound), next_resolution(policy, index, sure_N).tolist(), strict=True))
+            following |= dict(zip(map(id, usable), next_resolution(policy, index, sure_N).tolist(), strict=True))
         return [following[id(image)] for image in images]
 
     def _on_threads(self, function: Callable[[Any], _Image], items: Sequence[Any]) -> list[_Image]:
@@ -266,7 +276,7 @@ class Classifier:
             return _Image(error=str(error))
 
     def _cropped(self, side: int, image: _Image) -> _Image:
-        """The image with its crop at `side`, or with the reason why there is none."""
+        """Return the image with its crop at `side`, or with the reason why there is no crop."""
         if image.crop is None or image.crop.shape[0] != side:
             assert image.picture
             try:

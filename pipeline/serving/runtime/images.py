@@ -1,4 +1,4 @@
-"""Turns the bytes of an image file into centered square crops."""
+"""Decode image files into centered square crops."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How an image is turned upright, for each EXIF orientation but 1."""
+"""Maps an EXIF orientation other than 1 to the operation that makes the image upright."""
 
-# Pillow warns about odd metadata, which is no reason to refuse an image, and about sizes, which are checked here.
+# Pillow warns about unusual metadata, which does not make an image unusable, and about sizes, which are checked here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -38,7 +38,7 @@ class BadImageError(ValueError):
 
 
 class _Decoded(NamedTuple):
-    """An image in RGB as it is stored, its centered square (left, top, right, bottom), and its EXIF orientation."""
+    """A decoded RGB image, its centered square (left, top, right, bottom) in pixels, and its EXIF orientation."""
 
     image: Image.Image
     box: tuple[float, float, float, float]
@@ -46,21 +46,21 @@ class _Decoded(NamedTuple):
 
 
 class Picture:
-    """One image, from which centered squares are taken at several sides.
+    """One image, from which centered square crops of several sizes are taken.
 
     libjpeg-turbo can decode a JPEG at 1/2, 1/4 or 1/8 of its size, which skips most of the work. As in the loader, the
-    largest side decides the fraction, so the pixels of a crop do not depend on which crops are taken. The size in the
-    file's header is limited before pixels are allocated: a progressive JPEG keeps all its coefficients in memory at any
-    fraction. Of a file with several frames, the first one counts.
+    largest side decides this scale, so a crop's pixels do not depend on which other crops are taken. The image size in
+    the file's header is checked before pixels are allocated, because a progressive JPEG keeps all its coefficients in
+    memory at any scale. If a file has several frames, the first one is used.
 
     Args:
-        image: the bytes of an image file, the same as base64 text, or a square crop, uint8 (S, S, 3), RGB, which is
-            used whole.
+        image: the bytes of an image file, the same bytes as base64 text, or a square RGB crop, uint8 (S, S, 3), which
+            is used as a whole.
         fraction: side of the centered square, as a fraction of the image's shorter side.
-        largest: the largest side that the network uses, pixels.
+        largest: largest side that the network uses, in pixels.
 
     Raises:
-        BadImageError: the image is something else, or exceeds MAX_BYTES or MAX_PIXELS.
+        BadImageError: the image has another type, or exceeds MAX_BYTES or MAX_PIXELS.
     """
 
     def __init__(self, image: Any, fraction: float, largest: int):
@@ -74,17 +74,17 @@ class Picture:
             self._file = _checked_file(image)
 
     def crop(self, side: int) -> NDArray[np.uint8]:
-        """Returns the centered square, uint8 (side, side, 3), as validation images are cropped.
+        """Return the centered square, uint8 (side, side, 3), cropped in the same way as validation images.
 
         Raises:
-            BadImageError: the file is not an image, truncated or damaged.
+            BadImageError: the file is not an image, is truncated, or is damaged.
         """
         decoded = self._kept or self._decode()
         square = decoded.image.resize((side, side), Image.Resampling.BILINEAR, box=decoded.box)
         return np.array(square.transpose(_TURNS[decoded.orientation]) if decoded.orientation in _TURNS else square)
 
     def _decode(self) -> _Decoded:
-        """Decode the whole image in RGB, at the fraction that suffices, and keep it if it is small."""
+        """Decode the whole image in RGB, at the smallest scale that suffices. Keep the result if it is small."""
         try:
             with Image.open(io.BytesIO(self._file), formats=IMAGE_FORMATS) as image:
                 width, height = image.size
@@ -95,13 +95,13 @@ class Picture:
                     fraction = 1
                 image.load()
                 if fraction == 1:
-                    width, height = image.size  # Pillow has turned a TIFF by now
+                    width, height = image.size  # Pillow has rotated a TIFF while loading it
                 orientation, rgb = _orientation(image), _rgb(image)
         except BadImageError:
             raise
         except Image.UnidentifiedImageError:
             raise BadImageError("not a JPEG, PNG, WebP, BMP or TIFF file") from None
-        except Exception as error:  # a parser fed with arbitrary bytes fails in arbitrary ways
+        except Exception as error:  # a parser of arbitrary bytes can fail in any way
             raise BadImageError(str(error) or type(error).__name__) from None
         extent = self._fraction * min(width, height)
         left, top = (width - extent) / 2, (height - extent) / 2
@@ -112,12 +112,12 @@ class Picture:
 
 
 def dct_fraction(extent: float, largest: int) -> int:
-    """Returns the largest of 8, 4 and 2 by which `extent` pixels can be divided and still be `largest`, else 1."""
+    """Return the largest of 8, 4 and 2 by which `extent` can be divided and stay at least `largest` pixels, or 1."""
     return next((fraction for fraction in DCT_FRACTIONS if extent >= fraction * largest), 1)
 
 
 def _checked_file(image: Any) -> bytes:
-    # MLflow's server turns null into the text None in the forms `instances` and `inputs`.
+    # MLflow's server turns null into the text None in the formats `instances` and `inputs`.
     if (
         image is None
         or (isinstance(image, float) and math.isnan(image))
@@ -139,7 +139,7 @@ def _checked_file(image: Any) -> bytes:
 
 
 def _from_base64(text: str) -> bytes:
-    """Decode base64, with or without line breaks."""
+    """Decode base64 text, which may contain line breaks."""
     if len(text) > 2 * MAX_BYTES:
         raise BadImageError(f"the text has {len(text):,} characters, more than a file of {MAX_BYTES:,} bytes")
     try:
@@ -158,16 +158,16 @@ def _from_crop(crop: NDArray[Any]) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1 if the metadata is damaged."""
+    """Return the EXIF orientation, 1 to 8, or 1 if the metadata is damaged."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if isinstance(value, int) else 1
-    except Exception:  # another parser of arbitrary bytes
+    except Exception:  # a parser of arbitrary bytes can fail in any way
         return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert gray and CMYK to RGB, 16 bits to 8, and compose alpha over white: as preparation does."""
+    """Convert an image to 8-bit RGB as data preparation does: from gray, CMYK or 16 bits, with alpha over white."""
     if image.mode.startswith("I"):
         pixels_HW = np.asarray(image)
         low, high = int(pixels_HW.min()), int(pixels_HW.max())

@@ -1,6 +1,7 @@
-"""Where an image starts and when it stops: the one decision that evaluation, the registered model and the server share.
+"""Policies: at which resolution an image starts, and when it stops. Evaluation, registered models and the server share
+it.
 
-It is stored with each registered model, so it imports nothing of this project.
+This module is stored with each registered model, so it imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -13,25 +14,27 @@ import torch
 from torch import Tensor
 
 STOP = -1
+"""The index that stands for "no further resolution runs"."""
 ALWAYS, NEVER = 0.0, 2.0
-"""thresholds at which every image stops, and at which none does: a confidence is above 0 and at most 1"""
+"""Thresholds at which every image stops, and at which none does: a confidence is above 0 and at most 1."""
 
 
 @dataclass(frozen=True)
 class Policy:
     """A rule that sends each image through one or more of the candidate resolutions.
 
-    An image starts at one of `members`. It stops there when the largest softmax probability reaches the member's
+    An image starts at one of `members`. It stops there if the largest softmax probability reaches the member's
     threshold. Otherwise it runs again at the next member and pays for both. At the last member it always stops.
 
     Attributes:
         members: indices of the resolutions that may run, cheapest first.
-        thresholds: for each member but the last, the confidence at which an image stops.
-        start_bias: None starts at the first member. A number starts at the member that the predictor chooses:
-            argmax_j(logits_j + start_bias * c_j), where c_j is the relative cost of resolution j, 0 to 1.
+        thresholds: for each member except the last, the confidence from which an image stops.
+        start_bias: None starts every image at the first member. A number starts an image at the member that the
+            predictor chooses: argmax_j(logits_j + start_bias * c_j), where c_j in [0, 1] is the relative cost of
+            resolution j.
 
     Raises:
-        ValueError: no member, members that repeat, or a number of thresholds that does not fit.
+        ValueError: there is no member, a member repeats, or the number of thresholds does not match.
     """
 
     members: tuple[int, ...]
@@ -51,7 +54,7 @@ class Policy:
 
     @property
     def kind(self) -> str:
-        """static, predictor, cascade or predictor+cascade."""
+        """The kind of policy: static, predictor, cascade or predictor+cascade."""
         if len(self.members) == 1:
             return "static"
         if self.start_bias is None:
@@ -60,31 +63,37 @@ class Policy:
 
     @property
     def needs_predictor(self) -> bool:
+        """Whether the policy uses the predictor's logits."""
         return self.kind.startswith("predictor")
 
     def to_json(self) -> dict[str, Any]:
-        """The policy as plain values; `Policy(**values)` is the same policy."""
+        """Return the policy as plain values, such that `Policy(**values)` is the same policy."""
         return asdict(self)
 
 
 def static_policy(index: int) -> Policy:
-    """Every image runs once, at resolution `index`."""
+    """Return the policy that runs every image once, at resolution `index`."""
     return Policy((index,))
 
 
 def predictor_policy(cheapest_first: Sequence[int], bias: float = 0.0) -> Policy:
-    """Every image runs once, at the resolution that the predictor chooses."""
+    """Return the policy that runs every image once, at the resolution that the predictor chooses.
+
+    Args:
+        cheapest_first: indices of the resolutions.
+        bias: the policy's `start_bias`.
+    """
     return Policy(tuple(cheapest_first), (ALWAYS,) * (len(cheapest_first) - 1), bias)
 
 
 def first_resolution(
     policy: Policy, predictor_logits_NR: Tensor | None, relative_costs_R: Tensor, num_images: int
 ) -> Tensor:
-    """The index of the resolution at which each image starts, int64 (N,).
+    """Return the index of the resolution at which each image starts, int64 (N,).
 
     Args:
-        predictor_logits_NR: needed where `policy.needs_predictor`.
-        relative_costs_R: 0 for the cheapest resolution to 1 for the most expensive.
+        predictor_logits_NR: the predictor's logits; required if `policy.needs_predictor`.
+        relative_costs_R: cost of each resolution on a scale from 0 (cheapest) to 1 (most expensive).
     """
     if not policy.needs_predictor:
         return torch.full((num_images,), policy.members[0])
@@ -96,10 +105,11 @@ def first_resolution(
 
 
 def next_resolution(policy: Policy, index: int, confidence_N: Tensor) -> Tensor:
-    """Where images that have just run at resolution `index` run next, int64 (N,); STOP where they are done.
+    """Return the index of the resolution at which each image runs next, int64 (N,), or STOP for images that are done.
 
     Args:
-        confidence_N: of the answers at that resolution.
+        index: the resolution at which the images have just run.
+        confidence_N: confidence of the answers at that resolution.
     """
     position = policy.members.index(index)
     if position == len(policy.members) - 1:
@@ -108,11 +118,11 @@ def next_resolution(policy: Policy, index: int, confidence_N: Tensor) -> Tensor:
 
 
 def confidence(logits_NK: Tensor) -> Tensor:
-    """The largest softmax probability, float32 (N,), above 0 and at most 1."""
+    """Return the largest softmax probability of each image, float32 (N,), above 0 and at most 1."""
     return logits_NK.float().softmax(dim=1).amax(dim=1)
 
 
 def can_stop(policy: Policy, index: int) -> bool:
-    """Whether the answer at resolution `index` has to be known before it is clear what runs next."""
+    """Return whether what runs after resolution `index` depends on the answer there."""
     position = policy.members.index(index)
     return position < len(policy.members) - 1 and policy.thresholds[position] > ALWAYS

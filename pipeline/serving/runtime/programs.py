@@ -26,7 +26,7 @@ from .policy import (
 )
 
 WARM_UPS = 2
-"""Passes before a recording, which choose algorithms and allocate their workspaces."""
+"""The number of passes before a CUDA graph is recorded. They choose algorithms and allocate workspaces."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class _Recording:
 
 
 class GraphedProgram:
-    """Runs a program on batches of any size: each is padded to one of few sizes, recorded as a graph at first use.
+    """Run a program with CUDA graphs. Batches of any size are padded to a few sizes; each size is recorded at its first
+    use.
+
+    Recording takes as long as a few passes. All recordings of a program share memory, so they need little more than one
+    pass.
 
     Args:
-        program: uint8 (n, S, S, 3) -> (n, K), row by row, on the device, with the same kernels for the same n.
-
-    A recording takes the time of a few passes. All recordings of a program share memory, so they need little more than
-    one pass.
+        program: a function uint8 (n, S, S, 3) -> (n, K) on the device. It must treat each row independently and use the
+            same kernels whenever n is the same.
     """
 
     def __init__(self, program: Callable[[Tensor], Tensor], device: torch.device):
@@ -52,7 +54,7 @@ class GraphedProgram:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Returns logits (n, K) on the device, without waiting, for images (n, S, S, 3) in pinned memory."""
+        """Return logits (n, K) on the device for images (n, S, S, 3) in pinned memory, without waiting for the GPU."""
         size = filled_size(len(images))
         with torch.cuda.device(self._device):
             if size not in self._recordings:
@@ -60,7 +62,7 @@ class GraphedProgram:
             recording = self._recordings[size]
             recording.images[: len(images)].copy_(images, non_blocking=True)
             recording.graph.replay()
-            # A copy: the next recording that runs writes to the same memory.
+            # Copy the result, because the next recording that runs overwrites this memory.
             return recording.logits[: len(images)].clone()
 
     def _record(self, example: Tensor) -> _Recording:
@@ -78,17 +80,17 @@ class GraphedProgram:
 
 
 def filled_size(count: int) -> int:
-    """Returns the next size with at most 4 significant bits: at most an eighth more than `count`."""
+    """Return the smallest size >= `count` with at most 4 significant bits: at most an eighth larger than `count`."""
     step = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // step) * step
 
 
 FORMAT = 2
-"""The number in meta.json that says what this package offers; jobs.serve needs 2."""
+"""The version of this package's interface, stored in meta.json. jobs.serve needs version 2."""
 META_FILE, PREDICTOR_FILE, BACKBONE_FILE = "meta.json", "predictor.pt2", "backbone_{side}.pt2"
 PRECISIONS = ("float32", "bfloat16")
 BATCH_LIMIT = 256
-"""Images in one batch; a GPU runs them at once."""
+"""The largest number of images that a GPU runs in one batch."""
 _PIXELS_AT_ONCE = 16 * 224 * 224
 CPU = torch.device("cpu")
 Program = Callable[[Tensor], Tensor]
@@ -97,14 +99,14 @@ Program = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Placement:
-    """The device and the way programs run."""
+    """The device and the way in which programs run."""
 
     device: str = "auto"
     """The device: cpu, cuda or cuda:NUMBER; auto uses a GPU if there is one."""
     precision: str = "float32"
     """The precision: float32, or bfloat16 for convolutions and matrix products (torch.autocast)."""
     compiled: bool = False
-    """Whether to use torch.compile: the first images take minutes, later ones less time."""
+    """Whether to use torch.compile. The first images take minutes, later ones less time than without."""
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -119,40 +121,41 @@ class Routed:
 
     logits_NK: Tensor
     choice_N: Tensor
-    """The index of the resolution whose answer counts."""
+    """The index of the resolution whose answer counts for each image, int64."""
     ran_NR: Tensor
-    """Which resolutions ran, bool."""
+    """Which resolutions ran for each image, bool."""
 
 
 @dataclass(frozen=True)
 class FittedPolicy:
-    """A policy of the model's front, with what it reached on the images that it was fitted on."""
+    """A policy on the model's Pareto front, with its cost and accuracy on the images that it was fitted on."""
 
     policy: Policy
     gflops: float
-    """Mean cost of an image, predictor included where it runs."""
+    """The mean cost per image, including the predictor if the policy uses it."""
     accuracy: float
-    """A fraction of 1."""
+    """The accuracy as a fraction of 1."""
 
 
 class RoutedNetwork:
-    """Runs the exported programs of a folder. Not thread-safe.
+    """Run the exported programs in a folder. Not thread-safe.
 
     It is deterministic: the same images in the same call give the same bits.
 
     Args:
-        folder: holds meta.json, a backbone_SIDE.pt2 for each resolution and, with several, predictor.pt2.
-        files: the programs to load, where others run elsewhere; None is all.
+        folder: contains meta.json, a backbone_SIDE.pt2 for each resolution and, with several resolutions,
+            predictor.pt2.
+        files: names of the programs to load if others run elsewhere; None loads all.
 
     Raises:
-        ValueError: a program holds a pickle, which could run any code when it is loaded.
+        ValueError: a program contains a pickle, which could run arbitrary code when it is loaded.
     """
 
     def __init__(self, folder: Path, placement: Placement | None = None, files: Collection[str] | None = None):
         meta = json.loads((folder / META_FILE).read_text())
         self.placement = placement or Placement()
-        self.device = torch.empty(0, device=self.placement.device).device  # with its number, unlike the placement's
-        # A name from disk may hold bytes that are not UTF-8, which no answer can hold.
+        self.device = torch.empty(0, device=self.placement.device).device  # with a number, unlike the placement's
+        # A folder's name on disk may contain bytes that are not UTF-8, but an answer must be valid text.
         names = (name.encode("utf-8", "surrogateescape") for name in meta["classes"])
         self.classes = tuple(name.decode("utf-8", "backslashreplace") for name in names)
         self.resolutions: tuple[int, ...] = tuple(meta["resolutions"])
@@ -171,31 +174,31 @@ class RoutedNetwork:
 
     @property
     def is_routed(self) -> bool:
-        """Whether there are several resolutions, and so a predictor."""
+        """Whether there are several resolutions and therefore a predictor."""
         return len(self.resolutions) > 1
 
     @property
     def largest_side(self) -> int:
-        """The largest side of the images that the programs take, pixels."""
+        """The largest side of the images that the programs take, in pixels."""
         return max(self.predictor_size if self.is_routed else 0, *self.resolutions)
 
     def backbone_file(self, index: int) -> str:
-        """Returns the name of the file with the program of resolution `index`."""
+        """Return the name of the file with the program of resolution `index`."""
         return BACKBONE_FILE.format(side=self.resolutions[index])
 
     def predictor_logits(self, images: Tensor) -> Tensor:
-        """Returns logits (N, R) over the resolutions for uint8 (N, S, S, 3), S the predictor's side."""
+        """Return the predictor's logits (N, R) for uint8 images (N, S, S, 3), where S is the predictor's input size."""
         return self._run(self._programs[PREDICTOR_FILE], images).cpu()
 
     def logits(self, index: int, images: Tensor) -> Tensor:
-        """Returns class logits (N, K) at resolution `index` for uint8 (N, S, S, 3), S its side."""
+        """Return class logits (N, K) at resolution `index` for uint8 images (N, S, S, 3), with S this resolution."""
         return self._run(self._programs[self.backbone_file(index)], images).cpu()
 
     def predictor_policy(self, budget_bias: float = 0.0) -> Policy:
-        """Returns the policy that runs each image once, where the predictor chooses.
+        """Return the policy that runs each image once, at the resolution that the predictor chooses.
 
         Args:
-            budget_bias: above 0 spends more, below 0 less; 0 is the network as it was trained.
+            budget_bias: a positive bias spends more, a negative one less; 0 is the network as it was trained.
 
         Raises:
             ValueError: the bias is not finite.
@@ -208,14 +211,16 @@ class RoutedNetwork:
     def policy_for(
         self, budget_bias: float = 0.0, budget_gflops: float | None = None, max_accuracy_drop: float | None = None
     ) -> Policy:
-        """Returns the policy that a request asks for; without a wish the one that the model was registered with.
+        """Return the policy that a request asks for, by default the one that the model was registered with.
 
         Args:
-            budget_gflops: the most accurate policy that costs no more on average.
-            max_accuracy_drop: the cheapest policy that loses no more than this against the model's best, in points.
+            budget_bias: run each image once, at the predictor's choice with this bias (see `predictor_policy`).
+            budget_gflops: use the most accurate policy whose mean cost is at most this.
+            max_accuracy_drop: use the cheapest policy that loses at most this many percentage points of accuracy
+                compared with the model's most accurate policy.
 
         Raises:
-            ValueError: a value makes no sense, two are given, or the model has no such policy.
+            ValueError: a value is invalid, two values are given, or the model has no such policy.
         """
         given = [budget_bias != 0, budget_gflops is not None, max_accuracy_drop is not None]
         if sum(given) > 1:
@@ -241,10 +246,10 @@ class RoutedNetwork:
         ).policy
 
     def named_policy(self, name: str) -> Policy:
-        """Returns the policy `registered`, `predictor`, or of one resolution that runs alone, such as `224`.
+        """Return the policy named `registered`, `predictor`, or a resolution that runs alone, such as `224`.
 
         Raises:
-            ValueError: the name is another one.
+            ValueError: there is no policy of this name.
         """
         named = {"registered": self.default_policy} | ({"predictor": self.predictor_policy()} if self.is_routed else {})
         named |= {str(side): static_policy(index) for index, side in enumerate(self.resolutions)}
@@ -253,20 +258,20 @@ class RoutedNetwork:
         return named[name]
 
     def first_resolution(self, policy: Policy, predictor_logits_NR: Tensor | None, num_images: int) -> Tensor:
-        """Returns where each image starts, int64 (N,)."""
+        """Return the index of the resolution at which each image starts, int64 (N,)."""
         return first_resolution(policy, predictor_logits_NR, self._relative_costs, num_images)
 
     def cost(self, policy: Policy, ran: Sequence[int]) -> float:
-        """Returns the GFLOPs of an image that ran at these resolutions."""
+        """Return the GFLOPs of an image that ran at these resolutions, plus the predictor's if the policy uses it."""
         predictor = self.predictor_gflops if policy.needs_predictor else 0.0
         return sum((self.backbone_gflops[index] for index in ran), predictor)
 
     def classify(self, crops: Mapping[int, Tensor], policy: Policy | None = None) -> Routed:
-        """Apply a policy to a batch, running each group of images with the same resolution at once.
+        """Apply a policy to a batch. Images that run at the same resolution run together.
 
         Args:
-            crops: side -> uint8 (N, side, side, 3), the same N images at every side.
-            policy: None is the one that the model was registered with.
+            crops: maps a side to uint8 (N, side, side, 3): the same N images at every side that the network uses.
+            policy: None is the policy that the model was registered with.
         """
         policy = policy or self.default_policy
         N = len(next(iter(crops.values())))
@@ -286,12 +291,12 @@ class RoutedNetwork:
                 now_N[group] = next_resolution(policy, index, confidence(logits_NK[group]))
             else:
                 started.append((group, rows))
-        for group, rows in started:  # copied while a GPU computes the next group
+        for group, rows in started:  # copy a group while the GPU computes the next one
             logits_NK[group] = rows.cpu()
         return Routed(logits_NK, choice_N, ran_NR)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context in which layers compute with this precision."""
+        """Return the context in which layers compute with the placement's precision."""
         if self.placement.precision == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
@@ -310,7 +315,7 @@ class RoutedNetwork:
 
     @torch.inference_mode()
     def _run(self, program: Program, images: Tensor) -> Tensor:
-        """Returns float32 logits on the device for uint8 images on the CPU, without waiting for a GPU."""
+        """Return float32 logits on the device for uint8 images on the CPU. This does not wait for a GPU."""
         parts = split(images, self.device)
         if self.device.type == "cuda":
             parts = [part.pin_memory() for part in parts]
@@ -318,9 +323,9 @@ class RoutedNetwork:
 
 
 def images_at_once(side: int, device: torch.device) -> int:
-    """Returns how many images of `side` pixels run fastest together.
+    """Return the batch size that runs fastest for images of `side` pixels.
 
-    On a CPU their activations should fit its caches: 16 images of 224 px, so 64 of 112 px.
+    On a CPU, a batch's activations should fit the caches: 16 images of 224 px, or 64 of 112 px.
     """
     return max(1, _PIXELS_AT_ONCE // side**2) if device.type == "cpu" else BATCH_LIMIT
 
@@ -331,9 +336,9 @@ def split(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def load_program(path: Path, device: torch.device = CPU) -> nn.Module:
-    """Load a `torch.export` program as a callable; raises ValueError if it holds a pickle.
+    """Load a `torch.export` program as a callable on `device`. Raise ValueError if it contains a pickle.
 
-    It is moved to the device here, because the program asserts the device of its tensors.
+    The program checks that its tensors are on its device, so it is moved there when it is loaded.
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -343,5 +348,7 @@ def load_program(path: Path, device: torch.device = CPU) -> nn.Module:
                 entries = json.loads(archive.read(member))["config"].values()
                 pickled = any(entry["use_pickle"] for entry in entries)
             if pickled and member.file_size:
-                raise ValueError(f"{path} holds pickled objects ({member.filename}), which jobs.register never writes")
+                raise ValueError(
+                    f"{path} contains pickled objects ({member.filename}), which jobs.register never writes"
+                )
     return move_to_device_pass(torch.export.load(path), str(device)).module()
