@@ -102,7 +102,7 @@ def test_width_scales_only_the_small_network():
         for width in (0.5, 1.0, 2.0)
     ]
     assert count[0] < count[1] < count[2]
-    with pytest.raises(ValueError, match="one width"):
+    with pytest.raises(ValueError, match="fixed width"):
         build_backbone("resnet18", 5, 1, width=0.5)
 
 

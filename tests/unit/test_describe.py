@@ -299,4 +299,4 @@ def test_the_job_shows_everything_and_fails_when_alpha_is_unreachable(
 ):
     with pytest.raises(ConfigError, match=r"stages\.joint\.alpha_gflops is 7"):
         run_job(tmp_path, monkeypatch, "stages.joint.alpha_gflops=7")
-    assert "cost of an image" in capsys.readouterr().out
+    assert "cost per image" in capsys.readouterr().out
