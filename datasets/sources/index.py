@@ -17,10 +17,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from datasets.files import DataError, shown_name
-from datasets.sources.rows import read_rows
+
+if TYPE_CHECKING:
+    from pyarrow import Schema
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log"}
 IGNORED_SUFFIXES = TEXT_SUFFIXES | {".mat", ".npy", ".npz", ".pkl", ".db", ".ini", ".py", ".sh"}
@@ -124,6 +126,69 @@ def _rows_of(refs: Sequence[ImageRef]) -> dict[tuple[str, int], ReadImage | OSEr
             empty = OSError("the row has no image; it may have the path of a file instead of its bytes")
             found[path, ref.offset] = empty if data is None else ReadImage(data, modified)
     return found
+
+
+ROWS_AT_A_TIME, BUFFER_BYTES = 8, 1 << 20
+
+
+def read_rows(path: str, row_group: int, rows: Sequence[int]) -> tuple[list[bytes | None], int]:
+    """Return the images in `rows` of a Parquet file, all of one row group, and the file's modification time (ns).
+
+    An image is None if its row has none. The row group is decoded a few rows at a time, in memory that stays in the
+    processor's cache, and only the wanted rows are kept.
+
+    Raises:
+        OSError: the file, or this row group, cannot be read.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    found: dict[int, bytes | None] = {}
+    wanted = set(rows)
+    try:
+        with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+            modified = Path(path).stat().st_mtime_ns
+            row = sum(file.metadata.row_group(before).num_rows for before in range(row_group))
+            columns = [image_column(file.schema_arrow)]
+            for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[row_group], columns=columns, use_threads=False):
+                column = batch.column(0)
+                images = column.flatten()[0] if pa.types.is_struct(column.type) else column
+                found |= {row + n: images[n].as_py() for n in range(len(images)) if row + n in wanted}
+                row += len(images)
+            return [found[row] for row in rows], modified
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(os.strerror(error.errno)) from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"row group {row_group} of {Path(path).name} cannot be read: {reason}") from None
+
+
+def image_column(schema: Schema) -> str:
+    """Return the column that has the bytes of images, as Parquet addresses it: `image.bytes`, or `image`.
+
+    The column has Hugging Face's structs of bytes and path, or plain bytes.
+
+    Raises:
+        ValueError: there is no such column, or there are several and none of them is called image.
+    """
+    from pyarrow import types
+
+    found = []
+    for column in schema:
+        kind, name = column.type, column.name
+        if types.is_struct(kind) and (index := kind.get_field_index("bytes")) >= 0:
+            kind, name = kind.field(index).type, f"{column.name}.bytes"
+        if types.is_binary(kind) or types.is_large_binary(kind):
+            found.append(name)
+    named = [name for name in found if name in ("image", "image.bytes")]
+    if len(found) > 1 and not named:
+        raise ValueError(f"it has several columns of images, {' and '.join(found)}; call one of them image")
+    if not found:
+        raise ValueError(
+            f"it has no column of images; its columns are {', '.join(schema.names)}; a column has the bytes of image "
+            "files, or structs of bytes and path"
+        )
+    return (named or found)[0]
 
 
 def _read_part(ref: ImageRef) -> ReadImage:

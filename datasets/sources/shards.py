@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets.files import shown_name
 from datasets.sources.folders import SUFFIXES, Entry, list_folder
-from datasets.sources.index import ImageRef, Source, SourceError, is_ignored, listed
+from datasets.sources.index import ImageRef, Source, SourceError, image_column, is_ignored, listed
 from datasets.sources.listing import SPLIT_NAMES, TRAIN, VALIDATION, Choice, Listed, Listing, scan_listing
-from datasets.sources.rows import image_column
 
 if TYPE_CHECKING:
     from pyarrow import Schema, Table
