@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop as PeerCrop
 
 from datasets.loading import kernels
-from datasets.loading.decode import CenterCrop, Memory, RandomResizedCrop
 from datasets.loading.kernels import LIBRARY, crop_box, crop_boxes, uniform
+from datasets.loading.loader import CenterCrop, Memory, RandomResizedCrop
 from datasets.loading.order import pack_keys
 from tests.betons import jpeg_bytes, photograph
 from tests.unit.test_sources import PERMISSIONS_HOLD
