@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.models.backbone import ResolutionBackbone, build_backbone
+from pipeline.models.backbone import ResolutionBackbone, avoid_unsafe_projections, build_backbone
 from pipeline.models.cost import count_macs
 from pipeline.models.drnet import DRNet
 from pipeline.models.dry_run import meta_images
 from pipeline.models.predictor import build_predictor, predictor_shape
-from pipeline.models.projection import avoid_unsafe_projections
 from pipeline.models.weights import TIMM
 from pipeline.serving.export import exported
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.backbone import init_convolutions, residual_block, scaled_channels
-from pipeline.models.projection import avoid_unsafe_projections
+from pipeline.models.backbone import avoid_unsafe_projections, init_convolutions, residual_block, scaled_channels
 
 _CHANNELS = (64, 128, 256, 512)
 MAX_STAGES = len(_CHANNELS)

@@ -13,11 +13,10 @@ from timm.layers import StdConv2d
 from torch import nn
 from torchvision.models.regnet import BlockParams, RegNet
 
-from pipeline.models.backbone import build_backbone
+from pipeline.models.backbone import NarrowProjection, avoid_unsafe_projections, build_backbone
 from pipeline.models.cost import count_macs
 from pipeline.models.norms import fold_batch_norms
 from pipeline.models.predictor import build_predictor, predictor_shape
-from pipeline.models.projection import NarrowProjection, avoid_unsafe_projections
 
 ROOT = Path(__file__).resolve().parents[2]
 
