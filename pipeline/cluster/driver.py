@@ -34,7 +34,7 @@ from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.load import drift, stored_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
-from pipeline.evaluation.joint import better
+from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import Evaluation, write_report
 from pipeline.models.cost import Costs, Latency

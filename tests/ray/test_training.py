@@ -18,7 +18,7 @@ from pipeline.cluster.driver import evaluate_run, train_run
 from pipeline.config.load import ConfigError, parse_config
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
-from pipeline.evaluation.joint import better
+from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import Latency, measure_costs
 from pipeline.search.source import backbone_path

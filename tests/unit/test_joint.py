@@ -11,7 +11,7 @@ from pipeline.cluster.driver import _collect
 from pipeline.cluster.worker import PREDICTIONS
 from pipeline.config.run_folder import RunFolder
 from pipeline.evaluation.budget import biased_choice, fit_bias
-from pipeline.evaluation.joint import better
+from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import Costs, Latency
 from pipeline.training.run import BEFORE_JOINT
