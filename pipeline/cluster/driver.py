@@ -30,9 +30,8 @@ from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
 from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
-from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.load import drift, stored_config, with_absolute_paths
-from pipeline.config.run_folder import RunFolder
+from pipeline.config.run_folder import RunFolder, keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.schema import Config
 from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions, merge

@@ -21,7 +21,7 @@ PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = PROJECT_FOLDER / "jobs" / "configs"
 
 # Fields that may change when a run resumes: they decide where it runs and when it stops, not what it computes.
-# The last group are paths of inputs. The content of the inputs is compared instead (pipeline/config/inputs.py).
+# The last group are paths of inputs. The content of the inputs is compared instead (pipeline/config/run_folder.py).
 FREE_TO_CHANGE = (
     "cluster.",
     "tracking.",

@@ -1,4 +1,4 @@
-"""pipeline/config/inputs.py: data and files of a run may move, and are compared by content."""
+"""pipeline/config/run_folder.py: data and files of a run may move, and are compared by content."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.driver import evaluate_run, train_run
 from pipeline.cluster.preflight import check_config
-from pipeline.config.inputs import keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.load import ConfigError, drift, parse_config, stored_config
-from pipeline.config.run_folder import RunFolder
+from pipeline.config.run_folder import RunFolder, keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.schema import Config
 from pipeline.models.drnet import build_drnet
 from pipeline.training.checkpoint import save_model
