@@ -27,9 +27,9 @@ from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
 from pipeline.cluster.connection import ADDRESS, TOKEN, ray_cluster, token_file
 from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity
+from pipeline.config.fields import sqlite_address
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
-from pipeline.config.sqlite import sqlite_address
 from pipeline.tracking.store import sqlite_file, tracking_uri
 from pipeline.training.describe import describe
 

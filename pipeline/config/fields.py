@@ -1,4 +1,7 @@
-"""Types of configuration fields: numbers, paths and names, each with an error message for wrong values."""
+"""Types of configuration fields: numbers, paths and names, each with an error message for wrong values.
+
+Also the addresses of SQLite files, which tracking.uri may be.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -90,3 +94,19 @@ ModelAlias = Annotated[
         "use at most 200 letters, digits, underscores and hyphens; MLflow reserves latest and v1, v2 and so on",
     ),
 ]
+
+SQLITE_SCHEMES = ("sqlite", "sqlite+pysqlite")
+
+
+def sqlite_address(path: Path) -> str:
+    """Return the address of a SQLite file, where `%XX` quotes a character and `?` ends the path."""
+    text = str(path)
+    quoted = text.replace("%", "%25").replace("?", "%3F")
+    # MLflow creates the parent folder of a sqlite:/// address without unquoting the folder's name.
+    return f"{'sqlite' if quoted == text else 'sqlite+pysqlite'}:///{quoted}"
+
+
+def sqlite_path(address: str) -> Path | None:
+    """Return the file of a SQLite address, relative if the address is; None for other addresses."""
+    scheme, separator, rest = address.partition(":///")
+    return Path(unquote(rest.partition("?")[0])) if separator and scheme in SQLITE_SCHEMES else None

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.remote import HIDDEN, redacted
-from pipeline.config.fields import REGISTERED
+from pipeline.config.fields import REGISTERED, sqlite_path
 from pipeline.config.schema import Config
-from pipeline.config.sqlite import sqlite_path
 
 UNPACKED_IN = "working_dir_files"
 """Ray's name for the folder that it unpacks packages in."""

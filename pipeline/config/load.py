@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from datasets.files import is_within
 from datasets.remote import redacted
 from pipeline.config.explain import explain, explain_yaml, shown
+from pipeline.config.fields import sqlite_path
 from pipeline.config.job_package import NOT_IN_PACKAGE, job_package
 from pipeline.config.schema import Config, ModelConfig, PredictorStage, RoutedStage, Section, ServingConfig
-from pipeline.config.sqlite import sqlite_path
 from pipeline.config.yaml_tree import field_name, field_of, is_optional, is_text, read_yaml, section_of
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]

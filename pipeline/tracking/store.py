@@ -17,9 +17,9 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from datasets.remote import message_of, redacted
+from pipeline.config.fields import sqlite_address, sqlite_path
 from pipeline.config.job_package import job_package
 from pipeline.config.schema import Config
-from pipeline.config.sqlite import sqlite_address, sqlite_path
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 DRIVERS = {

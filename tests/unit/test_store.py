@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.sqlite import sqlite_address, sqlite_path
+from pipeline.config.fields import sqlite_address, sqlite_path
 from pipeline.tracking import store
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.tracking.store import TrackingError, connect, server_problem, tracking_uri
