@@ -28,7 +28,7 @@ from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.group import run_group
 from pipeline.cluster.preflight import check_config
 from pipeline.cluster.progress import FAILURES, append_event, followed
-from pipeline.cluster.stopping import sigterm_as_sigint, stoppable
+from pipeline.cluster.signals import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
 from pipeline.config.load import drift, stored_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder, keep_inputs, refuse_other_inputs, run_inputs

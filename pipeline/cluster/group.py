@@ -22,10 +22,9 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
 from pipeline.cluster.checkpoints import DamagedCheckpointError
-from pipeline.cluster.crashes import crash_traced, explain_death, trace_file
 from pipeline.cluster.preflight import worker_resources
 from pipeline.cluster.progress import FAILURES, append_event
-from pipeline.cluster.stopping import StoppedError, restored
+from pipeline.cluster.signals import StoppedError, crash_traced, explain_death, restored, trace_file
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
 from pipeline.training.checkpoint import OtherRunError

@@ -26,7 +26,7 @@ from ray.serve.schema import ApplicationStatus
 from datasets.remote import redacted
 from pipeline.cluster.connection import ADDRESS, ray_cluster
 from pipeline.cluster.progress import show_line
-from pipeline.cluster.stopping import restored
+from pipeline.cluster.signals import restored
 from pipeline.config.schema import ServingConfig
 from pipeline.serving.deployments import ARTIFACTS, META, Served, resolution, router
 from pipeline.serving.http import digest_of

@@ -23,7 +23,7 @@ from datasets.loading.loader import MultiResolutionLoader
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import read_state
 from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labeled_logs
-from pipeline.cluster.stopping import StoppedError, is_stop_requested
+from pipeline.cluster.signals import StoppedError, is_stop_requested
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, DataConfig
 from pipeline.evaluation.predictions import collect_predictions

@@ -98,7 +98,7 @@ class RunFolder:
 
     @property
     def stop(self) -> Path:
-        """A file that is empty until a stop is requested (pipeline/cluster/stopping.py)."""
+        """A file that is empty until a stop is requested (pipeline/cluster/signals.py)."""
         return self.path / ".stop"
 
     @property

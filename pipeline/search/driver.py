@@ -29,7 +29,7 @@ from pipeline.cluster.driver import (
 )
 from pipeline.cluster.group import run_group
 from pipeline.cluster.progress import event_writer, followed
-from pipeline.cluster.stopping import sigterm_as_sigint
+from pipeline.cluster.signals import sigterm_as_sigint
 from pipeline.cluster.worker import data_of_node
 from pipeline.config.load import with_absolute_paths
 from pipeline.config.run_folder import RunFolder

@@ -25,7 +25,7 @@ from ray.util.state import list_nodes
 
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
-from pipeline.cluster.stopping import WAIT_VARIABLE
+from pipeline.cluster.signals import WAIT_VARIABLE
 from pipeline.training.checkpoint import load_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

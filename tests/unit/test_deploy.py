@@ -20,7 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 from jobs.cli import job_parser, parsed_config
 from pipeline.cluster.progress import GAUGES, TAGS
 from pipeline.cluster.serve_model import Plan, serve_config
-from pipeline.cluster.stopping import WAIT_VARIABLE
+from pipeline.cluster.signals import WAIT_VARIABLE
 from pipeline.serving.deployments import METRICS, SECONDS_TO_DRAIN, Served
 
 ROOT = Path(__file__).resolve().parents[2]

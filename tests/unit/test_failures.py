@@ -91,7 +91,7 @@ def test_a_failure_that_cannot_be_written_raises_nothing(tmp_path: Path) -> None
 def traced(work: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
     """Run Python code as the work of rank 1 in a process."""
     script = (
-        "import faulthandler, os, pathlib; from pipeline.cluster.crashes import crash_traced\n"
+        "import faulthandler, os, pathlib; from pipeline.cluster.signals import crash_traced\n"
         f"with crash_traced(pathlib.Path({str(folder)!r}), 1): {work}"
     )
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)

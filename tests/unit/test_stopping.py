@@ -1,4 +1,4 @@
-"""pipeline/cluster/stopping.py: SIGTERM requests a stop; a second one, or the end of a job's time, ends it at once."""
+"""pipeline/cluster/signals.py: SIGTERM requests a stop; a second one, or the end of a job's time, ends it at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.stopping import JOB_VARIABLE, WAIT_VARIABLE, is_stop_requested, patience, stoppable
+from pipeline.cluster.signals import JOB_VARIABLE, WAIT_VARIABLE, is_stop_requested, patience, stoppable
 from pipeline.config.run_folder import RunFolder
 
 
