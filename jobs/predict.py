@@ -33,7 +33,7 @@ def main() -> None:
         raise ValueError("--files-per-part needs --out")
     paths = find_images(args.images)
     # MLflow and torch take seconds to import; report a mistyped path before that.
-    from pipeline.serving.predict import classify_files
+    from pipeline.serving.package import classify_files
     from pipeline.tracking.registry import open_model
 
     model = open_model(args.model, args.budget_bias)

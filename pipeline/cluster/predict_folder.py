@@ -24,7 +24,7 @@ from datasets.parallel import progress_bar
 from datasets.sources.folders import SUFFIXES, walk_images
 from datasets.sources.index import counted
 from pipeline.cluster.connection import ray_cluster
-from pipeline.serving.predict import classify_files
+from pipeline.serving.package import classify_files
 from pipeline.serving.pyfunc import OUTPUT_COLUMNS
 from pipeline.tracking.registry import FoundModel, find_model, load_registered
 

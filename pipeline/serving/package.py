@@ -1,4 +1,4 @@
-"""Package a trained network as an MLflow model that needs neither this project nor pickle."""
+"""Write a trained network as an MLflow model that needs neither this project nor pickle, and classify files with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,44 @@ def _example(side: int) -> pd.DataFrame:
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (128, 128, 128)).save(buffer, "JPEG")
     return pd.DataFrame({pyfunc.IMAGE_COLUMN: [buffer.getvalue()]})
+
+
+MAX_FILE_BYTES = 256 * 1024**2
+"""The largest file size in bytes. Larger files are errors, so that the process does not run out of memory."""
+_READERS = 8
+
+
+def classify_files(
+    model: mlflow.pyfunc.PyFuncModel, paths: Sequence[Path], at_once: int = 256, budget_bias: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each file, in order: `file` and the columns of pyfunc.OUTPUT_COLUMNS. Missing values are None.
+
+    The next files are read while the model runs.
+
+    Args:
+        at_once: number of files that are read and passed to the model together.
+        budget_bias: as in `RoutedClassifier.predict`.
+    """
+    params = {pyfunc.BUDGET_PARAM: budget_bias} if budget_bias else None
+    groups = [paths[start : start + at_once] for start in range(0, len(paths), at_once)]
+    with ThreadPoolExecutor(_READERS) as readers:
+        ahead = [readers.map(_content, group) for group in groups[:1]]
+        for position, group in enumerate(groups):
+            contents = list(ahead.pop())
+            ahead += [readers.map(_content, following) for following in groups[position + 1 : position + 2]]
+            images = [item if isinstance(item, bytes) else b"" for item in contents]
+            answers = model.predict(pd.DataFrame({pyfunc.IMAGE_COLUMN: images}), params=params)
+            assert isinstance(answers, pd.DataFrame)
+            for path, item, row in zip(group, contents, answers.astype(object).to_dict("records"), strict=True):
+                plain = {str(key): None if pd.isna(value) else value for key, value in row.items()}
+                yield {"file": str(path), **plain, **({} if isinstance(item, bytes) else {"error": item})}
+
+
+def _content(path: Path) -> bytes | str:
+    """Return the file's bytes or, as text, the reason why the file cannot be read."""
+    try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            return f"the file has {size:,} bytes, more than {MAX_FILE_BYTES:,}"
+        return path.read_bytes()
+    except OSError as error:
+        return str(error)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cluster.predict_folder import Actors, OutputFolder, divide_resources, predict_folder
-from pipeline.serving.predict import classify_files
+from pipeline.serving.package import classify_files
 from pipeline.tracking.registry import open_model, register_model
 from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import finish_run, fresh_store, make_config, make_model, wait_until

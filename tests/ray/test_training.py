@@ -22,7 +22,7 @@ from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import Latency, measure_costs
 from pipeline.search.source import backbone_path
-from pipeline.serving.predict import classify_files
+from pipeline.serving.package import classify_files
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.training.checkpoint import load_model
 from tests.chaos.matrix import Row, record

@@ -20,7 +20,7 @@ from jobs.cli import run_job
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet
 from pipeline.search.source import load_backbone, registered_backbone
-from pipeline.serving.predict import classify_files
+from pipeline.serving.package import classify_files
 from pipeline.tracking.registry import RegisteredModel, open_model, register_model
 from pipeline.tracking.store import TrackingError
 from tests.unit.pictures import jpeg, smooth_rgb
