@@ -99,7 +99,7 @@ def test_only_the_images_of_the_mask_are_compared() -> None:
 def test_predictions_of_other_images_are_refused() -> None:
     one = random_predictions(4)
     other = Predictions(one.resolutions, one.labels_N, one.indices_N + 1, one.logits_NRK, one.predictor_logits_NR)
-    with pytest.raises(ValueError, match="other images"):
+    with pytest.raises(ValueError, match="different images"):
         better(one, other, COSTS)
 
 
