@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="IMAGE",
-        help="an image file (JPEG, PNG, WebP, BMP, TIFF), or a folder of them",
+        help="an image file (JPEG, PNG, WebP, BMP, TIFF, PPM, AVIF), or a folder of them",
     )
     return parser
 

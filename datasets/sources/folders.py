@@ -225,8 +225,8 @@ def file_refs(files: Iterable[Entry], classes: Sequence[str], prefix: str) -> li
     )
 
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff")
-"""File names of the formats that prediction decodes: JPEG, PNG, WebP, BMP and TIFF."""
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+"""File names of the formats that prediction decodes: JPEG, PNG, WebP, BMP, TIFF, PPM and AVIF."""
 
 
 @dataclass(frozen=True)

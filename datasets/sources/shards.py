@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 PARQUET, TAR = ".parquet", ".tar"
 MAX_ROW_GROUP_BYTES = 1 << 30
-IMAGE_SUFFIXES = {*SUFFIXES, ".ppm", ".pgm", ".avif"}
 LABEL = "label"
 FOLDER_LEVELS = 2
 OFFICIAL_TAR = re.compile(r"(ILSVRC2012_img_.*|n\d{8})\.tar")
@@ -269,7 +268,7 @@ def _read_tar(shard: Shard, choice: Choice, listing: Listing) -> None:
             sample = samples.setdefault(key, _Sample({}, {}, []))
             if kind in sample.images or kind in sample.texts:
                 sample.problems.append(f".{kind} is there twice")
-            if f".{kind.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+            if f".{kind.rpartition('.')[2]}" in SUFFIXES:
                 sample.images[kind] = (member.offset_data, member.size)
             elif kind in ("cls", "json"):
                 sample.texts[kind] = read()

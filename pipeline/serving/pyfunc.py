@@ -64,8 +64,8 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Classify the images in column `image`.
 
-        An image is the bytes of an image file (JPEG, PNG, WebP, BMP, TIFF), the same bytes as base64 text, or a square
-        crop as a uint8 array (S, S, 3).
+        An image is the bytes of an image file (JPEG, PNG, WebP, BMP, TIFF, PPM, AVIF), the same bytes as base64 text,
+        or a square crop as a uint8 array (S, S, 3).
 
         Args:
             params: at most one of the following; without any, the model uses the policy that it was registered with.

@@ -147,7 +147,7 @@ def test_an_address_a_header_and_mlflows_parameters_pick_the_policy(port: int) -
 @pytest.mark.parametrize(
     ("request_", "status", "reason"),
     [
-        ({"body": b"hello"}, 400, "not a JPEG, PNG, WebP, BMP or TIFF file"),
+        ({"body": b"hello"}, 400, "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"),
         ({"body": FILES[0][:400]}, 400, "runcated"),
         ({"body": b"", "path": "/?policy=40"}, 400, "policy is '40'; give one of registered, predictor, 48, 32"),
         ({"body": FILES[0], "path": "/?budget=0.001"}, 400, "give at least 0.01"),
@@ -225,7 +225,7 @@ def test_the_page_in_a_browser_shows_the_answer_and_each_resolutions(port: int, 
     for side, text in zip(("48", "32"), rows, strict=True):
         (alone,) = ask(port, FILES[0], path=f"/?policy={side}")[2]["predictions"]
         assert text.split("\t")[:3] == [f"{side} px", alone["label"], f"{100 * alone['probability']:.1f} %"]
-    assert error == "not a JPEG, PNG, WebP, BMP or TIFF file"
+    assert error == "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"
 
 
 class Load:

@@ -81,7 +81,7 @@ def test_json_is_alone_on_the_output_and_a_bad_image_is_exit_code_1(registry, pi
     assert code == 1
     assert rows[0]["error"] is None
     assert rows[0]["resolution"] in (48, 32)
-    assert rows[1]["error"] == "not a JPEG, PNG, WebP, BMP or TIFF file"
+    assert rows[1]["error"] == "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"
     assert rows[1]["label"] is None
 
 

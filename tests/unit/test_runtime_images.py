@@ -17,12 +17,12 @@ from tests.unit.pictures import encoded, jpeg, png_bomb, smooth_rgb
 
 BAD = {
     "empty": (b"", "empty"),
-    "text": (b"hello", "not a JPEG, PNG, WebP, BMP or TIFF file"),
+    "text": (b"hello", "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"),
     "truncated": (jpeg(64, 64)[:500], "truncated|."),
-    "a gif": (encoded(Image.fromarray(smooth_rgb()), "GIF"), "not a JPEG, PNG, WebP, BMP or TIFF file"),
+    "a gif": (encoded(Image.fromarray(smooth_rgb()), "GIF"), "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"),
     "bomb": (png_bomb(), "pixels"),
     "text that is not base64": ("text!", "not base64"),
-    "base64 of a text": (base64.b64encode(b"hello").decode(), "not a JPEG, PNG, WebP, BMP or TIFF file"),
+    "base64 of a text": (base64.b64encode(b"hello").decode(), "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"),
     "empty text": ("", "empty"),
     "half a character": ("\udcff", "not base64"),
     "a number": (3, "given as int"),
@@ -179,15 +179,21 @@ def test_base64_text_is_decoded_with_and_without_line_breaks():
     assert np.array_equal(Picture(bytearray(file), 0.875, 32).crop(32), expected)
 
 
-@pytest.mark.parametrize("kind", ["WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "TIFF", "PPM"])
 def test_other_formats_are_decoded_and_only_their_first_frame(kind):
     first, second = Image.fromarray(smooth_rgb(seed=1)), Image.fromarray(smooth_rgb(seed=2))
-    options = {"BMP": {}, "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}}[kind]
-    frames = {} if kind == "BMP" else {"save_all": True, "append_images": [second]}
+    options = {"WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}}.get(kind, {})
+    frames = {} if kind in ("BMP", "PPM") else {"save_all": True, "append_images": [second]}
     assert np.array_equal(decode(encoded(first, kind, **options, **frames)), first)
 
 
-@pytest.mark.parametrize("kind", ["BMP", "TIFF"])
+def test_avif_is_decoded():
+    image = Image.fromarray(smooth_rgb(seed=1))
+    decoded = np.asarray(decode(encoded(image, "AVIF", quality=100, subsampling="4:4:4")), int)
+    assert np.abs(decoded - np.asarray(image)).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM"])
 def test_the_pixel_limit_holds_for_every_format(kind):
     file = bytearray(encoded(Image.new("1", (9_600, 9_600)), kind))
     with pytest.raises(BadImageError, match=r"9600x9600 is more than 89,478,485 pixels|decompression bomb"):

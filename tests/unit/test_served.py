@@ -102,7 +102,7 @@ def test_python_as_documented(port, photo, model, environment, tmp_path):
     label, _, resolutions, gflops = ast.literal_eval(lines[0])
     assert (label, resolutions) == (expected["label"], expected["resolutions"])
     assert gflops == pytest.approx(expected["gflops"])
-    assert lines[1] == "not a JPEG, PNG, WebP, BMP or TIFF file"
+    assert lines[1] == "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"
     assert "class " in ran([sys.executable, "-c", in_process], tmp_path, environment)
 
 

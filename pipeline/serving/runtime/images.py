@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 32 * 1024**2
 DCT_FRACTIONS = (8, 4, 2)
@@ -100,7 +100,7 @@ class Picture:
         except BadImageError:
             raise
         except Image.UnidentifiedImageError:
-            raise BadImageError("not a JPEG, PNG, WebP, BMP or TIFF file") from None
+            raise BadImageError("not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file") from None
         except Exception as error:  # a parser of arbitrary bytes can fail in any way
             raise BadImageError(str(error) or type(error).__name__) from None
         extent = self._fraction * min(width, height)
