@@ -23,7 +23,8 @@ os.environ["NUMBA_NUM_THREADS"] = "2"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # 15 by default, which starves workers beside a busy test
+# By default 15, which starves a cluster's workers beside another busy test.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray creates one in the home folder
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
