@@ -38,7 +38,12 @@ search: setup ## search the predictor's size for the backbone of `make demo`, ch
 	$(PYTHON) -m jobs.tune --config $(DATA) --max-accuracy-drop 1 --register
 
 test: lint ## lint, then every test; TESTS="tests/unit -k config" runs some of them
-	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(TESTS)
+ifdef TESTS
+	$(PYTHON) -m pytest $(TESTS)
+else
+	$(PYTHON) -m pytest -m "not chaos and not distributed" -n auto --maxprocesses 4 --dist loadfile
+	$(PYTHON) -m pytest -m "not chaos and distributed"
+endif
 
 chaos: setup ## run every row of the fault matrix as root, about half an hour; writes docs/faults.md
 	rm -f faults.jsonl

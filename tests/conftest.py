@@ -23,8 +23,6 @@ os.environ["NUMBA_NUM_THREADS"] = "2"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# By default 15, which starves a cluster's workers beside another busy test.
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray creates one in the home folder
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -35,13 +33,7 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "ML
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests one worker of pytest-xdist runs together, and skip `gpu` if there is no CUDA device.
-
-    Those with a cluster share one, and the tests of a file share what its fixtures prepare.
-    """
-    for item in items:
-        has_cluster = item.path.parent.name in ("chaos", "ray") or "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if has_cluster else str(item.path)))
+    """Skip tests marked `gpu` if there is no CUDA device."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

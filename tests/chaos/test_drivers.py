@@ -23,7 +23,7 @@ from tests.chaos.runs import (
     summed,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 
 
 def test_a_killed_driver_resumes_with_the_same_command(undisturbed: Config, folder: Path, ray_cluster: str) -> None:

@@ -24,7 +24,7 @@ from tests.chaos.matrix import Row, record
 from tests.chaos.runs import Driver, config_of, require_same
 from tests.unit.tracking_fixtures import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 
 SUBNET = "10.213.77"
 PORT = 6399

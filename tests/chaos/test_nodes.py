@@ -16,7 +16,7 @@ from tests.chaos.matrix import Row, record
 from tests.chaos.runs import config_of, require_same
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 
 
 @pytest.fixture(scope="module")

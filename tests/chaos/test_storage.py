@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import Saboteur, checkpoints, config_of, failures, in_stage, require_same, signal_worker, summed
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 
 
 @pytest.fixture

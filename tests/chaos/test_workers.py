@@ -31,7 +31,7 @@ from tests.chaos.runs import (
     starts,
 )
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("num_stages", [1, pytest.param(4, marks=pytest.mark.chaos)])

@@ -13,6 +13,8 @@ from pipeline.models.norms import synchronize_batch_norms
 from pipeline.training.loop import train
 from tests.synthetic import Recorder, config_of, run_of, without_timings
 
+pytestmark = pytest.mark.distributed
+
 ROUTED = {"epochs": 1, "lr": 0.02, "alpha_gflops": 0.0006, "eta": 0.5, "clip_grad_norm": 0.1}
 STAGES = {
     "backbone": {"epochs": 1, "lr": 0.02, "distillation": "learned", "clip_grad_norm": 0.1},

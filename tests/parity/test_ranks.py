@@ -22,6 +22,8 @@ from pipeline.training.optim import MovingAverage, build_optimizer, completion_o
 from pipeline.training.run import Progress, costs_of_run, precision_of_run
 from tests.small import COSTS_R, batch_of, small_model
 
+pytestmark = pytest.mark.distributed
+
 # alpha lies within the reachable costs, so E[F] over the global batch decides whether the penalty acts.
 STAGES = {
     "backbone": BackboneStage(epochs=1, lr=0.05),

@@ -15,6 +15,8 @@ from pipeline.training.logit_table import UnfillableTableError
 from pipeline.training.loop import train
 from tests.table_runs import config_of, run_of, write_data
 
+pytestmark = pytest.mark.distributed
+
 
 def train_predictor(data: Path, tables: Path) -> tuple[dict[str, Tensor], list[dict[str, float]], list[str]]:
     """Train two epochs on a new table; returns the weights, each epoch's values, and messages about the table."""

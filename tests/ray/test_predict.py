@@ -20,7 +20,7 @@ from pipeline.tracking.registry import open_model, register_model
 from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import finish_run, fresh_store, make_config, make_model, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_FILES = 240

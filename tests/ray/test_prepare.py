@@ -19,7 +19,7 @@ from jobs.prepare import main
 from pipeline.cluster.connection import map_on_cluster
 from tests.unit.pictures import jpeg, write_class_folders
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("ray_cluster")]
 
 NUM_CPUS = 4  # of the session's cluster
 

@@ -26,7 +26,7 @@ from pipeline.search.records import SearchFolder
 from pipeline.training.checkpoint import save_model
 from tests.search_cases import config_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 

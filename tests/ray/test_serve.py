@@ -38,7 +38,7 @@ from tests.unit.browser import CHROMIUM, opened
 from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import finish_run, free_port, fresh_store, make_config, make_model, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.distributed
 
 SPLIT: dict[str, Any] = {
     "split": "by_resolution",

@@ -28,7 +28,7 @@ from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.signals import WAIT_VARIABLE
 from pipeline.training.checkpoint import load_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600

@@ -27,7 +27,7 @@ from pipeline.tracking.registry import open_model, register_model
 from pipeline.training.checkpoint import load_model
 from tests.chaos.matrix import Row, record
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.distributed
 
 STATIC = ("static-48", "static-32")
 

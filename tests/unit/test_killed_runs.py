@@ -15,6 +15,8 @@ from pipeline.training.run import TABLE
 from tests.conftest import ROOT
 from tests.killed_runs import PAIRS, STEPS_OF, Pair
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Pair | None], dict[str, Any]]:

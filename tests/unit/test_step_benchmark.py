@@ -95,6 +95,7 @@ def test_the_predictor_stage_is_measured_in_whole_epochs(logits, glyphs: Path, m
     assert min(values) > 0
 
 
+@pytest.mark.distributed
 def test_the_loop_runs_under_torchrun(glyphs: Path, tmp_path: Path) -> None:
     stages = {"backbone": 2, "predictor": 2, "joint": 1}
     changed = [f"data.folder={glyphs}", *(f"stages.{name}.epochs={epochs}" for name, epochs in stages.items())]
