@@ -306,7 +306,7 @@ def test_bfloat16_is_close(model, programs, network):
     torch.testing.assert_close(rough_NK, exact_NK, rtol=0.05, atol=0.05 * exact_NK.abs().max().item())
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by imports of torch's compiler
 def test_a_compiled_network_gives_the_same_logits(model, programs, network):
     crops = random_crops(model, 9)

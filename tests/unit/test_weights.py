@@ -41,8 +41,8 @@ def test_the_input_of_weights(backbone: str, weights: str | None, expected: Weig
 @pytest.mark.parametrize(
     ("backbone", "weights", "message"),
     [
-        ("timm/resnet50", "ra_in2k", r"not one of timm's weights for timm/resnet50 \(pretrained, .*ra_in1k"),
-        ("timm/resnet50", "missing.pth", "is not a file"),
+        ("timm/resnet50", "ra_in2k", r"nor one of timm's weights for timm/resnet50 \(pretrained, .*ra_in1k"),
+        ("timm/resnet50", "missing.pth", "is neither a file nor"),
         ("timm/efficientnet_lite1", "pretrained", "timm has no weights for timm/efficientnet_lite1"),
         ("resnet50", "ra_in1k", r"torchvision's weights for resnet50 \(pretrained, IMAGENET1K_V1"),
         ("small_resnet", "pretrained", "small_resnet has no published weights"),
