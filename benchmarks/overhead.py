@@ -31,7 +31,7 @@ from pipeline.training.assembly import build_model, equip_for_training, open_loa
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.loop import prepare_stage, train, train_epoch
 from pipeline.training.monitoring import DivergenceMonitor
-from pipeline.training.run import TABLE, Progress, Run
+from pipeline.training.run import TABLE, Progress, Run, precision_of_run, with_precision
 
 MAX_RANKS = 2
 EPOCHS = {"backbone": 4, "predictor": 4, "joint": 4}
@@ -159,6 +159,7 @@ def predictor(config: str, data: str, logits: Literal["table", "live"], threads:
 @contextmanager
 def opened_run(config: Config, folder: Path, device: torch.device = CPU) -> Iterator[Run]:
     """Open what this rank trains with, without Ray and MLflow."""
+    config = with_precision(config, precision_of_run(config, device, folder / "precision.json"))
     manifest = load_manifest(config.data.folder)
     threads = config.loader.num_threads or torch.get_num_threads()
     with open_loaders(config, distributed.rank(), distributed.world_size(), threads) as (training, validation):
