@@ -490,9 +490,8 @@ def test_job_helps(name, monkeypatch, capsys):
 def documented_commands() -> list[tuple[str, str, list[str]]]:
     """Return page, module and arguments of every `python -m ...` in the README, CONTRIBUTING and docs."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [
-        (page.name, found[1], shlex.split(found[2])) for page in pages for found in COMMAND.finditer(page.read_text())
-    ]
+    texts = {page.name: page.read_text().replace("\\\n", " ") for page in pages}  # a command may have several lines
+    return [(name, found[1], shlex.split(found[2])) for name, text in texts.items() for found in COMMAND.finditer(text)]
 
 
 def test_documented_commands_are_accepted(monkeypatch, capsys):
