@@ -219,7 +219,8 @@ def policy_note(report: Mapping[str, Any]) -> str:
     budget = found["budget"]
     limits = [] if budget["cost"] is None else [f"at most {gflops(budget['cost'])} {words.unit}"]
     if budget["max_drop"] is not None:
-        limits.append(f"at most {100 * budget['max_drop']:g} points below the best static resolution")
+        drop = 100 * budget["max_drop"]
+        limits.append(f"at most {drop:g} point{'' if drop == 1 else 's'} below the best static resolution")
     wanted = " and ".join(limits) or "the highest accuracy"
     if found["folds"] is None:
         where = f"fitted on {found['num_select']:,} validation images and applied to the {report['n']:,} others"
