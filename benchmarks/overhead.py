@@ -23,6 +23,7 @@ from datasets.beton import load_manifest
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import load_config
+from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet
@@ -159,7 +160,7 @@ def predictor(config: str, data: str, logits: Literal["table", "live"], threads:
 @contextmanager
 def opened_run(config: Config, folder: Path, device: torch.device = CPU) -> Iterator[Run]:
     """Open what this rank trains with, without Ray and MLflow."""
-    config = with_precision(config, precision_of_run(config, device, folder / "precision.json"))
+    config = with_precision(config, precision_of_run(config, device, RunFolder(folder).precision))
     manifest = load_manifest(config.data.folder)
     threads = config.loader.num_threads or torch.get_num_threads()
     with open_loaders(config, distributed.rank(), distributed.world_size(), threads) as (training, validation):

@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,7 +128,7 @@ def _options(serving: ServingConfig, num_gpus: float) -> dict[str, Any]:
     }
 
 
-class Part:
+class Part(ABC):
     """The common part of both deployments: load the stored code, and the programs that run in this replica."""
 
     def __init__(self, served: Mapping[str, Any]):
@@ -155,9 +156,9 @@ class Part:
             self.network = self.code.RoutedNetwork(folder, placement, files)
         self.batch_size = Histogram("drnet_serve_batch", METRICS["drnet_serve_batch"], _BATCHES, ("program",))
 
+    @abstractmethod
     def files(self, network: Any) -> list[str]:
         """Return the names of the program files that this replica runs."""
-        raise NotImplementedError
 
     def _fetch(self, name: str, folder: str) -> None:
         mlflow.artifacts.download_artifacts(artifact_uri=f"{self.served.model}/{ARTIFACTS}/{name}", dst_path=folder)
