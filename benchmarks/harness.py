@@ -143,6 +143,11 @@ def read_events(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_folder / EVENTS).read_text().splitlines()]
 
 
+def progress(line: str) -> None:
+    """Print a result to standard error as soon as it is measured, because a whole bench may take half an hour."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def environment() -> dict[str, Any]:
     """Return everything besides the arguments that a figure depends on: processor, versions, commit."""
     import torch

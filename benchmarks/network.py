@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import get_model
 
-from benchmarks.harness import MEAN, NUM_CLASSES, ROOT, STD, Row, paired
+from benchmarks.harness import MEAN, NUM_CLASSES, ROOT, STD, Row, paired, progress
 from benchmarks.namespaces import Network, limit
 from pipeline.config.schema import BackboneStage, JointStage, ModelConfig, PredictorStage
 from pipeline.models.cost import measure_costs
@@ -157,6 +157,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
                     what = f"{name}, {way.name}, messages {share:.2g} x compute, against the formula"
                     rows.append(paired(what, "s", pairs, more_is_better=False))
                     lines.append(_line(name, way, rate, found))
+                    progress(lines[-1])
     sides = ", ".join(map(str, SIDES))
     notes = [
         f"{NUM_NODES} nodes in network namespaces, each with 1 worker of {each} threads and {NUM_IMAGES} images at "

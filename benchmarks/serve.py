@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from mlflow import MlflowClient
 
-from benchmarks.harness import Row, compare
+from benchmarks.harness import Row, compare, progress
 from benchmarks.inference import build_model
 from benchmarks.photographs import write_photographs
 from benchmarks.served import START_SECONDS, Client, RayServer, Server
@@ -50,6 +50,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
                     server.latencies.clear()
                 name = f"{network} on Ray Serve, 32 clients of one image a request, against mlflow models serve"
                 rows.append(compare(name, "images/s", ours.measure, peer.measure, runs))
+                progress(f"{name}: {rows[-1].ours:.1f} against {rows[-1].peer:.1f}, ratio {rows[-1].ratio:.2f}")
                 notes += [
                     f"{network}, {what}: {server.summary()}, {server.num_errors} errors"
                     for what, server in (("Ray Serve", ours), ("MLflow", peer))
@@ -57,6 +58,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
         model = registered(Path(scratch), "resnet18", versions=2)
         for disturbance in (broken_images, overload, killed_replicas, rollout):
             notes.append(disturbance(model, files, threads))
+            progress(notes[-1])
     return rows, notes
 
 

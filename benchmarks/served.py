@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.harness import ROOT
 
-NUM_CLIENTS, REQUESTS = 32, 2000
+NUM_CLIENTS, REQUESTS = 32, 600
 START_SECONDS = 300.0
 HOST = "127.0.0.1"
 

@@ -7,9 +7,10 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +34,11 @@ from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
 from pipeline.config.load import drift, stored_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder, keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.schema import Config
-from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import Evaluation, write_report
 from pipeline.models.cost import Costs, Latency
 from pipeline.models.drnet import validation_crop
-from pipeline.policies.calibrate import Budget, Split
+from pipeline.policies.calibrate import Budget, Comparison, Split, better
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import replay, tracked_run
@@ -70,18 +70,20 @@ def train_run(config: Config) -> RunResult:
     manifest, costs = check_config(config)
     inputs = run_inputs(config, manifest.digest)
     refuse_other_inputs(folder, inputs)
+    download_validation_split(config)
+    if len(config.model.resolutions) > 1:
+        split_of(config).parts(split_keys(config))  # refuses too few images before training
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_driver(folder.driver_lock):
         write_whole(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         keep_inputs(folder, inputs)
-        download_validation_split(config)
         with ray_cluster(), sigterm_as_sigint(), tracked_run(config, folder.path, folder.report, manifest) as tracking:
             settings = WorkerSettings(config, folder.path, manifest.digest, tracking)
             checkpoint = _fit(config, folder.path, settings)
             costs = _measured(config, folder, costs)
-            kept = _collect(checkpoint, folder, costs, select_mask(config), is_balanced(config))
-            report = _write_report(config, folder, manifest, costs, {"joint stage": kept} if kept else {})
-            write_whole(folder.finished, json.dumps({"finished": time.time()}))
+            kept = _collect(checkpoint, folder, partial(_evaluation, config, costs))
+            report = _write_report(config, folder, manifest, costs, kept)
+            write_whole(folder.finished, json.dumps({"finished": time.time(), "joint_stage": kept}))
     return RunResult(folder, report)
 
 
@@ -159,18 +161,11 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
                 return Path(result.checkpoint.path)
 
 
-def _collect(
-    checkpoint: Path,
-    folder: RunFolder,
-    costs: Costs,
-    select_N: np.ndarray | None = None,
-    balanced: bool = False,
-) -> str | None:
+def _collect(checkpoint: Path, folder: RunFolder, evaluation: Callable[[Predictions], Evaluation]) -> str | None:
     """Copy the workers' last report into the run's folder: the model, and the merged predictions of all ranks.
 
     Args:
-        select_N: images on which the models before and after the joint stage are compared, bool; None is all.
-        balanced: whether they are compared by the mean accuracy over the classes.
+        evaluation: how the predictions of a model are evaluated.
 
     Returns:
         A sentence that says which model the run keeps, if there is one from before and one from after the joint stage.
@@ -180,13 +175,18 @@ def _collect(
         before = merged(checkpoint, BEFORE_JOINT)
         before.save(folder.predictions_before_joint)
         predictions.save(folder.predictions_after_joint)
-        kept = better(before, predictions, costs, select_N, balanced)
+        kept = kept_model(evaluation(before), evaluation(predictions))
         append_event(folder.path, {"message": f"joint stage: {kept}"})
         if not kept.is_after:
             predictions, model = before, folder.before_joint
     predictions.save(folder.predictions)
     write_whole(folder.model, model.read_bytes())
     return str(kept) if kept else None
+
+
+def kept_model(before: Evaluation, after: Evaluation) -> Comparison:
+    """Decide between the models from before and after the joint stage."""
+    return better(before.images, after.images, after.keys_N, after.budget, after.split)
 
 
 def merged(checkpoint: Path, name: str) -> Predictions:
@@ -201,8 +201,15 @@ def download_validation_split(config: Config) -> None:
 
 
 def _write_report(
-    config: Config, folder: RunFolder, manifest: Manifest, costs: Costs, about: Mapping[str, str] | None = None
+    config: Config, folder: RunFolder, manifest: Manifest, costs: Costs, kept: str | None = None
 ) -> dict[str, Any]:
+    """Write the report and return its content.
+
+    Args:
+        kept: which model the run keeps after a joint stage; None reads it from a finished run.
+    """
+    if kept is None and folder.finished.exists():
+        kept = json.loads(folder.finished.read_text()).get("joint_stage")
     validation = beton_path(config.data.folder, VALIDATION)
     enlarged = enlarged_shares(validation, costs.resolutions, validation_crop(config))
     return write_report(
@@ -221,7 +228,7 @@ def _write_report(
                 f"{100 * share:.1f} % at {side} px" for side, share in zip(costs.resolutions, enlarged, strict=True)
             ),
             "precision": _precision(config, folder),
-            **(about or {}),
+            **({"joint stage": kept} if kept else {}),
             **environment(),
         },
     )
@@ -232,8 +239,13 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
     predictions, other, name = Predictions.load(folder.predictions), None, ""
     if folder.predictions_before_joint.exists():
         other, name = Predictions.load(folder.predictions_before_joint), "before joint"
-        if np.array_equal(other.logits_NRK, predictions.logits_NRK):
+        if folder.model.read_bytes() == folder.before_joint.read_bytes():
             other, name = Predictions.load(folder.predictions_after_joint), "after joint"
+    return replace(_evaluation(config, costs, predictions), other=other, other_name=name)
+
+
+def _evaluation(config: Config, costs: Costs, predictions: Predictions) -> Evaluation:
+    """Return how a model's predictions are evaluated by this configuration, without another network next to it."""
     policy = config.policy
     highest = policy.budget_gflops if config.cost == "flops" else policy.budget_milliseconds
     drop = policy.max_accuracy_drop
@@ -241,8 +253,6 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
         predictions,
         costs,
         split_keys(config)[predictions.indices_N],
-        other,
-        name,
         budget=Budget(highest, None if drop is None else drop / 100),
         split=split_of(config),
         balanced=is_balanced(config),
@@ -263,14 +273,6 @@ def split_of(config: Config) -> Split:
     """
     policy = config.policy
     return Split(policy.select_share, policy.cross_fit_below, policy.folds)
-
-
-def select_mask(config: Config) -> np.ndarray | None:
-    """Return which validation images models may be chosen on, bool, in beton order. None is all, if there are few
-    images."""
-    keys_N = split_keys(config)
-    (select, _), *folds = split_of(config).parts(keys_N)
-    return None if folds else np.isin(np.arange(len(keys_N)), select)
 
 
 def split_keys(config: Config) -> np.ndarray:

@@ -87,11 +87,11 @@ def run_worker(settings: WorkerSettings) -> None:
             )
         )
         if settings.evaluate_model:
-            model = load_model(settings.evaluate_model).model.to(device)
+            loaded = load_model(settings.evaluate_model).model
+            model = place_model(loaded, device, channels_last=config.training.channels_last)
             models = {PREDICTIONS: model}
             if config.cost == "milliseconds":
-                trained = place_model(copy.deepcopy(model), device, channels_last=config.training.channels_last)
-                costs_of_run(trained, config, folder.latency, resumed=False)
+                costs_of_run(copy.deepcopy(model), config, folder.latency, resumed=False)
         else:
             model, state = build_model(config, manifest, device), _last_state()
             # Measure before the network gets what only training needs, because rank 0 measures alone.

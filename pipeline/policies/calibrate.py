@@ -3,6 +3,8 @@
 The images that a policy is chosen on are never the images that its results are reported on. With many images, one half
 (`select`) is for choosing and the other half for reporting. With few images, cross-fitting takes the place of the
 halves: the policies of each fold are fitted on the other folds, so results cover every image.
+
+`better` chooses between two models by their cross-fitted policies. With halves it uses the images for choosing alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from datasets.loading.order import splitmix64
-from pipeline.policies.fit import ALL, FittedPolicy, fit_fronts
+from pipeline.policies.fit import ALL, FittedPolicy, fit_fronts, fit_policies
 from pipeline.policies.route import Images, Routed, route
 
 CONFIDENCE = 0.95
@@ -60,13 +62,41 @@ class Split:
         Args:
             keys_N: uint64 keys that identify the images, such as the checksums of their bytes. The key alone decides
                 the side of an image, so other images do not change it, and duplicates stay together.
+
+        Raises:
+            ValueError: fewer than two different keys are left to fit on, or none to report on.
         """
         uniform_N = hashed(keys_N, self.seed)
         if len(keys_N) >= self.cross_fit_below:
-            return [(np.flatnonzero(uniform_N < self.select_share), np.flatnonzero(uniform_N >= self.select_share))]
-        fold_N = np.floor(uniform_N * self.folds)
-        parts = [(np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)) for fold in range(self.folds)]
-        return [(fit, apply) for fit, apply in parts if len(apply)]
+            parts = [(np.flatnonzero(uniform_N < self.select_share), np.flatnonzero(uniform_N >= self.select_share))]
+        else:
+            parts = _folds(np.floor(uniform_N * self.folds))
+        if any(len(np.unique(keys_N[fit])) < 2 or len(apply) == 0 for fit, apply in parts):
+            raise ValueError(
+                f"the {len(keys_N)} validation images cannot be divided into images to choose policies on and images "
+                f"to report on: they have {len(np.unique(keys_N))} different groups (without data.group_by, different "
+                "contents). Add validation images, choose another data.group_by, or change policy.select_share or "
+                "policy.cross_fit_below"
+            )
+        return parts
+
+    def choosing_folds(self, keys_N: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return pairs as in `parts`, for cross-fitting on the images that models may be chosen on.
+
+        With two halves these are the images to fit on; results are reported on none of them. With few images, results
+        are reported on the same images, so a choice between two models favors the one that was lucky on them.
+        """
+        parts = self.parts(keys_N)
+        if len(parts) > 1:
+            return parts
+        rows = parts[0][0]
+        _, place_N = np.unique(keys_N[rows], return_inverse=True)
+        return [(rows[fit], rows[apply]) for fit, apply in _folds(place_N % self.folds)]
+
+
+def _folds(fold_N: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return for each fold the rows outside and inside it."""
+    return [(np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)) for fold in np.unique(fold_N)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +182,71 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
         folds=None if len(parts) == 1 else len(parts),
         costs_C=grid,
     )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracies of the policies of two models, as fractions, averaged over limits of the mean cost, in `unit`.
+
+    Attributes:
+        lowest_limit, highest_limit: the limits are evenly spaced between these.
+    """
+
+    accuracy_before: float
+    accuracy_after: float
+    lowest_limit: float
+    highest_limit: float
+    unit: str
+
+    @property
+    def is_after(self) -> bool:
+        """Whether the model from after the joint stage is at least as accurate."""
+        return self.accuracy_after >= self.accuracy_before
+
+    def __str__(self) -> str:
+        unit = "GFLOPs" if self.unit == "gflops" else "ms"
+        is_one = self.lowest_limit == self.highest_limit
+        limits = f"{'of' if is_one else 'between'} {self.lowest_limit:.3g}"
+        limits += "" if is_one else f" and {self.highest_limit:.3g}"
+        return (
+            f"the model from {'after' if self.is_after else 'before'} it is kept: with policies for a mean cost "
+            f"{limits} {unit}, the accuracy on the images for choosing is {100 * self.accuracy_after:.2f} % after it "
+            f"and {100 * self.accuracy_before:.2f} % before it"
+        )
+
+
+def better(before: Images, after: Images, keys_N: np.ndarray, budget: Budget, split: Split) -> Comparison:
+    """Compare two models by the accuracy that their cross-fitted policies reach at the same cost.
+
+    The images are those of `Split.choosing_folds`. The accuracy is that at the budget's cost limit or, if there is
+    none, the mean over limits from the cheapest to the most expensive resolution.
+
+    Args:
+        before, after: the same images with the two models' answers.
+        keys_N: as in `calibrate`.
+
+    Raises:
+        ValueError: the models have different costs, or there are too few images (see `Split.parts`).
+    """
+    if before.costs != after.costs or len(before) != len(after):
+        raise ValueError("the models before and after the joint stage have different costs or images")
+    cost_R = before.costs.backbone
+    limits_C = np.linspace(min(cost_R), max(cost_R), CURVE_POINTS) if budget.cost is None else np.array([budget.cost])
+    folds = split.choosing_folds(keys_N)
+    accuracies = [_cross_fitted(images, folds, limits_C) for images in (before, after)]
+    return Comparison(*accuracies, float(limits_C[0]), float(limits_C[-1]), before.costs.unit)
+
+
+def _cross_fitted(images: Images, folds: Sequence[tuple[np.ndarray, np.ndarray]], limits_C: np.ndarray) -> float:
+    """Return the accuracy of the policies fitted on other folds, averaged over the cost limits."""
+    right, weight = 0.0, 0.0
+    for fit, apply in folds:
+        points, rows = fit_policies(images.rows(fit)), images.rows(apply)
+        for limit in limits_C:
+            routed = route((cheaper(points, limit) or points[0]).policy, rows)
+            right += rows.weights_N @ routed.correct_N(rows.correct_NR)
+            weight += rows.weights_N.sum()
+    return float(right / weight)
 
 
 def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> FittedPolicy:

@@ -245,12 +245,27 @@ def _sum_in_place(flat: Tensor, wire: torch.dtype, group: dist.ProcessGroup) -> 
     if wire == flat.dtype:
         dist.all_reduce(flat, group=group)
         return
-    sent = flat.to(wire)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    share = received.view(world_size(), -1).sum(dim=0, dtype=flat.dtype).to(wire)
-    dist.all_gather_single(sent, share, group=group)
-    flat.copy_(sent)
+    parts = flat.view(world_size(), -1)
+    sent = parts.to(wire)
+    received = sent.clone()
+    _exchange(list(sent), list(received), group)
+    share = received.sum(dim=0, dtype=flat.dtype).to(wire)
+    received[rank()] = share
+    _exchange([share] * world_size(), list(received), group)
+    parts.copy_(received)
+
+
+def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Send one tensor to each other rank, and receive one from it. Both sequences are in the order of the ranks.
+
+    Receiving is requested first. gloo's own all_to_all and all_gather mix both, so that a rank's request waits behind
+    the data that it sends itself, and a link carries data in one direction at a time (`jobs.bench network`).
+    """
+    peers = [(rank() + step) % world_size() for step in range(1, world_size())]
+    receiving = [dist.P2POp(dist.irecv, received[peer], peer, group) for peer in peers]
+    sending = [dist.P2POp(dist.isend, sent[peer], peer, group) for peer in peers]
+    for work in dist.batch_isend_irecv([*receiving, *sending]):
+        work.wait()
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,10 @@ from datasets.beton import load_manifest, verify_betons
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.connection import require_head
-from pipeline.cluster.driver import evaluate_run, train_run
+from pipeline.cluster.driver import evaluate_run, evaluation_of, kept_model, train_run
 from pipeline.config.load import ConfigError, parse_config
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
-from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import Latency, measure_costs
 from pipeline.search.source import backbone_path
@@ -81,7 +81,9 @@ def test_a_run_leaves_a_model_a_report_and_all_predictions(undisturbed: Config) 
     before, after, final = map(
         Predictions.load, (folder.predictions_before_joint, folder.predictions_after_joint, folder.predictions)
     )
-    kept = better(before, after, measure_costs(load_model(folder.model).model))
+    costs = measure_costs(load_model(folder.model).model)
+    final_evaluation = evaluation_of(undisturbed, folder, costs)
+    kept = kept_model(*(replace(final_evaluation, predictions=each) for each in (before, after)))
     assert report["environment"]["joint stage"] == str(kept)
     assert np.array_equal(final.logits_NRK, (after if kept.is_after else before).logits_NRK)
     same = torch.equal(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.cluster.driver import _collect
+from pipeline.cluster.driver import _collect, kept_model
 from pipeline.cluster.worker import PREDICTIONS
 from pipeline.config.run_folder import RunFolder
 from pipeline.evaluation.budget import biased_choice, fit_bias
-from pipeline.evaluation.comparison import better
 from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.report import Evaluation
 from pipeline.models.cost import Costs, Latency
+from pipeline.policies.calibrate import Budget, Comparison, Split
 from pipeline.training.run import BEFORE_JOINT
 
 COSTS = Costs((96, 64, 32), (9.0, 4.0, 1.0), 0.5)
 MILLISECONDS = Costs((96, 64, 32), (9.0, 4.0, 1.0), 0.5, Latency((3.0, 1.5, 1.0), 0.1, 1, "float32", "CPU", 1, "2"))
 N = 400
+KEYS_N = np.arange(N, dtype=np.uint64)
 
 
 def random_predictions(seed: int, top1_R: tuple[float, ...] = (0.9, 0.8, 0.6)) -> Predictions:
@@ -59,48 +63,86 @@ def test_images_that_all_switch_at_once_stay_within_the_target() -> None:
     assert fit_bias(logits_NR, COSTS, 5.0) == 0.0
 
 
-def test_the_more_accurate_model_at_the_cost_of_the_cheaper_one_is_kept() -> None:
+def compared(before: Predictions, after: Predictions, **changed: Any) -> Comparison:
+    """Compare two models as a run does, on cross-fitted policies of all images unless `split` is given."""
+    kept = [Evaluation(each, COSTS, KEYS_N, **changed) for each in (before, after)]
+    return kept_model(*kept)
+
+
+def with_confidence(predictions: Predictions, seed: int) -> Predictions:
+    """Make the answers of the smallest resolution tell whether they are right: right ones are surer."""
+    generator = np.random.default_rng(seed)
+    sure_N = np.where(predictions.correct_NR[:, -1], 6.0, 1.0) + generator.normal(size=N) / 4
+    logits_NRK = predictions.logits_NRK.copy()
+    logits_NRK[:, -1] *= sure_N[:, None].astype(np.float32)
+    return replace(predictions, logits_NRK=logits_NRK)
+
+
+def test_the_more_accurate_model_is_kept() -> None:
     before, after = random_predictions(1), random_predictions(1, top1_R=(0.5, 0.4, 0.3))
-    worse = better(before, after, COSTS)
+    worse = compared(before, after)
     assert not worse.is_after
-    assert worse.accuracy_before == before.correct_NR[np.arange(N), before.chosen_N].mean()
     assert "the model from before it is kept" in str(worse)
-    assert better(after, before, COSTS).is_after
-    assert better(before, before, COSTS).is_after, "without a difference the run ends as it was configured"
+    assert compared(after, before).is_after
+    assert compared(before, before).is_after, "without a difference the run ends as it was configured"
 
 
-def test_a_model_that_is_right_more_often_only_because_it_costs_more_is_not_better() -> None:
-    before = random_predictions(2)
-    dearer_NR = (before.predictor_logits_NR + 3 * np.asarray(COSTS.relative)).astype(np.float32)
-    after = Predictions(before.resolutions, before.labels_N, before.indices_N, before.logits_NRK, dearer_NR)
-    routed = [float(each.correct_NR[np.arange(N), each.chosen_N].mean()) for each in (before, after)]
-    assert routed[1] > routed[0] + 0.05
-    found = better(before, after, COSTS)
-    assert found.cost == pytest.approx(cost_of(before, COSTS, 0.0))
-    assert found.accuracy_after == pytest.approx(found.accuracy_before, abs=2 / N)
+def test_models_are_compared_by_their_cascades_and_not_by_their_predictors_alone() -> None:
+    """Both predictors always choose the largest resolution. Only one model's confidence tells when to stop earlier."""
+    plain = random_predictions(2)
+    plain = replace(plain, predictor_logits_NR=np.tile(np.array([[9.0, 0.0, 0.0]], np.float32), (N, 1)))
+    confident = with_confidence(plain, 2)
+    assert np.array_equal(plain.correct_NR, confident.correct_NR)
+    found = compared(plain, confident)
+    assert found.accuracy_after > found.accuracy_before + 0.03
+    assert not compared(confident, plain).is_after
 
 
-def test_only_the_images_of_the_mask_are_compared() -> None:
-    good, bad = random_predictions(3), random_predictions(3, top1_R=(0.1, 0.1, 0.1))
-    first = np.arange(N) < N // 2
-    mixed = Predictions(
-        good.resolutions,
-        good.labels_N,
-        good.indices_N,
-        np.where(first[:, None, None], good.logits_NRK, bad.logits_NRK),
-        good.predictor_logits_NR,
+def test_with_a_budget_only_the_accuracy_at_its_cost_counts() -> None:
+    cheap_is_good = random_predictions(3, top1_R=(0.7, 0.7, 0.7))
+    large_is_good = random_predictions(3, top1_R=(0.99, 0.4, 0.3))
+    at_small, at_large = (
+        compared(cheap_is_good, large_is_good, budget=Budget(cost)) for cost in (min(COSTS.backbone), 9.0)
     )
-    assert better(mixed, good, COSTS, first).accuracy_before == better(mixed, good, COSTS, first).accuracy_after
-    assert better(good, mixed, COSTS, ~first).accuracy_after < better(good, mixed, COSTS, ~first).accuracy_before
-    with pytest.raises(ValueError, match="no image"):
-        better(good, bad, COSTS, np.zeros(N, bool))
+    assert not at_small.is_after
+    assert at_large.is_after
+    assert "of 1 GFLOPs" in str(at_small)
 
 
-def test_predictions_of_other_images_are_refused() -> None:
-    one = random_predictions(4)
-    other = Predictions(one.resolutions, one.labels_N, one.indices_N + 1, one.logits_NRK, one.predictor_logits_NR)
-    with pytest.raises(ValueError, match="different images"):
-        better(one, other, COSTS)
+def test_only_images_for_choosing_are_compared_and_never_by_policies_fitted_on_them() -> None:
+    split = Split(cross_fit_below=0)
+    (select, stated), *_ = split.parts(KEYS_N)
+    folds = split.choosing_folds(KEYS_N)
+    assert len(folds) == split.folds
+    assert sorted(np.concatenate([apply for _, apply in folds])) == sorted(select)
+    for fit, apply in folds:
+        assert not set(fit) & (set(apply) | set(stated))
+    good, bad = random_predictions(4), random_predictions(4, top1_R=(0.1, 0.1, 0.1))
+    logits_NRK = good.logits_NRK.copy()
+    logits_NRK[stated] = bad.logits_NRK[stated]
+    mixed = replace(good, logits_NRK=logits_NRK)
+    found = compared(good, mixed, split=split)
+    assert found.accuracy_before == found.accuracy_after
+    assert compared(good, mixed).accuracy_after < found.accuracy_after - 0.2
+
+
+def test_images_with_the_same_key_stay_in_one_fold() -> None:
+    keys_N = np.arange(N, dtype=np.uint64) // 20
+    for split in (Split(), Split(cross_fit_below=0)):
+        for fit, apply in split.choosing_folds(keys_N):
+            assert not set(keys_N[fit]) & set(keys_N[apply])
+
+
+@pytest.mark.parametrize("split", [Split(), Split(cross_fit_below=0)])
+def test_too_few_groups_are_refused(split: Split) -> None:
+    with pytest.raises(ValueError, match=r"the 400 validation images .* they have 1 different groups"):
+        split.parts(np.zeros(N, np.uint64))
+
+
+def test_models_of_other_costs_are_refused() -> None:
+    one = Evaluation(random_predictions(4), COSTS, KEYS_N)
+    with pytest.raises(ValueError, match="different costs"):
+        kept_model(one, replace(one, costs=MILLISECONDS))
 
 
 def write_checkpoint(folder: Path, models: dict[str, Predictions]) -> Path:
@@ -121,10 +163,14 @@ def test_the_run_ends_with_the_better_model_and_the_predictions_of_both(helped: 
     before, after = (bad, good) if helped else (good, bad)
     run = RunFolder(tmp_path)
     run.before_joint.write_bytes(b"before")
+
+    def evaluation(predictions: Predictions) -> Evaluation:
+        return Evaluation(predictions, COSTS, KEYS_N[predictions.indices_N])
+
     checkpoint = write_checkpoint(tmp_path / "checkpoint", {PREDICTIONS: after, BEFORE_JOINT: before})
     for _ in range(2):  # again, where the driver died after it
-        kept = _collect(checkpoint, run, COSTS)
-        assert kept == str(better(before, after, COSTS))
+        kept = _collect(checkpoint, run, evaluation)
+        assert kept == str(kept_model(evaluation(before), evaluation(after)))
         assert run.model.read_bytes() == (b"after" if helped else b"before")
         saved = {run.predictions: good, run.predictions_before_joint: before, run.predictions_after_joint: after}
         for file, expected in saved.items():
@@ -133,14 +179,15 @@ def test_the_run_ends_with_the_better_model_and_the_predictions_of_both(helped: 
 
 def test_a_run_without_a_joint_stage_ends_with_its_only_model(tmp_path: Path) -> None:
     run, only = RunFolder(tmp_path), random_predictions(6)
-    assert _collect(write_checkpoint(tmp_path / "checkpoint", {PREDICTIONS: only}), run, COSTS) is None
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", {PREDICTIONS: only})
+    assert _collect(checkpoint, run, lambda predictions: Evaluation(predictions, COSTS, KEYS_N)) is None
     assert run.model.read_bytes() == b"after"
     assert np.array_equal(Predictions.load(run.predictions).logits_NRK, only.logits_NRK)
     assert not run.predictions_before_joint.exists()
 
 
 def test_by_balanced_accuracy_a_rare_class_counts_as_much_as_the_others() -> None:
-    """One model gets nine of ten images right, but none of the rare class; the other one half of each class."""
+    """One model gets nine of ten images right, but none of the rare class; the other one six of ten of each class."""
     labels_N = (np.arange(N) % 10 == 0).astype(np.int64)
     right = {"common": labels_N == 0, "both": np.arange(N) // 10 % 5 < 3}
     found = {}
@@ -149,8 +196,7 @@ def test_by_balanced_accuracy_a_rare_class_counts_as_much_as_the_others() -> Non
         logits_NRK = np.repeat(logits_NRK[:, None], 3, axis=1)
         logits_NR = np.eye(3, dtype=np.float32)[np.zeros(N, int)]
         found[name] = Predictions(COSTS.resolutions, labels_N, np.arange(N), logits_NRK, logits_NR)
-    plain = better(found["common"], found["both"], COSTS)
+    plain = compared(found["common"], found["both"])
     assert (plain.accuracy_before, plain.accuracy_after) == pytest.approx((0.9, 0.6))
-    balanced = better(found["common"], found["both"], COSTS, balanced=True)
+    balanced = compared(found["common"], found["both"], balanced=True)
     assert (balanced.accuracy_before, balanced.accuracy_after) == pytest.approx((0.5, 0.6))
-    assert "accuracy over the classes" in str(balanced)
