@@ -235,6 +235,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"stages.backbone.distillation is {backbone.distillation}, whose teacher needs every resolution in every "
             "step. Set stages.backbone.resolutions_per_step=null, or distillation=largest"
         )
+    if backbone and backbone.resolutions_per_step == 2 and len(resolutions) > 2:
+        yield (
+            "stages.backbone.resolutions_per_step is 2, so only the largest and the smallest of model.resolutions "
+            f"{list(resolutions)} would train. Give at least 3, or null"
+        )
     if backbone and backbone.freeze_epochs > backbone.epochs:
         yield f"stages.backbone.freeze_epochs is {backbone.freeze_epochs:g}. Give at most its epochs, {backbone.epochs}"
     predictor = config.stages.predictor

@@ -2,7 +2,7 @@
 
 `budget_bias` is one number for all images: budget_bias * c_j is added to the logit of candidate j, where c_j is the
 candidate's cost on a scale from 0 (cheapest) to 1 (most expensive). A positive bias spends more, a negative one less,
-and 0 is the network as it was trained. The report and the registered model's `params` use the same number.
+and 0 is the predictor as trained. The report and the registered model's `params` use the same number.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def budget_curve(
 
     Returns:
         Points of `budget_bias`, `top1` with Wilson's interval `top1_low` to `top1_high`, `difference_points` from the
-        routed network with its paired interval `low_points` to `high_points`, `mean_gflops` and `mean_cost` (including
-        the predictor), and `shares` (per resolution). The point of bias 0 is the routed network itself and is always
-        included. Each interval holds for its own point, not for the whole curve.
+        predictor as trained with its paired interval `low_points` to `high_points`, `mean_gflops` and `mean_cost`
+        (including the predictor), and `shares` (per resolution). The point of bias 0 is the predictor as trained and is
+        always included. Each interval holds for its own point, not for the whole curve.
     """
     N, R = correct_NR.shape
     gflops_R = np.asarray(costs.backbone_gflops)
@@ -46,14 +46,14 @@ def budget_curve(
     gflops_S = counts_SR @ gflops_R / N + costs.predictor_gflops
     reachable_T, bias_T = _states(bias_E)
     keep_T = _thin(gflops_S[reachable_T], bias_T, max_points)
-    routed_N = _right_at(correct_NR, predictor_logits_NR, costs, 0.0)
+    trained_N = _right_at(correct_NR, predictor_logits_NR, costs, 0.0)
     points = []
     for state, bias in zip(reachable_T[keep_T], bias_T[keep_T] * np.ptp(gflops_R), strict=True):
         shares = (counts_SR[state] / N).tolist()
         right_N = _right_at(correct_NR, predictor_logits_NR, costs, bias)
         points.append(
             {"budget_bias": float(bias), "mean_gflops": float(gflops_S[state]), "mean_cost": costs.mean(shares)}
-            | _accuracy(int(right_S[state]), right_N, routed_N)
+            | _accuracy(int(right_S[state]), right_N, trained_N)
             | {"shares": shares}
         )
     return points
@@ -105,9 +105,9 @@ def _right_at(correct_NR: np.ndarray, predictor_logits_NR: np.ndarray, costs: Co
     return correct_NR[np.arange(len(correct_NR)), biased_choice(predictor_logits_NR, costs, budget_bias)]
 
 
-def _accuracy(num_right: int, right_N: np.ndarray, routed_N: np.ndarray) -> dict[str, float]:
+def _accuracy(num_right: int, right_N: np.ndarray, trained_N: np.ndarray) -> dict[str, float]:
     top1 = accuracy(num_right, len(right_N))
-    difference = paired_difference(int((right_N & ~routed_N).sum()), int((routed_N & ~right_N).sum()), len(right_N))
+    difference = paired_difference(int((right_N & ~trained_N).sum()), int((trained_N & ~right_N).sum()), len(right_N))
     return {
         "top1": top1.value,
         "top1_low": top1.low,

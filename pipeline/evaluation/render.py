@@ -41,7 +41,7 @@ TEMPLATE = "report.html.j2"
 CAPTIONS = {
     "tradeoff": "Accuracy against cost",
     "budget": "What a budget bias does",
-    "shares": "What the predictor chooses",
+    "shares": "Where images end",
     "attribute": "What decides the resolution",
     "gallery": "Images by chosen resolution",
 }

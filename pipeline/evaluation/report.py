@@ -176,16 +176,16 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
         "Choosing by the image, rather than at random with the same shares, gains "
         f"{signed(found['difference_points'])} points ({_interval(found)})."
     )
-    oracle, routing = rows["oracle"], report["routing"]
+    oracle, routing, key = rows["oracle"], report["routing"], report["compared_by"]
     yield (
-        f"An oracle, which knows the cheapest correct resolution, would reach {percent(oracle['top1'])} at "
+        f"An oracle, which knows the cheapest correct resolution, would reach {percent(oracle[key])} at "
         f"{gflops(oracle['mean_cost'])} {cost_words(report).unit}. Of the routed network's {routing['wrong']} wrong "
         f"answers, {routing['wrong_but_right_elsewhere']} are correct at another resolution."
     )
     if "placebo" in rows:
         placebo = rows["placebo"]
         static = next(row for row in report["rows"] if row["kind"] == "static" and row["shares"] == placebo["shares"])
-        by_luck, all_in_all = (100 * (row["top1"] - static["top1"]) for row in (placebo, oracle))
+        by_luck, all_in_all = (100 * (row[key] - static[key]) for row in (placebo, oracle))
         yield (
             f"The oracle is {signed(all_in_all)} points above {static['label']}. By luck alone the {placebo['label']}, "
             f"which differ by a slight shift, is {signed(by_luck)} points above it."
@@ -372,10 +372,8 @@ def build_report(
 
 
 def _labels(calibration: Calibration, costs: Costs) -> dict[str, str]:
-    names = {kind: kind for kind in calibration.routed}
-    if calibration.folds is None or calibration.chosen.policy.kind != "static":
-        names[ALL] = f"routed: {described(calibration.chosen.policy, costs.resolutions)}"
-    return names | {"static": "static"}
+    routed = f"routed: {described(calibration.chosen.policy, costs.resolutions)}"
+    return {kind: kind for kind in calibration.routed} | {ALL: routed}
 
 
 def described(policy: Policy, resolutions: Sequence[int]) -> str:
@@ -532,7 +530,7 @@ def _latency(latency: Latency) -> dict[str, Any]:
 
 
 def _routing(correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray) -> dict[str, Any]:
-    """Compare the predictor's choice with the oracle's, and measure how difficult the images of each choice are."""
+    """Compare where images end with the oracle's choice, and measure how difficult the images of each choice are."""
     R = correct_NR.shape[1]
     chosen_NR = chosen_N[:, None] == np.arange(R)
     counts_R = chosen_NR.sum(axis=0)

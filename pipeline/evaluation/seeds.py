@@ -15,14 +15,14 @@ from pipeline.evaluation.tables import gflops, markdown_table, p_value, signed
 
 ENDS = ("low", "high")
 SUMMARIZED = (
-    "routed_top1",
+    "routed_accuracy",
     "routed_gflops",
-    "best_static_top1",
+    "best_static_accuracy",
     "gflops_ratio",
     "difference_points",
     "gain_over_line_points",
     "gain_over_random_points",
-    "oracle_top1",
+    "oracle_accuracy",
 )
 
 
@@ -30,14 +30,14 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarize the reports of several seeds.
 
     Returns:
-        `num_seeds`, `dataset`, `resolutions`, `rows` (one per report: `name`, `outcome`, `best_static` and the values
-        of SUMMARIZED, with the 95 % intervals of the two differences) and `summary`. The summary has, for each value of
-        SUMMARIZED, its `mean`, `min` and `max`, and `low` and `high` (Student's t interval) and `std` (n - 1), which
-        are null for one seed.
+        `num_seeds`, `dataset`, `resolutions`, `compared_by` (top1 or balanced_top1, the accuracy of all values),
+        `rows` (one per report: `name`, `outcome`, `best_static` and the values of SUMMARIZED, with the 95 % intervals
+        of the two differences) and `summary`. The summary has, for each value of SUMMARIZED, its `mean`, `min` and
+        `max`, and `low` and `high` (Student's t interval) and `std` (n - 1), which are null for one seed.
 
     Raises:
-        ValueError: there is no report; the reports differ in data set, resolutions, number of images or unit of cost;
-            or they have only one resolution.
+        ValueError: there is no report; the reports differ in data set, resolutions, number of images, unit of cost or
+            the accuracy that they compare; or they have only one resolution.
     """
     if not reports:
         raise ValueError("there is no report to summarize; give at least one")
@@ -48,11 +48,13 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 f"{SCHEMA_VERSION}. Write it again with jobs.calibrate"
             )
     kinds = {
-        (report["dataset"], tuple(report["resolutions"]), report["n"], report["costs"]["unit"]) for report in reports
+        (report["dataset"], tuple(report["resolutions"]), report["n"], report["costs"]["unit"], report["compared_by"])
+        for report in reports
     }
     if len(kinds) > 1:
         listing = "; ".join(
-            f"{dataset}, {list(sides)} px, {n} images, by {unit}" for dataset, sides, n, unit in sorted(kinds, key=str)
+            f"{dataset}, {list(sides)} px, {n} images, by {unit} and {compared_by}"
+            for dataset, sides, n, unit, compared_by in sorted(kinds, key=str)
         )
         raise ValueError(
             f"reports of different runs cannot be summarized together: {listing}. --against compares runs with other "
@@ -65,39 +67,44 @@ def summarize_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "num_seeds": len(rows),
         "dataset": reports[0]["dataset"],
         "resolutions": list(reports[0]["resolutions"]),
+        "compared_by": reports[0]["compared_by"],
         "rows": rows,
         "summary": {key: _spread([row[key] for row in rows]) for key in SUMMARIZED},
     }
 
 
 def seeds_markdown(summary: Mapping[str, Any]) -> str:
-    """Return a summary as a Markdown table: one row per seed, then the means with Student's t intervals."""
+    """Return a summary as a Markdown table: one row per seed, then the means with Student's t intervals.
+
+    A sentence before the table says so if accuracy is the mean over the classes.
+    """
     header = ("run", "routed", "GFLOPs", "best static", "of its FLOPs", "against it", "above the envelope", "oracle")
     body = [
         (
             row["name"],
-            f"{100 * row['routed_top1']:.1f} %",
+            f"{100 * row['routed_accuracy']:.1f} %",
             f"{row['routed_gflops']:.3g}",
-            f"{row['best_static']} px, {100 * row['best_static_top1']:.1f} %",
+            f"{row['best_static']} px, {100 * row['best_static_accuracy']:.1f} %",
             f"{row['gflops_ratio']:.2f}",
             _with_interval(row, "difference"),
             _with_interval(row, "gain_over_line"),
-            f"{100 * row['oracle_top1']:.1f} %",
+            f"{100 * row['oracle_accuracy']:.1f} %",
         )
         for row in summary["rows"]
     ]
     found = summary["summary"]
     last = (
         f"mean of {summary['num_seeds']} seeds",
-        _mean(found["routed_top1"], 100, ".1f", " %"),
+        _mean(found["routed_accuracy"], 100, ".1f", " %"),
         _mean(found["routed_gflops"], 1, ".3g"),
-        _mean(found["best_static_top1"], 100, ".1f", " %"),
+        _mean(found["best_static_accuracy"], 100, ".1f", " %"),
         _mean(found["gflops_ratio"], 1, ".2f"),
         _mean(found["difference_points"], 1, "+.1f"),
         _mean(found["gain_over_line_points"], 1, "+.1f"),
-        _mean(found["oracle_top1"], 100, ".1f", " %"),
+        _mean(found["oracle_accuracy"], 100, ".1f", " %"),
     )
-    return markdown_table(header, [*body, tuple(f"**{cell}**" for cell in last)])
+    table = markdown_table(header, [*body, tuple(f"**{cell}**" for cell in last)])
+    return table if summary["compared_by"] == "top1" else f"Accuracy is the mean over the classes here.\n\n{table}"
 
 
 def pairs_markdown(pairs: Sequence[tuple[str, Answers, str, Answers]]) -> str:
@@ -141,14 +148,15 @@ def _points(difference: Estimate) -> str:
 def _row(report: Mapping[str, Any]) -> dict[str, Any]:
     rows = {row["id"]: row for row in report["rows"]}
     best, routed, compared = rows[report["best_static"]], rows["routed"], report["comparisons"]
+    key = report["compared_by"]
     against_best, line = compared[best["id"]], compared["envelope"]
     return {
         "name": report["name"],
         "outcome": report["outcome"],
-        "routed_top1": routed["top1"],
+        "routed_accuracy": routed[key],
         "routed_gflops": routed["mean_gflops"],
         "best_static": best["resolution"],
-        "best_static_top1": best["top1"],
+        "best_static_accuracy": best[key],
         "gflops_ratio": against_best["gflops_ratio"],
         "difference_points": against_best["difference_points"],
         "difference_low": against_best["low_points"],
@@ -157,7 +165,7 @@ def _row(report: Mapping[str, Any]) -> dict[str, Any]:
         "gain_over_line_low": line["low_points"],
         "gain_over_line_high": line["high_points"],
         "gain_over_random_points": compared["random"]["difference_points"],
-        "oracle_top1": rows["oracle"]["top1"],
+        "oracle_accuracy": rows["oracle"][key],
     }
 
 

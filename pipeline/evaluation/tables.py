@@ -14,7 +14,7 @@ CLASS_ROWS = 20
 BUDGET_NOTE = (
     "A bias b on the predictor's logits (logit_j + b * c_j) trades accuracy against cost without retraining. c_j is a "
     "resolution's GFLOPs on a scale from 0 (the cheapest) to 1 (the most expensive), in every report; b = 0 is the "
-    "routed network. The registered model takes b as `budget_bias`. Each interval holds for its point alone; "
+    "predictor as trained. The registered model takes b as `budget_bias`. Each interval holds for its point alone; "
     "differences are paired, against b = 0."
 )
 
@@ -206,7 +206,7 @@ def budget_table(report: Mapping[str, Any]) -> Table:
             *cost_cells(report, point),
             percent(point["top1"]),
             interval(point),
-            _against_routed(point),
+            _against_trained(point),
             *(percent(share) if share else "" for share in point["shares"]),
         )
         for point in every(report["budget_curve"], BUDGET_ROWS)
@@ -311,7 +311,7 @@ def cell(text: object) -> str:
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _against_routed(point: Mapping[str, Any]) -> str:
+def _against_trained(point: Mapping[str, Any]) -> str:
     if point["budget_bias"] == 0:
         return ""
     return f"{signed(point['difference_points'])} ({signed(point['low_points'])} to {signed(point['high_points'])})"

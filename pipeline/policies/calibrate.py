@@ -9,6 +9,7 @@ halves: the policies of each fold are fitted on the other folds, so results cove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from scipy.special import ndtri
 from datasets.loading.order import splitmix64
 from pipeline.policies.fit import ALL, FittedPolicy, fit_fronts, fit_policies
 from pipeline.policies.route import Images, Routed, route
+from pipeline.serving.runtime.policy import static_policy
 
 CONFIDENCE = 0.95
 """The confidence level of the one-sided bound that a policy must meet to count as within a budget."""
@@ -108,10 +110,11 @@ class Calibration:
     Attributes:
         fronts: maps a kind, or ALL, to the Pareto front of its policies, fitted on all images that may be used to
             choose.
-        chosen: the policy of `fronts[ALL]` that the budget chooses.
+        chosen: the policy that the budget chooses: one of `fronts[ALL]`, or the best static resolution.
         stated: rows of the held-out images, ascending, int64.
         routed: maps ALL to the decisions of the chosen policy on the held-out images, and each kind to those of its
-            most accurate policy that costs no more than the chosen one. Kinds without such a policy are absent.
+            most accurate policy that costs no more than the chosen one. Kinds without such a policy are absent. With
+            folds, ALL has the decisions of each fold's policy of that cost, unless the chosen policy is static.
         curves: maps a kind, or ALL, to the decisions on the held-out images at each of the costs `costs_C`.
         num_select: number of images that a policy was fitted on; with folds, the mean over the folds.
         folds: number of folds; None if the images were divided into two halves.
@@ -162,6 +165,7 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
     applied = [images.rows(apply) for _, apply in parts]
     stated = np.concatenate([apply for _, apply in parts])
     order = np.argsort(stated)
+    stated = stated[order]
 
     def at(kind: str, cost: float) -> Routed:
         """Apply each part's most accurate policy of at most this cost to the rows of the part."""
@@ -171,11 +175,12 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
         )
 
     grid = np.linspace(min(images.costs.backbone), max(images.costs.backbone), CURVE_POINTS)
-    exact = {ALL: route(chosen.policy, applied[0])} if len(parts) == 1 else {}
+    has_one_policy = len(parts) == 1 or chosen.policy.kind == "static"  # a static policy has no fitted thresholds
+    exact = {ALL: route(chosen.policy, images.rows(stated))} if has_one_policy else {}
     return Calibration(
         fronts=fronts,
         chosen=chosen,
-        stated=stated[order],
+        stated=stated,
         routed={kind: at(kind, chosen.cost) for kind in kinds} | exact,
         curves={kind: [at(kind, cost) for cost in grid] for kind in fronts if fronts[kind]},
         num_select=round(float(np.mean([len(rows) for rows, _ in parts]))),
@@ -244,8 +249,8 @@ def _cross_fitted(images: Images, folds: Sequence[tuple[np.ndarray, np.ndarray]]
         points, rows = fit_policies(images.rows(fit)), images.rows(apply)
         for limit in limits_C:
             routed = route((cheaper(points, limit) or points[0]).policy, rows)
-            right += rows.weights_N @ routed.correct_N(rows.correct_NR)
-            weight += rows.weights_N.sum()
+            right += images.weights_N[apply] @ routed.correct_N(rows.correct_NR)
+            weight += images.weights_N[apply].sum()
     return float(right / weight)
 
 
@@ -254,31 +259,38 @@ def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> Fi
 
     With a cost limit alone, this is the most accurate policy within the limit. With a limit on the loss of accuracy, it
     is the cheapest policy whose loss has a one-sided upper bound within the limit. The bound rejects policies that are
-    good enough only by luck.
+    good enough only by luck. The best static resolution itself loses nothing, so it is chosen if no other policy is.
 
     Args:
-        points: the front, cheapest first.
+        points: the front, cheapest first. The best static resolution need not be on it.
         images: the images that the policies were fitted on.
 
     Raises:
         ValueError: no policy meets the budget.
     """
-    affordable = [point for point in points if budget.cost is None or point.cost <= budget.cost]
+    highest = math.inf if budget.cost is None else budget.cost
+    affordable = [point for point in points if point.cost <= highest]
     if not affordable:
-        raise ValueError(f"no policy costs at most {budget.cost:.4g}: the cheapest costs {points[0].cost:.4g}")
+        raise ValueError(f"no policy costs at most {highest:.4g}: the cheapest costs {points[0].cost:.4g}")
     if budget.max_drop is None:
         return affordable[-1]
-    best_N = images.correct_NR[:, int(weighted_accuracy(images.correct_NR, images.weights_N).argmax())]
-    for point in affordable:
+    best = _best_static(images)
+    best_N = images.correct_NR[:, best.policy.members[0]]
+    for point in sorted([*affordable, best], key=lambda point: point.cost):
         answered_N = route(point.policy, images).correct_N(images.correct_NR)
-        if drop_bound(best_N, answered_N, images.weights_N) <= budget.max_drop:
+        if point.cost <= highest and drop_bound(best_N, answered_N, images.weights_N) <= budget.max_drop:
             return point
-    if budget.cost is None:  # the most accurate policies agree with the best static resolution almost everywhere
-        return affordable[-1]
     raise ValueError(
-        f"no policy that costs at most {budget.cost:.4g} stays within {100 * budget.max_drop:g} points of the best "
+        f"no policy that costs at most {highest:.4g} stays within {100 * budget.max_drop:g} points of the best "
         f"static resolution with {CONFIDENCE:.0%} confidence; allow a higher cost or a larger drop"
     )
+
+
+def _best_static(images: Images) -> FittedPolicy:
+    """Return the most accurate static policy, or the cheapest of them. A front may lack it."""
+    accuracy_R, cost_R = weighted_accuracy(images.correct_NR, images.weights_N), images.costs.backbone
+    best = max(range(len(cost_R)), key=lambda index: (accuracy_R[index], -cost_R[index]))
+    return FittedPolicy(static_policy(best), cost_R[best], float(accuracy_R[best]))
 
 
 def cheaper(points: Sequence[FittedPolicy], cost: float) -> FittedPolicy | None:

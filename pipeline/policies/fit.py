@@ -7,7 +7,7 @@ on the images that it was fitted on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,11 +100,15 @@ def fit_policies(images: Images, kinds: Sequence[str] = KINDS) -> list[FittedPol
 
 
 def fit_fronts(images: Images) -> dict[str, list[FittedPolicy]]:
-    """Return a front as in `fit_policies` for each kind, and for ALL kinds. Static policies belong to every kind's
-    front."""
+    """Return a front as in `fit_policies` for each kind, and for ALL kinds.
+
+    Static policies belong to every kind's front. Only the front of a kind that needs a predictor is empty if it has no
+    policies of its own.
+    """
     fronts = _kind_fronts(images, KINDS)
-    groups = {kind: tuple(dict.fromkeys(("static", kind))) for kind in KINDS} | {ALL: KINDS}
-    return {name: _merged(fronts, kinds) for name, kinds in groups.items()}
+    found = {kind: _merged(fronts, dict.fromkeys(("static", kind))) for kind in KINDS}
+    found |= {kind: [] for kind in KINDS if "predictor" in kind and not fronts[kind]}
+    return found | {ALL: _merged(fronts, KINDS)}
 
 
 def _kind_fronts(images: Images, kinds: Sequence[str]) -> dict[str, list[FittedPolicy]]:
@@ -114,7 +118,7 @@ def _kind_fronts(images: Images, kinds: Sequence[str]) -> dict[str, list[FittedP
     return {kind: front(list(_candidates(fitting, kind))) for kind in kinds}
 
 
-def _merged(fronts: Mapping[str, Sequence[FittedPolicy]], kinds: Sequence[str]) -> list[FittedPolicy]:
+def _merged(fronts: Mapping[str, Sequence[FittedPolicy]], kinds: Iterable[str]) -> list[FittedPolicy]:
     return thin(front([point for kind in kinds for point in fronts[kind]]))
 
 

@@ -49,14 +49,14 @@ class Images:
         return len(self.correct_NR)
 
     def rows(self, rows_M: np.ndarray) -> Images:
-        """Return the images at the given rows, in that order."""
-        predictor = self.predictor_logits_NR
+        """Return the images at the given rows, in that order. Their weights are scaled to mean 1."""
+        predictor, weights_M = self.predictor_logits_NR, self.weights_N[rows_M]
         return replace(
             self,
             confidence_NR=self.confidence_NR[rows_M],
             correct_NR=self.correct_NR[rows_M],
             predictor_logits_NR=None if predictor is None else predictor[rows_M],
-            weights_N=self.weights_N[rows_M],
+            weights_N=weights_M / weights_M.mean(),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -62,7 +63,10 @@ class NetworkSummary:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a worker needs at the peak of a training step, without the memory and work space of libraries."""
+    """Bytes that a worker needs at the peak of a training step, without the memory and work space of libraries.
+
+    `weights` includes the moving average of the weights, if the stage has one.
+    """
 
     weights: int
     gradients: int
@@ -94,8 +98,9 @@ class StageSummary:
     reachable_gflops: tuple[float, float] | None
     memory: StepMemory
     training_gflops: float | None
-    """GFLOPs of the whole stage. A backward pass counts as two forward passes, and a routed image costs alpha. None if
-    the data, or alpha in GFLOPs, is unknown."""
+    """GFLOPs of the whole stage. A backward pass counts as two forward passes. A joint stage runs every image forward
+    at every resolution, and backward at the chosen ones, which cost alpha. None if the data, or alpha in GFLOPs, is
+    unknown."""
     table_bytes: int | None
     """The size of the logit tables that the stage keeps on disk, in bytes; None if it keeps none."""
 
@@ -259,30 +264,32 @@ def _stages(config: Config, model: DRNet, data: DataSummary, costs: Costs) -> It
             alpha_milliseconds=stage.alpha_milliseconds if routed else None,
             reachable_gflops=(costs.min_backbone_gflops, costs.max_backbone_gflops) if routed else None,
             memory=_step_memory(config, model, stage),
-            training_gflops=_training_gflops(stage, costs, data),
+            training_gflops=_training_gflops(stage, config.training.backward, costs, data),
             table_bytes=_table_bytes(stage, model, data),
         )
 
 
-def _training_gflops(stage: Stage, costs: Costs, data: DataSummary) -> float | None:
-    """Return the GFLOPs that the stage spends on training images, without validation."""
+def _training_gflops(stage: Stage, backward: str, costs: Costs, data: DataSummary) -> float | None:
+    """Return the GFLOPs of the stage's steps and logit tables of training images, as its objective computes them."""
     if data.num_train is None:
         return None
-    every, forward = sum(costs.backbone_gflops), 0.0
+    every, predictor = sum(costs.backbone_gflops), costs.predictor_gflops
     if isinstance(stage, PredictorStage):
-        trained = costs.predictor_gflops
-        forward = every * ((stage.num_crops or stage.epochs) if _trains_on_table(stage) else stage.epochs)
-    elif isinstance(stage, JointStage):
+        crops = (stage.num_crops or stage.epochs) if _trains_on_table(stage) else stage.epochs
+        return data.num_train * (3 * stage.epochs * predictor + crops * every)
+    if isinstance(stage, JointStage):
         if stage.alpha_gflops is None:
             return None
-        trained = costs.predictor_gflops + stage.alpha_gflops
-    else:
-        assert isinstance(stage, BackboneStage)
-        period = range(max(1, len(costs.backbone) - 2))  # the steps after which the turns of the resolutions repeat
-        steps = [sandwich(len(costs.backbone), stage.resolutions_per_step, step) for step in period]
-        trained = sum(costs.backbone_gflops[index] for indices in steps for index in indices) / len(steps)
-        forward = -2 * stage.freeze_epochs * trained  # a frozen backbone has no backward pass
-    return data.num_train * (3 * stage.epochs * trained + forward)
+        forward = every * (2 if stage.norm_statistics == "all" else 1)
+        return data.num_train * stage.epochs * (3 * predictor + forward + 2 * stage.alpha_gflops)
+    assert isinstance(stage, BackboneStage)
+    period = range(max(1, len(costs.backbone) - 2))  # the steps after which the turns of the resolutions repeat
+    steps = [sandwich(len(costs.backbone), stage.resolutions_per_step, step) for step in period]
+    trained = sum(costs.backbone_gflops[index] for indices in steps for index in indices) / len(steps)
+    recomputes = stage.distillation in ("mean", "learned") and backward == "apart"
+    again = sum(costs.backbone_gflops[1:]) if recomputes else 0.0  # the teacher needs all logits before any backward
+    frozen = 2 * stage.freeze_epochs * trained  # a frozen backbone has no backward pass
+    return data.num_train * (stage.epochs * (3 * trained + again) - frozen)
 
 
 def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:
@@ -298,21 +305,28 @@ def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
 
 
 def _step_memory(config: Config, model: DRNet, stage: Stage) -> StepMemory:
-    """Estimate the memory peak: the backward pass of a batch with every image at the largest resolution."""
-    batch, precision = config.training.batch_size // config.cluster.num_workers, config.training.precision
+    """Estimate the memory peak: the backward pass of a slice with every image at the largest resolution, or at all
+    resolutions of a step that `training.backward: together` trains."""
+    training, count = config.training, len(model.resolutions)
+    batch, precision = training.batch_size // config.cluster.num_workers, training.precision
     trained: list[nn.Module] = []
     activations = 0
     if not isinstance(stage, PredictorStage):
         trained.append(model.backbone)
-        activations += measure_activations(model.backbone, model.resolutions[0], 0, precision=precision).of_batch(batch)
+        together = isinstance(stage, BackboneStage) and training.backward == "together"
+        # The first step of the stage trains the largest resolutions.
+        for index in sandwich(count, stage.resolutions_per_step, 0) if together else [0]:
+            kept = measure_activations(model.backbone, model.resolutions[index], index, precision=precision)
+            activations += kept.of_batch(math.ceil(batch / training.accumulate))
     if isinstance(stage, PredictorStage | JointStage):
         trained.append(model.predictor)
         activations += measure_activations(model.predictor, model.predictor_size, precision=precision).of_batch(batch)
     gradients = sum(tensor_bytes(module.parameters()) for module in trained)
     sides = (model.predictor_size,) if _trains_on_table(stage) else model.sides
     states = 2 if stage.optimizer == "adamw" else int(stage.momentum > 0)
+    weights = tensor_bytes(model.parameters()) + tensor_bytes(model.buffers())
     return StepMemory(
-        weights=tensor_bytes(model.parameters()) + tensor_bytes(model.buffers()),
+        weights=weights if stage.ema_decay is None else 2 * weights,
         gradients=gradients,
         optimizer=states * gradients,
         activations=activations,

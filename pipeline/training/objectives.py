@@ -306,8 +306,8 @@ class BackboneObjective(Objective):
     depends on progress alone, so a resume needs no state.
 
     The communication overlaps with a step's last backward pass. So the last pass is that of the largest resolution,
-    unless the largest resolution is the teacher. `together` runs one pass for all resolutions, which overlaps more
-    communication but keeps the activations of all.
+    unless there is distillation, which runs the largest resolution first. `together` runs one pass for all resolutions,
+    which overlaps more communication but keeps the activations of all.
     """
 
     def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device, *, together: bool):

@@ -229,8 +229,12 @@ def test_an_unknown_key_lists_valid_ones(file, override, named):
         ({"model.predictor.initial_shares": [1, 0, 1]}, "model.predictor.initial_shares.1 is 0"),
         ({"model.resolutions": [64], "stages.backbone.distillation": "mean"}, "distillation needs several"),
         (
-            {"stages.backbone.resolutions_per_step": 2, "stages.backbone.distillation": "learned"},
+            {"stages.backbone.resolutions_per_step": 3, "stages.backbone.distillation": "learned"},
             "teacher needs every resolution",
+        ),
+        (
+            {"stages.backbone.resolutions_per_step": 2},
+            "the smallest of model.resolutions [224, 168, 112] would train. Give at least 3, or null",
         ),
         ({"stages.backbone.nesterov": True, "stages.backbone.momentum": 0}, "backbone.nesterov needs momentum"),
         ({"stages.backbone.schedule": "one_cycle"}, "needs warmup_epochs for its rise. Give more than 0, such as 0.6"),

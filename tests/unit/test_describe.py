@@ -12,19 +12,24 @@ import pytest
 import torch
 from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.beton import FORMAT, BetonError, Manifest, Sample, Split, write_beton
 from jobs import describe as job
 from pipeline.config.load import ConfigError, load_config, parse_config
 from pipeline.config.schema import Config
 from pipeline.models.backbone import build_backbone
-from pipeline.models.cost import Costs
+from pipeline.models.cost import Costs, measure_costs
+from pipeline.models.drnet import build_drnet
 from pipeline.models.dry_run import measure_activations
 from pipeline.training.describe import describe, summarize_data
+from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.run import alpha_problems
 from tests.unit.pictures import jpeg
 
 COSTS = Costs(resolutions=(96, 64, 32), backbone_gflops=(0.9, 0.4, 0.1), predictor_gflops=0.05)
+
+JOINT = {"joint": {"epochs": 1, "alpha_gflops": 0.005}}
 
 
 def config_in(folder: Path, **changes: Any) -> Config:
@@ -186,9 +191,35 @@ def test_memory_of_each_stage(tmp_path: Path):
     assert joint.activations == backbone.activations + predictor.activations
     assert joint.images == 16 * 3 * (96**2 + 64**2 + 48**2 + 32**2)
     assert predictor.images == 16 * 3 * 48**2
+    assert joint.weights == backbone.weights
     assert joint.total == joint.weights + joint.gradients + joint.activations + joint.images
     alone = config_in(tmp_path, stages=stages, cluster={"num_workers": 1})
     assert describe(alone).stages[0].memory.activations == pytest.approx(2 * backbone.activations, rel=0.01)
+    stages["joint"]["ema_decay"] = 0.99
+    sliced = config_in(tmp_path, stages=stages, training={"batch_size": 32, "accumulate": 3})
+    first, _, last = (stage.memory for stage in describe(sliced).stages)
+    assert first.activations == pytest.approx(6 / 16 * backbone.activations, rel=0.01)
+    assert last.activations == first.activations + predictor.activations, "the predictor runs on the whole batch"
+    assert last.weights == 2 * first.weights == 2 * joint.weights
+
+
+@pytest.mark.parametrize(("resolutions_per_step", "indices"), [(None, [0, 1, 2, 3]), (3, [0, 1, 3])])
+def test_one_backward_pass_keeps_the_activations_of_all_its_resolutions(
+    tmp_path: Path, resolutions_per_step: int | None, indices: list[int]
+):
+    write_manifest(tmp_path)
+    sides = (48, 40, 32, 24)
+    config = config_in(
+        tmp_path,
+        model={"backbone": "small_resnet", "resolutions": sides, "predictor": {"width": 0.25, "input_size": 32}},
+        training={"batch_size": 32, "backward": "together"},
+        stages={"backbone": {"epochs": 1, "resolutions_per_step": resolutions_per_step}, **JOINT},
+    )
+    backbone, joint = (stage.memory.activations for stage in describe(config).stages)
+    network = build_backbone("small_resnet", 7, len(sides))
+    each = [measure_activations(network, sides[index], index).of_batch(16) for index in indices]
+    assert backbone == sum(each)
+    assert each[0] < joint < backbone
 
 
 @pytest.mark.parametrize(("changed", "num_crops"), [({}, 6), ({"num_crops": 2}, 2), ({"logits": "live"}, None)])
@@ -257,9 +288,46 @@ def test_a_backward_pass_counts_as_two_forward_passes(tmp_path: Path):
         [
             130 * 3 * 3 * sum(backbone),
             130 * (3 * 2 * predictor + sum(backbone)),
-            130 * 3 * 2 * (predictor + 0.005),
+            130 * 2 * (3 * predictor + sum(backbone) + 2 * 0.005),
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "backward"),
+    [
+        ({"backbone": {"epochs": 1, "distillation": "largest", "resolutions_per_step": 3}}, "apart"),
+        ({"backbone": {"epochs": 1, "distillation": "mean"}}, "apart"),
+        ({"backbone": {"epochs": 1, "distillation": "learned"}}, "together"),
+        ({"predictor": {"epochs": 1, "alpha_gflops": 0.005, "logits": "live"}}, "apart"),
+        ({"predictor": {"epochs": 1, "objective": "correctness", "logits": "live"}}, "apart"),
+        (JOINT, "apart"),
+        ({"joint": JOINT["joint"] | {"norm_statistics": "all"}}, "apart"),
+    ],
+)
+def test_training_flops_are_those_of_real_steps(tmp_path: Path, stage: dict[str, dict[str, Any]], backward: str):
+    sides, num_images = (48, 40, 32, 24), 12
+    predictor = {"width": 0.25, "input_size": 32}
+    changes = {
+        "model": {"backbone": "small_resnet", "resolutions": sides, "predictor": predictor},
+        "training": {"batch_size": 32, "backward": backward},
+    }
+    config = config_in(tmp_path, stages=stage, **changes)
+    torch.manual_seed(0)
+    model = build_drnet(config.model, 10, (0.5,) * 3, (0.25,) * 3)
+    model.mean.requires_grad_()  # the first convolution then has a whole backward pass, as the estimate assumes
+    images = {side: torch.randint(0, 256, (num_images, side, side, 3), dtype=torch.uint8) for side in model.sides}
+    batch = StepBatch(images, torch.arange(num_images) % 10, torch.rand(num_images, len(sides)), num_images)
+    costs_R = torch.tensor(measure_costs(model).backbone)
+    ((name, settings),) = config.stages.present()
+    objective = build_objective(model, settings, costs_R, backward=backward)
+    with FlopCounterMode(display=False) as counter:
+        sums = [objective(replace(batch, step=step)) for step in range(2)]
+    if name == "joint":
+        alpha = sum(each["gflops_backbone"].item() for each in sums) / len(sums) / num_images
+        config = config_in(tmp_path, stages={name: stage[name] | {"alpha_gflops": alpha}}, **changes)
+    real = counter.get_total_flops() / 2e9 / len(sums) / num_images
+    assert describe(config).stages[0].training_gflops == pytest.approx(130 * real, rel=1e-3)
 
 
 def test_the_job_prints_aligned_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from pipeline.models.cost import Costs
 from pipeline.policies.calibrate import ALL, Budget, Split, calibrate, choose, discordant, drop_bound, hashed
-from pipeline.policies.fit import KINDS, _Fitting, _swept, fit_policies
+from pipeline.policies.fit import KINDS, _Fitting, _swept, fit_fronts, fit_policies
 from pipeline.policies.route import Images, route
 from pipeline.serving.runtime.policy import (
     ALWAYS,
@@ -199,6 +200,51 @@ def test_a_budget_that_nothing_meets_is_refused() -> None:
         choose(fitted, Budget(cost=1.05, max_drop=0.001), images)
     assert choose(fitted, Budget(), images) == fitted[-1]
     assert choose(fitted, Budget(max_drop=1.0), images) == fitted[0]
+
+
+def test_without_a_policy_within_the_drop_the_best_static_resolution_is_chosen() -> None:
+    """Neither confidence nor the predictor says which images need 96 px."""
+    correct_NR = np.random.default_rng(0).random((500, 3)) < (0.9, 0.6, 0.4)
+    images = replace(images_of(500), correct_NR=correct_NR)
+    moving = [point for point in fit_policies(images) if point.policy.kind != "static"]
+    accuracy = images.correct_NR[:, 0].mean()
+    for budget in (Budget(max_drop=0.0), Budget(max_drop=0.0, cost=8.0)):
+        chosen = choose(moving, budget, images)
+        assert (chosen.policy, chosen.cost, chosen.accuracy) == (static_policy(0), 8.0, accuracy)
+    with pytest.raises(ValueError, match=r"costs at most 7\.9 stays within 0 points"):
+        choose(moving, Budget(max_drop=0.0, cost=7.9), images)
+    found = calibrate(images, np.arange(500, dtype=np.uint64), Budget(max_drop=0.0), Split())
+    assert found.folds == 5
+    assert found.chosen.policy == static_policy(0)
+    assert found.routed[ALL].cost_N(COSTS).tolist() == [8.0] * 500, "what is stated is about the chosen policy"
+
+
+@pytest.mark.parametrize(("predictor", "resolutions", "missing"), [(False, 3, 2), (True, 3, 0), (True, 5, 1)])
+def test_a_kind_that_needs_a_predictor_has_no_front_without_policies_of_its_own(
+    predictor: bool, resolutions: int, missing: int
+) -> None:
+    """A predictor+cascade has at most four resolutions."""
+    images, repeated = images_of(200, predictor=predictor), np.arange(resolutions) % 3
+    logits_NR = images.predictor_logits_NR
+    images = replace(
+        images,
+        confidence_NR=images.confidence_NR[:, repeated],
+        correct_NR=images.correct_NR[:, repeated],
+        predictor_logits_NR=None if logits_NR is None else logits_NR[:, repeated],
+        costs=Costs((96, 48, 32, 24, 16)[:resolutions], (8.0, 2.0, 1.0, 0.5, 0.2)[:resolutions], 0.25),
+    )
+    fronts = fit_fronts(images)
+    assert [kind for kind in (*KINDS, ALL) if not fronts[kind]] == ["predictor", "predictor+cascade"][2 - missing :]
+    found = calibrate(images, np.arange(200, dtype=np.uint64), Budget(), Split())
+    assert set(found.curves) == {kind for kind in fronts if fronts[kind]} >= set(found.routed)
+
+
+def test_the_accuracy_of_weighted_images_is_a_fraction() -> None:
+    """The rows have only the heavier images."""
+    images = images_of(400)
+    heavy = replace(images, weights_N=np.repeat([1.5, 0.5], 200)).rows(np.arange(200))
+    assert heavy.weights_N.tolist() == [1.0] * 200
+    assert fit_policies(heavy) == fit_policies(images.rows(np.arange(200)))
 
 
 def test_the_bound_of_a_drop_is_one_sided() -> None:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.figures import draw_gallery, pick_tiles
+from pipeline.evaluation.figures import draw_gallery, draw_shares, pick_tiles
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.report import Evaluation, build_report, judge, to_json, write_report
+from pipeline.evaluation.style import LIGHT
 from pipeline.models.cost import Costs
+from pipeline.policies.calibrate import Budget
 from tests.unit.evaluation_cases import (
     CLASSES,
     CONTEXT,
@@ -146,7 +148,8 @@ class TestVerdict:
         right_NR = np.column_stack([np.arange(1000) % 10 < 8, np.arange(1000) % 10 < 3, labels_N == 0])
         found = np.where(right_NR, labels_N[:, None], (labels_N[:, None] + 1) % 4)
         logits_NRK, logits_NR = np.eye(4, dtype=np.float32)[found], np.eye(3, dtype=np.float32)[np.zeros(1000, int)]
-        predictions = Predictions(SIDES, labels_N, np.arange(1000), logits_NRK, logits_NR)
+        shifted_NV = np.where(np.arange(1000) % 10 == 8, labels_N, (labels_N + 1) % 4)[:, None]
+        predictions = Predictions(SIDES, labels_N, np.arange(1000), logits_NRK, logits_NR, shifted_NV)
         found = {}
         for balanced in (False, True):
             evaluation = evaluation_of(predictions)
@@ -158,6 +161,12 @@ class TestVerdict:
         assert against[False]["difference_points"] == pytest.approx(10)
         assert against[True]["difference_points"] == pytest.approx(55)
         assert found[True]["verdict"].startswith("Accuracy is the mean over the classes here. ")
+        # An oracle is right for the whole first class and for 8 of 10 others. The shifted look adds 1 of 10 everywhere.
+        for balanced, oracle, above in ((False, "94.0 %", "+14.0"), (True, "85.0 %", "+5.0")):
+            _, reached, luck = found[balanced]["verdict_details"][-3:]
+            assert f"would reach {oracle} at" in reached
+            assert luck.startswith(f"The oracle is {above} points above static 96 px.")
+            assert luck.endswith("is +10.0 points above it.")
 
     def test_one_resolution(self):
         report = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
@@ -335,6 +344,7 @@ def test_the_markdowns_tables_are_regular_and_its_figures_exist(report_folder):
     markdown = (report_folder / "report.md").read_text()
     report = json.loads((report_folder / "report.json").read_text())
     assert f"**{report['verdict']}**" in markdown
+    assert "b = 0 is the predictor as trained." in markdown
     for table in re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
@@ -390,7 +400,25 @@ def test_without_a_trained_predictor_no_policy_uses_it(tmp_path):
     )
     assert {point["kind"] for point in report["policies"]["front"]} <= {"static", "cascade"}
     assert report["budget_curve"] == []
+    assert "predictor" not in report["policies"]["curves"]
+    assert not [row["id"] for row in report["rows"] if row["kind"] == "policy" and "predictor" in row["policy"]]
+    assert next(text.get_text() for text in draw_shares(report, LIGHT).texts) == "Where images end"
+    for page in ("report.md", "report.html"):
+        assert "What the predictor chooses" not in (tmp_path / page).read_text()
     assert Page((tmp_path / "report.html").read_text()).open == []
+
+
+def test_a_static_choice_has_its_name_with_folds():
+    correct_NR, chosen_N, _ = easy_and_hard(300, skill=0)
+    keys_N, budget = np.arange(300, dtype=np.uint64), Budget(max_drop=0.0)
+    evaluation = Evaluation(predictions_of(correct_NR, chosen_N), COSTS, keys_N, budget=budget)
+    report = build_report(evaluation, classes=CLASSES, attributes={}, name="run", context=CONTEXT)
+    assert report["policies"]["folds"] == 5
+    assert report["outcome"] == "static"
+    assert "within the budget no policy is better than static 96 px. " in report["verdict"]
+    assert report["headline"]["label"] == "routed: static 96 px"
+    assert (report["headline"]["shares"], report["headline"]["mean_cost"]) == ([1, 0, 0], pytest.approx(0.9))
+    assert report["comparisons"]["static-96"]["difference_points"] == 0
 
 
 def test_a_report_with_one_resolution_is_written(tmp_path):

@@ -51,6 +51,9 @@ def test_costs(model: DRNet) -> None:
     assert pytest.approx(2 * costs[0] / (3 * sum(costs)), abs=1e-3) == APART
     for hidden in (APART, TOGETHER):
         assert f"| {100 * hidden:.0f} % |" in PAGE
+    for kind, spent in (("largest`", 3 * sum(costs)), ("mean` or `learned`", 3 * sum(costs) + sum(costs[1:]))):
+        last = f"2 x {costs[1]:.3f} of {spent:.1f} | {200 * costs[1] / spent:.0f} % |"
+        assert f"| backbone, `apart`, `distillation: {kind} | the second largest: {last}" in PAGE
 
 
 def test_logits() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from jobs.compare import pairs
 from pipeline.evaluation.gate import Answers
+from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.report import build_report
 from pipeline.evaluation.seeds import SUMMARIZED, pairs_markdown, seeds_markdown, summarize_seeds
 from pipeline.models.cost import Costs
-from tests.unit.evaluation_cases import CONTEXT, PERFECT, easy_and_hard, report_of
+from tests.unit.evaluation_cases import CLASSES, CONTEXT, PERFECT, SIDES, easy_and_hard, evaluation_of, report_of
 
 
 def seed_reports() -> list[dict]:
@@ -40,16 +42,35 @@ def test_seeds_are_summarized_by_mean_and_spread():
     assert f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})" in lines[-1]
 
 
+def test_balanced_reports_are_summarized_by_balanced_accuracy():
+    correct_NR, chosen_N, _ = easy_and_hard(500, skill=0.9)
+    labels_N = np.arange(500) % 3 % 2  # two thirds of the images are of class 0
+    logits_NRK = np.eye(2, dtype=np.float32)[np.where(correct_NR, labels_N[:, None], 1 - labels_N[:, None])]
+    predictor_NR = np.eye(3, dtype=np.float32)[chosen_N]
+    evaluation = evaluation_of(Predictions(SIDES, labels_N, np.arange(500), logits_NRK, predictor_NR))
+    object.__setattr__(evaluation, "balanced", True)
+    report = build_report(evaluation, classes=CLASSES[:2], attributes={}, name="run", context=CONTEXT)
+    summary = summarize_seeds([report])
+    rows, (row,) = {row["id"]: row for row in report["rows"]}, summary["rows"]
+    for name, other in (("routed", "routed"), ("best_static", report["best_static"]), ("oracle", "oracle")):
+        assert row[f"{name}_accuracy"] == rows[other]["balanced_top1"] != rows[other]["top1"]
+    assert row["difference_points"] == pytest.approx(100 * (row["routed_accuracy"] - row["best_static_accuracy"]))
+    assert seeds_markdown(summary).startswith("Accuracy is the mean over the classes here.\n\n| run |")
+
+
 def test_one_seed_has_no_spread():
     summary = summarize_seeds(seed_reports()[:1])
-    assert [summary["summary"]["routed_top1"][key] for key in ("std", "low", "high")] == [None] * 3
+    assert [summary["summary"]["routed_accuracy"][key] for key in ("std", "low", "high")] == [None] * 3
     assert " to " not in seeds_markdown(summary).splitlines()[-1]
 
 
 def test_reports_of_different_runs_are_rejected():
+    reports = seed_reports()
     other = report_of(*PERFECT, context=CONTEXT | {"dataset": "elpv"})
     with pytest.raises(ValueError, match=r"different runs.*elpv.*glyphs"):
-        summarize_seeds([*seed_reports(), other])
+        summarize_seeds([*reports, other])
+    with pytest.raises(ValueError, match=r"by gflops and balanced_top1; glyphs.* by gflops and top1\."):
+        summarize_seeds([*reports, reports[0] | {"compared_by": "balanced_top1"}])
     with pytest.raises(ValueError, match="no report"):
         summarize_seeds([])
     single = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))
