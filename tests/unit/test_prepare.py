@@ -199,6 +199,18 @@ def test_bad_images_may_be_skipped_and_are_recorded(tmp_path, source):
         prepared(tmp_path / "out", source, on_bad_image="error")
 
 
+def test_damage_that_the_header_check_misses_is_a_bad_image_if_statistics_read_it(tmp_path, source):
+    for path in sorted((source / "dog").iterdir())[:8]:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] + b"\xff\xd9" + data[len(data) // 2 :])
+    with pytest.raises(BadImagesError, match=r"source/dog/00\d\.jpg: damaged JPEG"):
+        prepared(tmp_path / "out", source, check_images="header")
+    done = prepared(tmp_path / "out", source, check_images="header", on_bad_image="skip")
+    assert all("damaged JPEG" in one["reason"] for one in done.manifest.skipped)
+    # Validation images are not counted, so their damage is found only when they are loaded.
+    assert done.manifest.splits["train"].count + len(done.manifest.skipped) == 19
+
+
 def test_skipping_must_not_empty_a_class(tmp_path, source):
     for path in (source / "eel").iterdir():
         path.write_bytes(b"not an image")
