@@ -18,6 +18,7 @@ from datasets.files import shown_name
 from datasets.sources.folders import SUFFIXES, Entry, list_folder
 from datasets.sources.index import ImageRef, Source, SourceError, image_column, is_ignored, listed
 from datasets.sources.listing import SPLIT_NAMES, TRAIN, VALIDATION, Choice, Listed, Listing, scan_listing
+from datasets.sources.tars import all_members
 
 if TYPE_CHECKING:
     from pyarrow import Schema, Table
@@ -298,7 +299,7 @@ class _Sample(NamedTuple):
 def _members(shard: Shard) -> Iterator[tuple[str, str, tarfile.TarInfo, Callable[[], bytes]]]:
     """Yield key, kind (lower case), header and reader of each file."""
     with Path(shard.place).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
+        for member in all_members(archive):
             folder, name = os.path.split(member.name)
             stem, dot, kind = name.partition(".")
             if not member.isfile() or not stem or not dot:

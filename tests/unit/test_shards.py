@@ -347,6 +347,9 @@ def test_samples_of_tars_that_cannot_be_used_are_all_listed(tmp_path):
     unlabeled = write_tar(tmp_path / "in/b.tar", [(f"{n}.jpg", image) for n in range(5)])
     cut = tmp_path / "in/c.tar"
     cut.write_bytes(write_tar(tmp_path / "whole.tar", samples(6, 50)).read_bytes()[:3000])
+    damaged = write_tar(tmp_path / "in/e.tar", samples(6, 60))
+    # The names are not ASCII, so the header has `?`. Changing it makes the header's checksum wrong.
+    damaged.write_bytes(damaged.read_bytes().replace(b"?/002.cls", b"!/002.cls"))
     packed = tmp_path / "in/d.tar"
     with tarfile.open(packed, "w:gz"):
         pass
@@ -359,7 +362,9 @@ def test_samples_of_tars_that_cannot_be_used_are_all_listed(tmp_path):
     assert [place for place, _ in caught.value.bad] == list(skipped)[:-1]
     assert skipped.pop("a.tar/broken.jpg").startswith("damaged JPEG")
     assert skipped.pop(str(unlabeled)) == "none of its 5 samples has a .cls or .json with a label"
-    assert all("not a complete, uncompressed tar file" in skipped.pop(str(one)) for one in (cut, packed))
+    assert all("not a complete, uncompressed tar file" in skipped.pop(str(one)) for one in (cut, packed, damaged))
+    names = {record.name for record in read_records(tmp_path / "out" / "images.jsonl")}
+    assert {name for name in names if name.startswith("e.tar")} == {"e.tar/é/000.jpg", "e.tar/é/001.jpg"}
     assert {
         name.removeprefix(f"{tar} "): reason.partition(":")[0] for name, reason in skipped.items() if str(tar) in name
     } == {
