@@ -34,7 +34,7 @@ from datasets.beton import (
 )
 from datasets.files import DataError, exclusive, overlap, shown_bytes, shown_name, sync_folder, write_whole
 from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
-from datasets.prepare.build import JOURNAL, Built, ImageRecord, LeftoversError, build_betons
+from datasets.prepare.build import JOURNAL, BadImagesError, Built, ImageRecord, LeftoversError, build_betons
 from datasets.prepare.convert import Check, Conversion, channel_statistics, digest_chunk
 from datasets.sources.catalog import Dataset, SourceOptions, find_dataset, glyph_images
 from datasets.sources.glyphs import GENERATOR_VERSION, GlyphSettings, generate, is_generated
@@ -158,6 +158,8 @@ def _alike(names: Iterable[str]) -> set[str]:
 
 PARTIAL = ".partial"
 SAMPLES, NUM_SAMPLES = "samples", 8
+SAMPLE_NAME = re.compile(rf"[0-{NUM_SAMPLES - 1}]-[\w-]{{1,50}}\.jpg")
+_ELSEWHERE = "move it, or choose another data.folder"
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,9 @@ def prepare(
     modification times decide, and only if they differ, the contents of the images. The files are the same for any
     number of processes. The arguments have the meaning that they have in the configuration's `data` section.
 
-    An interrupted preparation, even a killed one, leaves its work in FOLDER/.partial. The next one resumes it if
-    images, settings and versions are the same, and writes the same files as an uninterrupted one.
+    A preparation that is interrupted, even killed, or that ends at bad images leaves its work in FOLDER/.partial. The
+    next one resumes it if images, settings and versions are the same, and writes the same files as an uninterrupted
+    one.
 
     Args:
         num_processes: None means one for each CPU that this process may use.
@@ -221,6 +224,7 @@ def prepare(
         BetonError: the folder is incomplete or damaged and `force` is false.
         BadImagesError: some images are bad and `on_bad_image` is "error"; all are listed.
         SourceError: the source does not have what the data set needs.
+        DataError: FOLDER/samples has other files than sample images.
         OSError: there is no space or no permission, or another process is preparing this folder.
     """
     # Use absolute paths, because `map_chunks` may run in another folder.
@@ -250,6 +254,7 @@ def prepare(
         if not force and _holds_data(folder):
             manifest = _confirmed(folder, inputs, processes, show_progress)
             return Prepared(manifest, True, 0, 0.0, not_images=images.skipped)
+        _require_only_samples(folder)
         if dataset == "glyphs":
             _draw_glyphs(options, processes, show_progress)
         if map_chunks is None or dataset == "glyphs":  # glyphs are drawn on this machine
@@ -321,7 +326,6 @@ def _build(
     }
 
     def build() -> Built:
-        unfinished.mkdir(exist_ok=True)
         with progress_bar(f"prepare {entry.name}", num_images, show_progress) as advance:
             return build_betons(
                 index,
@@ -340,6 +344,8 @@ def _build(
         except LeftoversError:
             shutil.rmtree(unfinished)
             built = build()
+    except BadImagesError:  # with data.on_bad_image=skip, the next preparation resumes this one
+        raise
     except ValueError:  # the user must change the images, so there is nothing to resume
         shutil.rmtree(unfinished)
         raise
@@ -354,14 +360,32 @@ def _build(
 def _write_samples(folder: Path, manifest: Manifest) -> None:
     """Write a few validation images as files, to try a model on."""
     samples = folder / SAMPLES
-    shutil.rmtree(samples, ignore_errors=True)
-    samples.mkdir()
+    samples.mkdir(exist_ok=True)
+    for path in samples.iterdir():
+        if _is_sample(path):
+            path.unlink()
     beton = beton_path(folder, VALIDATION)
     labels = read_layout(beton).metadata["label"]
     for index in range(min(NUM_SAMPLES, len(labels))):
         # A file name has at most 255 bytes, and a character up to 4.
         name = re.sub(r"[^\w-]", "_", manifest.classes[int(labels[index])])[:50]
         (samples / f"{index}-{name}.jpg").write_bytes(read_jpeg(beton, index))
+
+
+def _is_sample(path: Path) -> bool:
+    """Return whether `_write_samples` may have written a file."""
+    return SAMPLE_NAME.fullmatch(path.name) is not None and path.is_file()
+
+
+def _require_only_samples(folder: Path) -> None:
+    """Raise DataError if the place of the sample images has anything else."""
+    samples = folder / SAMPLES
+    if samples.is_symlink() or (samples.exists() and not samples.is_dir()):
+        raise DataError(f"{samples} is not a folder, but sample images are written there; {_ELSEWHERE}")
+    others = sorted(path.name for path in samples.iterdir() if not _is_sample(path)) if samples.exists() else []
+    if others:
+        names = listed([shown_name(name) for name in others])
+        raise DataError(f"{samples} is for sample images, but it has other files: {names}; {_ELSEWHERE}")
 
 
 def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> None:

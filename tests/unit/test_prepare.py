@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from datasets.beton import BetonError, beton_path, load_manifest, read_jpeg, read_layout, verify_betons
-from datasets.files import LOCK
+from datasets.files import LOCK, DataError
 from datasets.parallel import map_ordered
 from datasets.prepare import prepare as module
 from datasets.prepare.build import BadImagesError
@@ -165,7 +165,48 @@ def test_bad_images_are_all_listed_and_nothing_is_written(tmp_path, source):
         ("eel/short.jpg", "damaged JPEG"),
     ):
         assert any(str(source / name) in line and reason in line for line in message.splitlines())
-    assert list(out.iterdir()) == []
+    assert [path.name for path in out.iterdir()] == [".partial"]
+
+
+def test_a_preparation_that_found_bad_images_is_resumed_without_them(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("datasets.prepare.build.SECONDS_BETWEEN_WRITES", 0.0)
+    (source / "cat" / "empty.jpg").write_bytes(b"")
+    with pytest.raises(BadImagesError):
+        prepared(tmp_path / "out", source)
+    done = prepared(tmp_path / "out", source, on_bad_image="skip")
+    assert (done.num_adopted, done.num_images, len(done.manifest.skipped)) == (25, 0, 1)
+    prepared(tmp_path / "other", source, on_bad_image="skip")
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+    verify_betons(tmp_path / "out", full=True)
+
+
+@pytest.mark.parametrize("kind", ["file inside", "folder inside", "file", "link"])
+def test_a_users_files_in_the_folder_of_samples_are_kept(tmp_path, source, kind):
+    out, samples = tmp_path / "out", tmp_path / "out" / "samples"
+    prepared(out, source)
+    if kind.endswith("inside"):
+        mine = samples / ("mine.txt" if kind == "file inside" else "0-cat.jpg")
+        if kind == "folder inside":
+            shutil.rmtree(samples)
+            mine.mkdir(parents=True)
+        else:
+            mine.write_text("mine")
+    else:
+        samples.rename(mine := tmp_path / "mine")
+        samples.symlink_to(mine) if kind == "link" else samples.write_text("mine")
+    before = contents(out)
+    with pytest.raises(DataError, match=r"samples is .*; move it, or choose another data\.folder"):
+        prepared(out, source, force=True, max_side=40)
+    assert mine.exists()
+    assert contents(out) == before
+    assert prepared(out, source).unchanged
+
+
+def test_preparing_again_replaces_the_samples(tmp_path, source):
+    prepared(tmp_path / "out", source, validation_fraction=0.5)
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 8
+    prepared(tmp_path / "out", source, force=True)
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 5
 
 
 def test_an_unreadable_file_is_a_bad_image(tmp_path, source):
