@@ -146,7 +146,10 @@ def _validated(tree: Mapping[str, Any], source: str, problems: Sequence[str]) ->
 
 def find_config(path: str | Path) -> Path:
     """Return the YAML file that a `--config` value names: a path, or a name in jobs/configs."""
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(["its home folder is unknown. Give the whole path"], f"--config {path}") from None
     for candidate in (path, CONFIG_FOLDER / f"{path}.yaml"):
         if candidate.is_file():
             return candidate

@@ -260,6 +260,13 @@ def test_skipping_must_not_empty_a_class(tmp_path, source):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path, source):
+    (source / "cat" / "disk.img").touch()
+    os.truncate(source / "cat" / "disk.img", 3 << 30)
+    with pytest.raises(BadImagesError, match=r"disk\.img: it has 3,221,225,472 bytes; an image may have at most"):
+        prepared(tmp_path / "out", source)
+
+
 def test_a_failed_force_leaves_what_was_there(tmp_path, source):
     prepared(tmp_path / "out", source)
     before = contents(tmp_path / "out")
@@ -393,6 +400,13 @@ def test_job_verifies_every_byte(run, tmp_path):
     assert "nothing to do" in run()
     with pytest.raises(BetonError, match=r"train\.beton is damaged: its SHA-256"):
         run("--verify")
+
+
+@pytest.mark.parametrize("other", [["--force"], ["--download"], ["--upload", "file:///elsewhere"]])
+def test_job_verifies_and_does_nothing_else(run, other, capsys):
+    with pytest.raises(SystemExit):
+        run("--verify", *other)
+    assert "--verify only compares; do not combine it" in capsys.readouterr().err
 
 
 def test_job_resumes_after_ctrl_c(run, source, tmp_path, monkeypatch):
