@@ -16,8 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import features
-
+from datasets import turbojpeg
 from datasets.beton import (
     FORMAT,
     IMAGES_LIST,
@@ -32,7 +31,16 @@ from datasets.beton import (
     read_layout,
     verify_betons,
 )
-from datasets.files import DataError, exclusive, overlap, shown_bytes, shown_name, sync_folder, write_whole
+from datasets.files import (
+    DataError,
+    exclusive,
+    overlap,
+    shown_bytes,
+    shown_name,
+    sync_folder,
+    value_differences,
+    write_whole,
+)
 from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
 from datasets.prepare.build import JOURNAL, BadImagesError, Built, ImageRecord, LeftoversError, build_betons
 from datasets.prepare.convert import Check, Conversion, channel_statistics, digest_chunk
@@ -65,7 +73,7 @@ class ChangedInputsError(DataError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a preparation. `settings` is flat or nested one level, and does not include the source's path."""
+    """The inputs of a preparation. `settings` does not include the source's path."""
 
     dataset: str
     settings: Mapping[str, Any]
@@ -84,7 +92,7 @@ def require_unchanged(
         ChangedInputsError: lists every difference.
     """
     before = {"dataset": manifest.dataset, **manifest.settings}
-    changed = setting_differences(before, {"dataset": inputs.dataset, **inputs.settings})
+    changed = value_differences(before, {"dataset": inputs.dataset, **inputs.settings})
     differences = [f"data.{difference}" for difference in changed]
     if manifest.skipped and not inputs.skip_bad:
         differences.append(f"data.on_bad_image: 'skip' ({len(manifest.skipped)} images were left out) -> 'error'")
@@ -93,18 +101,6 @@ def require_unchanged(
         differences = _image_differences(records, inputs.images.read_index(), num_processes, show_progress)
     if differences:
         raise ChangedInputsError(folder, differences)
-
-
-def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every key in which two mappings differ."""
-    differences = []
-    for key in sorted({*before, *after}):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences += [f"{key}.{difference}" for difference in setting_differences(old, new)]
-        elif old != new:
-            differences.append(f"{key}: {old!r} -> {new!r}")
-    return differences
 
 
 def read_records(path: Path) -> list[ImageRecord]:
@@ -332,7 +328,7 @@ def _build(
                 unfinished,
                 conversion,
                 seed=options.split_seed,
-                made_from={**made_from, "versions": versions},
+                made_from=made_from,
                 map_chunks=map_chunks,
                 skip_bad=inputs.skip_bad,
                 advance=advance,
@@ -426,6 +422,6 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "pillow": version("pillow"),
-        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
+        "libjpeg_turbo": turbojpeg.library_version(),
         "ffcv": version("ffcv"),
     }

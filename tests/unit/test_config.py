@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from datasets.files import flattened
 from pipeline.config.explain import describe_fields
 from pipeline.config.load import (
     CONFIG_FOLDER,
     ConfigError,
     differences,
     find_config,
-    flattened,
     load_config,
     parse_config,
     with_absolute_paths,

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,3 +410,11 @@ def test_orientation_is_found_after_other_metadata():
     by_xmp = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(by_xmp))).size == (48, 64)
     assert store_image(by_xmp, None, 95).width == 48
+
+
+def test_the_version_is_that_of_the_library_that_encodes():
+    version = turbojpeg.library_version()
+    assert re.fullmatch(r"\d+\.\d+(\.\d+)*", version)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = {Path(line.split(maxsplit=5)[5]) for line in lines if "libturbojpeg" in line}
+    assert any(f"libjpeg-turbo version {version} ".encode() in file.read_bytes() for file in files)

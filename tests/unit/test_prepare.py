@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from datasets import turbojpeg
 from datasets.beton import BetonError, beton_path, load_manifest, read_jpeg, read_layout, verify_betons
 from datasets.files import LOCK, DataError
 from datasets.parallel import map_ordered
@@ -44,6 +45,7 @@ def test_betons_hold_every_image_with_its_label(tmp_path, source):
     manifest = done.manifest
     assert not done.unchanged
     assert done.num_images == 24
+    assert manifest.versions["libjpeg_turbo"] == turbojpeg.library_version()
     assert manifest == load_manifest(tmp_path / "out") == verify_betons(tmp_path / "out", full=True)
     assert manifest.classes == ["cat", "dog", "eel"]
     assert manifest.splits["train"].class_counts == [6, 8, 4]
