@@ -50,7 +50,6 @@ class Layout:
 
     metadata: NDArray
     allocations: NDArray
-    size_bytes: int
 
 
 class BetonWriter:
@@ -157,7 +156,7 @@ def read_layout(path: Path) -> Layout:
         raise BetonError(f"{path} does not exist") from None
     for problem in _contradictions(metadata, allocations, int(header["alloc_table_ptr"])):
         raise BetonError(f"{path} is damaged: {problem}")
-    return Layout(metadata, allocations, size)
+    return Layout(metadata, allocations)
 
 
 def read_jpeg(beton: Path, index: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Write complete files, lock folders, and show file names and sizes as text."""
+"""Write complete files, lock folders, and show file names, sizes and changed values as text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import errno
 import fcntl
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def shown_name(name: str | os.PathLike[str]) -> str:
@@ -184,3 +184,20 @@ def _is(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def value_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every dotted key in which two trees of mappings differ."""
+    old, new = dict(flattened(before)), dict(flattened(after))
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
+
+
+def flattened(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every value in a tree of mappings."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from flattened(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 PIXELS_RGB, PIXELS_GRAY, PIXELS_CMYK = 0, 6, 11
@@ -143,6 +145,21 @@ def encode_planes(planes: Sequence[Plane], width: int, height: int, quality: int
             return ctypes.string_at(buffer, size.value)
         finally:
             _library().tjFree(buffer)
+
+
+def library_version() -> str:
+    """Return the version of the loaded library, such as 2.1.5, or "unknown".
+
+    The library's file contains it, but no function of versions before 3 returns it.
+    """
+    address = ctypes.cast(_library().tjInitCompress, ctypes.c_void_p).value
+    assert address is not None
+    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= address < end:
+            found = re.search(rb"libjpeg-turbo version ([0-9.]+)", Path(line.split(maxsplit=5)[5]).read_bytes())
+            return found[1].decode() if found else "unknown"
+    return "unknown"
 
 
 def _plane_sizes(width: int, height: int, subsampling: Subsampling) -> list[tuple[int, int]]:

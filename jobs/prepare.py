@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="only compare every byte of the betons with the manifest")
     parser.add_argument("--upload", metavar="ADDRESS", help="upload the prepared folder, for data.uri of other runs")
     args = parser.parse_intermixed_args()
+    if args.verify and (args.force or args.download or args.upload):
+        parser.error("--verify only compares; do not combine it with --force, --download or --upload")
     data = job_config(args, preparing=True).data
     folder = shown_name(data.folder)
     if args.verify:

@@ -198,7 +198,7 @@ def build_betons(
     skip_bad: bool,
     advance: Callable[[int], None],
 ) -> Built:
-    """Write one beton for each split of `index` into `folder`, resuming what an interrupted call left there.
+    """Write one beton for each split of `index` into `folder`, resuming what an unfinished call left there.
 
     Args:
         seed: seed of the order in which samples are stored.
@@ -221,6 +221,7 @@ def build_betons(
         built.note_bad(place, place, reason)
     if built.bad and not skip_bad:
         raise BadImagesError(built.bad)
+    folder.mkdir(exist_ok=True)
     parts = {"chunk": IMAGES_PER_CHUNK, "rows": ROWS_PER_CHUNK, "counted": IMAGES_IN_STATISTICS}
     with Journal(folder, {**made_from, **parts}) as journal, ThreadPoolExecutor(1) as background:
         built.num_adopted = sum(len(outcomes) for outcomes, _ in journal.finished)

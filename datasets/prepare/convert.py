@@ -36,9 +36,13 @@ class PixelSums:
 
 
 def pixel_sums(jpeg: bytes) -> PixelSums:
-    """Return the sums over all pixels of a valid JPEG, as RGB."""
-    header = turbojpeg.read_header(jpeg)
-    size, pixels = (header.width, header.height), turbojpeg.decode(jpeg, header)
+    """Return the sums over all pixels of a JPEG, as RGB. Raise BadImageError if it is damaged."""
+    try:
+        header = turbojpeg.read_header(jpeg)
+        pixels = turbojpeg.decode(jpeg, header)
+    except turbojpeg.JpegError as error:
+        raise BadImageError(f"damaged JPEG: {error}") from None
+    size = (header.width, header.height)
     statistics = ImageStat.Stat(Image.frombuffer("RGB", size, pixels, "raw", "RGB", 0, 1))
     return PixelSums(statistics.count[0], _whole(statistics.sum), _whole(statistics.sum2))
 
@@ -63,6 +67,7 @@ def _whole(sums: Sequence[float]) -> ChannelSums:
 MAX_PIXELS = 89_478_485
 MAX_JPEG_SIDE = 65_500
 MAX_JPEG_BYTES = 8 << 20
+TIFF_STARTS = (b"II", b"MM")
 JPEG_START, JPEG_END, START_OF_SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
 MAX_TRAILER = 4096  # bytes that some programs write after the end
 ORIENTATION_TAG = 0x0112
@@ -215,13 +220,16 @@ def _padded(image: Image.Image, even: bool) -> Image.Image:
 
 def _open_with_pillow(data: bytes, upright: bool = True) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", UserWarning)  # unusual metadata
         warnings.simplefilter("error", RuntimeWarning)
+        if data.startswith(TIFF_STARTS):
+            warnings.filterwarnings("error", "Tag |Truncated")  # a tag that cannot be read may describe the pixels
         try:
             with Image.open(io.BytesIO(data)) as image:
                 _check_size(*image.size)
                 image.load()
-                orientation = _orientation(data) if upright else 1
+                # Pillow makes a TIFF upright while it loads it, and removes the tag.
+                orientation = _tagged_orientation(image) if upright else 1
                 return _upright(to_rgb(image), orientation)
         except BadImageError:
             raise
@@ -242,19 +250,26 @@ def _check_size(width: int, height: int) -> None:
         raise BadImageError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
 
 
-def _orientation(data: bytes) -> int:
-    """Return the EXIF orientation, 1 to 8, or 1 if the metadata is damaged, because the pixels may still be valid."""
-    if data.startswith(JPEG_START):
-        end = _metadata_end(data)
-        if all(data.find(mark, 0, end) < 0 for mark in ORIENTATION_MARKS):
-            return 1  # the usual case in data sets; asking Pillow would take a tenth of the time of decoding
+def _orientation(jpeg: bytes) -> int:
+    """Return the EXIF orientation of a JPEG, 1 to 8, or 1 if the metadata is damaged."""
+    end = _metadata_end(jpeg)
+    if all(jpeg.find(mark, 0, end) < 0 for mark in ORIENTATION_MARKS):
+        return 1  # the usual case in data sets; asking Pillow would take a tenth of the time of decoding
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                value = image.getexif().get(ORIENTATION_TAG, 1)
-        except Exception:
+            with Image.open(io.BytesIO(jpeg)) as image:
+                return _tagged_orientation(image)
+        except Exception:  # the pixels may still be valid
             return 1
+
+
+def _tagged_orientation(image: Image.Image) -> int:
+    """Return the orientation that an opened image still needs, 1 to 8, or 1 if the metadata is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # a parser of arbitrary bytes can fail in any way
+        return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -389,14 +404,14 @@ def convert_chunk(conversion: Conversion, chunk: Chunk) -> ConvertedChunk:
             data, modified[position] = read
             content = content_digest(data)
             image = store_image(data, conversion.max_side, conversion.jpeg_quality, conversion.check_images)
+            counted = pixel_sums(image.jpeg) if position in chunk.counted else PixelSums()
         except (BadImageError, OSError) as error:
             outcomes.append(Outcome(0, 0, 0, content, "", valid_text(str(error))))
             continue
         stored = content
         if image.jpeg is not data:
             encoded[position], stored = image.jpeg, content_digest(image.jpeg)
-        if position in chunk.counted:
-            pixels += pixel_sums(image.jpeg)
+        pixels += counted
         outcomes.append(Outcome(image.width, image.height, len(image.jpeg), content, stored))
     return ConvertedChunk(outcomes, encoded, modified, pixels, os.uname().nodename)
 

@@ -16,8 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import features
-
+from datasets import turbojpeg
 from datasets.beton import (
     FORMAT,
     IMAGES_LIST,
@@ -32,9 +31,18 @@ from datasets.beton import (
     read_layout,
     verify_betons,
 )
-from datasets.files import DataError, exclusive, overlap, shown_bytes, shown_name, sync_folder, write_whole
+from datasets.files import (
+    DataError,
+    exclusive,
+    overlap,
+    shown_bytes,
+    shown_name,
+    sync_folder,
+    value_differences,
+    write_whole,
+)
 from datasets.parallel import OrderedMap, available_cpus, map_ordered, progress_bar
-from datasets.prepare.build import JOURNAL, Built, ImageRecord, LeftoversError, build_betons
+from datasets.prepare.build import JOURNAL, BadImagesError, Built, ImageRecord, LeftoversError, build_betons
 from datasets.prepare.convert import Check, Conversion, channel_statistics, digest_chunk
 from datasets.sources.catalog import Dataset, SourceOptions, find_dataset, glyph_images
 from datasets.sources.glyphs import GENERATOR_VERSION, GlyphSettings, generate, is_generated
@@ -65,7 +73,7 @@ class ChangedInputsError(DataError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a preparation. `settings` is flat or nested one level, and does not include the source's path."""
+    """The inputs of a preparation. `settings` does not include the source's path."""
 
     dataset: str
     settings: Mapping[str, Any]
@@ -84,7 +92,7 @@ def require_unchanged(
         ChangedInputsError: lists every difference.
     """
     before = {"dataset": manifest.dataset, **manifest.settings}
-    changed = setting_differences(before, {"dataset": inputs.dataset, **inputs.settings})
+    changed = value_differences(before, {"dataset": inputs.dataset, **inputs.settings})
     differences = [f"data.{difference}" for difference in changed]
     if manifest.skipped and not inputs.skip_bad:
         differences.append(f"data.on_bad_image: 'skip' ({len(manifest.skipped)} images were left out) -> 'error'")
@@ -93,18 +101,6 @@ def require_unchanged(
         differences = _image_differences(records, inputs.images.read_index(), num_processes, show_progress)
     if differences:
         raise ChangedInputsError(folder, differences)
-
-
-def setting_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every key in which two mappings differ."""
-    differences = []
-    for key in sorted({*before, *after}):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            differences += [f"{key}.{difference}" for difference in setting_differences(old, new)]
-        elif old != new:
-            differences.append(f"{key}: {old!r} -> {new!r}")
-    return differences
 
 
 def read_records(path: Path) -> list[ImageRecord]:
@@ -158,6 +154,8 @@ def _alike(names: Iterable[str]) -> set[str]:
 
 PARTIAL = ".partial"
 SAMPLES, NUM_SAMPLES = "samples", 8
+SAMPLE_NAME = re.compile(rf"[0-{NUM_SAMPLES - 1}]-[\w-]{{1,50}}\.jpg")
+_ELSEWHERE = "move it, or choose another data.folder"
 
 
 @dataclass(frozen=True)
@@ -207,8 +205,9 @@ def prepare(
     modification times decide, and only if they differ, the contents of the images. The files are the same for any
     number of processes. The arguments have the meaning that they have in the configuration's `data` section.
 
-    An interrupted preparation, even a killed one, leaves its work in FOLDER/.partial. The next one resumes it if
-    images, settings and versions are the same, and writes the same files as an uninterrupted one.
+    A preparation that is interrupted, even killed, or that ends at bad images leaves its work in FOLDER/.partial. The
+    next one resumes it if images, settings and versions are the same, and writes the same files as an uninterrupted
+    one.
 
     Args:
         num_processes: None means one for each CPU that this process may use.
@@ -221,6 +220,7 @@ def prepare(
         BetonError: the folder is incomplete or damaged and `force` is false.
         BadImagesError: some images are bad and `on_bad_image` is "error"; all are listed.
         SourceError: the source does not have what the data set needs.
+        DataError: FOLDER/samples has other files than sample images.
         OSError: there is no space or no permission, or another process is preparing this folder.
     """
     # Use absolute paths, because `map_chunks` may run in another folder.
@@ -250,6 +250,7 @@ def prepare(
         if not force and _holds_data(folder):
             manifest = _confirmed(folder, inputs, processes, show_progress)
             return Prepared(manifest, True, 0, 0.0, not_images=images.skipped)
+        _require_only_samples(folder)
         if dataset == "glyphs":
             _draw_glyphs(options, processes, show_progress)
         if map_chunks is None or dataset == "glyphs":  # glyphs are drawn on this machine
@@ -321,14 +322,13 @@ def _build(
     }
 
     def build() -> Built:
-        unfinished.mkdir(exist_ok=True)
         with progress_bar(f"prepare {entry.name}", num_images, show_progress) as advance:
             return build_betons(
                 index,
                 unfinished,
                 conversion,
                 seed=options.split_seed,
-                made_from={**made_from, "versions": versions},
+                made_from=made_from,
                 map_chunks=map_chunks,
                 skip_bad=inputs.skip_bad,
                 advance=advance,
@@ -340,6 +340,8 @@ def _build(
         except LeftoversError:
             shutil.rmtree(unfinished)
             built = build()
+    except BadImagesError:  # with data.on_bad_image=skip, the next preparation resumes this one
+        raise
     except ValueError:  # the user must change the images, so there is nothing to resume
         shutil.rmtree(unfinished)
         raise
@@ -354,14 +356,32 @@ def _build(
 def _write_samples(folder: Path, manifest: Manifest) -> None:
     """Write a few validation images as files, to try a model on."""
     samples = folder / SAMPLES
-    shutil.rmtree(samples, ignore_errors=True)
-    samples.mkdir()
+    samples.mkdir(exist_ok=True)
+    for path in samples.iterdir():
+        if _is_sample(path):
+            path.unlink()
     beton = beton_path(folder, VALIDATION)
     labels = read_layout(beton).metadata["label"]
     for index in range(min(NUM_SAMPLES, len(labels))):
         # A file name has at most 255 bytes, and a character up to 4.
         name = re.sub(r"[^\w-]", "_", manifest.classes[int(labels[index])])[:50]
         (samples / f"{index}-{name}.jpg").write_bytes(read_jpeg(beton, index))
+
+
+def _is_sample(path: Path) -> bool:
+    """Return whether `_write_samples` may have written a file."""
+    return SAMPLE_NAME.fullmatch(path.name) is not None and path.is_file()
+
+
+def _require_only_samples(folder: Path) -> None:
+    """Raise DataError if the place of the sample images has anything else."""
+    samples = folder / SAMPLES
+    if samples.is_symlink() or (samples.exists() and not samples.is_dir()):
+        raise DataError(f"{samples} is not a folder, but sample images are written there; {_ELSEWHERE}")
+    others = sorted(path.name for path in samples.iterdir() if not _is_sample(path)) if samples.exists() else []
+    if others:
+        names = listed([shown_name(name) for name in others])
+        raise DataError(f"{samples} is for sample images, but it has other files: {names}; {_ELSEWHERE}")
 
 
 def _require_space(folder: Path, index: ImageIndex, conversion: Conversion) -> None:
@@ -402,6 +422,6 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "pillow": version("pillow"),
-        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
+        "libjpeg_turbo": turbojpeg.library_version(),
         "ffcv": version("ffcv"),
     }

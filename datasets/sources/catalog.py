@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,10 @@ from datasets.sources.torchvision_sets import SPLITS, scan_torchvision
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"
+
+
+SOME_USE = ("source", "validation_source", "validation_fraction", "group_by", "label_column")
+"""Options that only some sources use."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class SourceOptions:
         """Return how images of a list are chosen."""
         chosen = (self.validation_fraction, self.images_per_class, self.split_seed, self.group_by, self.label_column)
         return Choice(*chosen, wnids)
+
+    def require_only(self, source: str, *used: str) -> None:
+        """Raise SourceError for options of SOME_USE that are set, but that `source` does not use."""
+        defaults = {option.name: option.default for option in fields(self)}
+        unused = [name for name in SOME_USE if name not in used and getattr(self, name) != defaults[name]]
+        if unused:
+            names = [f"data.{name}" for name in unused]
+            raise SourceError(f"{source} does not use {' or '.join(names)}; remove it from the configuration")
 
 
 @dataclass(frozen=True)
@@ -102,14 +114,18 @@ def _required_source(options: SourceOptions, dataset: str) -> Path:
 
 def _scan_imagenet100(options: SourceOptions) -> Source:
     source = _required_source(options, "imagenet100")
-    return _scan_list(source, options, imagenet100_ids()) or scan_imagenet(
-        source, imagenet100_ids(), options.images_per_class, options.split_seed
-    )
+    if found := _scan_list(source, options, imagenet100_ids()):
+        return found
+    options.require_only("imagenet100 from folders or tars", "source")
+    return scan_imagenet(source, imagenet100_ids(), options.images_per_class, options.split_seed)
 
 
 def _scan_image_folder(options: SourceOptions) -> Source:
     source = _required_source(options, "imagefolder")
-    return _scan_list(source, options) or scan_image_folder(
+    if found := _scan_list(source, options):
+        return found
+    options.require_only("a folder of class folders", "source", "validation_source", "validation_fraction", "group_by")
+    return scan_image_folder(
         source,
         options.validation_source,
         options.validation_fraction,
@@ -136,15 +152,18 @@ def _scan_list(source: Path, options: SourceOptions, wnids: Sequence[str] | None
 
 def _scan_torchvision(options: SourceOptions, name: str) -> Source:
     root = _required_source(options, f"torchvision/{name}")
+    options.require_only(f"torchvision/{name}", "source", "validation_fraction", "group_by")
     return scan_torchvision(name, root, options.choice(), options.download)
 
 
 def _scan_elpv(options: SourceOptions) -> Source:
+    options.require_only("elpv", "source", "validation_fraction")
     folder = options.source or elpv.package_folder()
     return elpv.scan_elpv(folder, options.validation_fraction, options.images_per_class, options.split_seed)
 
 
 def _scan_glyphs(options: SourceOptions) -> Source:
+    options.require_only("glyphs")
     return glyphs.scan_glyphs(
         glyph_images(options.folder), options.glyphs, options.images_per_class, options.split_seed
     )

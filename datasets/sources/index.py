@@ -191,7 +191,12 @@ def image_column(schema: Schema) -> str:
     return (named or found)[0]
 
 
+MAX_IMAGE_BYTES = 1 << 30
+
+
 def _read_part(ref: ImageRef) -> ReadImage:
+    if ref.size > MAX_IMAGE_BYTES:  # more than MAX_PIXELS of 16 bits and 4 channels need
+        raise OSError(f"it has {ref.size:,} bytes; an image may have at most {MAX_IMAGE_BYTES:,}")
     try:
         # Without O_NONBLOCK, which files ignore, opening a named pipe would wait for its writer.
         descriptor = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

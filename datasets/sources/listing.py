@@ -217,7 +217,8 @@ def scan_csv(file: Path, choice: Choice) -> Source:
     if "" in splits and len(splits) > 1:
         listing.problems.append(f"{file} has a split for some images, but not for all; give all of them one, or none")
     folders = sorted({Path(os.path.normpath(one.ref.path)).parent for one in listing.images})
-    return scan_listing(entries, lambda: listing, choice, folders)
+    skipped = Counter("test row" for one in listing.images if one.split == "test" and VALIDATION in splits)
+    return scan_listing(entries, lambda: listing, choice, folders, skipped)
 
 
 def _file_status(folder: Path, path: str, place: str, listing: Listing) -> os.stat_result | None:

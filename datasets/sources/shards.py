@@ -18,6 +18,7 @@ from datasets.files import shown_name
 from datasets.sources.folders import SUFFIXES, Entry, list_folder
 from datasets.sources.index import ImageRef, Source, SourceError, image_column, is_ignored, listed
 from datasets.sources.listing import SPLIT_NAMES, TRAIN, VALIDATION, Choice, Listed, Listing, scan_listing
+from datasets.sources.tars import all_members
 
 if TYPE_CHECKING:
     from pyarrow import Schema, Table
@@ -47,8 +48,8 @@ class Shard(NamedTuple):
 def find_shards(source: Path) -> list[Shard]:
     """Return the shards at `source` or up to two folders below it, sorted by name. All have the same format.
 
-    The result is empty if folders in `source` have files of another type: then these are class folders, and archives
-    next to them.
+    Files beside shards, such as indexes, are left out. But the result is empty if a folder in `source` has images, or
+    files and no shard: then these are class folders, and archives next to them.
 
     Raises:
         SourceError: there are shards of both formats, or a folder cannot be listed.
@@ -66,7 +67,8 @@ def _shard_files(source: Path) -> list[Entry]:
     files: list[Entry] = []
 
     def walk(folder: Path, prefix: str, level: int) -> bool:
-        """Add the shards in a folder. Return False if it has an image."""
+        """Add the shards in a folder. Return False if it is a class folder: it has images, or files and no shard."""
+        shards, others = [], []
         for entry in list_folder(folder):
             if is_ignored(entry.name):
                 continue
@@ -74,10 +76,12 @@ def _shard_files(source: Path) -> list[Entry]:
                 if level < FOLDER_LEVELS and not walk(folder / entry.name, f"{prefix}{entry.name}/", level + 1):
                     return False
             elif Path(entry.name).suffix in (PARQUET, TAR) and not OFFICIAL_TAR.fullmatch(entry.name):
-                files.append(entry._replace(name=prefix + entry.name))
-            elif level:
-                return False
-        return True
+                shards.append(entry._replace(name=prefix + entry.name))
+            else:
+                others.append(entry.name.lower())
+        files.extend(shards)
+        has_images = any(name.endswith(SUFFIXES) for name in others)
+        return level == 0 or not others or (bool(shards) and not has_images)
 
     return sorted(files) if source.is_dir() and walk(source, "", 0) else []
 
@@ -107,16 +111,14 @@ def scan_shards(shards: list[Shard], held_out: list[Shard], choice: Choice) -> S
         )
     if named and not any(shard.split == TRAIN for shard in shards):
         raise SourceError(f"no shard has train in its name: {listed([shard.name for shard in named])}")
-    if held_out:
-        shards = [shard for shard in shards if shard.split in ("", TRAIN)]
-        shards += [shard._replace(name=f"validation/{shard.name}", split=VALIDATION) for shard in held_out]
-    skipped: Counter[str] = Counter()
-    if any(shard.split == VALIDATION for shard in shards):
-        skipped["test shard"] = sum(shard.split == "test" for shard in shards)
-        shards = [shard for shard in shards if shard.split != "test"]
+    validation = any(shard.split == VALIDATION for shard in shards)
+    unused = (VALIDATION, "test") if held_out else ("test",) if validation else ()
+    skipped = Counter(f"{shard.split} shard" for shard in shards if shard.split in unused)
+    shards = [shard for shard in shards if shard.split not in unused]
+    shards += [shard._replace(name=f"validation/{shard.name}", split=VALIDATION) for shard in held_out]
     entries = [(shard.name, shard.entry.status) for shard in shards]
     folders = sorted({Path(shard.place).parent for shard in shards})
-    return scan_listing(entries, lambda: _read(shards, choice), choice, folders, +skipped)
+    return scan_listing(entries, lambda: _read(shards, choice), choice, folders, skipped)
 
 
 def _read(shards: list[Shard], choice: Choice) -> Listing:
@@ -298,7 +300,7 @@ class _Sample(NamedTuple):
 def _members(shard: Shard) -> Iterator[tuple[str, str, tarfile.TarInfo, Callable[[], bytes]]]:
     """Yield key, kind (lower case), header and reader of each file."""
     with Path(shard.place).open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
+        for member in all_members(archive):
             folder, name = os.path.split(member.name)
             stem, dot, kind = name.partition(".")
             if not member.isfile() or not stem or not dot:

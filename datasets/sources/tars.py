@@ -11,7 +11,7 @@ import io
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -170,7 +170,7 @@ def _tar_members(tar: Path, offset: int = 0, size: int | None = None) -> list[Im
     refs, links = [], []
     try:
         with tar.open("rb") as file, tarfile.open(fileobj=_Window(file, offset, size), mode="r:") as archive:
-            for member in archive:
+            for member in all_members(archive):
                 if is_ignored(Path(member.name).name) or member.isdir():
                     continue
                 if not member.isreg():
@@ -183,6 +183,20 @@ def _tar_members(tar: Path, offset: int = 0, size: int | None = None) -> list[Im
     if links:
         raise SourceError(f"{tar} has entries that are not files, such as links: {listed(links)}; unpack it")
     return refs
+
+
+def all_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar.
+
+    Raises:
+        tarfile.ReadError: a header in the middle is damaged, or the tar has no end. `tarfile` itself would stop there
+            without an error.
+    """
+    yield from archive
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"there is neither a valid header nor the end of the tar at byte {archive.offset:,}")
 
 
 def _labeled_validation(refs: list[ImageRef], source: Path, labels: dict[str, int]) -> list[ImageRef]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from datasets.files import is_within
+from datasets.files import is_within, value_differences
 from datasets.remote import redacted
 from pipeline.config.explain import explain, explain_yaml, shown
 from pipeline.config.fields import sqlite_path
@@ -146,7 +146,10 @@ def _validated(tree: Mapping[str, Any], source: str, problems: Sequence[str]) ->
 
 def find_config(path: str | Path) -> Path:
     """Return the YAML file that a `--config` value names: a path, or a name in jobs/configs."""
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(["its home folder is unknown. Give the whole path"], f"--config {path}") from None
     for candidate in (path, CONFIG_FOLDER / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
@@ -176,16 +179,7 @@ def with_absolute_paths(section: AnySection) -> AnySection:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return `key: old -> new` for every field in which two configurations differ."""
-    return value_differences(dict(flattened(old.model_dump(mode="json"))), dict(flattened(new.model_dump(mode="json"))))
-
-
-def value_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every key in which two mappings differ."""
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-    ]
+    return value_differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
 def drift(began_with: Config, config: Config) -> list[str]:
@@ -318,12 +312,3 @@ def _apply(tree: dict[str, Any], override: str) -> Iterator[str]:
             node[parent] = {}
         node, section = node[parent], section and section_of(field_of(section, parent))
     node[field_name(section, last) if section else last] = value
-
-
-def flattened(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every value in a tree of mappings."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from flattened(value, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, tree

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.beton import file_sha256
-from datasets.files import write_whole
-from pipeline.config.load import value_differences
+from datasets.files import value_differences, write_whole
 from pipeline.config.schema import Config
 
 

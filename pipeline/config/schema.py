@@ -51,7 +51,7 @@ class GlyphsConfig(Section):
     """Number of validation images to generate."""
     image_size: Positive = 128
     """Side of a generated image, in pixels."""
-    min_height: Fraction = 0.09
+    min_height: Annotated[float, Field(gt=0, le=1)] = 0.09
     """Smallest glyph height, as a fraction of the image side."""
     max_height: Fraction = 0.7
     """Largest glyph height, as a fraction of the image side."""

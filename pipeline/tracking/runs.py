@@ -14,9 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
-from datasets.files import valid_text, write_whole
+from datasets.files import flattened, valid_text, write_whole
 from datasets.remote import redacted
-from pipeline.config.load import flattened
 from pipeline.config.schema import Config
 from pipeline.tracking.store import PROJECT_FOLDER, TrackingError, experiment_id, now_ms
 

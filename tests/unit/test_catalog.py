@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ from datasets.sources.catalog import CATALOG, SourceOptions, find_dataset, image
 from datasets.sources.index import SourceError
 from pipeline.config.schema import DataConfig
 from tests.unit.pictures import jpeg
+from tests.unit.test_imagenet import arranged_tree
 
 
 def test_catalog_describes_the_data_sets_that_the_configuration_allows():
@@ -41,6 +43,23 @@ def test_the_paper_s_100_categories():
 def test_a_missing_source_is_an_error(name, tmp_path):
     with pytest.raises(SourceError, match=f"data.source is missing; {name}"):
         find_dataset(name).scan(SourceOptions(folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "unused"),
+    [
+        ("imagenet100", {"group_by": "x", "validation_fraction": 0.1}, "data.validation_fraction or data.group_by"),
+        ("imagenet100", {"validation_source": Path("v"), "label_column": "y"}, "source or data.label_column"),
+        ("imagefolder", {"label_column": "y"}, "a folder of class folders does not use data.label_column"),
+        ("torchvision/DTD", {"validation_source": Path("v")}, "torchvision/DTD does not use data.validation_source"),
+        ("elpv", {"group_by": "x"}, "elpv does not use data.group_by"),
+        ("glyphs", {"validation_fraction": 0.1}, "glyphs does not use data.source or data.validation_fraction"),
+    ],
+)
+def test_an_option_that_a_source_does_not_use_is_an_error(name, options, unused, tmp_path):
+    arranged_tree(tmp_path)
+    with pytest.raises(SourceError, match=unused):
+        find_dataset(name).scan(SourceOptions(folder=tmp_path, source=tmp_path, **options))
 
 
 def test_elpv_has_the_published_counts(tmp_path):

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from datasets.files import flattened
 from pipeline.config.explain import describe_fields
 from pipeline.config.load import (
     CONFIG_FOLDER,
     ConfigError,
     differences,
     find_config,
-    flattened,
     load_config,
     parse_config,
     with_absolute_paths,
@@ -212,6 +212,7 @@ def test_an_unknown_key_lists_valid_ones(file, override, named):
         ({"loader.crop_scale": [0.0, 1.0]}, "loader.crop_scale is [0.0, 1.0]"),
         ({"loader.crop_ratio": [2.0, 1.0]}, "loader.crop_ratio is [2.0, 1.0]"),
         ({"data.glyphs.min_height": 0.7, "data.glyphs.max_height": 0.7}, "min_height must be smaller"),
+        ({"data.glyphs.min_height": 0}, "data.glyphs.min_height is 0. Give more than 0"),
         ({"data.dataset": "imagefolder"}, "data.source is missing"),
         ({"stages.backbone.warmup_epochs": 2}, "stages.backbone.warmup_epochs 2 must be less than epochs 2"),
         (
@@ -346,6 +347,8 @@ def test_a_config_is_found_by_path_and_by_name(file, tmp_path):
     assert find_config("imagenet100") == CONFIG_FOLDER / "imagenet100.yaml"
     with pytest.raises(ConfigError, match=r"no such file\. Give a path, or one of .*imagenet100"):
         find_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match=r"--config ~nosuchuser/x\.yaml .*\n.*its home folder is unknown"):
+        find_config("~nosuchuser/x.yaml")
 
 
 def test_differences_name_key_old_and_new():

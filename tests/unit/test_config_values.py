@@ -96,6 +96,8 @@ def test_a_data_set_of_hugging_face_is_downloaded_before(file):
 
 def test_what_groups_images_is_a_regular_expression(file):
     assert load_config(file, [r"data.group_by=^(.+)_\d+"]).data.group_by == r"^(.+)_\d+"
+    [problem] = problems_of(file, "data.group_by=(?:scene")
+    assert "data.group_by is '(?:scene': it is not a regular expression" in problem
     [problem] = problems_of(file, "data.group_by=(scene")
     assert "it is not a regular expression" in problem
 

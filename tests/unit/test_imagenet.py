@@ -244,6 +244,22 @@ def test_truncated_tars_are_named(tmp_path, name, left):
         scan(tmp_path).read_index()
 
 
+@pytest.mark.parametrize(
+    ("tar", "member"),
+    [
+        ("ILSVRC2012_img_train.tar", f"{CLASSES[1]}.tar"),
+        ("ILSVRC2012_img_train.tar", f"{CLASSES[0]}_2.JPEG"),
+        ("ILSVRC2012_img_val.tar", "ILSVRC2012_val_00000007.JPEG"),
+    ],
+)
+def test_a_damaged_header_inside_a_tar_is_an_error(tmp_path, tar, member):
+    official_tars(tmp_path)
+    data = (tmp_path / tar).read_bytes()
+    (tmp_path / tar).write_bytes(data.replace(member.encode(), member.replace("0", "1").encode()))
+    with pytest.raises(SourceError, match=rf"{tar} .*neither a valid header nor the end.*download it again"):
+        scan(tmp_path).read_index()
+
+
 def test_tars_are_read_in_place(tmp_path):
     official_tars(tmp_path)
     before = sorted(tmp_path.iterdir())

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import zlib
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,11 +27,11 @@ RGB = smooth_rgb()
 GRAY = np.asarray(Image.fromarray(RGB).convert("L"))
 
 
-def with_orientation(value: int, **size: int) -> bytes:
-    image = Image.fromarray(smooth_rgb(**size))
+def with_orientation(value: int, kind: str = "JPEG", **options: object) -> bytes:
+    image = Image.fromarray(RGB)
     exif = image.getexif()
     exif[0x0112] = value
-    return encoded(image, "JPEG", exif=exif, quality=95)
+    return encoded(image, kind, exif=exif, **(options or {"quality": 95}))
 
 
 def stored_pixels(data: bytes, max_side: int | None = None) -> np.ndarray:
@@ -140,11 +143,17 @@ def test_16_bits_are_scaled_not_clipped():
     assert np.abs(pixels[24, :, 0] - np.linspace(0, 255, 64)).max() < 4
 
 
-@pytest.mark.parametrize("orientation", range(2, 9))
-def test_exif_orientation_is_applied_and_not_kept(orientation):
-    data = with_orientation(orientation)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("PNG", {}), ("TIFF", {"compression": "raw"}), ("TIFF", {"compression": "tiff_lzw"})],
+    ids=["jpeg", "png", "raw tiff", "lzw tiff"],
+)
+def test_the_orientation_is_applied_once_and_not_kept(kind, options, orientation):
+    data = with_orientation(orientation, kind, **options)
     stored = store_image(data, None, 95)
     upright = {
+        1: RGB,
         2: RGB[:, ::-1],
         3: RGB[::-1, ::-1],
         4: RGB[::-1],
@@ -155,7 +164,7 @@ def test_exif_orientation_is_applied_and_not_kept(orientation):
     }[orientation]
     assert closeness(decoded(stored.jpeg), upright) < 3
     assert (stored.height, stored.width) == upright.shape[:2]
-    assert b"Exif" not in stored.jpeg
+    assert stored.jpeg == data or b"Exif" not in stored.jpeg
 
 
 def test_rotated_gray_jpegs_stay_gray():
@@ -178,6 +187,37 @@ def test_damaged_exif_is_ignored():
     start = data.index(b"Exif\0\0") + 6
     broken = data[:start] + b"\xff" * 8 + data[start + 8 :]
     assert store_image(broken, None, 95).jpeg == broken
+
+
+def tiff_with_two_numbers_of_rows() -> bytes:
+    data = encoded(Image.fromarray(RGB), "TIFF")
+    return data.replace(struct.pack("<HHI", 278, 4, 1), struct.pack("<HHI", 278, 3, 2))
+
+
+def png_with_invalid_animation() -> bytes:
+    data = encoded(Image.fromarray(RGB), "PNG")
+    chunk = b"acTL" + bytes(8)
+    return data[:33] + struct.pack(">I", 8) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+
+
+def cmyk_jpeg_with_damaged_exif() -> bytes:
+    exif = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+    return encoded(Image.fromarray(RGB).convert("CMYK"), quality=95, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "make", [tiff_with_two_numbers_of_rows, png_with_invalid_animation, cmyk_jpeg_with_damaged_exif]
+)
+def test_unusual_metadata_is_ignored(make):
+    with pytest.warns(UserWarning, match=r"too many entries|Invalid APNG|Corrupt EXIF"):
+        Image.open(io.BytesIO(make())).load()
+    assert closeness(stored_pixels(make()), RGB) < 4
+
+
+def tiff_without_readable_colors() -> bytes:
+    """Return a TIFF that Pillow would read with black as white, because it skips the damaged tag."""
+    data = encoded(Image.fromarray(GRAY), "TIFF")
+    return data.replace(struct.pack("<HHI", 262, 3, 1), struct.pack("<HHI", 262, 3, 1 << 24))
 
 
 def truncated_in_the_middle() -> bytes:
@@ -233,6 +273,7 @@ def jpeg_bomb() -> bytes:
         (twelve_bit_jpeg(), "precision"),
         (truncated_png(), "truncated"),
         (bad_checksum_png(), "."),
+        (tiff_without_readable_colors(), "Tag data larger than file"),
         (png_bomb(), f"more than {MAX_PIXELS:,} pixels"),
         (jpeg_bomb(), f"60000x60000 is more than {MAX_PIXELS:,} pixels"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating point"),
@@ -240,7 +281,8 @@ def jpeg_bomb() -> bytes:
     ],
     ids=[
         *("empty", "text", "jpeg start only", "truncated", "zeros", "cut and ended", "no end marker", "cmyk truncated"),
-        *("12 bits", "truncated png", "png checksum", "png bomb", "jpeg bomb", "float", "32 bits"),
+        *("12 bits", "truncated png", "png checksum", "tiff tag", "png bomb", "jpeg bomb", "float"),
+        "32 bits",
     ],
 )
 def test_bad_images_are_refused_with_a_reason(data, reason):
@@ -368,3 +410,11 @@ def test_orientation_is_found_after_other_metadata():
     by_xmp = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(by_xmp))).size == (48, 64)
     assert store_image(by_xmp, None, 95).width == 48
+
+
+def test_the_version_is_that_of_the_library_that_encodes():
+    version = turbojpeg.library_version()
+    assert re.fullmatch(r"\d+\.\d+(\.\d+)*", version)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = {Path(line.split(maxsplit=5)[5]) for line in lines if "libturbojpeg" in line}
+    assert any(f"libjpeg-turbo version {version} ".encode() in file.read_bytes() for file in files)

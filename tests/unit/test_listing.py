@@ -57,6 +57,18 @@ def test_a_csv_file_gives_paths_labels_and_splits(tmp_path):
     assert prepare("imagefolder", tmp_path / "out", source=file, num_processes=1).unchanged
 
 
+def test_test_rows_of_a_csv_file_are_counted_if_they_are_not_used(tmp_path):
+    lines = [f"{split}{n}.jpg,{n % 2},{split}" for split in ("train", "test", "val") for n in range(4)]
+    file = write_list(tmp_path / "in", ["path,label,split", *lines])
+    done = prepare("imagefolder", tmp_path / "out", source=file, num_processes=1)
+    assert done.not_images == {"test row": 4}
+    assert [split.count for split in done.manifest.splits.values()] == [4, 4]
+    file = write_list(tmp_path / "in", ["path,label,split", *lines[:8]])
+    done = prepare("imagefolder", tmp_path / "out", source=file, num_processes=1, force=True)
+    assert done.not_images == {}
+    assert [split.count for split in done.manifest.splits.values()] == [4, 4]
+
+
 def test_classes_that_are_numbers_are_sorted_by_value(tmp_path):
     file = write_list(tmp_path, ["path,grade", *(f"{n}.jpg,{n % 12}" for n in range(24))])
     index = index_of(file, label_column="grade")

@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 
+from datasets import turbojpeg
 from datasets.beton import BetonError, beton_path, load_manifest, read_jpeg, read_layout, verify_betons
-from datasets.files import LOCK
+from datasets.files import LOCK, DataError
 from datasets.parallel import map_ordered
 from datasets.prepare import prepare as module
 from datasets.prepare.build import BadImagesError
@@ -44,6 +45,7 @@ def test_betons_hold_every_image_with_its_label(tmp_path, source):
     manifest = done.manifest
     assert not done.unchanged
     assert done.num_images == 24
+    assert manifest.versions["libjpeg_turbo"] == turbojpeg.library_version()
     assert manifest == load_manifest(tmp_path / "out") == verify_betons(tmp_path / "out", full=True)
     assert manifest.classes == ["cat", "dog", "eel"]
     assert manifest.splits["train"].class_counts == [6, 8, 4]
@@ -165,7 +167,48 @@ def test_bad_images_are_all_listed_and_nothing_is_written(tmp_path, source):
         ("eel/short.jpg", "damaged JPEG"),
     ):
         assert any(str(source / name) in line and reason in line for line in message.splitlines())
-    assert list(out.iterdir()) == []
+    assert [path.name for path in out.iterdir()] == [".partial"]
+
+
+def test_a_preparation_that_found_bad_images_is_resumed_without_them(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("datasets.prepare.build.SECONDS_BETWEEN_WRITES", 0.0)
+    (source / "cat" / "empty.jpg").write_bytes(b"")
+    with pytest.raises(BadImagesError):
+        prepared(tmp_path / "out", source)
+    done = prepared(tmp_path / "out", source, on_bad_image="skip")
+    assert (done.num_adopted, done.num_images, len(done.manifest.skipped)) == (25, 0, 1)
+    prepared(tmp_path / "other", source, on_bad_image="skip")
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+    verify_betons(tmp_path / "out", full=True)
+
+
+@pytest.mark.parametrize("kind", ["file inside", "folder inside", "file", "link"])
+def test_a_users_files_in_the_folder_of_samples_are_kept(tmp_path, source, kind):
+    out, samples = tmp_path / "out", tmp_path / "out" / "samples"
+    prepared(out, source)
+    if kind.endswith("inside"):
+        mine = samples / ("mine.txt" if kind == "file inside" else "0-cat.jpg")
+        if kind == "folder inside":
+            shutil.rmtree(samples)
+            mine.mkdir(parents=True)
+        else:
+            mine.write_text("mine")
+    else:
+        samples.rename(mine := tmp_path / "mine")
+        samples.symlink_to(mine) if kind == "link" else samples.write_text("mine")
+    before = contents(out)
+    with pytest.raises(DataError, match=r"samples is .*; move it, or choose another data\.folder"):
+        prepared(out, source, force=True, max_side=40)
+    assert mine.exists()
+    assert contents(out) == before
+    assert prepared(out, source).unchanged
+
+
+def test_preparing_again_replaces_the_samples(tmp_path, source):
+    prepared(tmp_path / "out", source, validation_fraction=0.5)
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 8
+    prepared(tmp_path / "out", source, force=True)
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 5
 
 
 def test_an_unreadable_file_is_a_bad_image(tmp_path, source):
@@ -199,12 +242,31 @@ def test_bad_images_may_be_skipped_and_are_recorded(tmp_path, source):
         prepared(tmp_path / "out", source, on_bad_image="error")
 
 
+def test_damage_that_the_header_check_misses_is_a_bad_image_if_statistics_read_it(tmp_path, source):
+    for path in sorted((source / "dog").iterdir())[:8]:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] + b"\xff\xd9" + data[len(data) // 2 :])
+    with pytest.raises(BadImagesError, match=r"source/dog/00\d\.jpg: damaged JPEG"):
+        prepared(tmp_path / "out", source, check_images="header")
+    done = prepared(tmp_path / "out", source, check_images="header", on_bad_image="skip")
+    assert all("damaged JPEG" in one["reason"] for one in done.manifest.skipped)
+    # Validation images are not counted, so their damage is found only when they are loaded.
+    assert done.manifest.splits["train"].count + len(done.manifest.skipped) == 19
+
+
 def test_skipping_must_not_empty_a_class(tmp_path, source):
     for path in (source / "eel").iterdir():
         path.write_bytes(b"not an image")
     with pytest.raises(SourceError, match=r"train has no images of eel; 6 images are bad"):
         prepared(tmp_path / "out", source, on_bad_image="skip")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path, source):
+    (source / "cat" / "disk.img").touch()
+    os.truncate(source / "cat" / "disk.img", 3 << 30)
+    with pytest.raises(BadImagesError, match=r"disk\.img: it has 3,221,225,472 bytes; an image may have at most"):
+        prepared(tmp_path / "out", source)
 
 
 def test_a_failed_force_leaves_what_was_there(tmp_path, source):
@@ -340,6 +402,13 @@ def test_job_verifies_every_byte(run, tmp_path):
     assert "nothing to do" in run()
     with pytest.raises(BetonError, match=r"train\.beton is damaged: its SHA-256"):
         run("--verify")
+
+
+@pytest.mark.parametrize("other", [["--force"], ["--download"], ["--upload", "file:///elsewhere"]])
+def test_job_verifies_and_does_nothing_else(run, other, capsys):
+    with pytest.raises(SystemExit):
+        run("--verify", *other)
+    assert "--verify only compares; do not combine it" in capsys.readouterr().err
 
 
 def test_job_resumes_after_ctrl_c(run, source, tmp_path, monkeypatch):

@@ -72,6 +72,9 @@ def test_a_missing_bucket_and_missing_rights_are_explained(s3: S3Server) -> None
         ("postgresql+psycopg://user:p@w@host:5432/db", "postgresql+psycopg://user:***@host:5432/db"),
         ("http://user:secret@host:5000", "http://user:***@host:5000"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("data.group_by=(?:scene&a", "data.group_by=(?:scene&a"),
+        ("data.uri=s3://bucket/folder?token=secret", "data.uri=s3://bucket/folder?token=***"),
+        ("s3//KEY:secret@bucket/folder", "s3//KEY:***@bucket/folder"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
     ],
 )

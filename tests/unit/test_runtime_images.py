@@ -10,6 +10,7 @@ from PIL import Image
 
 from datasets.loading import kernels
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
+from datasets.prepare import convert
 from pipeline.serving.runtime import images as runtime_images
 from pipeline.serving.runtime.images import MAX_BYTES, BadImageError, Picture, dct_fraction
 from tests.betons import jpeg_bytes, photograph, write_images
@@ -127,6 +128,28 @@ def test_unusual_files_become_upright_rgb():
     palette = rgb.quantize(16)
     palette.info["transparency"] = 0
     assert decode(encoded(palette, "PNG")).mode == "RGB"
+
+
+def test_serving_and_preparation_convert_every_mode_alike():
+    rgb = Image.fromarray(smooth_rgb(40, 20))
+    grey_HW = np.asarray(rgb.convert("L"))
+    alpha = Image.fromarray(np.linspace(0, 255, 800).astype(np.uint8).reshape(20, 40))
+    clear = Image.merge("RGBA", (*rgb.split(), alpha))
+    images = [rgb.convert(mode) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV")]
+    images += [clear.convert(mode) for mode in ("RGBA", "RGBa", "LA", "PA")]
+    images += [Image.fromarray(grey_HW.astype(np.uint16) * 257)]
+    images += [Image.fromarray(grey_HW.astype(np.int32) * 200)]
+    for mode, transparency in (("L", 100), ("P", 3), ("RGB", tuple(smooth_rgb(40, 20)[0, 0].tolist()))):
+        images.append(rgb.convert(mode))
+        images[-1].info["transparency"] = transparency
+    for image in images:
+        served = runtime_images._rgb(image.copy())
+        assert np.array_equal(served, convert.to_rgb(image.copy()).convert("RGB")), (image.mode, image.info)
+    for image in (Image.new("F", (4, 4)), Image.new("I", (4, 4), 70_000), Image.new("I", (4, 4), -1)):
+        with pytest.raises(BadImageError):
+            runtime_images._rgb(image)
+        with pytest.raises(convert.BadImageError):
+            convert.to_rgb(image)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -98,6 +98,8 @@ def test_betons_hold_every_row_with_the_class_that_the_metadata_names(tmp_path, 
     done = prepared(tmp_path / "out", hub)
     assert done.manifest.classes == NAMES
     assert done.not_images == {"test shard": 1}
+    write_shard(tmp_path / "held out/0.parquet", rows(6, 2000))
+    assert scan(hub, validation_source=tmp_path / "held out").skipped == {"test shard": 1, "validation shard": 1}
     assert {name: split.class_counts for name, split in done.manifest.splits.items()} == {
         "train": [8, 8, 8],
         "validation": [2, 2, 2],
@@ -312,6 +314,26 @@ def test_archives_beside_class_folders_are_no_shards(tmp_path):
     assert source.skipped == {".tar file beside the class folders": 1}
 
 
+@pytest.mark.parametrize("level", ["", "a/", "a/train.parquet/"])
+@pytest.mark.parametrize("companion", ["0000.idx", "_SUCCESS", "all.parquet.crc"])
+def test_other_files_beside_shards_are_left_out(tmp_path, level, companion):
+    shard = write_shard(tmp_path / f"{level}0000.parquet", rows(6))
+    (shard.parent / companion).write_bytes(b"0 1")
+    assert counts(index_of(tmp_path)) == {"train": [1, 1, 1], "validation": [1, 1, 1]}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "gif"])
+def test_class_folders_of_any_image_type_are_no_shards(tmp_path, suffix):
+    write_class_folders(tmp_path, {"cat": 3, "dog": 3})
+    for path in list(tmp_path.rglob("*.jpg")):
+        path.rename(path.with_suffix(f".{suffix}"))
+    write_tar(tmp_path / "all.tar", samples(3))
+    assert scan(tmp_path).read_index().classes == ["cat", "dog"]
+    if suffix == "jpg":  # images decide even if a shard is beside them
+        write_tar(tmp_path / "cat/all.tar", samples(3))
+        assert scan(tmp_path).read_index().classes == ["cat", "dog"]
+
+
 def test_tars_are_read_in_place(tmp_path):
     write_tar(tmp_path / "in/a-0.tar", samples(12))
     fields = [{"label": n % 3, "caption": "é"} for n in range(6)]
@@ -347,6 +369,9 @@ def test_samples_of_tars_that_cannot_be_used_are_all_listed(tmp_path):
     unlabeled = write_tar(tmp_path / "in/b.tar", [(f"{n}.jpg", image) for n in range(5)])
     cut = tmp_path / "in/c.tar"
     cut.write_bytes(write_tar(tmp_path / "whole.tar", samples(6, 50)).read_bytes()[:3000])
+    damaged = write_tar(tmp_path / "in/e.tar", samples(6, 60))
+    # The names are not ASCII, so the header has `?`. Changing it makes the header's checksum wrong.
+    damaged.write_bytes(damaged.read_bytes().replace(b"?/002.cls", b"!/002.cls"))
     packed = tmp_path / "in/d.tar"
     with tarfile.open(packed, "w:gz"):
         pass
@@ -359,7 +384,9 @@ def test_samples_of_tars_that_cannot_be_used_are_all_listed(tmp_path):
     assert [place for place, _ in caught.value.bad] == list(skipped)[:-1]
     assert skipped.pop("a.tar/broken.jpg").startswith("damaged JPEG")
     assert skipped.pop(str(unlabeled)) == "none of its 5 samples has a .cls or .json with a label"
-    assert all("not a complete, uncompressed tar file" in skipped.pop(str(one)) for one in (cut, packed))
+    assert all("not a complete, uncompressed tar file" in skipped.pop(str(one)) for one in (cut, packed, damaged))
+    names = {record.name for record in read_records(tmp_path / "out" / "images.jsonl")}
+    assert {name for name in names if name.startswith("e.tar")} == {"e.tar/é/000.jpg", "e.tar/é/001.jpg"}
     assert {
         name.removeprefix(f"{tar} "): reason.partition(":")[0] for name, reason in skipped.items() if str(tar) in name
     } == {

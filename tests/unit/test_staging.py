@@ -87,7 +87,7 @@ def overwrite(path: Path, start: int = 0, end: int | None = None) -> None:
 def flip_one_bit(path: Path) -> None:
     """Change a byte between the last image and the table, which only the hash of the whole file detects."""
     layout = read_layout(path)
-    position = layout.size_bytes - layout.allocations.nbytes - 1
+    position = path.stat().st_size - layout.allocations.nbytes - 1
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
