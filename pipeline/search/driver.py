@@ -20,6 +20,7 @@ from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.driver import (
+    calibrate_run,
     download_validation_split,
     environment,
     only_driver,
@@ -31,7 +32,7 @@ from pipeline.cluster.group import run_group
 from pipeline.cluster.progress import event_writer, followed
 from pipeline.cluster.signals import sigterm_as_sigint
 from pipeline.cluster.worker import data_of_node
-from pipeline.config.load import with_absolute_paths
+from pipeline.config.load import ConfigError, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, PolicyConfig, StagesConfig
 from pipeline.models.cost import Costs
@@ -73,7 +74,7 @@ def search_run(config: Config) -> SearchResult:
     """Search, finetune, choose and report. Resume where an earlier attempt stopped.
 
     Raises:
-        ConfigError: lists every problem that can be found before the first trial.
+        ConfigError: lists every problem that can be found before the first trial, or that prevents a finetuning.
         ValueError: another driver is running this search, or the logit tables cannot be computed.
         KeyboardInterrupt: the search was stopped by Ctrl-C or SIGTERM.
     """
@@ -279,32 +280,46 @@ def finetune(
 
 
 def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
-    config, folder = settings.config, settings.folder
     record = summary.records[0]
+    start, run_config = start_file(settings, record), finetuned_config(settings, record)
+    if not start.exists():
+        start.parent.mkdir(exist_ok=True)
+        _save_start(start, settings, run_config, settings.records.weights(record))
+    print(f"finetuning {record.candidate.network} with its backbone", flush=True)
+    try:
+        result = train_run(run_config)
+        if result.already_finished:  # its report may be for another budget
+            result = calibrate_run(run_config)
+    except ConfigError:  # of the cluster, the data or the store, which other candidates share
+        raise
+    except ValueError as error:
+        return Finetuned(record.candidate, run_config, None, str(error))
+    return Finetuned(record.candidate, run_config, result.report)
+
+
+def start_file(settings: SearchSettings, record: Record) -> Path:
+    """Return the model.pt that the finetuning of a trial's candidate starts from."""
+    return settings.folder.finetuned / f"{record.key}.start.pt"
+
+
+def finetuned_config(settings: SearchSettings, record: Record) -> Config:
+    """Return the configuration of the run that finetunes a trial's candidate with its backbone."""
+    config = settings.config
     joint = config.stages.joint
     assert joint is not None
-    start = folder.finetuned / f"{record.key}.start.pt"
     recipe = {key: value for key, value in record.candidate.recipe().items() if key != "lr"}
-    run_config = config.model_copy(
+    start = start_file(settings, record)
+    return config.model_copy(
         update={
             "name": f"{config.name}-{record.key[:8]}",
             "model": record.candidate.model(config.model),
             "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
             "policy": policy_of(config),
-            "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
+            "cluster": config.cluster.model_copy(update={"storage": settings.folder.finetuned}),
             # Use the search's own store, which may be a file in the search's storage.
             "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
         }
     )
-    if not start.exists():
-        folder.finetuned.mkdir(exist_ok=True)
-        _save_start(start, settings, run_config, settings.records.weights(record))
-    print(f"finetuning {record.candidate.network} with its backbone", flush=True)
-    try:
-        result = train_run(run_config)
-    except ValueError as error:
-        return Finetuned(record.candidate, run_config, None, str(error))
-    return Finetuned(record.candidate, run_config, result.report)
 
 
 def policy_of(config: Config) -> PolicyConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -14,14 +15,17 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from datasets.beton import load_manifest
+from datasets.beton import VALIDATION, load_manifest
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import ConfigError
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
+from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.drnet import build_drnet
 from pipeline.search.checks import check_search, describe_search, trials_at_once
+from pipeline.search.driver import finetune, finetuned_config, start_file
+from pipeline.search.front import summarize
 from pipeline.search.records import Record, SearchFolder
 from pipeline.search.space import Candidate, input_sizes, paper_candidates, predictor_gflops, space_of
 from pipeline.search.trial import EPOCH, SCORE, SearchSettings, table_crops, trial_data, tune_trial
@@ -30,7 +34,7 @@ from pipeline.training.assembly import open_loader
 from pipeline.training.checkpoint import load_model, save_model
 from pipeline.training.logit_table import TableKey, fill_table
 from pipeline.training.objectives import Forward
-from tests.search_cases import BACKBONE_GFLOPS, config_of, record_of
+from tests.search_cases import BACKBONE_GFLOPS, config_of, correct_of, record_of
 
 
 def settings_of(folder: Path, **search: Any) -> SearchSettings:
@@ -289,6 +293,41 @@ def test_a_dry_run_describes_the_search(trained: Config) -> None:
     assert "one trial: 80 images through the predictor" in text
     assert "100 images through the backbone" in text
     assert not SearchFolder.of(trained).path.exists()
+
+
+def finetuning(config: Config, folder: Path, **search: Any) -> tuple[SearchSettings, Record]:
+    """Return a search with one finished trial, whose finetuning can start."""
+    config = with_search(config, seeds=1, **search)
+    settings = SearchSettings(config, SearchFolder(folder), "digest", "context", cpus=1)
+    record = record_of(paper_candidates(config)[3])
+    start, run_config = start_file(settings, record), finetuned_config(settings, record)
+    manifest = load_manifest(config.data.folder)
+    start.parent.mkdir()
+    model = build_drnet(run_config.model, 10, manifest.mean, manifest.std)
+    save_model(start, model, run_config, classes=manifest.classes)
+    return settings, record
+
+
+def test_a_finetuned_run_chooses_its_policy_again_for_a_new_budget(trained: Config, tmp_path: Path) -> None:
+    settings, record = finetuning(trained, tmp_path, budget_gflops=0.0019)
+    run = RunFolder.of(finetuned_config(settings, record))
+    run.report.mkdir(parents=True)
+    loader = open_loader(trained, VALIDATION, input_sizes(trained))
+    collect_predictions(load_model(start_file(settings, record)).model, loader.epoch(0)).save(run.predictions)
+    run.report_json.write_text("{}")  # of an earlier budget
+    run.finished.write_text("{}")
+    (found,) = finetune(settings, summarize([record], correct_of()), correct_of())
+    assert found.report is not None
+    assert found.report["policies"]["budget"]["cost"] == 0.0019
+    assert found.report == json.loads(run.report_json.read_text())
+
+
+def test_a_problem_of_the_cluster_or_the_data_ends_the_search(trained: Config, tmp_path: Path) -> None:
+    settings, record = finetuning(trained, tmp_path)
+    data = trained.data.model_copy(update={"folder": tmp_path / "gone"})
+    settings = replace(settings, config=settings.config.model_copy(update={"data": data}))
+    with pytest.raises(ConfigError, match=r"data\.folder: "):
+        finetune(settings, summarize([record], correct_of()), correct_of())
 
 
 def test_the_scarcest_resource_limits_the_trials_at_once() -> None:
