@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
 from pipeline.cluster.checkpoints import DamagedCheckpointError
-from pipeline.cluster.preflight import worker_resources
+from pipeline.cluster.preflight import cluster_capacity, worker_resources
 from pipeline.cluster.progress import FAILURES, append_event
 from pipeline.cluster.signals import StoppedError, crash_traced, explain_death, restored, trace_file
 from pipeline.config.load import ConfigError
@@ -153,7 +153,7 @@ def run_group(
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,
-            **worker_resources(config),
+            **worker_resources(config, cluster_capacity()),
         ),
         run_config=ray.train.RunConfig(
             name=storage.name,
