@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -147,6 +148,9 @@ def run_group(
         ChildProcessError: workers or Ray Train failed too often.
     """
     cluster = config.cluster
+    # The controller answers a worker's report at its next poll. The default interval of 2 s is long for short epochs.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_seconds)
     elastic = cluster.min_workers not in (None, cluster.num_workers)
     trainer = TorchTrainer(
         partial(_run_worker, work, event_folder),
