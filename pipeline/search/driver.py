@@ -29,6 +29,7 @@ from pipeline.cluster.driver import (
     train_run,
 )
 from pipeline.cluster.group import run_group
+from pipeline.cluster.preflight import cluster_capacity
 from pipeline.cluster.progress import event_writer, followed
 from pipeline.cluster.signals import sigterm_as_sigint
 from pipeline.cluster.worker import data_of_node
@@ -45,7 +46,7 @@ from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.source import model_with_backbone
 from pipeline.search.space import RECIPE_KEYS, Candidate, input_sizes, paper_candidates
-from pipeline.search.trial import EPOCH, SCORE, SearchSettings, table_crops, trial_stage, tune_trial
+from pipeline.search.trial import SearchSettings, table_crops, trial_stage, tune_trial
 from pipeline.search.tuner import PatientASHA, TrialSearcher
 from pipeline.tracking.registry import RegisteredModel, register_model
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
@@ -218,16 +219,9 @@ def _run_tune(settings: SearchSettings, searcher: TrialSearcher) -> None:
     trainable = tune.with_parameters(tune_trial, settings=settings, report=tune.report)
     scheduler = None
     if search.objective == "budget":
-        scheduler = PatientASHA(
-            time_attr=EPOCH,
-            metric=SCORE,
-            mode="max",
-            # Use one epoch more than a trial has, because ASHA stops a trial at max_t before it can write its record.
-            max_t=trial_stage(settings.config).epochs + 1,
-            grace_period=search.grace_epochs,
-        )
+        scheduler = PatientASHA(trial_stage(settings.config).epochs, search.grace_epochs)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, trial_resources(search)),
+        tune.with_resources(trainable, trial_resources(search, cluster_capacity())),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,

@@ -207,14 +207,23 @@ class TrialSearcher(Searcher):
 
 
 class PatientASHA(ASHAScheduler):
-    """ASHA that never stops the paper's four or the finalists' repeats.
+    """ASHA that never stops the paper's four, the finalists' repeats, or a trial after its last epoch.
 
     A diverged trial has no score, and Ray's own scheduler would fail on it.
+
+    Args:
+        epochs: epochs of a trial.
+        grace_epochs: epochs before a trial may be stopped.
     """
+
+    def __init__(self, epochs: int, grace_epochs: int):
+        super().__init__(time_attr=EPOCH, metric=SCORE, mode="max", max_t=epochs, grace_period=grace_epochs)
+        self._epochs = epochs
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return ASHA's decision about a trial, or CONTINUE for a trial that it must not stop."""
-        if trial.config["to_the_end"] or result[SCORE] is None:
+        # A trial that is stopped after its last epoch could not write its record.
+        if trial.config["to_the_end"] or result[SCORE] is None or result[EPOCH] >= self._epochs:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
 

@@ -137,6 +137,6 @@ def test_problems_are_reported_before_the_first_trial(config: Config, ray_cluste
     assert "there is no trained model at" in problems
     assert "budget_gflops is 1e-06, but no candidate costs less than" in problems
     search = config.search.model_copy(update={"max_concurrent": 5, "backbone": str(RunFolder.of(config).path)})
-    with pytest.raises(ConfigError, match=r"5 trials at once .* need 5 CPUs, but there are 4"):
+    with pytest.raises(ConfigError, match=r"5 trials at once with 1 CPUs each, but there is room for 4 \(4 CPUs\)"):
         search_run(config.model_copy(update={"search": search, "name": "wrong"}))
     assert not (SearchFolder.of(config).path.parent.parent / "wrong" / "search" / "trials").exists()
