@@ -29,6 +29,7 @@ from pipeline.cluster.doctor import (
 from pipeline.cluster.preflight import Capacity, capacity_problems, cpus_for_each, num_fitting, worker_resources
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
+from pipeline.search.records import SearchFolder
 from tests.mlflow_server import Server
 
 GB = 10**9
@@ -125,8 +126,11 @@ def test_a_tracking_file_of_one_machine_is_refused_on_two(monkeypatch: pytest.Mo
     assert "/home/me/mlflow.db is a file of one machine, and this cluster has 2" in problem
     shared = config_of(tracking={"uri": "sqlite:////shared/runs/mlflow.db"})
     assert list(node_problems(shared, two, "digest")) == []
-    finetuned = shared.cluster.model_copy(update={"storage": "/shared/runs/mine/search/finetuned"})
-    assert list(node_problems(shared.model_copy(update={"cluster": finetuned}), two, "digest")) == []
+    below = config_of(tracking={"uri": "sqlite:////shared/runs/mlflow/mlflow.db"})
+    for search in (shared, below):
+        assert list(node_problems(search, two, "digest")) == []
+        finetuned = search.cluster.model_copy(update={"storage": SearchFolder.of(search).finetuned})
+        assert list(node_problems(search.model_copy(update={"cluster": finetuned}), two, "digest")) == []
 
 
 def test_workers_are_not_spread_over_nodes() -> None:
