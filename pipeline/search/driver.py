@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,14 @@ from pipeline.cluster.driver import (
 from pipeline.cluster.group import run_group
 from pipeline.cluster.preflight import cluster_capacity
 from pipeline.cluster.progress import event_writer, followed
-from pipeline.cluster.signals import sigterm_as_sigint
+from pipeline.cluster.signals import restored, sigterm_as_sigint
 from pipeline.cluster.worker import data_of_node
 from pipeline.config.load import ConfigError, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, PolicyConfig, StagesConfig
 from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet, build_configured, place_model
-from pipeline.policies.calibrate import Budget, calibrate
+from pipeline.policies.calibrate import Budget, Calibration, calibrate
 from pipeline.policies.route import Images
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
 from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
@@ -47,7 +48,7 @@ from pipeline.search.report import Finetuned, build_search_report, write_search_
 from pipeline.search.source import model_with_backbone
 from pipeline.search.space import RECIPE_KEYS, Candidate, input_sizes, paper_candidates
 from pipeline.search.trial import SearchSettings, table_crops, trial_stage, tune_trial
-from pipeline.search.tuner import PatientASHA, TrialSearcher
+from pipeline.search.tuner import PatientASHA, TrialSearcher, records_in
 from pipeline.tracking.registry import RegisteredModel, register_model
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER, tracking_uri
@@ -98,12 +99,12 @@ def search_run(config: Config) -> SearchResult:
         images = _validation_images(settings, checked)
         correct_NR = images.correct_NR
         _run_trials(settings, checked, correct_NR, tracking)
-        records = settings.records.read(settings.context)
-        # An earlier attempt may have used more seeds.
-        records = [record for record in records if 0 <= record.seed - config.seed < config.search.seeds]
+        records = records_in(checked.space, fixed_candidates(config), settings)
+        calibration = calibrate(images, split_keys(config), Budget(), split_of(config))
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
-        chosen = choose_finetuned(config, finetuned, correct_NR)
-        report = _report(settings, checked, records, images, finetuned, chosen)
+        # The reports of the finetuned runs are about these images.
+        chosen = choose_finetuned(config, finetuned, correct_NR[calibration.stated])
+        report = _report(settings, checked, records, correct_NR, calibration, finetuned, chosen)
     return SearchResult(folder, report, chosen)
 
 
@@ -182,10 +183,15 @@ def _validation_images(settings: SearchSettings, checked: Checked) -> Images:
     return Images.of(logits_NRK, labels_N, None, costs)
 
 
+def fixed_candidates(config: Config) -> list[Candidate]:
+    """Return the candidates that every search tries: the paper's four."""
+    return list(paper_candidates(config).values())
+
+
 def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarray, tracking: RunHandle) -> None:
     """Run every trial that has no record yet."""
     config, search = settings.config, settings.config.search
-    fixed = list(paper_candidates(config).values())
+    fixed = fixed_candidates(config)
     logger = RunLogger(tracking)
 
     def finalists(records: Sequence[Record]) -> list[Candidate]:
@@ -236,7 +242,8 @@ def _run_tune(settings: SearchSettings, searcher: TrialSearcher) -> None:
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
         ),
     )
-    tuner.fit()
+    with restored(signal.SIGINT):  # Tune leaves its own handler installed
+        tuner.fit()
     shutil.rmtree(folder.tune, ignore_errors=True)
 
 
@@ -341,7 +348,11 @@ def _save_start(start: Path, settings: SearchSettings, config: Config, weights: 
 
 
 def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR: np.ndarray) -> Finetuned | None:
-    """Return the finetuned candidate that the budget chooses, or None without a budget."""
+    """Return the finetuned candidate that the budget chooses, or None without a budget.
+
+    Args:
+        correct_NR: the backbone's answers for the images that the finetuned runs report on.
+    """
     budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
     if budget is None and lowest is None:
         return None
@@ -368,14 +379,15 @@ def _report(
     settings: SearchSettings,
     checked: Checked,
     records: Sequence[Record],
-    images: Images,
+    correct_NR: np.ndarray,
+    calibration: Calibration,
     finetuned: Sequence[Finetuned],
     chosen: Finetuned | None,
 ) -> dict[str, Any]:
     config = settings.config
     report = build_search_report(
         records,
-        images.correct_NR,
+        correct_NR,
         config=config,
         space=checked.space,
         backbone_gflops=checked.backbone_gflops,
@@ -388,7 +400,7 @@ def _report(
             "data digest": checked.manifest.digest,
             **environment(),
         },
-        calibration=calibrate(images, split_keys(config), Budget(), split_of(config)),
+        calibration=calibration,
     )
     write_search_report(settings.folder.report, report)
     return report

@@ -104,9 +104,10 @@ def test_a_search_resumes_after_its_driver_is_killed_and_ends_with_a_choice(
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     code, output = ended_by(signal.SIGKILL, 1, config, file, ray_cluster)
     assert code == -signal.SIGKILL, output
-    before = records_of(folder)
+    before, handler = records_of(folder), signal.getsignal(signal.SIGINT)
 
     result = search_run(config)
+    assert signal.getsignal(signal.SIGINT) is handler, "Ray Tune's own would ignore the next Ctrl-C"
     after = records_of(folder)
     assert {name: after[name] for name in before} == before, "finished trials were not repeated"
     trials = result.report["trials"]

@@ -30,12 +30,12 @@ from pipeline.search.front import summarize
 from pipeline.search.records import Record, SearchFolder
 from pipeline.search.space import Candidate, input_sizes, paper_candidates, predictor_gflops, space_of
 from pipeline.search.trial import EPOCH, SCORE, SearchSettings, table_crops, trial_data, tune_trial
-from pipeline.search.tuner import PatientASHA, TrialSearcher
+from pipeline.search.tuner import PatientASHA, TrialSearcher, records_in
 from pipeline.training.assembly import open_loader
 from pipeline.training.checkpoint import load_model, save_model
 from pipeline.training.logit_table import TableKey, fill_table
 from pipeline.training.objectives import Forward
-from tests.search_cases import BACKBONE_GFLOPS, config_of, correct_of, record_of
+from tests.search_cases import BACKBONE_GFLOPS, SPACE, config_of, correct_of, record_of
 
 
 def settings_of(folder: Path, **search: Any) -> SearchSettings:
@@ -145,6 +145,23 @@ def test_a_later_search_can_ask_for_more_trials(tmp_path: Path) -> None:
     more = searcher_of(settings, num_drawn=5)
     assert not more.is_over
     assert len([seed for _, seed in run_to_the_end(more, settings, finished) if seed == 0]) == 2
+
+
+def test_trials_outside_a_narrowed_space_do_not_count(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    run_to_the_end(searcher_of(settings), settings, finished)
+    fixed = list(paper_candidates(settings.config).values())
+    for narrowed in (
+        {"preset": "paper"},
+        {"space": SPACE | {"max_gflops": 1e-9}},
+        {"space": SPACE | {"width": [0.5, 0.5]}},
+    ):
+        narrow = settings_of(tmp_path, **narrowed)
+        space = space_of(narrow.config, BACKBONE_GFLOPS)
+        assert {record.candidate for record in records_in(space, fixed, narrow)} == set(fixed)
+        assert searcher_of(narrow).num_done == 4 * 2
+    fewer = settings_of(tmp_path, seeds=1)
+    assert {record.seed for record in records_in(space_of(fewer.config, BACKBONE_GFLOPS), fixed, fewer)} == {0}
 
 
 def test_records_of_another_backbone_are_not_counted(tmp_path: Path) -> None:
