@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME as SNAPSHOT
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
@@ -12,7 +14,10 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
 )
 
 from datasets.files import write_whole
+from pipeline.training import distributed
 from pipeline.training.checkpoint import STATE_FILE, TrainingState
+
+Result = TypeVar("Result")
 
 
 class DamagedCheckpointError(ValueError):
@@ -25,6 +30,48 @@ def read_state(checkpoint: Path) -> TrainingState:
         return TrainingState.load(checkpoint / STATE_FILE)
     except ValueError as error:
         raise DamagedCheckpointError(str(error)) from error
+
+
+def read_state_on_all_ranks(checkpoint: Path) -> TrainingState:
+    """Read the training state on every rank. Raise DamagedCheckpointError on every rank if any cannot read it.
+
+    A rank that raised alone would leave the others waiting for its next message.
+    """
+    state, problem = None, None
+    try:
+        state = read_state(checkpoint)
+    except DamagedCheckpointError as error:
+        problem = f"{error} (on {platform.node()})"
+    problems = dict.fromkeys(found for found in distributed.gather(problem) if found)
+    if state is None or problems:
+        raise DamagedCheckpointError("\n".join(problems))
+    return state
+
+
+def with_readable_checkpoints(run_folder: Path, tell: Callable[[str], None], attempt: Callable[[], Result]) -> Result:
+    """Repair a run's list of checkpoints and return what `attempt` returns. Repeat both if a checkpoint is damaged.
+
+    Args:
+        tell: called with a line for each damaged file.
+        attempt: starts workers, which resume from the last checkpoint.
+
+    Raises:
+        DamagedCheckpointError: no checkpoint can be read, or `attempt` cannot read one that this process can read.
+    """
+    damage: DamagedCheckpointError | None = None
+    while True:
+        repaired = repair_snapshot(run_folder)
+        if damage is not None and not repaired:
+            raise DamagedCheckpointError(
+                f"A worker cannot read a checkpoint that the driver can read:\n{damage}\n"
+                "Check cluster.storage on that node, then rerun the same command."
+            ) from damage
+        for line in repaired:
+            tell(line)
+        try:
+            return attempt()
+        except DamagedCheckpointError as error:
+            damage = error
 
 
 def repair_snapshot(run_folder: Path) -> list[str]:

@@ -23,6 +23,7 @@ from datasets.parallel import CHUNKS_AHEAD
 ADDRESS, TEMPORARY = "RAY_ADDRESS", "RAY_TMPDIR"
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 """Ray's environment variables for authentication."""
+TLS = "RAY_USE_TLS"
 TOKEN_FILE = Path(".ray") / "auth_token"
 """The file in which Ray looks for a token, relative to the home folder."""
 SECONDS_TO_CONNECT, SECONDS_TO_ANSWER = 3.0, 10.0
@@ -74,7 +75,8 @@ def require_head(address: str) -> None:
     Without this check Ray retries for many minutes, and does not name the variable.
 
     Raises:
-        ConnectionError: the head does not answer, something else does, or it refuses this process's token.
+        ConnectionError: the head does not answer, something else does, or it refuses this process's token. With Ray's
+            TLS only the connection is checked.
     """
     if address == "auto":  # Ray looks for a head on this machine, and fails at once without one
         return
@@ -95,6 +97,8 @@ def require_head(address: str) -> None:
         ) from None
     except (OSError, OverflowError) as error:
         raise ConnectionError(f"{ADDRESS} is {address}, but no connection is possible ({error}). {advice}") from None
+    if os.environ.get(TLS, "").lower() in ("1", "true"):  # as Ray does; the request below is not encrypted
+        return
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             token = _token() if os.environ.get(MODE, "").lower() == "token" else None  # as Ray does
@@ -105,6 +109,11 @@ def require_head(address: str) -> None:
                 raise ConnectionError(
                     f"{ADDRESS} is {address}, whose head {'refuses this token' if token else 'needs a token'}. Set "
                     f"{MODE}=token, and put the head's token into ~/{TOKEN_FILE} or {TOKEN}."
+                ) from None
+            if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise ConnectionError(
+                    f"{ADDRESS} is {address}, but what listens there does not answer within {SECONDS_TO_ANSWER:g} s: "
+                    f"the head is overloaded, or it is something else. {advice}"
                 ) from None
             raise ConnectionError(f"{ADDRESS} is {address}, but something else listens there. {advice}") from None
 

@@ -360,8 +360,10 @@ def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
     """Yield a problem if the tracking store is a file on one machine of several."""
     file, storage = sqlite_file(tracking_uri(config)), Path(config.cluster.storage).resolve()
     hosts = {node.answer.host for node in nodes}
-    # A file in the storage, or next to one of its parent folders, is fine: a search contains its finetuned runs.
-    if file is not None and len(hosts) > 1 and storage not in file.parents and file.parent not in storage.parents:
+    # The storage of a search's finetuned runs is STORAGE/NAME/search/finetuned.
+    shared = {storage, storage.parents[2]} if storage.parts[-2:] == ("search", "finetuned") else {storage}
+    # A file in the storage, or next to one of its parent folders, is fine.
+    if file is not None and len(hosts) > 1 and not shared & {*file.parents} and file.parent not in storage.parents:
         yield (
             f"the tracking store {file} is a file of one machine, and this cluster has {len(hosts)}; start `mlflow "
             "server --allowed-hosts ...` on one and set tracking.uri=http://HOST:PORT, or put the file into "

@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from datasets.beton import VALIDATION, Manifest, beton_path, enlarged_shares, lo
 from datasets.files import lock_file, write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
-from pipeline.cluster.checkpoints import DamagedCheckpointError, repair_snapshot
+from pipeline.cluster.checkpoints import with_readable_checkpoints
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.group import run_group
@@ -146,19 +146,19 @@ def _precision(config: Config, folder: RunFolder) -> str:
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
     """Run the worker group and return the folder of the last checkpoint. Raise what `run_group` raises."""
     require_healthy(config, settings.data_digest)
-    # The controller answers a worker's report at its next poll. The default interval of 2 s is long for short epochs.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.cluster.hang_seconds)
     shipped = replace(settings, config=with_absolute_paths(config))
+
+    def tell(line: str) -> None:
+        append_event(settings.run_folder, {"message": line}, FAILURES)
+
+    def attempt() -> Path:
+        # An evaluation has no checkpoints to stop at.
+        with nullcontext() if settings.evaluate_model else stoppable(RunFolder(settings.run_folder)):
+            result = run_group(run_worker, shipped, config, storage=storage, event_folder=settings.run_folder)
+            return Path(result.checkpoint.path)
+
     with followed(settings.run_folder):
-        while True:
-            for line in repair_snapshot(storage):
-                append_event(settings.run_folder, {"message": line}, FAILURES)
-            # An evaluation has no checkpoints to stop at.
-            stopping = nullcontext() if settings.evaluate_model else stoppable(RunFolder(settings.run_folder))
-            with suppress(DamagedCheckpointError), stopping:
-                result = run_group(run_worker, shipped, config, storage=storage, event_folder=settings.run_folder)
-                return Path(result.checkpoint.path)
+        return with_readable_checkpoints(storage, tell, attempt)
 
 
 def _collect(checkpoint: Path, folder: RunFolder, evaluation: Callable[[Predictions], Evaluation]) -> str | None:

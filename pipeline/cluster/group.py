@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +23,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
 
 from pipeline.cluster.checkpoints import DamagedCheckpointError
-from pipeline.cluster.preflight import worker_resources
+from pipeline.cluster.preflight import cluster_capacity, worker_resources
 from pipeline.cluster.progress import FAILURES, append_event
 from pipeline.cluster.signals import StoppedError, crash_traced, explain_death, restored, trace_file
 from pipeline.config.load import ConfigError
@@ -147,13 +148,16 @@ def run_group(
         ChildProcessError: workers or Ray Train failed too often.
     """
     cluster = config.cluster
+    # The controller answers a worker's report at its next poll. The default interval of 2 s is long for short epochs.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_seconds)
     elastic = cluster.min_workers not in (None, cluster.num_workers)
     trainer = TorchTrainer(
         partial(_run_worker, work, event_folder),
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,
-            **worker_resources(config),
+            **worker_resources(config, cluster_capacity()),
         ),
         run_config=ray.train.RunConfig(
             name=storage.name,

@@ -50,7 +50,8 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
     problems.extend(_start_problems(config, manifest))
     problems.extend(_store_problems(config))
     if capacity and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
-        gpus = config.cluster.num_workers  # unknown until Ray starts on this machine, which then checks them
+        # The GPUs of this machine are unknown until Ray starts. `require_healthy` then checks them.
+        gpus = config.cluster.num_workers if config.cluster.use_gpu is True else 0
         problems.extend(capacity_problems(config, [Capacity(os.cpu_count() or 1, gpus)]))
     if problems or manifest is None or costs is None:
         raise ConfigError(problems, f"the run {config.name}")
@@ -103,14 +104,11 @@ def _store_problems(config: Config) -> Iterator[str]:
         )
 
 
-def worker_resources(config: Config) -> dict[str, Any]:
-    """Return the arguments of Ray's ScalingConfig that describe what each worker gets on the connected cluster."""
-    nodes, workers = cluster_capacity(), config.cluster.num_workers
-    use_gpu = config.cluster.use_gpu
+def worker_resources(config: Config, nodes: Sequence[Capacity]) -> dict[str, Any]:
+    """Return the arguments of Ray's ScalingConfig that describe what each worker gets on a cluster of these nodes."""
+    workers, use_gpu = config.cluster.num_workers, uses_gpus(config, nodes)
     if config.cluster.min_workers:  # nodes may be missing now and return later
-        workers = max(config.cluster.min_workers, min(workers, num_fitting(nodes, 1, use_gpu=use_gpu is True)))
-    if use_gpu == "auto":
-        use_gpu = num_fitting(nodes, config.cluster.cpus_per_worker or 1, use_gpu=True) >= workers
+        workers = max(config.cluster.min_workers, min(workers, num_fitting(nodes, 1, use_gpu=use_gpu)))
     cpus = config.cluster.cpus_per_worker or cpus_for_each(nodes, workers, use_gpu=use_gpu)
     return {"use_gpu": use_gpu, "resources_per_worker": {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}}
 
@@ -128,6 +126,12 @@ def cluster_capacity() -> list[Capacity]:
     return [Capacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
 
 
+def uses_gpus(config: Config, nodes: Iterable[Capacity]) -> bool:
+    """Return whether each worker gets a GPU. With cluster.use_gpu=auto it does if any node has one."""
+    use_gpu = config.cluster.use_gpu
+    return any(node.gpus for node in nodes) if use_gpu == "auto" else use_gpu
+
+
 def num_fitting(nodes: Iterable[Capacity], cpus: int, *, use_gpu: bool) -> int:
     """Return how many workers with `cpus` CPUs each (and a GPU if `use_gpu`) fit. Each must fit on one node."""
     return sum(min(node.cpus // cpus, node.gpus) if use_gpu else node.cpus // cpus for node in nodes)
@@ -143,14 +147,18 @@ def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
     """Return a problem if the cluster is too small, so that the workers would wait forever."""
     field = "min_workers" if config.cluster.min_workers else "num_workers"
     workers, cpus = getattr(config.cluster, field), config.cluster.cpus_per_worker or 1
-    use_gpu = config.cluster.use_gpu is True
+    use_gpu = uses_gpus(config, nodes)
     fitting = num_fitting(nodes, cpus, use_gpu=use_gpu)
     if workers <= fitting:
         return []
-    has = " and ".join(f"{node.cpus} CPUs, {node.gpus} GPUs" if use_gpu else f"{node.cpus} CPUs" for node in nodes)
     each = f"{cpus} CPU{'s' if cpus > 1 else ''}{' and a GPU' if use_gpu else ''} each"
     return [
-        f"cluster.{field} {workers} with {each}, but there is room for {fitting} ({has}); "
+        f"cluster.{field} {workers} with {each}, but there is room for {fitting} ({room(nodes, use_gpu)}); "
         f"lower cluster.{field} or cluster.cpus_per_worker{', set cluster.use_gpu=false' if use_gpu else ''}, "
         "or add nodes"
     ]
+
+
+def room(nodes: Iterable[Capacity], with_gpus: bool) -> str:
+    """Describe what the nodes offer, such as `4 CPUs, 1 GPUs and 4 CPUs, 0 GPUs`."""
+    return " and ".join(f"{node.cpus} CPUs, {node.gpus} GPUs" if with_gpus else f"{node.cpus} CPUs" for node in nodes)

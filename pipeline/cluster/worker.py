@@ -21,7 +21,7 @@ from torch import Tensor
 from datasets.beton import Manifest, load_manifest
 from datasets.loading.loader import MultiResolutionLoader
 from datasets.staging import download_dataset
-from pipeline.cluster.checkpoints import read_state
+from pipeline.cluster.checkpoints import read_state_on_all_ranks
 from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labeled_logs
 from pipeline.cluster.signals import StoppedError, is_stop_requested
 from pipeline.config.run_folder import RunFolder
@@ -270,9 +270,9 @@ class WorkerReporter:
 
 
 def _last_state() -> TrainingState | None:
-    """Return the state in the run's latest checkpoint, or None. Raise DamagedCheckpointError if it is unreadable."""
+    """Return the state in the run's latest checkpoint, or None. Raise DamagedCheckpointError if a rank cannot read."""
     checkpoint = ray.train.get_checkpoint()
-    return None if checkpoint is None else read_state(Path(checkpoint.path))
+    return None if checkpoint is None else read_state_on_all_ranks(Path(checkpoint.path))
 
 
 def _worker_cpus() -> int:

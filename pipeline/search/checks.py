@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 
 from datasets.beton import TRAIN, VALIDATION, Manifest
 from pipeline.cluster.connection import ray_cluster
-from pipeline.cluster.preflight import check_config
+from pipeline.cluster.preflight import Capacity, check_config, cluster_capacity, room
 from pipeline.config.load import ConfigError
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, SearchConfig
@@ -81,11 +80,8 @@ def check_search(config: Config) -> Checked:
     if manifest and backbone:
         mismatches = list(backbone_problems(backbone, config, manifest))
         problems.extend(mismatches or _table_problems(config, backbone, manifest))
-    if ray.is_initialized():
-        problems.extend(_fit_problems(config, ray.cluster_resources()))
-    elif not os.environ.get("RAY_ADDRESS"):
-        # GPUs are counted when Ray has started (`check_trials_fit`).
-        problems.extend(_fit_problems(config, {"CPU": os.cpu_count() or 1, "GPU": math.inf}))
+    if ray.is_initialized() or not os.environ.get("RAY_ADDRESS"):
+        problems.extend(_fit_problems(config.search, *_room(config.search)))
     if problems or not (manifest and costs and backbone and space):
         raise ConfigError(problems, f"the search {config.name}")
     return Checked(manifest, backbone, space, costs.backbone_gflops)
@@ -98,6 +94,10 @@ def _stage_problems(config: Config) -> Iterator[str]:
         yield f"search.epochs {stage.epochs} must be more than stages.predictor.warmup_epochs {stage.warmup_epochs:g}"
     elif stage.target is None:
         yield "stages.predictor.alpha_gflops is missing; set it to the cost at which candidates are compared"
+    if config.stages.predictor and config.search.objective == "budget":
+        epochs, grace = trial_stage(config).epochs, config.search.grace_epochs
+        if grace > epochs:
+            yield f"search.grace_epochs {grace} must be at most {epochs}, the epochs of a trial (search.epochs)"
     if config.stages.joint is None and config.search.finetuned:
         yield "stages.joint is missing; add it to say how the best are finetuned, or set search.finetuned=0"
     if len(config.model.resolutions) == 1:
@@ -126,38 +126,51 @@ def _table_problems(config: Config, backbone: TrainedBackbone, manifest: Manifes
 
 def check_trials_fit(config: Config) -> None:
     """Raise ConfigError if the connected cluster is too small for the trials."""
-    if problems := list(_fit_problems(config, ray.cluster_resources())):
+    if problems := list(_fit_problems(config.search, *_room(config.search))):
         raise ConfigError(problems, "the cluster")
 
 
-def _fit_problems(config: Config, resources: dict[str, float]) -> Iterator[str]:
-    search = config.search
-    cpus, at_once = int(resources.get("CPU", 0)), search.max_concurrent or 1
-    if at_once * search.cpus_per_trial > cpus:
+def _room(search: SearchConfig) -> tuple[list[Capacity], dict[str, float]]:
+    """Return the nodes for trials, and the resources of one trial.
+
+    Without Ray these are this machine and CPUs: its GPUs are counted when Ray has started (`check_trials_fit`).
+    """
+    if ray.is_initialized():
+        nodes = cluster_capacity()
+        return nodes, trial_resources(search, nodes)
+    return [Capacity(os.cpu_count() or 1, 0)], {"CPU": search.cpus_per_trial}
+
+
+def _fit_problems(search: SearchConfig, nodes: Sequence[Capacity], needed: Mapping[str, float]) -> Iterator[str]:
+    at_once, fitting = search.max_concurrent or 1, trials_fitting(nodes, needed)
+    if at_once > fitting:
+        each = ", ".join(f"{amount:g} {kind}s" for kind, amount in needed.items())
         yield (
-            f"{at_once} trial{'s' if at_once > 1 else ''} at once with search.cpus_per_trial {search.cpus_per_trial} "
-            f"need {at_once * search.cpus_per_trial} CPUs, but there are {cpus}; lower search.max_concurrent or "
-            "cpus_per_trial"
-        )
-    gpus, share = resources.get("GPU", 0), search.gpus_per_trial
-    if isinstance(share, float) and share and at_once * share > gpus:
-        yield (
-            f"{at_once} trials at once with search.gpus_per_trial {share:g} need {at_once * share:g} GPUs, but there "
-            f"are {gpus:g}; lower search.max_concurrent or gpus_per_trial"
+            f"{at_once} trial{'s' if at_once > 1 else ''} at once with {each} each, but there is room for {fitting} "
+            f"({room(nodes, 'GPU' in needed)}), because each must fit on one node; lower search.max_concurrent, "
+            f"search.cpus_per_trial{' or search.gpus_per_trial' if 'GPU' in needed else ''}, or add nodes"
         )
 
 
-def trial_resources(search: SearchConfig) -> dict[str, float]:
-    """Return the resources that one trial uses on the connected cluster."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    share = (GPU_SHARE if gpus else 0.0) if search.gpus_per_trial == "auto" else search.gpus_per_trial
+def trial_resources(search: SearchConfig, nodes: Iterable[Capacity]) -> dict[str, float]:
+    """Return the resources that one trial uses on a cluster of these nodes."""
+    has_gpu = any(node.gpus for node in nodes)
+    share = (GPU_SHARE if has_gpu else 0.0) if search.gpus_per_trial == "auto" else search.gpus_per_trial
     return {"CPU": search.cpus_per_trial, **({"GPU": share} if share else {})}
 
 
-def trials_at_once(search: SearchConfig, resources: dict[str, float], needed: dict[str, float]) -> int:
+def trials_fitting(nodes: Iterable[Capacity], needed: Mapping[str, float]) -> int:
+    """Return how many trials fit at the same time. Each must fit on one node, and its share of a GPU on one GPU."""
+    share = needed.get("GPU", 0.0)
+    if not share:
+        return sum(int(node.cpus // needed["CPU"]) for node in nodes)
+    return sum(int(min(node.cpus // needed["CPU"], node.gpus * int(1 / share))) for node in nodes)
+
+
+def trials_at_once(search: SearchConfig, nodes: Iterable[Capacity], needed: Mapping[str, float]) -> int:
     """Return how many trials run at the same time."""
-    room = min(int(resources.get(kind, 0) / amount) for kind, amount in needed.items())
-    return min(room, search.max_concurrent or room)
+    fitting = trials_fitting(nodes, needed)
+    return min(fitting, search.max_concurrent or fitting)
 
 
 def describe_search(config: Config) -> str:
@@ -172,14 +185,13 @@ def describe_search(config: Config) -> str:
     with ray_cluster() if os.environ.get("RAY_ADDRESS") else nullcontext():
         if ray.is_initialized():
             check_trials_fit(config)
-            needed, resources = trial_resources(config.search), dict(ray.cluster_resources())
+        nodes, needed = _room(config.search)
+        if ray.is_initialized():
             measure = ray.remote(measure_speed).options(num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0))
             speed = ray.get(measure.remote(*trial))
         else:
-            needed = {"CPU": float(config.search.cpus_per_trial)}
-            resources = {"CPU": float(os.cpu_count() or 1)}
             speed = measure_speed(*trial)
-        at_once = trials_at_once(config.search, resources, needed)
+        at_once = trials_at_once(config.search, nodes, needed)
     return "\n".join(_lines(config, checked, speed, search_work(config, checked.manifest), at_once))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.driver import (
+    calibrate_run,
     download_validation_split,
     environment,
     only_driver,
@@ -28,15 +30,16 @@ from pipeline.cluster.driver import (
     train_run,
 )
 from pipeline.cluster.group import run_group
+from pipeline.cluster.preflight import cluster_capacity
 from pipeline.cluster.progress import event_writer, followed
-from pipeline.cluster.signals import sigterm_as_sigint
+from pipeline.cluster.signals import restored, sigterm_as_sigint
 from pipeline.cluster.worker import data_of_node
-from pipeline.config.load import with_absolute_paths
+from pipeline.config.load import ConfigError, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, PolicyConfig, StagesConfig
 from pipeline.models.cost import Costs
 from pipeline.models.drnet import DRNet, build_configured, place_model
-from pipeline.policies.calibrate import Budget, calibrate
+from pipeline.policies.calibrate import Budget, Calibration, calibrate
 from pipeline.policies.route import Images
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
 from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
@@ -44,8 +47,8 @@ from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.source import model_with_backbone
 from pipeline.search.space import RECIPE_KEYS, Candidate, input_sizes, paper_candidates
-from pipeline.search.trial import EPOCH, SCORE, SearchSettings, table_crops, trial_stage, tune_trial
-from pipeline.search.tuner import PatientASHA, TrialSearcher
+from pipeline.search.trial import SearchSettings, table_crops, trial_stage, tune_trial
+from pipeline.search.tuner import PatientASHA, TrialSearcher, records_in
 from pipeline.tracking.registry import RegisteredModel, register_model
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER, tracking_uri
@@ -73,7 +76,7 @@ def search_run(config: Config) -> SearchResult:
     """Search, finetune, choose and report. Resume where an earlier attempt stopped.
 
     Raises:
-        ConfigError: lists every problem that can be found before the first trial.
+        ConfigError: lists every problem that can be found before the first trial, or that prevents a finetuning.
         ValueError: another driver is running this search, or the logit tables cannot be computed.
         KeyboardInterrupt: the search was stopped by Ctrl-C or SIGTERM.
     """
@@ -96,12 +99,12 @@ def search_run(config: Config) -> SearchResult:
         images = _validation_images(settings, checked)
         correct_NR = images.correct_NR
         _run_trials(settings, checked, correct_NR, tracking)
-        records = settings.records.read(settings.context)
-        # An earlier attempt may have used more seeds.
-        records = [record for record in records if 0 <= record.seed - config.seed < config.search.seeds]
+        records = records_in(checked.space, fixed_candidates(config), settings)
+        calibration = calibrate(images, split_keys(config), Budget(), split_of(config))
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
-        chosen = choose_finetuned(config, finetuned, correct_NR)
-        report = _report(settings, checked, records, images, finetuned, chosen)
+        # The reports of the finetuned runs are about these images.
+        chosen = choose_finetuned(config, finetuned, correct_NR[calibration.stated])
+        report = _report(settings, checked, records, correct_NR, calibration, finetuned, chosen)
     return SearchResult(folder, report, chosen)
 
 
@@ -180,10 +183,15 @@ def _validation_images(settings: SearchSettings, checked: Checked) -> Images:
     return Images.of(logits_NRK, labels_N, None, costs)
 
 
+def fixed_candidates(config: Config) -> list[Candidate]:
+    """Return the candidates that every search tries: the paper's four."""
+    return list(paper_candidates(config).values())
+
+
 def _run_trials(settings: SearchSettings, checked: Checked, correct_NR: np.ndarray, tracking: RunHandle) -> None:
     """Run every trial that has no record yet."""
     config, search = settings.config, settings.config.search
-    fixed = list(paper_candidates(config).values())
+    fixed = fixed_candidates(config)
     logger = RunLogger(tracking)
 
     def finalists(records: Sequence[Record]) -> list[Candidate]:
@@ -217,16 +225,9 @@ def _run_tune(settings: SearchSettings, searcher: TrialSearcher) -> None:
     trainable = tune.with_parameters(tune_trial, settings=settings, report=tune.report)
     scheduler = None
     if search.objective == "budget":
-        scheduler = PatientASHA(
-            time_attr=EPOCH,
-            metric=SCORE,
-            mode="max",
-            # Use one epoch more than a trial has, because ASHA stops a trial at max_t before it can write its record.
-            max_t=trial_stage(settings.config).epochs + 1,
-            grace_period=search.grace_epochs,
-        )
+        scheduler = PatientASHA(trial_stage(settings.config).epochs, search.grace_epochs)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, trial_resources(search)),
+        tune.with_resources(trainable, trial_resources(search, cluster_capacity())),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
@@ -241,7 +242,8 @@ def _run_tune(settings: SearchSettings, searcher: TrialSearcher) -> None:
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
         ),
     )
-    tuner.fit()
+    with restored(signal.SIGINT):  # Tune leaves its own handler installed
+        tuner.fit()
     shutil.rmtree(folder.tune, ignore_errors=True)
 
 
@@ -279,32 +281,46 @@ def finetune(
 
 
 def _finetune_one(settings: SearchSettings, summary: Summary) -> Finetuned:
-    config, folder = settings.config, settings.folder
     record = summary.records[0]
+    start, run_config = start_file(settings, record), finetuned_config(settings, record)
+    if not start.exists():
+        start.parent.mkdir(exist_ok=True)
+        _save_start(start, settings, run_config, settings.records.weights(record))
+    print(f"finetuning {record.candidate.network} with its backbone", flush=True)
+    try:
+        result = train_run(run_config)
+        if result.already_finished:  # its report may be for another budget
+            result = calibrate_run(run_config)
+    except ConfigError:  # of the cluster, the data or the store, which other candidates share
+        raise
+    except ValueError as error:
+        return Finetuned(record.candidate, run_config, None, str(error))
+    return Finetuned(record.candidate, run_config, result.report)
+
+
+def start_file(settings: SearchSettings, record: Record) -> Path:
+    """Return the model.pt that the finetuning of a trial's candidate starts from."""
+    return settings.folder.finetuned / f"{record.key}.start.pt"
+
+
+def finetuned_config(settings: SearchSettings, record: Record) -> Config:
+    """Return the configuration of the run that finetunes a trial's candidate with its backbone."""
+    config = settings.config
     joint = config.stages.joint
     assert joint is not None
-    start = folder.finetuned / f"{record.key}.start.pt"
     recipe = {key: value for key, value in record.candidate.recipe().items() if key != "lr"}
-    run_config = config.model_copy(
+    start = start_file(settings, record)
+    return config.model_copy(
         update={
             "name": f"{config.name}-{record.key[:8]}",
             "model": record.candidate.model(config.model),
             "stages": StagesConfig(joint=joint.model_copy(update={**recipe, "init_from": start})),
             "policy": policy_of(config),
-            "cluster": config.cluster.model_copy(update={"storage": folder.finetuned}),
+            "cluster": config.cluster.model_copy(update={"storage": settings.folder.finetuned}),
             # Use the search's own store, which may be a file in the search's storage.
             "tracking": config.tracking.model_copy(update={"uri": tracking_uri(config)}),
         }
     )
-    if not start.exists():
-        folder.finetuned.mkdir(exist_ok=True)
-        _save_start(start, settings, run_config, settings.records.weights(record))
-    print(f"finetuning {record.candidate.network} with its backbone", flush=True)
-    try:
-        result = train_run(run_config)
-    except ValueError as error:
-        return Finetuned(record.candidate, run_config, None, str(error))
-    return Finetuned(record.candidate, run_config, result.report)
 
 
 def policy_of(config: Config) -> PolicyConfig:
@@ -332,7 +348,11 @@ def _save_start(start: Path, settings: SearchSettings, config: Config, weights: 
 
 
 def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR: np.ndarray) -> Finetuned | None:
-    """Return the finetuned candidate that the budget chooses, or None without a budget."""
+    """Return the finetuned candidate that the budget chooses, or None without a budget.
+
+    Args:
+        correct_NR: the backbone's answers for the images that the finetuned runs report on.
+    """
     budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
     if budget is None and lowest is None:
         return None
@@ -359,14 +379,15 @@ def _report(
     settings: SearchSettings,
     checked: Checked,
     records: Sequence[Record],
-    images: Images,
+    correct_NR: np.ndarray,
+    calibration: Calibration,
     finetuned: Sequence[Finetuned],
     chosen: Finetuned | None,
 ) -> dict[str, Any]:
     config = settings.config
     report = build_search_report(
         records,
-        images.correct_NR,
+        correct_NR,
         config=config,
         space=checked.space,
         backbone_gflops=checked.backbone_gflops,
@@ -379,7 +400,7 @@ def _report(
             "data digest": checked.manifest.digest,
             **environment(),
         },
-        calibration=calibrate(images, split_keys(config), Budget(), split_of(config)),
+        calibration=calibration,
     )
     write_search_report(settings.folder.report, report)
     return report

@@ -92,6 +92,7 @@ def build_search_report(
 
     Accuracies are fractions of 1, differences are percentage points, costs are GFLOPs (1e9 multiply-adds per image,
     including the predictor). Keys: `rows` (static resolutions and oracle, see `evaluation.comparison.table_rows`);
+    `held_out_rows` (static resolutions on the images that the finetuned runs report on);
     `trials` (a row for every record); `front` (keys of the first seed's trials that no other trial dominates);
     `compared` (the paper's four and the finalists over all their seeds, see `_compared`); `against_paper` (for each of
     the four, what dominates it); `predictor` and `policies` (whether a predictor pays, and the front of whole policies,
@@ -127,6 +128,7 @@ def build_search_report(
             *static_rows(correct_NR, costs),
             oracle_row(correct_NR, oracle_choice(correct_NR, backbone_gflops), costs),
         ],
+        "held_out_rows": static_rows(correct_NR if calibration is None else correct_NR[calibration.stated], costs),
         "trials": [_trial(record, papers, correct_NR, costs) for record in sorted(records, key=_cost)],
         "front": [record.key for record in _first_front(first)],
         "compared": [
@@ -172,8 +174,14 @@ def _routed_cost(shares_R: Sequence[float], predictor_gflops: float | None, cost
 def _names(full: Sequence[Summary], papers: Mapping[Candidate, int]) -> dict[Candidate, str]:
     """Return short names: the paper's numbers, and letters for the other candidates, cheapest first."""
     found = sorted((s for s in full if s.candidate not in papers), key=lambda summary: summary.gflops)
-    letters = {summary.candidate: chr(ord("A") + place % 26) for place, summary in enumerate(found)}
+    letters = {summary.candidate: _letters(place) for place, summary in enumerate(found)}
     return letters | {candidate: f"paper {number}" for candidate, number in papers.items()}
+
+
+def _letters(place: int) -> str:
+    """Return A to Z, then AA, AB and so on."""
+    before, last = divmod(place, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("A") + last)
 
 
 def _compared(
@@ -387,7 +395,8 @@ def _outcome(report: Mapping[str, Any]) -> str:
 
 def _dominating_static(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the most accurate static resolution that costs no more than the chosen model and is no less accurate."""
-    best = choose(_statics(report), lambda row: (row["top1"], row["mean_gflops"]), budget_gflops=chosen["mean_gflops"])
+    rows, budget = report["held_out_rows"], chosen["mean_gflops"]
+    best = choose(rows, lambda row: (row["top1"], row["mean_gflops"]), budget_gflops=budget)
     return best if best is not None and best["top1"] >= chosen["top1"] else None
 
 

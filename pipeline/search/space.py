@@ -155,6 +155,10 @@ class Space:
         inside = all(value in self.parameters[key] for key, value in values.items())
         return values if inside and self.candidate(values) == candidate else None
 
+    def __contains__(self, candidate: Candidate) -> bool:
+        """Return whether a sampler may draw the candidate, and its cost is within the limit."""
+        return self.sampled(candidate) is not None and self.allows(candidate)
+
     def random(self, generator: np.random.Generator) -> dict[str, Any]:
         """Draw uniformly random values, in the sampler's form."""
         return {

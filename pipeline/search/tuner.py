@@ -37,6 +37,17 @@ class RunningTrial:
     drawn: str | None = None
 
 
+def records_in(space: Space, fixed: Sequence[Candidate], settings: SearchSettings) -> list[Record]:
+    """Return the records of the fixed candidates and of those in the space, with the seeds of this search.
+
+    An earlier attempt may have had a larger space or more seeds.
+    """
+    first, records = settings.config.seed, settings.records.read(settings.context)
+    seeds = range(first, first + settings.config.search.seeds)
+    records = [record for record in records if record.seed in seeds]
+    return [record for record in records if record.candidate in fixed or record.candidate in space]
+
+
 class TrialSearcher(Searcher):
     """Choose the next trial: the fixed candidates, then the sampler's, then the finalists with the other seeds.
 
@@ -65,9 +76,9 @@ class TrialSearcher(Searcher):
         self._finalists, self._on_record = finalists, on_record
         first_seed = settings.config.seed
         self._seeds = range(first_seed, first_seed + settings.config.search.seeds)
-        known = settings.records.read(settings.context)
+        known = records_in(space, fixed, settings)
         self._done = {(record.candidate, record.seed): record for record in known if record.outcome != "failed"}
-        drawn = [record for (candidate, seed), record in self._done.items() if self._was_drawn(candidate, seed, fixed)]
+        drawn = [candidate for candidate, seed in self._done if seed == first_seed and candidate not in fixed]
         self._left = max(0, num_drawn - len(drawn)) if space.parameters else 0
         self._fixed = [(candidate, first_seed) for candidate in fixed]
         self._running: dict[str, RunningTrial] = {}
@@ -95,9 +106,6 @@ class TrialSearcher(Searcher):
         """Return the finalists with every other seed. They are known once all trials of the first seed have ended."""
         first = [record for record in self._done.values() if record.seed == self._seeds[0]]
         return [(candidate, seed) for seed in self._seeds[1:] for candidate in self._finalists(first)]
-
-    def _was_drawn(self, candidate: Candidate, seed: int, fixed: Sequence[Candidate]) -> bool:
-        return seed == self._seeds[0] and candidate not in fixed and self._space.sampled(candidate) is not None
 
     def _make_sampler(self, metrics: Any, modes: Any, num_drawn: int) -> OptunaSearch:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -207,14 +215,23 @@ class TrialSearcher(Searcher):
 
 
 class PatientASHA(ASHAScheduler):
-    """ASHA that never stops the paper's four or the finalists' repeats.
+    """ASHA that never stops the paper's four, the finalists' repeats, or a trial after its last epoch.
 
     A diverged trial has no score, and Ray's own scheduler would fail on it.
+
+    Args:
+        epochs: epochs of a trial.
+        grace_epochs: epochs before a trial may be stopped.
     """
+
+    def __init__(self, epochs: int, grace_epochs: int):
+        super().__init__(time_attr=EPOCH, metric=SCORE, mode="max", max_t=epochs, grace_period=grace_epochs)
+        self._epochs = epochs
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return ASHA's decision about a trial, or CONTINUE for a trial that it must not stop."""
-        if trial.config["to_the_end"] or result[SCORE] is None:
+        # A trial that is stopped after its last epoch could not write its record.
+        if trial.config["to_the_end"] or result[SCORE] is None or result[EPOCH] >= self._epochs:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
 

@@ -145,6 +145,7 @@ class RunLogger:
     def __init__(self, handle: RunHandle, journal: str = JOURNAL_FILE):
         self._journal = Journal(handle.folder, journal)
         self._logged = _logged_values(self._journal) if journal == JOURNAL_FILE else set()
+        self._logged_params = _logged_params(self._journal) if journal == JOURNAL_FILE else []
         self._since_ms = now_ms()
         self._wake, self._closing = threading.Event(), threading.Event()
         delivery = Delivery(handle.uri, handle.folder, handle.run_id, journal)
@@ -161,7 +162,9 @@ class RunLogger:
 
     def params(self, stage: str, params: Mapping[str, object]) -> None:
         """Log the parameters of a stage. Logging them again requires the same values."""
-        self._write(params_record(stage, params))
+        record = params_record(stage, params)
+        if (stage, record["params"]) not in self._logged_params:
+            self._write(record)
 
     def close(self) -> None:
         """Stop after sending for at most `CLOSE_SECONDS`. The driver sends the rest."""
@@ -211,6 +214,11 @@ def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
         if record["kind"] == "metrics"
         for key, value in metric_values(record).items()
     }
+
+
+def _logged_params(journal: Journal) -> list[tuple[str, dict[str, str]]]:
+    """Return the stages and their parameters in the journal."""
+    return [(record["stage"], record["params"]) for _, record in journal.read() if record["kind"] == "params"]
 
 
 @contextmanager

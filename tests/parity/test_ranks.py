@@ -11,10 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from pipeline.cluster.checkpoints import DamagedCheckpointError, read_state_on_all_ranks
 from pipeline.config.load import parse_config
 from pipeline.config.schema import BackboneStage, JointStage, PredictorStage
 from pipeline.models.norms import synchronize_batch_norms
 from pipeline.training import distributed, objectives
+from pipeline.training.checkpoint import STATE_FILE, TrainingState
 from pipeline.training.distributed import GradientReducer
 from pipeline.training.monitoring import DivergedError, DivergenceMonitor, Meter
 from pipeline.training.objectives import StepBatch, build_objective
@@ -158,6 +160,20 @@ def precision_on(rank: int, folder: str) -> list[str]:
     return chosen
 
 
+def damage_on(rank: int, folder: str) -> str:
+    """Returns a rank's error when only rank 0 finds the checkpoint in its storage."""
+    storage = Path(folder) / f"storage-{rank}"
+    storage.mkdir()
+    if rank == 0:
+        tree = {"name": "ranks", "stages": {"backbone": {"epochs": 1}}}
+        config = parse_config(tree | {"data": {"dataset": "glyphs", "folder": folder}})
+        TrainingState.finished(small_model(), config, "digest").save(storage / STATE_FILE)
+    try:
+        return f"read {read_state_on_all_ranks(storage).name}"
+    except DamagedCheckpointError as error:
+        return str(error)
+
+
 def run_rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -165,6 +181,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     results |= {
         "precision": precision_on(rank, folder),
         "divergence": divergence_of(rank, world_size),
+        "damage": damage_on(rank, folder),
         "milliseconds": costs_on(folder),
         "messages": messages_of(rank, world_size),
         "rounded": rounded_of(rank, world_size),
@@ -195,6 +212,14 @@ def test_ranks_equal_one_process(world_size: int, case: str) -> None:
         for name, value in state.items():
             torch.testing.assert_close(value, expected_state[name], rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")
         assert means == pytest.approx(expected_means, rel=1e-4)
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_refused_on_all() -> None:
+    assert results_of(1)[0]["damage"].startswith("read checkpoint_")
+    for world_size in (2, 3):
+        said = {result["damage"] for result in results_of(world_size)}
+        assert len(said) == 1
+        assert "storage-1/state.pt does not exist" in said.pop()
 
 
 @pytest.mark.parametrize("case", CASES)

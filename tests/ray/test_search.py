@@ -104,9 +104,10 @@ def test_a_search_resumes_after_its_driver_is_killed_and_ends_with_a_choice(
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     code, output = ended_by(signal.SIGKILL, 1, config, file, ray_cluster)
     assert code == -signal.SIGKILL, output
-    before = records_of(folder)
+    before, handler = records_of(folder), signal.getsignal(signal.SIGINT)
 
     result = search_run(config)
+    assert signal.getsignal(signal.SIGINT) is handler, "Ray Tune's own would ignore the next Ctrl-C"
     after = records_of(folder)
     assert {name: after[name] for name in before} == before, "finished trials were not repeated"
     trials = result.report["trials"]
@@ -137,6 +138,6 @@ def test_problems_are_reported_before_the_first_trial(config: Config, ray_cluste
     assert "there is no trained model at" in problems
     assert "budget_gflops is 1e-06, but no candidate costs less than" in problems
     search = config.search.model_copy(update={"max_concurrent": 5, "backbone": str(RunFolder.of(config).path)})
-    with pytest.raises(ConfigError, match=r"5 trials at once .* need 5 CPUs, but there are 4"):
+    with pytest.raises(ConfigError, match=r"5 trials at once with 1 CPUs each, but there is room for 4 \(4 CPUs\)"):
         search_run(config.model_copy(update={"search": search, "name": "wrong"}))
     assert not (SearchFolder.of(config).path.parent.parent / "wrong" / "search" / "trials").exists()

@@ -111,9 +111,18 @@ def test_a_port_where_something_else_listens_is_refused(
     web_server: int, silent_server: int, grpc_server: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.cluster.connection.SECONDS_TO_ANSWER", 0.5)
-    for port in (web_server, silent_server, grpc_server):
-        with pytest.raises(ConnectionError, match=f"RAY_ADDRESS is 127.0.0.1:{port}, but something else listens there"):
+    said = "does not answer within 0.5 s: the head is overloaded, or it is something else"
+    expected = {web_server: "something else listens there", grpc_server: "something else listens there"}
+    for port, words in {**expected, silent_server: f"what listens there {said}"}.items():
+        with pytest.raises(ConnectionError, match=f"RAY_ADDRESS is 127.0.0.1:{port}, but {words}"):
             require_head(f"127.0.0.1:{port}")
+
+
+def test_a_head_with_tls_is_left_to_ray(silent_server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    require_head(f"127.0.0.1:{silent_server}")
+    with pytest.raises(ConnectionError, match="no connection is possible"):
+        require_head("127.0.0.1:9")
 
 
 @pytest.mark.parametrize("grpc_server", [HEAD_METHOD], indirect=True)

@@ -26,9 +26,10 @@ from pipeline.cluster.doctor import (
     staging_problems,
     thread_notes,
 )
-from pipeline.cluster.preflight import Capacity, capacity_problems, cpus_for_each, num_fitting
+from pipeline.cluster.preflight import Capacity, capacity_problems, cpus_for_each, num_fitting, worker_resources
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
+from pipeline.search.records import SearchFolder
 from tests.mlflow_server import Server
 
 GB = 10**9
@@ -125,8 +126,11 @@ def test_a_tracking_file_of_one_machine_is_refused_on_two(monkeypatch: pytest.Mo
     assert "/home/me/mlflow.db is a file of one machine, and this cluster has 2" in problem
     shared = config_of(tracking={"uri": "sqlite:////shared/runs/mlflow.db"})
     assert list(node_problems(shared, two, "digest")) == []
-    finetuned = shared.cluster.model_copy(update={"storage": "/shared/runs/mine/search/finetuned"})
-    assert list(node_problems(shared.model_copy(update={"cluster": finetuned}), two, "digest")) == []
+    below = config_of(tracking={"uri": "sqlite:////shared/runs/mlflow/mlflow.db"})
+    for search in (shared, below):
+        assert list(node_problems(search, two, "digest")) == []
+        finetuned = search.cluster.model_copy(update={"storage": SearchFolder.of(search).finetuned})
+        assert list(node_problems(search.model_copy(update={"cluster": finetuned}), two, "digest")) == []
 
 
 def test_workers_are_not_spread_over_nodes() -> None:
@@ -136,13 +140,31 @@ def test_workers_are_not_spread_over_nodes() -> None:
     assert cpus_for_each(nodes, 2, use_gpu=False) == 3
     assert cpus_for_each([Capacity(4, 0), Capacity(2, 0)], 2, use_gpu=False) == 2
     assert cpus_for_each([Capacity(4, 0)], 8, use_gpu=False) == 1
-    three = config_of(cluster={"num_workers": 3, "cpus_per_worker": 2}, training={"batch_size": 6})
+    three = config_of(cluster={"num_workers": 3, "cpus_per_worker": 2, "use_gpu": False}, training={"batch_size": 6})
     [problem] = capacity_problems(three, nodes)
     assert "num_workers 3 with 2 CPUs each, but there is room for 2 (3 CPUs and 3 CPUs and 0 CPUs)" in problem
-    assert capacity_problems(config_of(cluster={"num_workers": 2, "cpus_per_worker": 2}), nodes) == []
-    [problem] = capacity_problems(config_of(cluster={"num_workers": 2, "use_gpu": True}), nodes)
+    two = {"num_workers": 2, "cpus_per_worker": 2}
+    assert capacity_problems(config_of(cluster=two | {"use_gpu": False}), nodes) == []
+    [problem] = capacity_problems(config_of(cluster=two | {"use_gpu": True}), nodes)
     assert "room for 1" in problem
     assert "cluster.use_gpu=false" in problem
+
+
+def test_auto_gives_every_worker_a_gpu_if_a_node_has_one() -> None:
+    nodes = [Capacity(4, 1), Capacity(4, 1)]
+    too_many = config_of(cluster={"num_workers": 8})
+    [problem] = capacity_problems(too_many, nodes)
+    assert "8 with 1 CPU and a GPU each, but there is room for 2 (4 CPUs, 1 GPUs and 4 CPUs, 1 GPUs)" in problem
+    assert "cluster.use_gpu=false" in problem
+    assert capacity_problems(too_many, [Capacity(8, 0)]) == []
+    elastic = config_of(cluster={"num_workers": 8, "min_workers": 1})
+    assert capacity_problems(elastic, nodes) == []
+    with_gpu = {"use_gpu": True, "resources_per_worker": {"CPU": 4, "GPU": 1}}
+    for fitting in (elastic, config_of(cluster={"num_workers": 2})):
+        assert worker_resources(fitting, nodes) == with_gpu
+    on_cpus = {"use_gpu": False, "resources_per_worker": {"CPU": 1}}
+    assert worker_resources(config_of(cluster={"num_workers": 8, "use_gpu": False}), nodes) == on_cpus
+    assert worker_resources(too_many, [Capacity(4, 0)] * 2) == on_cpus
 
 
 def test_a_full_disk_is_reported_before_a_download(manifest: Manifest) -> None:

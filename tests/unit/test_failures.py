@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
@@ -18,9 +20,10 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, SchedulingState
 from ray.train.v2._internal.execution.scaling_policy import ScalingDecision
 
-from pipeline.cluster.group import FailureReporter, WaitReporter, explain_end, explain_workers
+from pipeline.cluster.group import FailureReporter, WaitReporter, explain_end, explain_workers, run_group
 from pipeline.cluster.progress import FAILURES, append_event, followed
 from tests.conftest import ROOT
+from tests.synthetic import config_of
 
 DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345")
@@ -86,6 +89,15 @@ def test_waiting_for_nodes_is_reported_once(tmp_path: Path) -> None:
 def test_a_failure_that_cannot_be_written_raises_nothing(tmp_path: Path) -> None:
     FailureReporter(tmp_path / "gone").after_exception(None, {0: DEAD})
     assert not (tmp_path / "gone").exists()
+
+
+def test_every_group_of_workers_uses_hang_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", raising=False)
+    config = config_of()
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"hang_seconds": 77})})
+    with suppress(RaySystemError):  # there is no cluster
+        run_group(print, "work", config, storage=tmp_path / "group", event_folder=tmp_path)
+    assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "77"
 
 
 def traced(work: str, folder: Path) -> subprocess.CompletedProcess[bytes]:

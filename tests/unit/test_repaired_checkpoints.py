@@ -12,7 +12,14 @@ from ray.train import CheckpointConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from pipeline.cluster.checkpoints import SNAPSHOT, STATE_FILE, DamagedCheckpointError, repair_snapshot
+from pipeline.cluster.checkpoints import (
+    SNAPSHOT,
+    STATE_FILE,
+    DamagedCheckpointError,
+    read_state,
+    repair_snapshot,
+    with_readable_checkpoints,
+)
 from pipeline.training.checkpoint import TrainingState
 from tests.small import small_model
 from tests.synthetic import config_of
@@ -113,3 +120,27 @@ def test_a_run_without_a_readable_checkpoint_does_not_start_over(run: Path) -> N
     with pytest.raises(DamagedCheckpointError, match=r"(?s)No checkpoint in .* can be read.*0001.*0002.*remove"):
         repair_snapshot(run)
     assert (run / SNAPSHOT).read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_replaced_and_the_attempt_repeated(run: Path) -> None:
+    newest, told = run / "checkpoint_0002_000000_backbone", []
+
+    def attempt() -> str:
+        if not told:  # it breaks after the driver has read it
+            (newest / STATE_FILE).write_text("broken")
+        return read_state(run / listed_by_ray(run)[-1]).name
+
+    assert with_readable_checkpoints(run, told.append, attempt) == "checkpoint_0001_000000_backbone"
+    assert len(told) == 1
+
+
+def test_a_checkpoint_that_only_a_worker_cannot_read_ends_the_run(run: Path) -> None:
+    attempts = []
+
+    def attempt() -> None:
+        attempts.append("started")
+        read_state(run / "not-mounted")
+
+    with pytest.raises(DamagedCheckpointError, match=r"a checkpoint that the driver can read:\n.*not-mounted"):
+        with_readable_checkpoints(run, print, attempt)
+    assert len(attempts) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -14,23 +15,27 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from datasets.beton import load_manifest
+from datasets.beton import VALIDATION, load_manifest
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
+from pipeline.cluster.preflight import Capacity
 from pipeline.config.load import ConfigError
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
+from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.drnet import build_drnet
-from pipeline.search.checks import check_search, describe_search, trials_at_once
+from pipeline.search.checks import check_search, describe_search, trial_resources, trials_at_once, trials_fitting
+from pipeline.search.driver import finetune, finetuned_config, start_file
+from pipeline.search.front import summarize
 from pipeline.search.records import Record, SearchFolder
 from pipeline.search.space import Candidate, input_sizes, paper_candidates, predictor_gflops, space_of
 from pipeline.search.trial import EPOCH, SCORE, SearchSettings, table_crops, trial_data, tune_trial
-from pipeline.search.tuner import PatientASHA, TrialSearcher
+from pipeline.search.tuner import PatientASHA, TrialSearcher, records_in
 from pipeline.training.assembly import open_loader
 from pipeline.training.checkpoint import load_model, save_model
 from pipeline.training.logit_table import TableKey, fill_table
 from pipeline.training.objectives import Forward
-from tests.search_cases import BACKBONE_GFLOPS, config_of, record_of
+from tests.search_cases import BACKBONE_GFLOPS, SPACE, config_of, correct_of, record_of
 
 
 def settings_of(folder: Path, **search: Any) -> SearchSettings:
@@ -39,12 +44,23 @@ def settings_of(folder: Path, **search: Any) -> SearchSettings:
 
 
 def test_asha_ignores_a_trial_without_a_score() -> None:
-    scheduler = PatientASHA(time_attr=EPOCH, metric=SCORE, mode="max", max_t=4, grace_period=1)
+    scheduler = PatientASHA(epochs=3, grace_epochs=1)
     drawn = SimpleNamespace(trial_id="a", config={"to_the_end": False}, status=Trial.RUNNING)
     scheduler.on_trial_add(None, drawn)
     diverged = {EPOCH: 2, SCORE: None}
     assert scheduler.on_trial_result(None, drawn, diverged) == TrialScheduler.CONTINUE
     scheduler.on_trial_complete(None, drawn, diverged)
+
+
+def test_asha_stops_the_worse_trial_but_not_after_its_last_epoch() -> None:
+    for epoch, expected in ((1, TrialScheduler.STOP), (4, TrialScheduler.CONTINUE)):
+        scheduler = PatientASHA(epochs=4, grace_epochs=1)
+        trials = [SimpleNamespace(trial_id=name, config={"to_the_end": False}, status=Trial.RUNNING) for name in "ab"]
+        for trial in trials:
+            scheduler.on_trial_add(None, trial)
+        scheduler.on_trial_result(None, trials[0], {EPOCH: epoch, SCORE: 0.9})
+        scheduler.on_trial_complete(None, trials[0], {EPOCH: epoch, SCORE: 0.9})
+        assert scheduler.on_trial_result(None, trials[1], {EPOCH: epoch, SCORE: 0.1}) == expected
 
 
 def searcher_of(settings: SearchSettings, ended: list[Record] | None = None, num_drawn: int = 3) -> TrialSearcher:
@@ -129,6 +145,23 @@ def test_a_later_search_can_ask_for_more_trials(tmp_path: Path) -> None:
     more = searcher_of(settings, num_drawn=5)
     assert not more.is_over
     assert len([seed for _, seed in run_to_the_end(more, settings, finished) if seed == 0]) == 2
+
+
+def test_trials_outside_a_narrowed_space_do_not_count(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    run_to_the_end(searcher_of(settings), settings, finished)
+    fixed = list(paper_candidates(settings.config).values())
+    for narrowed in (
+        {"preset": "paper"},
+        {"space": SPACE | {"max_gflops": 1e-9}},
+        {"space": SPACE | {"width": [0.5, 0.5]}},
+    ):
+        narrow = settings_of(tmp_path, **narrowed)
+        space = space_of(narrow.config, BACKBONE_GFLOPS)
+        assert {record.candidate for record in records_in(space, fixed, narrow)} == set(fixed)
+        assert searcher_of(narrow).num_done == 4 * 2
+    fewer = settings_of(tmp_path, seeds=1)
+    assert {record.seed for record in records_in(space_of(fewer.config, BACKBONE_GFLOPS), fixed, fewer)} == {0}
 
 
 def test_records_of_another_backbone_are_not_counted(tmp_path: Path) -> None:
@@ -226,12 +259,19 @@ def test_a_valid_search_passes_its_checks(trained: Config) -> None:
 
 
 def test_all_problems_are_reported_together(trained: Config, tmp_path: Path) -> None:
-    wrong = with_search(trained, backbone=str(tmp_path), budget_gflops=1e-6, cpus_per_trial=10_000)
+    asked: dict[str, Any] = {"budget_gflops": 1e-6, "objective": "budget", "grace_epochs": 3, "cpus_per_trial": 10_000}
+    wrong = with_search(trained, backbone=str(tmp_path), **asked)
     wrong = wrong.model_copy(update={"stages": wrong.stages.model_copy(update={"joint": None})})
     with pytest.raises(ConfigError) as caught:
         check_search(wrong)
     found = "\n".join(caught.value.problems)
-    for expected in ("stages.joint is missing", "no trained model", "budget_gflops is 1e-06", "need 10000 CPUs"):
+    for expected in (
+        "stages.joint is missing",
+        "no trained model",
+        "budget_gflops is 1e-06",
+        "1 trial at once with 10000 CPUs each, but there is room for 0 (",
+        "search.grace_epochs 3 must be at most 2",
+    ):
         assert expected in found
     without = trained.model_copy(update={"stages": trained.stages.model_copy(update={"predictor": None})})
     with pytest.raises(ConfigError, match=r"stages\.predictor is missing"):
@@ -291,8 +331,53 @@ def test_a_dry_run_describes_the_search(trained: Config) -> None:
     assert not SearchFolder.of(trained).path.exists()
 
 
+def finetuning(config: Config, folder: Path, **search: Any) -> tuple[SearchSettings, Record]:
+    """Return a search with one finished trial, whose finetuning can start."""
+    config = with_search(config, seeds=1, **search)
+    settings = SearchSettings(config, SearchFolder(folder), "digest", "context", cpus=1)
+    record = record_of(paper_candidates(config)[3])
+    start, run_config = start_file(settings, record), finetuned_config(settings, record)
+    manifest = load_manifest(config.data.folder)
+    start.parent.mkdir()
+    model = build_drnet(run_config.model, 10, manifest.mean, manifest.std)
+    save_model(start, model, run_config, classes=manifest.classes)
+    return settings, record
+
+
+def test_a_finetuned_run_chooses_its_policy_again_for_a_new_budget(trained: Config, tmp_path: Path) -> None:
+    settings, record = finetuning(trained, tmp_path, budget_gflops=0.0019)
+    run = RunFolder.of(finetuned_config(settings, record))
+    run.report.mkdir(parents=True)
+    loader = open_loader(trained, VALIDATION, input_sizes(trained))
+    collect_predictions(load_model(start_file(settings, record)).model, loader.epoch(0)).save(run.predictions)
+    run.report_json.write_text("{}")  # of an earlier budget
+    run.finished.write_text("{}")
+    (found,) = finetune(settings, summarize([record], correct_of()), correct_of())
+    assert found.report is not None
+    assert found.report["policies"]["budget"]["cost"] == 0.0019
+    assert found.report == json.loads(run.report_json.read_text())
+
+
+def test_a_problem_of_the_cluster_or_the_data_ends_the_search(trained: Config, tmp_path: Path) -> None:
+    settings, record = finetuning(trained, tmp_path)
+    data = trained.data.model_copy(update={"folder": tmp_path / "gone"})
+    settings = replace(settings, config=settings.config.model_copy(update={"data": data}))
+    with pytest.raises(ConfigError, match=r"data\.folder: "):
+        finetune(settings, summarize([record], correct_of()), correct_of())
+
+
 def test_the_scarcest_resource_limits_the_trials_at_once() -> None:
     search = config_of(Path()).search
-    assert trials_at_once(search, {"CPU": 16, "GPU": 1}, {"CPU": 1, "GPU": 0.25}) == 4
-    assert trials_at_once(search, {"CPU": 3}, {"CPU": 1}) == 3
-    assert trials_at_once(search.model_copy(update={"max_concurrent": 2}), {"CPU": 3}, {"CPU": 1}) == 2
+    assert trials_at_once(search, [Capacity(16, 1)], {"CPU": 1, "GPU": 0.25}) == 4
+    assert trials_at_once(search, [Capacity(16, 2)], {"CPU": 1, "GPU": 0.4}) == 4, "two on each GPU"
+    assert trials_at_once(search, [Capacity(16, 1)], {"CPU": 1, "GPU": 0.1}) == 10
+    assert trials_at_once(search, [Capacity(3, 0)], {"CPU": 1}) == 3
+    assert trials_at_once(search.model_copy(update={"max_concurrent": 2}), [Capacity(3, 0)], {"CPU": 1}) == 2
+
+
+def test_a_trial_must_fit_on_one_node() -> None:
+    nodes, needed = [Capacity(3, 0), Capacity(3, 1), Capacity(0, 1)], {"CPU": 2, "GPU": 0.5}
+    assert trials_fitting(nodes, {"CPU": 2}) == 2
+    assert trials_fitting(nodes, {"CPU": 4}) == 0
+    assert trials_fitting(nodes, needed) == 1
+    assert trial_resources(config_of(Path()).search, nodes) == {"CPU": 1, "GPU": 0.25}

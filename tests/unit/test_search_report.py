@@ -146,6 +146,26 @@ def test_a_choice_that_a_static_resolution_dominates_is_reported_first(report: d
         assert "- The finetuned model against its own static resolutions: fine\n" in render_search(changed_report, ())
 
 
+def test_a_choice_is_compared_with_static_resolutions_on_its_own_images() -> None:
+    """The finetuned runs report on the half of the images that no policy is chosen on."""
+    halves = calibrate(images_of(0.3), KEYS_N, Budget(), Split(cross_fit_below=100))
+    own = correct_of()[halves.stated].mean(axis=0)[0]
+    every = correct_of().mean(axis=0)[0]
+    assert own < every
+    chosen = {**TUNED, "headline": HEADLINE | {"top1": (own + every) / 2, "mean_gflops": BACKBONE_GFLOPS[0]}}
+    tuned = Finetuned(drawn(7), CONFIG, chosen)
+    report = report_of(records(), chosen=tuned, finetuned=[tuned], calibration=halves)
+    assert report["held_out_rows"][0]["top1"] == pytest.approx(own)
+    assert "Static wins: " not in verdict(report)
+
+
+def test_more_than_26_candidates_have_different_letters() -> None:
+    found = [record_of(drawn(number), number / 60, seed) for number in range(30) for seed in (0, 1)]
+    report = report_of(found, chosen=None, finetuned=[])
+    labels = [row["label"] for row in report["compared"]]
+    assert labels[:2] + labels[25:] == ["A", "B", "Z", "AA", "AB", "AC", "AD"]
+
+
 def test_a_collapse_is_reported_without_advice_on_single_runs() -> None:
     advised = record_of(drawn(17), 1.0, outcome="collapsed", reason="99.1 % to 48 px. Lower eta; raise tau")
     report = report_of([*records(), advised])
@@ -176,17 +196,23 @@ def test_text_in_a_table_is_escaped_once(report: dict[str, Any]) -> None:
     assert "| data set | a \\| b |" in render_search(report | {"dataset": "a | b"}, ())
 
 
-def cascades(fitted: float) -> Calibration:
-    """Of 200 images whose 32 px answers are all that a cascade needs, up to a share that runs at 48 px too."""
+KEYS_N = np.arange(len(correct_of()), dtype=np.uint64)
+
+
+def images_of(fitted: float) -> Images:
+    """200 images whose 32 px answers are all that a cascade needs, up to a share that runs at 48 px too."""
     correct_NR = correct_of()
-    images = Images(
+    return Images(
         confidence_NR=np.where(correct_NR, 0.99, fitted).astype(np.float32),
         correct_NR=correct_NR,
         predictor_logits_NR=None,
         weights_N=np.ones(len(correct_NR)),
         costs=Costs(CONFIG.model.resolutions, BACKBONE_GFLOPS, 0.0),
     )
-    return calibrate(images, np.arange(len(correct_NR), dtype=np.uint64), Budget(), Split())
+
+
+def cascades(fitted: float) -> Calibration:
+    return calibrate(images_of(fitted), KEYS_N, Budget(), Split())
 
 
 def test_no_predictor_is_a_candidate_and_the_first_sentence_says_whether_one_pays() -> None:

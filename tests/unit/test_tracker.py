@@ -344,3 +344,19 @@ def test_the_parameters_of_a_stage_can_be_logged_again(opened):
     assert client.get_run(ids["trial 1"]).data.params == {"width": "0.25", "blocks": "[1, 1]"}
     assert client.get_run(ids["trial 2"]).data.params == {"width": "0.5"}
     assert history(opened.uri, ids["trial 1"], "accuracy") == [(2, 0.9)]
+
+
+def test_the_end_of_a_stage_stays_when_its_parameters_are_logged_again(opened):
+    logger = RunLogger(opened)
+    logger.params("trial 1", {"width": 0.25})
+    logger.close()
+    close_run(opened, "FINISHED")
+    client, trial = MlflowClient(opened.uri), stage_ids(opened)["trial 1"]
+    before = client.get_run(trial).info
+    again = RunLogger(opened)
+    again.params("trial 1", {"width": 0.25})
+    again.params("trial 2", {"width": 0.5})
+    again.close()
+    close_run(opened, "FINISHED")
+    assert client.get_run(trial).info.end_time == before.end_time
+    assert client.get_run(stage_ids(opened)["trial 2"]).data.params == {"width": "0.5"}
