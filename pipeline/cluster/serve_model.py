@@ -182,7 +182,7 @@ def serve_model(
         ChildProcessError: the replicas do not start; a version that ran before keeps running.
     """
     plan = plan_for(model_uri, serving, token)
-    is_private = not ray.is_initialized() and os.environ.get(ADDRESS, "local") == "local"
+    is_private = not ray.is_initialized() and (os.environ.get(ADDRESS) or "local") == "local"
     cores = len(os.sched_getaffinity(0))
     if is_private:
         _require_free_port(serving)
@@ -191,8 +191,7 @@ def serve_model(
     with ray_cluster(2 * cores):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         plan = plan_for(model_uri, serving, token, ray.cluster_resources().get("GPU", 0.0))
-        if not is_private:
-            _require_room(plan, ray.cluster_resources().get("CPU", 0.0))
+        _require_room(plan, cores if is_private else ray.cluster_resources().get("CPU", 0.0))
         if not plan.has_policies:
             show(f"{plan.router.model} has no fitted policies, so a budget in a request is refused")
         deploy(plan)
@@ -209,18 +208,35 @@ def serve_model(
 
 
 def _follow(plan: Plan, model_uri: str, token: str | None, show: Callable[[str], None]) -> Plan:
-    """Roll out the version that has the alias now. Return the plan that runs afterwards."""
+    """Roll out the version that has the alias now. Return the plan that runs afterwards.
+
+    If the version does not start, `plan` is deployed again: Serve starts no replicas of a deployment that failed, so it
+    would not replace a replica of the older version either.
+    """
     try:
         newest = plan_for(model_uri, plan.router.serving, token, ray.cluster_resources().get("GPU", 0.0))
-        if newest.router.model == plan.router.model:
-            return plan
-        show(f"{model_uri} is {newest.router.model} now; rolling it out")
-        deploy(newest)
     except (ValueError, OSError) as error:
         show(f"{plan.router.model} keeps running: {error}")
         return plan
-    show(f"{newest.router.model} answers at {newest.address}")
-    return newest
+    if newest.router.model == plan.router.model and not _has_failed(plan):
+        return plan
+    show(f"{model_uri} is {newest.router.model} now; rolling it out")
+    for wanted in (newest, plan):
+        try:
+            deploy(wanted)
+        except (ValueError, OSError) as error:
+            show(f"{plan.router.model} keeps running: {error}")
+        else:
+            show(f"{wanted.router.model} answers at {wanted.address}")
+            return wanted
+    return plan
+
+
+def _has_failed(plan: Plan) -> bool:
+    """Return whether Serve gave up on one of a plan's applications."""
+    running = serve.status().applications
+    names = [name for name, _, _ in _applications(plan) if name in running]
+    return any(running[name].status == ApplicationStatus.DEPLOY_FAILED for name in names)
 
 
 def deploy(plan: Plan) -> None:
