@@ -28,7 +28,7 @@ from pipeline.cluster.connection import ADDRESS, ray_cluster
 from pipeline.cluster.progress import show_line
 from pipeline.cluster.signals import restored
 from pipeline.config.schema import ServingConfig
-from pipeline.serving.deployments import ARTIFACTS, META, Served, resolution, router
+from pipeline.serving.deployments import ARTIFACTS, META, REQUEST_TIMEOUT_SECONDS, Served, resolution, router
 from pipeline.serving.http import digest_of
 from pipeline.serving.runtime.programs import FORMAT
 from pipeline.tracking.registry import download, find_model
@@ -37,7 +37,7 @@ from pipeline.tracking.store import TrackingError
 TOKEN, TOKEN_FILE = "DRNET_SERVE_TOKEN", "DRNET_SERVE_TOKEN_FILE"
 """Environment variables that set the token that requests need, or the file that contains it."""
 SHORTEST_TOKEN = 16
-REQUEST_TIMEOUT_SECONDS, REPLACEMENT_TIMEOUT_SECONDS = 60.0, 600.0
+REPLACEMENT_TIMEOUT_SECONDS = 600.0
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _BUILDERS = {"router": router, "resolution": resolution}
 
@@ -124,11 +124,14 @@ def read_token() -> str | None:
     """Return the token in DRNET_SERVE_TOKEN or in the file DRNET_SERVE_TOKEN_FILE, or None if neither is set.
 
     Raises:
-        ValueError: the token is short enough to guess.
+        ValueError: the token is short enough to guess, or clients cannot send it.
         OSError: the file cannot be read.
     """
     file = os.environ.get(TOKEN_FILE)
-    token = os.environ.get(TOKEN) or (Path(file).read_text().strip() if file else None)
+    given = os.environ.get(TOKEN) or (Path(file).read_text() if file else None)
+    token = None if given is None else given.strip()  # a file, and a variable set from it, may end with a line break
+    if token and not (token.isascii() and token.isprintable()):
+        raise ValueError("the token has a character that is not printable ASCII. Use `openssl rand -hex 32`")
     if token is not None and len(token) < SHORTEST_TOKEN:
         raise ValueError(f"the token has {len(token)} characters; give at least {SHORTEST_TOKEN} random ones")
     return token

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mlflow
@@ -20,6 +21,7 @@ from jobs.cli import run_job
 from pipeline.config.schema import Config
 from pipeline.models.drnet import DRNet
 from pipeline.search.source import load_backbone, registered_backbone
+from pipeline.serving.deployments import Router, Served
 from pipeline.serving.package import classify_files
 from pipeline.tracking.registry import RegisteredModel, open_model, register_model
 from pipeline.tracking.store import TrackingError
@@ -201,6 +203,15 @@ def test_files_are_classified_in_order_and_bad_ones_explained(finished, tmp_path
     assert "No such file" in rows[3]["error"]
     assert json.loads(json.dumps(rows)) == rows
     assert {type(rows[0][key]) for key in ("class_index", "resolution")} == {int}
+
+
+def test_a_router_answers_until_its_request_is_cancelled(finished):
+    router = Router(Served(model="models:/drnet/1", tracking_uri=finished.store).model_dump())
+    stop, files = threading.Event(), [jpeg(60, 50)] * 3
+    assert [answer.error for answer in router.classify(files, router.policy(None, {}), stop)] == [None] * 3
+    stop.set()
+    assert router.classify(files, router.policy(None, {}), stop) == []
+    router.classifier.close()
 
 
 LOADED_ELSEWHERE = """

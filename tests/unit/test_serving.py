@@ -366,7 +366,7 @@ def test_the_budget_bias_is_a_parameter_of_a_call(served):
     trained = served.predict(None, frame(files))
     for absent in (None, {}, {"budget_bias": None}, {"budget_bias": 0}):
         pd.testing.assert_frame_equal(served.predict(None, frame(files), absent), trained, check_exact=False)
-    for bias in (float("nan"), float("inf"), "1", [1.0]):
+    for bias in (float("nan"), float("inf"), "1", [1.0], 10**400):
         with pytest.raises(MlflowException, match=r"budget_bias is .*; give a finite number") as raised:
             served.predict(None, frame(files), {"budget_bias": bias})
         assert raised.value.get_http_status_code() == 400
