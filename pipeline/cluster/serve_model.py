@@ -64,13 +64,16 @@ class Plan:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.router.serving.port}"
 
 
-def plan_for(model_uri: str, serving: ServingConfig, token: str | None, num_gpus: float = 0.0) -> Plan:
+def plan_for(
+    model_uri: str, serving: ServingConfig, token: str | None, num_gpus: float = 0.0, registry: str | None = None
+) -> Plan:
     """Look up a model and decide what to run, without using a cluster.
 
     Args:
         model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         token: token that requests must send; None requires none.
         num_gpus: number of GPUs in the cluster.
+        registry: address of the registry; None is that of `tracking_uri` without a configuration.
 
     Raises:
         ValueError: the address, the token or the settings are not possible together.
@@ -83,7 +86,7 @@ def plan_for(model_uri: str, serving: ServingConfig, token: str | None, num_gpus
             f"serving.host is {serving.host}, so others can reach the model, but there is no token. Set {TOKEN} or "
             f"{TOKEN_FILE}, or serving.host=127.0.0.1"
         )
-    found = find_model(model_uri)
+    found = find_model(model_uri, registry=registry)
     with tempfile.TemporaryDirectory() as temporary:
         about = json.loads(download(found, f"{ARTIFACTS}/{META}", Path(temporary)).read_text())
     if about.get("format", 1) < FORMAT:
@@ -171,20 +174,21 @@ def serve_model(
     token: str | None,
     *,
     follow_alias: bool = False,
+    registry: str | None = None,
     show: Callable[[str], None] = show_line,
 ) -> None:
     """Run a model, or roll it out if another version of it is running.
 
     On a cluster (RAY_ADDRESS, a Ray job) the model keeps running when this function returns. Otherwise this machine
     serves until SIGTERM or Ctrl-C, and requests in progress are answered first. With `follow_alias`, the alias is
-    checked every `serving.follow_seconds`, and the version that has it is rolled out.
+    checked every `serving.follow_seconds`, and the version that has it is rolled out. `registry` is as in `plan_for`.
 
     Raises:
         ValueError: as in `plan_for`; or the port is in use, or the cluster is too small.
         TrackingError: as in `plan_for`.
         ChildProcessError: the replicas do not start; a version that ran before keeps running.
     """
-    plan = plan_for(model_uri, serving, token)
+    plan = plan_for(model_uri, serving, token, registry=registry)
     is_private = not ray.is_initialized() and (os.environ.get(ADDRESS) or "local") == "local"
     cores = len(os.sched_getaffinity(0))
     if is_private:
@@ -193,7 +197,7 @@ def serve_model(
     # On this machine Ray only counts CPUs. Twice as many leave room for the replicas of the next version.
     with ray_cluster(2 * cores):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        plan = plan_for(model_uri, serving, token, ray.cluster_resources().get("GPU", 0.0))
+        plan = plan_for(model_uri, serving, token, ray.cluster_resources().get("GPU", 0.0), registry)
         _require_room(plan, cores if is_private else ray.cluster_resources().get("CPU", 0.0))
         if not plan.has_policies:
             show(f"{plan.router.model} has no fitted policies, so a budget in a request is refused")
@@ -203,21 +207,24 @@ def serve_model(
             return
         with _stop_event() as stop:
             while not stop.wait(serving.follow_seconds if follow_alias else None):
-                plan = _follow(plan, model_uri, token, show)
+                plan = _follow(plan, model_uri, token, show, registry)
             if is_private:
                 show("stopping: the requests in progress are answered")
                 serve.delete(plan.router.name)
                 serve.shutdown()
 
 
-def _follow(plan: Plan, model_uri: str, token: str | None, show: Callable[[str], None]) -> Plan:
+def _follow(
+    plan: Plan, model_uri: str, token: str | None, show: Callable[[str], None], registry: str | None = None
+) -> Plan:
     """Roll out the version that has the alias now. Return the plan that runs afterwards.
 
     If the version does not start, `plan` is deployed again: Serve starts no replicas of a deployment that failed, so it
     would not replace a replica of the older version either.
     """
     try:
-        newest = plan_for(model_uri, plan.router.serving, token, ray.cluster_resources().get("GPU", 0.0))
+        num_gpus = ray.cluster_resources().get("GPU", 0.0)
+        newest = plan_for(model_uri, plan.router.serving, token, num_gpus, registry)
     except (ValueError, OSError) as error:
         show(f"{plan.router.model} keeps running: {error}")
         return plan
