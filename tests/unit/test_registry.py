@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import ray
 import torch
 import yaml
 from mlflow import MlflowClient
@@ -19,7 +21,8 @@ from PIL import Image
 
 from jobs import register, serve
 from jobs.cli import run_job
-from pipeline.config.schema import Config
+from pipeline.cluster.serve_model import serve_model
+from pipeline.config.schema import Config, ServingConfig
 from pipeline.models.drnet import DRNet
 from pipeline.search.source import find_backbone, load_backbone, registered_backbone
 from pipeline.serving.deployments import Router, Served
@@ -105,6 +108,17 @@ def test_a_configuration_names_the_registry(finished, tmp_path, monkeypatch, cap
     run_job(serve.main)
     (application,) = yaml.safe_load(capsys.readouterr().out)["applications"]
     assert application["args"] == {"model": "models:/drnet/1", "tracking_uri": finished.store}
+
+
+def test_with_an_empty_ray_address_this_machine_serves(finished, monkeypatch):
+    """The port is only checked if no cluster is used."""
+    if ray.is_initialized():
+        pytest.skip("the cluster of other tests would be used")
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = ServingConfig(port=listener.getsockname()[1])
+        with pytest.raises(ValueError, match=r"cannot be used .*Set serving\.port"):
+            serve_model("models:/drnet/1", serving, None)
 
 
 def test_signature_example_and_exact_requirements(finished):
@@ -221,8 +235,9 @@ def test_files_are_classified_in_order_and_bad_ones_explained(finished, tmp_path
     assert "No such file" in rows[3]["error"]
     with (tmp_path / "huge.jpg").open("wb") as huge:
         huge.truncate(33 * 1024**2)
-    reason = "the file has 34,603,008 bytes, more than 33,554,432"
-    assert _content(tmp_path / "huge.jpg") == reason, "it is not read"
+    said = _content(tmp_path / "huge.jpg")
+    assert isinstance(said, str), "it is not read"
+    assert said == "the file has 34,603,008 bytes, more than 33,554,432"
     assert json.loads(json.dumps(rows)) == rows
     assert {type(rows[0][key]) for key in ("class_index", "resolution")} == {int}
 
