@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from jobs.cli import run_job
 
 def main() -> None:
     args = _parser().parse_intermixed_args()
+    if not math.isfinite(args.budget_bias):
+        raise ValueError(f"--budget-bias is {args.budget_bias}; give a finite number")
     if args.files_per_part is not None and args.files_per_part < 1:
         raise ValueError(f"--files-per-part is {args.files_per_part}; give 1 or more")
     if args.out is not None:

@@ -28,7 +28,7 @@ from pipeline.cluster.connection import ADDRESS, ray_cluster
 from pipeline.cluster.progress import show_line
 from pipeline.cluster.signals import restored
 from pipeline.config.schema import ServingConfig
-from pipeline.serving.deployments import ARTIFACTS, META, Served, resolution, router
+from pipeline.serving.deployments import ARTIFACTS, META, REQUEST_TIMEOUT_SECONDS, Served, resolution, router
 from pipeline.serving.http import digest_of
 from pipeline.serving.runtime.programs import FORMAT
 from pipeline.tracking.registry import download, find_model
@@ -37,7 +37,7 @@ from pipeline.tracking.store import TrackingError
 TOKEN, TOKEN_FILE = "DRNET_SERVE_TOKEN", "DRNET_SERVE_TOKEN_FILE"
 """Environment variables that set the token that requests need, or the file that contains it."""
 SHORTEST_TOKEN = 16
-REQUEST_TIMEOUT_SECONDS, REPLACEMENT_TIMEOUT_SECONDS = 60.0, 600.0
+REPLACEMENT_TIMEOUT_SECONDS = 600.0
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _BUILDERS = {"router": router, "resolution": resolution}
 
@@ -64,13 +64,16 @@ class Plan:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.router.serving.port}"
 
 
-def plan_for(model_uri: str, serving: ServingConfig, token: str | None, num_gpus: float = 0.0) -> Plan:
+def plan_for(
+    model_uri: str, serving: ServingConfig, token: str | None, num_gpus: float = 0.0, registry: str | None = None
+) -> Plan:
     """Look up a model and decide what to run, without using a cluster.
 
     Args:
         model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         token: token that requests must send; None requires none.
         num_gpus: number of GPUs in the cluster.
+        registry: address of the registry; None is that of `tracking_uri` without a configuration.
 
     Raises:
         ValueError: the address, the token or the settings are not possible together.
@@ -83,7 +86,7 @@ def plan_for(model_uri: str, serving: ServingConfig, token: str | None, num_gpus
             f"serving.host is {serving.host}, so others can reach the model, but there is no token. Set {TOKEN} or "
             f"{TOKEN_FILE}, or serving.host=127.0.0.1"
         )
-    found = find_model(model_uri)
+    found = find_model(model_uri, registry=registry)
     with tempfile.TemporaryDirectory() as temporary:
         about = json.loads(download(found, f"{ARTIFACTS}/{META}", Path(temporary)).read_text())
     if about.get("format", 1) < FORMAT:
@@ -124,11 +127,14 @@ def read_token() -> str | None:
     """Return the token in DRNET_SERVE_TOKEN or in the file DRNET_SERVE_TOKEN_FILE, or None if neither is set.
 
     Raises:
-        ValueError: the token is short enough to guess.
+        ValueError: the token is short enough to guess, or clients cannot send it.
         OSError: the file cannot be read.
     """
     file = os.environ.get(TOKEN_FILE)
-    token = os.environ.get(TOKEN) or (Path(file).read_text().strip() if file else None)
+    given = os.environ.get(TOKEN) or (Path(file).read_text() if file else None)
+    token = None if given is None else given.strip()  # a file, and a variable set from it, may end with a line break
+    if token and not (token.isascii() and token.isprintable()):
+        raise ValueError("the token has a character that is not printable ASCII. Use `openssl rand -hex 32`")
     if token is not None and len(token) < SHORTEST_TOKEN:
         raise ValueError(f"the token has {len(token)} characters; give at least {SHORTEST_TOKEN} random ones")
     return token
@@ -168,21 +174,22 @@ def serve_model(
     token: str | None,
     *,
     follow_alias: bool = False,
+    registry: str | None = None,
     show: Callable[[str], None] = show_line,
 ) -> None:
     """Run a model, or roll it out if another version of it is running.
 
     On a cluster (RAY_ADDRESS, a Ray job) the model keeps running when this function returns. Otherwise this machine
     serves until SIGTERM or Ctrl-C, and requests in progress are answered first. With `follow_alias`, the alias is
-    checked every `serving.follow_seconds`, and the version that has it is rolled out.
+    checked every `serving.follow_seconds`, and the version that has it is rolled out. `registry` is as in `plan_for`.
 
     Raises:
         ValueError: as in `plan_for`; or the port is in use, or the cluster is too small.
         TrackingError: as in `plan_for`.
         ChildProcessError: the replicas do not start; a version that ran before keeps running.
     """
-    plan = plan_for(model_uri, serving, token)
-    is_private = not ray.is_initialized() and os.environ.get(ADDRESS, "local") == "local"
+    plan = plan_for(model_uri, serving, token, registry=registry)
+    is_private = not ray.is_initialized() and (os.environ.get(ADDRESS) or "local") == "local"
     cores = len(os.sched_getaffinity(0))
     if is_private:
         _require_free_port(serving)
@@ -190,9 +197,8 @@ def serve_model(
     # On this machine Ray only counts CPUs. Twice as many leave room for the replicas of the next version.
     with ray_cluster(2 * cores):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        plan = plan_for(model_uri, serving, token, ray.cluster_resources().get("GPU", 0.0))
-        if not is_private:
-            _require_room(plan, ray.cluster_resources().get("CPU", 0.0))
+        plan = plan_for(model_uri, serving, token, ray.cluster_resources().get("GPU", 0.0), registry)
+        _require_room(plan, cores if is_private else ray.cluster_resources().get("CPU", 0.0))
         if not plan.has_policies:
             show(f"{plan.router.model} has no fitted policies, so a budget in a request is refused")
         deploy(plan)
@@ -201,26 +207,46 @@ def serve_model(
             return
         with _stop_event() as stop:
             while not stop.wait(serving.follow_seconds if follow_alias else None):
-                plan = _follow(plan, model_uri, token, show)
+                plan = _follow(plan, model_uri, token, show, registry)
             if is_private:
                 show("stopping: the requests in progress are answered")
                 serve.delete(plan.router.name)
                 serve.shutdown()
 
 
-def _follow(plan: Plan, model_uri: str, token: str | None, show: Callable[[str], None]) -> Plan:
-    """Roll out the version that has the alias now. Return the plan that runs afterwards."""
+def _follow(
+    plan: Plan, model_uri: str, token: str | None, show: Callable[[str], None], registry: str | None = None
+) -> Plan:
+    """Roll out the version that has the alias now. Return the plan that runs afterwards.
+
+    If the version does not start, `plan` is deployed again: Serve starts no replicas of a deployment that failed, so it
+    would not replace a replica of the older version either.
+    """
     try:
-        newest = plan_for(model_uri, plan.router.serving, token, ray.cluster_resources().get("GPU", 0.0))
-        if newest.router.model == plan.router.model:
-            return plan
-        show(f"{model_uri} is {newest.router.model} now; rolling it out")
-        deploy(newest)
+        num_gpus = ray.cluster_resources().get("GPU", 0.0)
+        newest = plan_for(model_uri, plan.router.serving, token, num_gpus, registry)
     except (ValueError, OSError) as error:
         show(f"{plan.router.model} keeps running: {error}")
         return plan
-    show(f"{newest.router.model} answers at {newest.address}")
-    return newest
+    if newest.router.model == plan.router.model and not _has_failed(plan):
+        return plan
+    show(f"{model_uri} is {newest.router.model} now; rolling it out")
+    for wanted in (newest, plan):
+        try:
+            deploy(wanted)
+        except (ValueError, OSError) as error:
+            show(f"{plan.router.model} keeps running: {error}")
+        else:
+            show(f"{wanted.router.model} answers at {wanted.address}")
+            return wanted
+    return plan
+
+
+def _has_failed(plan: Plan) -> bool:
+    """Return whether Serve gave up on one of a plan's applications."""
+    running = serve.status().applications
+    names = [name for name, _, _ in _applications(plan) if name in running]
+    return any(running[name].status == ApplicationStatus.DEPLOY_FAILED for name in names)
 
 
 def deploy(plan: Plan) -> None:

@@ -16,6 +16,7 @@ from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 from pipeline.tracking.registry import download_trained
+from pipeline.tracking.store import tracking_uri
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model
 
 _PREFIX = "backbone."
@@ -54,7 +55,7 @@ def find_backbone(config: Config) -> TrainedBackbone:
     """
     named = config.search.backbone
     if named is not None and named.startswith(REGISTERED):
-        return registered_backbone(named)
+        return registered_backbone(named, tracking_uri(config))
     return load_backbone(backbone_path(config))
 
 
@@ -117,17 +118,18 @@ def load_backbone(path: Path) -> TrainedBackbone:
     )
 
 
-def registered_backbone(model_uri: str) -> TrainedBackbone:
+def registered_backbone(model_uri: str, registry: str | None = None) -> TrainedBackbone:
     """Load the backbone of a registered version as it was trained, from its model.pt.
 
     Args:
         model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        registry: as in `find_model`.
 
     Raises:
         TrackingError: there is no such version, jobs.register did not create it, or the server does not answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return replace(load_backbone(download_trained(model_uri, Path(folder))), origin=model_uri)
+        return replace(load_backbone(download_trained(model_uri, Path(folder), registry)), origin=model_uri)
 
 
 def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manifest) -> Iterator[str]:

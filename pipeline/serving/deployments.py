@@ -39,6 +39,8 @@ META = "meta.json"
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 ATTEMPTS = 3
 """How many times a call to a resolution's deployment is sent if replicas die."""
+REQUEST_TIMEOUT_SECONDS = 60.0
+"""How long a request, or a call to a resolution's deployment, may take."""
 SECONDS_TO_DRAIN = 30.0
 _LATENCIES = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 _BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -73,6 +75,18 @@ class Served(BaseModel):
     """SHA-256 of the token that requests need, in hexadecimal; None accepts requests without a token."""
 
     @property
+    def num_gpus(self) -> float:
+        """The GPUs that a replica of this application reserves: none for the router of a model by resolution."""
+        is_router_alone = self.split == "by_resolution" and self.resolution is None
+        return 0.0 if is_router_alone else self.serving.gpus_per_replica
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """The arguments of the stored code's Placement. Ray does not hide GPUs from a replica that reserves none."""
+        device = PLACEMENT["device"] if self.num_gpus else "cpu"
+        return PLACEMENT | {"device": device, "precision": self.serving.precision}
+
+    @property
     def name(self) -> str:
         """The registered model's name."""
         return self.model.split("/")[1]
@@ -91,7 +105,7 @@ def router(args: Served | Mapping[str, Any]) -> serve.Application:
     """Build the application that answers HTTP. Serve's configuration names this function and passes a mapping."""
     served = Served.model_validate(args)
     serving = served.serving
-    options = _options(serving, serving.gpus_per_replica if served.split == "together" else 0.0) | {
+    options = _options(served) | {
         "max_ongoing_requests": REQUESTS_AT_ONCE,
         "max_queued_requests": serving.max_queued_requests,
         "backpressure_config": {"status_code": 503, "retry_after_s": RETRY_SECONDS},
@@ -102,12 +116,12 @@ def router(args: Served | Mapping[str, Any]) -> serve.Application:
 def resolution(args: Served | Mapping[str, Any]) -> serve.Application:
     """Build the application of one resolution. Serve's configuration names this function and passes a mapping."""
     served = Served.model_validate(args)
-    options = _options(served.serving, served.serving.gpus_per_replica)
-    options |= {"max_ongoing_requests": 2 * REQUESTS_AT_ONCE}
+    options = _options(served) | {"max_ongoing_requests": 2 * REQUESTS_AT_ONCE}
     return serve.deployment(Resolution, name="Resolution").options(**options).bind(served.model_dump())
 
 
-def _options(serving: ServingConfig, num_gpus: float) -> dict[str, Any]:
+def _options(served: Served) -> dict[str, Any]:
+    serving = served.serving
     highest = serving.max_replicas or serving.min_replicas
     if highest == serving.min_replicas:
         replicas: dict[str, Any] = {"num_replicas": highest}
@@ -121,7 +135,7 @@ def _options(serving: ServingConfig, num_gpus: float) -> dict[str, Any]:
         }
         replicas = {"autoscaling_config": scaling}
     return replicas | {
-        "ray_actor_options": {"num_cpus": serving.cpus_per_replica, "num_gpus": num_gpus},
+        "ray_actor_options": {"num_cpus": serving.cpus_per_replica, "num_gpus": served.num_gpus},
         # A replica of another version starts before one of this version stops.
         "max_surge_percent": 100,
         "graceful_shutdown_timeout_s": SECONDS_TO_DRAIN,
@@ -148,7 +162,7 @@ class Part(ABC):
             for name in (META, CODE_FOLDER):
                 self._fetch(name, temporary)
             self.code = load_code(folder / CODE_FOLDER)
-            placement = self.code.Placement(**PLACEMENT | {"precision": serving.precision})
+            placement = self.code.Placement(**self.served.placement)
             about = self.code.RoutedNetwork(folder, placement, files=())
             files = self.files(about)
             for name in files:
@@ -232,11 +246,17 @@ class Router(Part):
             raise ValueError(f"policy and {' and '.join(wishes)} contradict each other; give one of them")
         return self.network.policy_for(**wishes) if name is None else self.network.named_policy(name)
 
-    def classify(self, images: Sequence[Any], policy: Any) -> list[Any]:
-        """Classify images with a policy, update the metrics, and return a runtime.Answer for each image."""
+    def classify(self, images: Sequence[Any], policy: Any, stop: threading.Event) -> list[Any]:
+        """Classify images with a policy, update the metrics, and return a runtime.Answer for each image.
+
+        Return early, without the answers that are still missing, once `stop` is set.
+        """
         started = time.perf_counter()
-        answers = list(self.classifier.classify(images, policy))
-        for answer in answers:
+        answers = []
+        for answer in self.classifier.classify(images, policy):
+            if stop.is_set():
+                return answers
+            answers.append(answer)
             if answer.error is not None:
                 self.bad.inc()
                 continue
@@ -315,7 +335,12 @@ class Call:
                 if self._rows is not None:
                     break
                 try:
-                    self._rows = torch.from_numpy(np.array(self._response.result()))
+                    self._rows = torch.from_numpy(np.array(self._response.result(timeout_s=REQUEST_TIMEOUT_SECONDS)))
+                except TimeoutError as error:
+                    self._response.cancel()
+                    raise UnavailableError(
+                        f"a resolution of the model does not answer within {REQUEST_TIMEOUT_SECONDS:.0f} s"
+                    ) from error
                 except (RayActorError, DeploymentUnavailableError, RayServeException) as error:
                     if attempt == ATTEMPTS - 1:
                         raise UnavailableError(

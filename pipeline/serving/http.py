@@ -7,10 +7,12 @@ import hashlib
 import hmac
 import json
 import logging
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.serving.pyfunc import IMAGE_COLUMN, OUTPUT_COLUMNS, wishes
+from pipeline.serving.pyfunc import IMAGE_COLUMN, OUTPUT_COLUMNS, PARAMS, wishes
 
 FORMS = ("dataframe_records", "dataframe_split", "instances", "inputs")
 """The top-level keys of MLflow's JSON request formats."""
@@ -61,8 +63,12 @@ class ServedModel(Protocol):
         """Return a policy by its name or by parameters. Raise ValueError if there is no such policy."""
         ...
 
-    def classify(self, images: Sequence[Any], policy: Any) -> list[Any]:
-        """Return a runtime.Answer for each image. Raise UnavailableError if a part of the model cannot be reached."""
+    def classify(self, images: Sequence[Any], policy: Any, stop: threading.Event) -> list[Any]:
+        """Return a runtime.Answer for each image, or any of them soon after `stop` is set.
+
+        Raises:
+            UnavailableError: a part of the model cannot be reached.
+        """
         ...
 
 
@@ -101,6 +107,7 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
         max_bytes: largest size of a request body.
         token_sha256: SHA-256, in hexadecimal, of the token that POST / and GET /model require; None requires no token.
     """
+    named = {MODEL_HEADER: quote(model.address, safe=":/")}  # a header's text is Latin-1, and a model's name any text
 
     async def page(_: Request) -> Response:
         return Response(PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
@@ -118,9 +125,16 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
         limited.max_bytes = max_bytes
         name, wanted = wanted_policy(request)
         images, params, is_alone = await images_of(limited)
-        given = wanted | wishes(params)
-        policy = model.policy(name, given)
-        answers = await asyncio.get_running_loop().run_in_executor(pool, model.classify, images, policy)
+        try:
+            policy = model.policy(name, wanted | wishes(params))
+        except ValueError as error:
+            raise RefusedError(400, str(error)) from None
+        stop = threading.Event()
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(pool, model.classify, images, policy, stop)
+        except asyncio.CancelledError:  # the request timed out, or its connection ended
+            stop.set()
+            raise
         rows = [{column: getattr(answer, column) for column in OUTPUT_COLUMNS} for answer in answers]
         if is_alone and rows[0]["error"] is not None:
             raise RefusedError(400, rows[0]["error"])
@@ -130,13 +144,11 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
         """Wrap a handler so that every response names the model, and every error is JSON with a reason."""
 
         async def handle(request: Request) -> Response:
-            headers = {MODEL_HEADER: model.address}
+            headers = dict(named)
             try:
                 response = await handler(request)
             except RefusedError as error:
                 status, reason = error.status, str(error)
-            except ValueError as error:  # an invalid policy parameter
-                status, reason = 400, str(error)
             except UnavailableError as error:
                 status, reason = 503, f"{error}; try again"
                 headers["retry-after"] = str(RETRY_SECONDS)
@@ -157,7 +169,7 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
     async def unknown(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         reason = f"{error.detail}; the addresses are POST /, GET /, GET /model and GET /healthz"
-        return JSONResponse({"error": reason, "model": model.address}, error.status_code, {MODEL_HEADER: model.address})
+        return JSONResponse({"error": reason, "model": model.address}, error.status_code, named)
 
     routes = [
         Route("/", answered(page), methods=["GET"]),
@@ -249,6 +261,8 @@ def parse_json(body: bytes) -> tuple[list[Any], dict[str, Any]]:
     value, params = content[forms[0]], content.get("params")
     if params is not None and not isinstance(params, dict):
         raise RefusedError(400, f"params is {type(params).__name__}; give an object")
+    if unknown := [name for name in params or {} if name not in PARAMS]:
+        raise RefusedError(400, f"the parameter {unknown[0]!r} is unknown; give one of {', '.join(PARAMS)}")
     return _cells(forms[0], value), params or {}
 
 

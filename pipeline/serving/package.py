@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline.serving import pyfunc, runtime
 from pipeline.serving.export import export_model
+from pipeline.serving.runtime.images import MAX_BYTES
 from pipeline.training.checkpoint import LoadedModel
 
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow")
@@ -78,8 +79,6 @@ def _example(side: int) -> pd.DataFrame:
     return pd.DataFrame({pyfunc.IMAGE_COLUMN: [buffer.getvalue()]})
 
 
-MAX_FILE_BYTES = 256 * 1024**2
-"""The largest file size in bytes. Larger files are errors, so that the process does not run out of memory."""
 _READERS = 8
 
 
@@ -110,10 +109,10 @@ def classify_files(
 
 
 def _content(path: Path) -> bytes | str:
-    """Return the file's bytes or, as text, the reason why the file cannot be read."""
+    """Return the file's bytes or, as text, the reason why it cannot be used. A file that is too large is not read."""
     try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            return f"the file has {size:,} bytes, more than {MAX_FILE_BYTES:,}"
+        if (size := path.stat().st_size) > MAX_BYTES:
+            return f"the file has {size:,} bytes, more than {MAX_BYTES:,}"
         return path.read_bytes()
     except OSError as error:
         return str(error)

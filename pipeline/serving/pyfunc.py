@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import importlib.util
-import math
 import os
 import sys
 import uuid
@@ -101,7 +100,9 @@ def wishes(params: dict[str, Any]) -> dict[str, float]:
     for name, default in PARAMS.items():
         value = params.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # This comparison is also False for NaN and for a whole number that no float can hold.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} is {value!r}; give a finite number")
         if value != default:
             given[name] = float(value)

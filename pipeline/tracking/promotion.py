@@ -30,7 +30,8 @@ from pipeline.tracking.store import TrackingError, connect, explained, now_ms, t
 ANSWERS_FILE = "answers.npz"
 """The artifact of a version that records which validation images it classifies correctly."""
 FIRST, PROMOTED, ROLLED_BACK, OUTSIDE = "first", "promoted", "rolled back", "moved outside"
-_KEPT_ENTRIES = 200
+MAX_HISTORY = 5000
+"""Characters of a registered model's tag that MLflow's tables in PostgreSQL and MySQL have room for."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,11 @@ def give_first(client: MlflowClient, name: str, alias: str, number: str) -> str:
 
 
 def move(client: MlflowClient, name: str, alias: str, expected: str | None, number: str, how: str, why: str) -> None:
-    """Point the alias at a version and add the move to the history.
+    """Add the move to the history and point the alias at a version.
 
-    MLflow has no compare-and-swap, so the alias is read right before and right after. If two processes move it at once,
-    at least the one whose version does not stay gets an error.
+    If the alias cannot be moved, the history is restored. MLflow has no compare-and-swap, so the alias is read right
+    before and right after. If two processes move it at once, at least the one whose version does not stay gets an
+    error.
 
     Args:
         expected: the version that should have the alias now; None if none should.
@@ -170,10 +172,13 @@ def move(client: MlflowClient, name: str, alias: str, expected: str | None, numb
             f"the alias {alias!r} of {name} was moved in the meantime, from {_version(expected)} to {_version(found)}; "
             "rerun the command to compare with the new version"
         )
-    entries = history(client, name, alias)
-    client.set_registered_model_alias(name, alias, number)
-    entries = [*entries, {"version": number, "how": how, "why": why, "time_ms": now_ms()}][-_KEPT_ENTRIES:]
-    client.set_registered_model_tag(name, _history_tag(alias), json.dumps(entries))
+    before = history(client, name, alias)
+    _save_history(client, name, alias, [*before, {"version": number, "how": how, "why": why, "time_ms": now_ms()}])
+    try:
+        client.set_registered_model_alias(name, alias, number)
+    except Exception:
+        _save_history(client, name, alias, before)
+        raise
     if (found := alias_version(client, name, alias)) != number:
         raise TrackingError(
             f"this command gave the alias {alias!r} of {name} to version {number}, and at the same moment somebody "
@@ -182,9 +187,10 @@ def move(client: MlflowClient, name: str, alias: str, expected: str | None, numb
 
 
 def history(client: MlflowClient, name: str, alias: str) -> list[dict[str, Any]]:
-    """Return every move of the alias, oldest first: `version`, `how`, `why`, `time_ms`. The last one is current.
+    """Return the moves of the alias, oldest first: `version`, `how`, `why`, `time_ms`. The last one is current.
 
-    A move that was made outside this module is detected here and becomes an entry too.
+    Only the newest moves are kept, as many as fit in MAX_HISTORY characters. A move that was made outside this module
+    is detected here and becomes an entry too.
     """
     model = client.get_registered_model(name)
     try:
@@ -197,6 +203,13 @@ def history(client: MlflowClient, name: str, alias: str) -> list[dict[str, Any]]
             {"version": str(current), "how": OUTSIDE, "why": "moved outside jobs.register", "time_ms": now_ms()}
         )
     return entries
+
+
+def _save_history(client: MlflowClient, name: str, alias: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Write the newest moves of the alias, as many as the tag has room for."""
+    while len(text := json.dumps(entries)) > MAX_HISTORY:
+        entries = entries[1:]
+    client.set_registered_model_tag(name, _history_tag(alias), text)
 
 
 def standing(entries: Sequence[dict[str, Any]]) -> list[str]:

@@ -177,7 +177,7 @@ def _refuse_unfinished(config: Config, missing: Sequence[Path]) -> None:
         )
 
 
-_ADVICE = "set MLFLOW_TRACKING_URI to use another registry"
+_ADVICE = "set MLFLOW_TRACKING_URI or tracking.uri to use another registry"
 
 
 @dataclass(frozen=True)
@@ -186,22 +186,23 @@ class FoundModel:
 
     tracking_uri: str
     uri: str
-    """The model's address, with the version number in place of an alias, because an alias may move."""
+    """The model's address, with the version number in place of an alias or `latest`, because these may move."""
     uuid: str
     """The id of the model's content."""
 
 
-def find_model(model_uri: str, budget_bias: float = 0.0) -> FoundModel:
+def find_model(model_uri: str, budget_bias: float = 0.0, registry: str | None = None) -> FoundModel:
     """Look up a model without loading it.
 
     Args:
         model_uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or any other address of an MLflow model.
         budget_bias: the value that predictions will use.
+        registry: address of the registry; None is that of `tracking_uri` without a configuration.
 
     Raises:
         TrackingError: there is no such model (the message lists the existing ones), or it does not take a budget_bias.
     """
-    uri = tracking_uri()
+    uri = registry or tracking_uri()
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         raise TrackingError(f"{file} does not exist, so no model is registered; run jobs.register or {_ADVICE}")
@@ -233,13 +234,16 @@ def load_registered(model: FoundModel) -> mlflow.pyfunc.PyFuncModel:
         return mlflow.pyfunc.load_model(model.uri, dst_path=copy if "%" in model.tracking_uri else None)
 
 
-def download_trained(model_uri: str, folder: Path) -> Path:
+def download_trained(model_uri: str, folder: Path, registry: str | None = None) -> Path:
     """Download the trained network (model.pt) of a registered version into `folder`.
+
+    Args:
+        model_uri, registry: as in `find_model`.
 
     Raises:
         TrackingError: there is no such version, jobs.register did not create it, or the server cannot be reached.
     """
-    return download(find_model(model_uri), MODEL_FILE, folder)
+    return download(find_model(model_uri, registry=registry), MODEL_FILE, folder)
 
 
 def download(model: FoundModel, artifact: str, folder: Path) -> Path:
@@ -258,12 +262,18 @@ def open_model(model_uri: str, budget_bias: float = 0.0) -> mlflow.pyfunc.PyFunc
 
 
 def _numbered(client: MlflowClient, model_uri: str) -> str:
-    """Return the address with the version number in place of an alias."""
-    match = re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model_uri)
+    """Return the address with the version number in place of an alias or `latest`."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/latest)", model_uri)
     if not match:
         return model_uri
     name, alias = match.groups()
-    return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
+    number = client.get_model_version_by_alias(name, alias).version if alias else _numbers(client, name)[-1]
+    return f"models:/{name}/{number}"
+
+
+def _numbers(client: MlflowClient, name: str) -> list[int]:
+    """Return the numbers of a model's versions in ascending order."""
+    return sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
 
 
 def _unknown(client: MlflowClient, model_uri: str) -> str | None:
@@ -281,7 +291,7 @@ def _unknown(client: MlflowClient, model_uri: str) -> str | None:
         return f"no model is named {name!r} (registered: {', '.join(known) or 'none'})"
     if alias and alias not in aliases:
         return f"the model {name!r} has no alias {alias!r} (it has: {', '.join(sorted(aliases)) or 'none'})"
-    numbers = sorted(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))
-    if number and number != "latest" and number not in map(str, numbers):
+    numbers = _numbers(client, name)
+    if number and not (numbers if number == "latest" else number in map(str, numbers)):
         return f"the model {name!r} has no version {number!r} (it has: {', '.join(map(str, numbers)) or 'none'})"
     return None

@@ -362,6 +362,33 @@ def test_an_alias_is_followed_and_a_lost_registry_changes_nothing(
     assert ask(port, FILES[0])[1]["x-model"] == SECOND
 
 
+def test_after_a_version_that_does_not_start_serve_runs_the_older_one_again(
+    port: int, registry: str, tmp_path: Path
+) -> None:
+    """Version 3 lacks its predictor, so its resolutions start and its router does not."""
+    said: list[str] = []
+    running = plan_for(SECOND, settings(port, **SPLIT), TOKEN)
+    model = Path(mlflow.artifacts.download_artifacts(artifact_uri=SECOND, dst_path=str(tmp_path / "model")))
+    next(model.rglob("predictor.pt2")).unlink()
+    client = MlflowClient(registry)
+    broken = client.create_model_version("drnet", str(model)).version
+    client.set_registered_model_alias("drnet", "champion", broken)
+    try:
+        assert _follow(running, CHAMPION, TOKEN, said.append) is running
+    finally:
+        client.set_registered_model_alias("drnet", "champion", "1")
+    assert said[0] == f"{CHAMPION} is models:/drnet/{broken} now; rolling it out"
+    assert said[1].startswith(f"{SECOND} keeps running: the replicas of models:/drnet/{broken} do not start: ")
+    assert said[2:] == [f"{SECOND} answers at http://127.0.0.1:{port}"]
+    applications = serve.status().applications
+    assert {name: about.status for name, about in applications.items() if about.status != "DELETING"} == {
+        "drnet": "RUNNING",
+        "drnet v2 48px": "RUNNING",
+        "drnet v2 32px": "RUNNING",
+    }
+    assert ask(port, FILES[0])[1]["x-model"] == SECOND
+
+
 def test_a_version_of_an_older_register_is_refused_and_one_without_policies_is_not(
     registry: str, tmp_path: Path
 ) -> None:

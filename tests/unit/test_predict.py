@@ -127,9 +127,11 @@ def test_an_unknown_model_is_one_message(registry, pictures, monkeypatch, capsys
         (["--out", "results", ".", "."], "--out takes one folder of images"),
         (["--files-per-part", "8", "."], "--files-per-part needs --out"),
         (["--files-per-part", "0", "--out", "results", "."], "--files-per-part is 0; give 1 or more"),
+        (["--budget-bias", "nan", "--out", "results", "."], "--budget-bias is nan; give a finite number"),
+        (["--budget-bias", "inf", "."], "--budget-bias is inf; give a finite number"),
     ],
 )
-def test_arguments_that_conflict_with_out_are_refused_first(pictures, monkeypatch, capsys, arguments, message):
+def test_invalid_arguments_are_refused_first(pictures, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(pictures)
     assert ran(monkeypatch, "--model", "models:/drnet@champion", *arguments) == 2
     assert message in capsys.readouterr().err

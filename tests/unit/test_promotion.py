@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from jobs import register
 from jobs.cli import run_job
@@ -150,6 +154,44 @@ def test_the_later_of_two_simultaneous_promotions_fails(registry):
     with pytest.raises(TrackingError, match="moved in the meantime, from version 1 to version 4; rerun the command"):
         move(registry.client, "drnet", "race", seen.champion, "3", PROMOTED, "late")
     assert registry.at("race") == "4"
+
+
+def refuse_tags(registry: Registry, condition: str) -> None:
+    """Let the database refuse such values of registered models' tags."""
+    with closing(sqlite3.connect(registry.store.removeprefix("sqlite:///"))) as database:
+        for event in ("INSERT", "UPDATE"):
+            database.execute(
+                f'CREATE TRIGGER "{event} {condition}" BEFORE {event} ON registered_model_tags WHEN {condition} '
+                "BEGIN SELECT RAISE(ABORT, 'refused by the test'); END"
+            )
+
+
+def test_a_history_as_long_as_a_tag_can_be_keeps_its_newest_moves(registry):
+    """PostgreSQL and MySQL refuse longer tags, and SQLite does not."""
+    refuse_tags(registry, "length(NEW.value) > 5000")
+    why = "over version 1: " + "w" * 150
+    before = None
+    for turn in range(24):
+        number = "13"[turn % 2]
+        move(registry.client, "drnet", "long", before, number, PROMOTED, f"{turn} {why}")
+        before = number
+    entries = history(registry.client, "drnet", "long")
+    assert entries[0]["why"] != f"0 {why}"
+    assert [entry["why"].split()[0] for entry in entries] == [str(turn) for turn in range(24 - len(entries), 24)]
+    assert len(json.dumps(entries)) + len(json.dumps(entries[-1])) > 5000, "no more would fit"
+    assert roll_back(make_config(registry.folder, **registry.tree, registry={"alias": "long"})) == ("1", "3")
+
+
+def test_a_move_that_fails_leaves_alias_and_history_as_they_were(registry):
+    registry.with_alias("failing", "1", "3")
+    before = history(registry.client, "drnet", "failing")
+    with pytest.raises(MlflowException, match="77"):
+        move(registry.client, "drnet", "failing", "3", "77", PROMOTED, "there is no such version")
+    refuse_tags(registry, "NEW.key = 'failing.history'")
+    with pytest.raises(MlflowException, match="refused by the test"):
+        move(registry.client, "drnet", "failing", "3", "4", PROMOTED, "the tag cannot be written")
+    assert registry.at("failing") == "3"
+    assert history(registry.client, "drnet", "failing") == before
 
 
 def test_a_version_without_answers_cannot_be_compared(registry, tmp_path):

@@ -4,24 +4,30 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
+import ray
 import torch
+import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
-from jobs import register
+from jobs import register, serve
 from jobs.cli import run_job
-from pipeline.config.schema import Config
+from pipeline.cluster.serve_model import serve_model
+from pipeline.config.schema import Config, ServingConfig
 from pipeline.models.drnet import DRNet
-from pipeline.search.source import load_backbone, registered_backbone
-from pipeline.serving.package import classify_files
-from pipeline.tracking.registry import RegisteredModel, open_model, register_model
+from pipeline.search.source import find_backbone, load_backbone, registered_backbone
+from pipeline.serving.deployments import Router, Served
+from pipeline.serving.package import _content, classify_files
+from pipeline.tracking.registry import RegisteredModel, find_model, open_model, register_model
 from pipeline.tracking.store import TrackingError
 from tests.unit.pictures import jpeg, smooth_rgb
 from tests.unit.tracking_fixtures import (
@@ -92,6 +98,29 @@ def test_a_version_holds_the_trained_backbone(finished):
         registered_backbone("models:/drnet@nobody")
 
 
+def test_a_configuration_names_the_registry(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    search = finished.config.search.model_copy(update={"backbone": "models:/drnet/1"})
+    config = finished.config.model_copy(update={"search": search})
+    assert find_backbone(config).origin == "models:/drnet/1"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    monkeypatch.setattr(sys, "argv", ["serve", "--config", str(tmp_path / "config.yaml"), "--dry-run"])
+    run_job(serve.main)
+    (application,) = yaml.safe_load(capsys.readouterr().out)["applications"]
+    assert application["args"] == {"model": "models:/drnet/1", "tracking_uri": finished.store}
+
+
+def test_with_an_empty_ray_address_this_machine_serves(finished, monkeypatch):
+    """The port is only checked if no cluster is used."""
+    if ray.is_initialized():
+        pytest.skip("the cluster of other tests would be used")
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = ServingConfig(port=listener.getsockname()[1])
+        with pytest.raises(ValueError, match=r"cannot be used .*Set serving\.port"):
+            serve_model("models:/drnet/1", serving, None)
+
+
 def test_signature_example_and_exact_requirements(finished):
     model = open_model("models:/drnet@champion")
     assert str(model.metadata.get_input_schema().inputs[0].type) == "DataType.string"
@@ -129,7 +158,9 @@ def test_another_evaluation_is_another_version_and_the_alias_stays(finished, tmp
     report["headline"]["mean_gflops"] = 0.5
     (tmp_path / "report.json").write_text(json.dumps(report))
     shutil.copy(finished.files[1].with_name("answers.npz"), tmp_path)
+    assert find_model("models:/other/latest").uri == "models:/other/1"
     second = register_model(config, finished.folder, finished.files[0], tmp_path / "report.json")
+    assert find_model("models:/other/latest").uri == "models:/other/2"
     assert (first.version, second.version, second.is_new) == ("1", "2", True)
     assert (first.champion, second.champion) == ("1", "1")
     assert str(MlflowClient(finished.store).get_model_version_by_alias("other", "champion").version) == "1"
@@ -173,10 +204,13 @@ def test_nothing_is_registered_while_the_server_is_down(finished, monkeypatch):
         ("models:/nobody@champion", r"no model is named 'nobody' \(registered: drnet"),
         ("models:/drnet@nobody", r"has no alias 'nobody' \(it has: champion"),
         ("models:/drnet/77", r"has no version '77' \(it has: 1\)"),
+        ("models:/empty/latest", r"has no version 'latest' \(it has: none\)"),
         ("models:/", "MLflow at sqlite"),
     ],
 )
 def test_an_unknown_model_is_refused_with_the_known_ones(finished, model_uri, message):
+    if "empty" in model_uri:
+        MlflowClient(finished.store).create_registered_model("empty")
     with pytest.raises(TrackingError, match=message):
         open_model(model_uri)
 
@@ -199,8 +233,22 @@ def test_files_are_classified_in_order_and_bad_ones_explained(finished, tmp_path
     assert [bool(row["error"]) for row in rows] == [False, False, True, True, False, False, False]
     assert "not a JPEG" in rows[2]["error"]
     assert "No such file" in rows[3]["error"]
+    with (tmp_path / "huge.jpg").open("wb") as huge:
+        huge.truncate(33 * 1024**2)
+    said = _content(tmp_path / "huge.jpg")
+    assert isinstance(said, str), "it is not read"
+    assert said == "the file has 34,603,008 bytes, more than 33,554,432"
     assert json.loads(json.dumps(rows)) == rows
     assert {type(rows[0][key]) for key in ("class_index", "resolution")} == {int}
+
+
+def test_a_router_answers_until_its_request_is_cancelled(finished):
+    router = Router(Served(model="models:/drnet/1", tracking_uri=finished.store).model_dump())
+    stop, files = threading.Event(), [jpeg(60, 50)] * 3
+    assert [answer.error for answer in router.classify(files, router.policy(None, {}), stop)] == [None] * 3
+    stop.set()
+    assert router.classify(files, router.policy(None, {}), stop) == []
+    router.classifier.close()
 
 
 LOADED_ELSEWHERE = """

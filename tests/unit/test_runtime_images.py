@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import base64
-from contextlib import closing
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ BAD = {
 
 def decode(file: bytes) -> Image.Image:
     """Returns the whole image, decoded at full size."""
-    return Picture(file, 1.0, 100_000)._decode().image
+    return Picture(file, 1.0, 100_000)._decode(ExitStack()).image
 
 
 def center_crops(image: object, sides: tuple[int, ...], fraction: float) -> dict[int, NDArray[np.uint8]]:
@@ -86,7 +88,7 @@ def test_the_largest_side_decides_how_finely_every_crop_is_decoded():
         picture.crop(largest)
         assert picture._kept.image is decoded, "one decode serves every side"
         assert np.array_equal(picture.crop(32), first)
-    assert Picture(encoded(photograph(400, 300, seed=4), "PNG"), 1.0, 32)._decode().image.size == (400, 300)
+    assert Picture(encoded(photograph(400, 300, seed=4), "PNG"), 1.0, 32)._decode(ExitStack()).image.size == (400, 300)
 
 
 def test_a_large_decode_is_not_kept(monkeypatch):
@@ -177,6 +179,26 @@ def test_thirty_thousand_pixels_are_refused_before_they_are_decoded(kind):
 def test_a_file_of_too_many_bytes_is_refused():
     with pytest.raises(BadImageError, match="33,554,433 bytes, more than 33,554,432"):
         Picture(b"\xff" * (MAX_BYTES + 1), 0.875, 32)
+
+
+def test_only_large_files_enter_the_limit_and_damaged_ones_leave_it():
+    entered = []
+
+    @contextmanager
+    def limit() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    large, small = (encoded(Image.new("L", size), "PNG") for size in ((2000, 1001), (2000, 1000)))
+    Picture(small, 0.875, 32, limit()).crop(32)
+    assert entered == []
+    Picture(large, 0.875, 32, limit()).crop(32)
+    assert entered == ["in", "out"]
+    semaphore = threading.Semaphore(1)
+    with pytest.raises(BadImageError, match="truncated"):
+        Picture(large[:-100], 0.875, 32, semaphore).crop(32)
+    assert semaphore.acquire(blocking=False)
 
 
 def test_an_array_is_a_crop_and_is_used_whole():

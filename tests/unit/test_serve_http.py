@@ -6,22 +6,32 @@ import asyncio
 import base64
 import json
 import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from starlette.requests import Request
 
 from pipeline.cluster.serve_model import _require_free_port, choose_split, read_token
 from pipeline.config.load import ConfigError, load_serving
 from pipeline.config.schema import ServingConfig
+from pipeline.serving.deployments import Call, Served
 from pipeline.serving.http import (
     LimitedRequest,
     RefusedError,
+    UnavailableError,
+    build_app,
     check_token,
     digest_of,
     images_of,
     parse_json,
     wanted_policy,
 )
+from pipeline.serving.runtime import Answer
 
 TEXT = base64.b64encode(b"image").decode()
 
@@ -72,6 +82,7 @@ def test_every_form_of_mlflows_json_gives_its_images(content, images):
         (b'{"dataframe_records": [3]}', "needs records"),
         (b'{"dataframe_split": {"columns": ["picture"], "data": []}}', "needs \"columns\" with 'image'"),
         (b'{"instances": [], "params": 3}', "params is int"),
+        (b'{"instances": [], "params": {"budget": 1}}', "'budget' is unknown; give one of budget_bias, budget_gflops"),
     ],
 )
 def test_other_json_is_refused_with_a_reason(body, reason):
@@ -140,9 +151,127 @@ def test_the_token_comes_from_the_environment_or_a_file(monkeypatch, tmp_path):
     (tmp_path / "token").write_text("f" * 20 + "\n")
     monkeypatch.setenv("DRNET_SERVE_TOKEN_FILE", str(tmp_path / "token"))
     assert read_token() == "f" * 20
-    monkeypatch.setenv("DRNET_SERVE_TOKEN", "short")
-    with pytest.raises(ValueError, match="has 5 characters; give at least 16"):
-        read_token()
+    monkeypatch.setenv("DRNET_SERVE_TOKEN", "e" * 20 + "\n")
+    assert read_token() == "e" * 20
+    for token, reason in (
+        ("short", "has 5 characters; give at least 16"),
+        ("\n", "has 0 characters"),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}" * 20, "not printable ASCII. Use `openssl rand"),
+        ("two\nlines of a token", "not printable ASCII"),
+    ):
+        monkeypatch.setenv("DRNET_SERVE_TOKEN", token)
+        with pytest.raises(ValueError, match=reason):
+            read_token()
+
+
+class Model:
+    """A served model whose answers the test gives."""
+
+    address = "models:/caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GREEK SMALL LETTER ALPHA}/3"
+
+    def __init__(self, classify: Callable[[threading.Event], list]):
+        self._classify = classify
+
+    def about(self) -> dict:
+        return {}
+
+    def policy(self, name: str | None, wishes: Mapping[str, float]) -> Any:
+        if wishes:
+            raise ValueError("there is no such policy")
+
+    def classify(self, images: Sequence[Any], policy: Any, stop: threading.Event) -> list:
+        return self._classify(stop)
+
+
+async def asked(model: Model, pool: ThreadPoolExecutor, **scope: Any) -> tuple[int, dict[bytes, bytes], dict]:
+    """Send a request with a short body to a model's application. Return status, headers and JSON."""
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"image"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    request = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []} | scope
+    await build_app(model, pool, 100, None)(request, receive, send)
+    return sent[0]["status"], dict(sent[0]["headers"]), json.loads(sent[1]["body"])
+
+
+def test_every_response_names_a_model_of_any_name_in_a_header():
+    row = Answer(class_index=0)
+    with ThreadPoolExecutor(1) as pool:
+        for scope, expected in (({}, 200), ({"query_string": b"budget=x"}, 400), ({"path": "/nowhere"}, 404)):
+            status, headers, content = asyncio.run(asked(Model(lambda _: [row]), pool, **scope))
+            assert (status, content["model"]) == (expected, Model.address)
+            assert headers[b"x-model"] == b"models:/caf%C3%A9%20%CE%B1/3"
+
+
+def test_only_a_mistake_in_a_request_is_answered_with_400():
+    def fail(_: threading.Event) -> list:
+        raise ValueError("the model has a defect")
+
+    with ThreadPoolExecutor(1) as pool:
+        status, _, content = asyncio.run(asked(Model(fail), pool, query_string=b"budget=1"))
+        assert (status, content["error"]) == (400, "there is no such policy")
+        status, _, content = asyncio.run(asked(Model(fail), pool))
+        assert (status, content["error"]) == (500, "the server failed; its log says why")
+
+
+def test_the_work_of_a_cancelled_request_stops():
+    started, stopped = threading.Event(), threading.Event()
+
+    def classify(stop: threading.Event) -> list:
+        started.set()
+        if stop.wait(10):
+            stopped.set()
+        return []
+
+    async def cancel(pool: ThreadPoolExecutor) -> None:
+        task = asyncio.create_task(asked(Model(classify), pool))
+        await asyncio.to_thread(started.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.run(cancel(pool))
+    assert stopped.is_set()
+
+
+class Silent:
+    """A handle of a deployment that never answers, and the response to its one call."""
+
+    def __init__(self) -> None:
+        self.logits, self.is_cancelled = self, False
+
+    def remote(self, crops: NDArray[np.uint8]) -> Silent:
+        return self
+
+    def result(self, timeout_s: float) -> None:
+        raise TimeoutError
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def test_a_resolution_that_does_not_answer_is_given_up():
+    silent: Any = Silent()
+    with pytest.raises(UnavailableError, match="does not answer within 60 s"):
+        Call(silent, np.zeros((1, 8, 8, 3), np.uint8)).rows()
+    assert silent.is_cancelled
+
+
+def test_only_a_replica_that_reserves_a_gpu_uses_one():
+    alone, split = Served(model="models:/a/1"), Served(model="models:/a/1", split="by_resolution")
+    with_gpus = {"serving": ServingConfig(gpus_per_replica=0.5, precision="bfloat16")}
+    assert alone.placement == {"device": "cpu", "precision": "float32", "compiled": False}
+    served = alone.model_copy(update=with_gpus)
+    assert served.placement == {"device": "auto", "precision": "bfloat16", "compiled": False}
+    served = split.model_copy(update=with_gpus)
+    assert (served.num_gpus, served.placement["device"]) == (0, "cpu")
+    part = served.model_copy(update={"resolution": 48})
+    assert (part.num_gpus, part.placement["device"]) == (0.5, "auto")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from mlflow.exceptions import MlflowException
+from PIL import Image
 from torch import nn
 
 from pipeline.models.backbone import build_backbone
@@ -28,7 +30,7 @@ from pipeline.serving import pyfunc, runtime
 from pipeline.serving.export import export_model, fitted_policies
 from pipeline.serving.package import code_files, write_code
 from pipeline.serving.runtime import Placement, RoutedNetwork
-from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE
+from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE, Classifier
 from pipeline.serving.runtime.policy import Policy
 from pipeline.serving.runtime.programs import META_FILE, PREDICTOR_FILE, load_program, split
 from pipeline.training.checkpoint import load_model, save_model
@@ -366,7 +368,7 @@ def test_the_budget_bias_is_a_parameter_of_a_call(served):
     trained = served.predict(None, frame(files))
     for absent in (None, {}, {"budget_bias": None}, {"budget_bias": 0}):
         pd.testing.assert_frame_equal(served.predict(None, frame(files), absent), trained, check_exact=False)
-    for bias in (float("nan"), float("inf"), "1", [1.0]):
+    for bias in (float("nan"), float("inf"), "1", [1.0], 10**400):
         with pytest.raises(MlflowException, match=r"budget_bias is .*; give a finite number") as raised:
             served.predict(None, frame(files), {"budget_bias": bias})
         assert raised.value.get_http_status_code() == 400
@@ -383,9 +385,21 @@ def test_crops_are_used_unchanged(served, model):
     assert mixed["error"].isna().all()
 
 
-def encoded_png(crop: np.ndarray) -> bytes:
-    from PIL import Image
+def test_large_images_of_many_calls_are_decoded_one_per_thread_and_small_ones_do_not_wait(network):
+    """A call with one image decodes it on the thread of the call."""
+    classifier = Classifier(network, num_threads=1)
+    large = encoded(Image.new("L", (2000, 1001)), "PNG")
+    with ThreadPoolExecutor(1) as pool:
+        with classifier._large:  # as while another call decodes a large image
+            waiting = pool.submit(lambda: list(classifier.classify([large])))
+            assert next(classifier.classify([jpeg(60, 50)])).error is None
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+        assert waiting.result()[0].error is None
+    classifier.close()
 
+
+def encoded_png(crop: np.ndarray) -> bytes:
     return encoded(Image.fromarray(crop), "PNG")
 
 

@@ -193,7 +193,8 @@ class Classifier:
 
     Args:
         network: no other code may run it at the same time.
-        num_threads: number of decoding threads; None is one per CPU of the process.
+        num_threads: number of decoding threads, and of large images that are decoded at the same time; None is one per
+            CPU of the process.
         programs: runs the network's programs, the predictor first if it is routed; None runs them on one thread.
     """
 
@@ -201,7 +202,10 @@ class Classifier:
         self.network = network
         self._first_backbone = int(network.is_routed)
         self._queue = programs or program_queue(network)
-        self._decoders = ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0)), "decoder")
+        num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._decoders = ThreadPoolExecutor(num_threads, "decoder")
+        # A call with one image decodes it on its own thread, so the number of decoders does not limit such calls.
+        self._large = threading.Semaphore(num_threads)
 
     def close(self) -> None:
         """Stop the threads. No call may be running."""
@@ -271,7 +275,8 @@ class Classifier:
 
     def _opened(self, side: int, image: Any) -> _Image:
         try:
-            return self._cropped(side, _Image(Picture(image, self.network.crop_fraction, self.network.largest_side)))
+            network = self.network
+            return self._cropped(side, _Image(Picture(image, network.crop_fraction, network.largest_side, self._large)))
         except BadImageError as error:
             return _Image(error=str(error))
 

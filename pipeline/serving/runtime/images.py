@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import math
 import warnings
@@ -17,6 +18,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 32 * 1024**2
 DCT_FRACTIONS = (8, 4, 2)
+LARGE_PIXELS = 2_000_000
 _KEPT_PIXELS = 500_000
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,13 +60,21 @@ class Picture:
             is used as a whole.
         fraction: side of the centered square, as a fraction of the image's shorter side.
         largest: largest side that the network uses, in pixels.
+        large: is entered while a file of more than LARGE_PIXELS pixels is decoded and cropped, so that it can limit how
+            many are in memory at the same time. Each can take 1.5 GB.
 
     Raises:
         BadImageError: the image has another type, or exceeds MAX_BYTES or MAX_PIXELS.
     """
 
-    def __init__(self, image: Any, fraction: float, largest: int):
-        self._fraction, self._largest = fraction, largest
+    def __init__(
+        self,
+        image: Any,
+        fraction: float,
+        largest: int,
+        large: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008
+    ):
+        self._fraction, self._largest, self._large = fraction, largest, large
         self._file = b""
         self._kept: _Decoded | None = None
         if isinstance(image, np.ndarray):
@@ -79,17 +89,26 @@ class Picture:
         Raises:
             BadImageError: the file is not an image, is truncated, or is damaged.
         """
-        decoded = self._kept or self._decode()
-        square = decoded.image.resize((side, side), Image.Resampling.BILINEAR, box=decoded.box)
-        return np.array(square.transpose(_TURNS[decoded.orientation]) if decoded.orientation in _TURNS else square)
+        with contextlib.ExitStack() as held:
+            decoded = self._kept or self._decode(held)
+            square = decoded.image.resize((side, side), Image.Resampling.BILINEAR, box=decoded.box)
+            turn = _TURNS.get(decoded.orientation)
+            del decoded  # before another thread may decode a large image
+        return np.array(square if turn is None else square.transpose(turn))
 
-    def _decode(self) -> _Decoded:
-        """Decode the whole image in RGB, at the smallest scale that suffices. Keep the result if it is small."""
+    def _decode(self, held: contextlib.ExitStack) -> _Decoded:
+        """Decode the whole image in RGB, at the smallest scale that suffices. Keep the result if it is small.
+
+        Args:
+            held: gets the limit of large images, if this is one.
+        """
         try:
             with Image.open(io.BytesIO(self._file), formats=IMAGE_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise BadImageError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
+                if width * height > LARGE_PIXELS:
+                    held.enter_context(self._large)
                 fraction = dct_fraction(self._fraction * min(width, height), self._largest)
                 if fraction > 1 and not image.draft(None, (width // fraction, height // fraction)):
                     fraction = 1
