@@ -206,8 +206,9 @@ def serve_model(
         if not follow_alias and not is_private:
             return
         with _stop_event() as stop:
+            failed: set[str] = set()
             while not stop.wait(serving.follow_seconds if follow_alias else None):
-                plan = _follow(plan, model_uri, token, show, registry)
+                plan = _follow(plan, model_uri, token, show, failed, registry)
             if is_private:
                 show("stopping: the requests in progress are answered")
                 serve.delete(plan.router.name)
@@ -215,12 +216,21 @@ def serve_model(
 
 
 def _follow(
-    plan: Plan, model_uri: str, token: str | None, show: Callable[[str], None], registry: str | None = None
+    plan: Plan,
+    model_uri: str,
+    token: str | None,
+    show: Callable[[str], None],
+    failed: set[str],
+    registry: str | None = None,
 ) -> Plan:
     """Roll out the version that has the alias now. Return the plan that runs afterwards.
 
     If the version does not start, `plan` is deployed again: Serve starts no replicas of a deployment that failed, so it
-    would not replace a replica of the older version either.
+    would not replace a replica of the older version either. This replaces all replicas, so a version that failed is not
+    tried again until the alias has moved.
+
+    Args:
+        failed: versions that did not start since the alias moved; this function changes it.
     """
     try:
         num_gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -228,17 +238,23 @@ def _follow(
     except (ValueError, OSError) as error:
         show(f"{plan.router.model} keeps running: {error}")
         return plan
-    if newest.router.model == plan.router.model and not _has_failed(plan):
-        return plan
-    show(f"{model_uri} is {newest.router.model} now; rolling it out")
-    for wanted in (newest, plan):
+    failed &= {newest.router.model}
+    wanted = [newest, plan]
+    if newest.router.model == plan.router.model or newest.router.model in failed:
+        if not _has_failed(plan):
+            return plan
+        wanted = [plan]
+    else:
+        show(f"{model_uri} is {newest.router.model} now; rolling it out")
+    for each in wanted:
         try:
-            deploy(wanted)
+            deploy(each)
         except (ValueError, OSError) as error:
+            failed.add(each.router.model)
             show(f"{plan.router.model} keeps running: {error}")
         else:
-            show(f"{wanted.router.model} answers at {wanted.address}")
-            return wanted
+            show(f"{each.router.model} answers at {each.address}")
+            return each
     return plan
 
 

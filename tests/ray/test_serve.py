@@ -344,11 +344,11 @@ def test_an_alias_is_followed_and_a_lost_registry_changes_nothing(
     """Version 2 runs already with these settings, so nothing restarts."""
     said: list[str] = []
     first = plan_for(CHAMPION, settings(port, **SPLIT), TOKEN)
-    assert _follow(first, CHAMPION, TOKEN, said.append) is first
+    assert _follow(first, CHAMPION, TOKEN, said.append, set()) is first
     client = MlflowClient(registry)
     client.set_registered_model_alias("drnet", "champion", "2")
     try:
-        second = _follow(first, CHAMPION, TOKEN, said.append)
+        second = _follow(first, CHAMPION, TOKEN, said.append, set())
     finally:
         client.set_registered_model_alias("drnet", "champion", "1")
     assert second.router.model == SECOND
@@ -357,7 +357,7 @@ def test_an_alias_is_followed_and_a_lost_registry_changes_nothing(
         f"{SECOND} answers at http://127.0.0.1:{port}",
     ]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/gone.db")
-    assert _follow(second, CHAMPION, TOKEN, said.append) is second
+    assert _follow(second, CHAMPION, TOKEN, said.append, set()) is second
     assert said[-1].startswith(f"{SECOND} keeps running: {tmp_path}/gone.db does not exist")
     assert ask(port, FILES[0])[1]["x-model"] == SECOND
 
@@ -373,8 +373,12 @@ def test_after_a_version_that_does_not_start_serve_runs_the_older_one_again(
     client = MlflowClient(registry)
     broken = client.create_model_version("drnet", str(model)).version
     client.set_registered_model_alias("drnet", "champion", broken)
+    failed: set[str] = set()
     try:
-        assert _follow(running, CHAMPION, TOKEN, said.append) is running
+        assert _follow(running, CHAMPION, TOKEN, said.append, failed) is running
+        num_messages = len(said)
+        assert _follow(running, CHAMPION, TOKEN, said.append, failed) is running
+        assert len(said) == num_messages, "a version that failed is not tried again at once"
     finally:
         client.set_registered_model_alias("drnet", "champion", "1")
     assert said[0] == f"{CHAMPION} is models:/drnet/{broken} now; rolling it out"
