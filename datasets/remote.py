@@ -29,7 +29,7 @@ def redacted(uri: str) -> str:
     """Return the address for display: without its password and without parameters that may be secret."""
     shown = _PASSWORD.sub(rf"\1:{HIDDEN}@", uri)
     if "://" not in shown:
-        return shown  # not an address: `?` and `&` have another meaning
+        return shown  # not an address, so `?` and `&` do not start parameters
     return _PARAMETER.sub(
         lambda found: found[0] if found[1] in OPEN_PARAMETERS else f"{found[1] or ''}={HIDDEN}".lstrip("="), shown
     )

@@ -220,7 +220,7 @@ def prepare(
         BetonError: the folder is incomplete or damaged and `force` is false.
         BadImagesError: some images are bad and `on_bad_image` is "error"; all are listed.
         SourceError: the source does not have what the data set needs.
-        DataError: FOLDER/samples has other files than sample images.
+        DataError: FOLDER/samples contains files that are not sample images.
         OSError: there is no space or no permission, or another process is preparing this folder.
     """
     # Use absolute paths, because `map_chunks` may run in another folder.
@@ -374,7 +374,7 @@ def _is_sample(path: Path) -> bool:
 
 
 def _require_only_samples(folder: Path) -> None:
-    """Raise DataError if the place of the sample images has anything else."""
+    """Raise DataError if FOLDER/samples is not a folder, or contains anything besides sample images."""
     samples = folder / SAMPLES
     if samples.is_symlink() or (samples.exists() and not samples.is_dir()):
         raise DataError(f"{samples} is not a folder, but sample images are written there; {_ELSEWHERE}")

@@ -48,7 +48,7 @@ class SourceOptions:
         return Choice(*chosen, wnids)
 
     def require_only(self, source: str, *used: str) -> None:
-        """Raise SourceError for options of SOME_USE that are set, but that `source` does not use."""
+        """Raise SourceError if an option of SOME_USE is set that `source` does not use."""
         defaults = {option.name: option.default for option in fields(self)}
         unused = [name for name in SOME_USE if name not in used and getattr(self, name) != defaults[name]]
         if unused:

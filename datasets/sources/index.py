@@ -195,7 +195,7 @@ MAX_IMAGE_BYTES = 1 << 30
 
 
 def _read_part(ref: ImageRef) -> ReadImage:
-    if ref.size > MAX_IMAGE_BYTES:  # more than MAX_PIXELS of 16 bits and 4 channels need
+    if ref.size > MAX_IMAGE_BYTES:  # MAX_PIXELS pixels with 4 channels of 16 bits need less
         raise OSError(f"it has {ref.size:,} bytes; an image may have at most {MAX_IMAGE_BYTES:,}")
     try:
         # Without O_NONBLOCK, which files ignore, opening a named pipe would wait for its writer.

@@ -48,8 +48,8 @@ class Shard(NamedTuple):
 def find_shards(source: Path) -> list[Shard]:
     """Return the shards at `source` or up to two folders below it, sorted by name. All have the same format.
 
-    Files beside shards, such as indexes, are left out. But the result is empty if a folder in `source` has images, or
-    files and no shard: then these are class folders, and archives next to them.
+    Other files beside shards, such as indexes, are left out. The result is empty if a folder below `source` has images,
+    or has files but no shard. Then the folders are class folders, and the archives beside them are not shards.
 
     Raises:
         SourceError: there are shards of both formats, or a folder cannot be listed.
@@ -67,7 +67,7 @@ def _shard_files(source: Path) -> list[Entry]:
     files: list[Entry] = []
 
     def walk(folder: Path, prefix: str, level: int) -> bool:
-        """Add the shards in a folder. Return False if it is a class folder: it has images, or files and no shard."""
+        """Add the shards in a folder. Return False if it is a class folder: it has images, or files but no shard."""
         shards, others = [], []
         for entry in list_folder(folder):
             if is_ignored(entry.name):

@@ -75,8 +75,8 @@ def require_head(address: str) -> None:
     Without this check Ray retries for many minutes, and does not name the variable.
 
     Raises:
-        ConnectionError: the head does not answer, something else does, or it refuses this process's token. With Ray's
-            TLS only the connection is checked.
+        ConnectionError: the head does not answer, something else does, or it refuses this process's token. If Ray uses
+            TLS, only the connection is checked.
     """
     if address == "auto":  # Ray looks for a head on this machine, and fails at once without one
         return

@@ -165,7 +165,7 @@ def _collect(checkpoint: Path, folder: RunFolder, evaluation: Callable[[Predicti
     """Copy the workers' last report into the run's folder: the model, and the merged predictions of all ranks.
 
     Args:
-        evaluation: how the predictions of a model are evaluated.
+        evaluation: returns the Evaluation of a model's predictions.
 
     Returns:
         A sentence that says which model the run keeps, if there is one from before and one from after the joint stage.
@@ -206,7 +206,8 @@ def _write_report(
     """Write the report and return its content.
 
     Args:
-        kept: which model the run keeps after a joint stage; None reads it from a finished run.
+        kept: a sentence that says which model the run keeps after a joint stage. If it is None and the run is finished,
+            the sentence is read from the run's folder.
     """
     if kept is None and folder.finished.exists():
         kept = json.loads(folder.finished.read_text()).get("joint_stage")
@@ -245,7 +246,7 @@ def evaluation_of(config: Config, folder: RunFolder, costs: Costs) -> Evaluation
 
 
 def _evaluation(config: Config, costs: Costs, predictions: Predictions) -> Evaluation:
-    """Return how a model's predictions are evaluated by this configuration, without another network next to it."""
+    """Return the evaluation of a model's predictions by this configuration, without a second model beside it."""
     policy = config.policy
     highest = policy.budget_gflops if config.cost == "flops" else policy.budget_milliseconds
     drop = policy.max_accuracy_drop

@@ -73,7 +73,7 @@ def plan_for(
         model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         token: token that requests must send; None requires none.
         num_gpus: number of GPUs in the cluster.
-        registry: address of the registry; None is that of `tracking_uri` without a configuration.
+        registry: address of the registry; None means the address that `tracking_uri()` returns.
 
     Raises:
         ValueError: the address, the token or the settings are not possible together.
@@ -225,12 +225,12 @@ def _follow(
 ) -> Plan:
     """Roll out the version that has the alias now. Return the plan that runs afterwards.
 
-    If the version does not start, `plan` is deployed again: Serve starts no replicas of a deployment that failed, so it
-    would not replace a replica of the older version either. This replaces all replicas, so a version that failed is not
-    tried again until the alias has moved.
+    If the version does not start, `plan` is deployed again. After a failed deployment Serve starts no replicas, so
+    otherwise it would not replace a lost replica of `plan` either. Deploying `plan` again replaces all of its replicas.
+    Therefore a version that failed is not retried until the alias has moved.
 
     Args:
-        failed: versions that did not start since the alias moved; this function changes it.
+        failed: versions that have failed to start since the alias moved; this function changes the set.
     """
     try:
         num_gpus = ray.cluster_resources().get("GPU", 0.0)

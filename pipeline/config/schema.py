@@ -392,7 +392,7 @@ class ClusterConfig(Section):
     num_workers: Positive = 1
     """Number of Ray Train workers."""
     use_gpu: Literal[True, False, "auto"] = "auto"
-    """Give each worker one GPU. auto is true when a node has a GPU; then all workers need one."""
+    """Give each worker one GPU. auto means true if any node has a GPU; then every worker needs one."""
     cpus_per_worker: Positive | None = None
     """CPUs for each worker. null divides the cluster's CPUs evenly."""
     storage: LocalPath = Path("runs")

@@ -530,7 +530,7 @@ def _latency(latency: Latency) -> dict[str, Any]:
 
 
 def _routing(correct_NR: np.ndarray, chosen_N: np.ndarray, oracle_N: np.ndarray) -> dict[str, Any]:
-    """Compare where images end with the oracle's choice, and measure how difficult the images of each choice are."""
+    """Compare each answer's resolution with the oracle's, and measure how difficult each resolution's images are."""
     R = correct_NR.shape[1]
     chosen_NR = chosen_N[:, None] == np.arange(R)
     counts_R = chosen_NR.sum(axis=0)

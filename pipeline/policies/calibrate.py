@@ -4,7 +4,7 @@ The images that a policy is chosen on are never the images that its results are 
 (`select`) is for choosing and the other half for reporting. With few images, cross-fitting takes the place of the
 halves: the policies of each fold are fitted on the other folds, so results cover every image.
 
-`better` chooses between two models by their cross-fitted policies. With halves it uses the images for choosing alone.
+`better` chooses between two models by their cross-fitted policies. With halves it uses only the images for choosing.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Calibration:
         stated: rows of the held-out images, ascending, int64.
         routed: maps ALL to the decisions of the chosen policy on the held-out images, and each kind to those of its
             most accurate policy that costs no more than the chosen one. Kinds without such a policy are absent. With
-            folds, ALL has the decisions of each fold's policy of that cost, unless the chosen policy is static.
+            folds, ALL has for each fold the decisions of the most accurate policy of at most that cost, fitted on the
+            other folds, unless the chosen policy is static.
         curves: maps a kind, or ALL, to the decisions on the held-out images at each of the costs `costs_C`.
         num_select: number of images that a policy was fitted on; with folds, the mean over the folds.
         folds: number of folds; None if the images were divided into two halves.
@@ -191,10 +192,10 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies of the policies of two models, as fractions, averaged over limits of the mean cost, in `unit`.
+    """Accuracies, as fractions, that the policies of two models reach, averaged over limits on the mean cost.
 
     Attributes:
-        lowest_limit, highest_limit: the limits are evenly spaced between these.
+        lowest_limit, highest_limit: the limits, in `unit`, are evenly spaced between these.
     """
 
     accuracy_before: float
@@ -223,8 +224,8 @@ class Comparison:
 def better(before: Images, after: Images, keys_N: np.ndarray, budget: Budget, split: Split) -> Comparison:
     """Compare two models by the accuracy that their cross-fitted policies reach at the same cost.
 
-    The images are those of `Split.choosing_folds`. The accuracy is that at the budget's cost limit or, if there is
-    none, the mean over limits from the cheapest to the most expensive resolution.
+    The images are those of `Split.choosing_folds`. The accuracy is that at the budget's cost limit. Without a limit,
+    it is the mean over limits from the cost of the cheapest resolution to that of the most expensive one.
 
     Args:
         before, after: the same images with the two models' answers.
@@ -259,7 +260,8 @@ def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> Fi
 
     With a cost limit alone, this is the most accurate policy within the limit. With a limit on the loss of accuracy, it
     is the cheapest policy whose loss has a one-sided upper bound within the limit. The bound rejects policies that are
-    good enough only by luck. The best static resolution itself loses nothing, so it is chosen if no other policy is.
+    good enough only by luck. The best static resolution itself loses nothing, so it is chosen if no other policy
+    qualifies and it is within the cost limit.
 
     Args:
         points: the front, cheapest first. The best static resolution need not be on it.
@@ -287,7 +289,7 @@ def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> Fi
 
 
 def _best_static(images: Images) -> FittedPolicy:
-    """Return the most accurate static policy, or the cheapest of them. A front may lack it."""
+    """Return the most accurate static policy; of equally accurate ones, the cheapest. A front may not contain it."""
     accuracy_R, cost_R = weighted_accuracy(images.correct_NR, images.weights_N), images.costs.backbone
     best = max(range(len(cost_R)), key=lambda index: (accuracy_R[index], -cost_R[index]))
     return FittedPolicy(static_policy(best), cost_R[best], float(accuracy_R[best]))

@@ -102,8 +102,8 @@ def fit_policies(images: Images, kinds: Sequence[str] = KINDS) -> list[FittedPol
 def fit_fronts(images: Images) -> dict[str, list[FittedPolicy]]:
     """Return a front as in `fit_policies` for each kind, and for ALL kinds.
 
-    Static policies belong to every kind's front. Only the front of a kind that needs a predictor is empty if it has no
-    policies of its own.
+    Static policies belong to every kind's front, with one exception: if a kind needs a predictor and has no policies of
+    its own, its front is empty.
     """
     fronts = _kind_fronts(images, KINDS)
     found = {kind: _merged(fronts, dict.fromkeys(("static", kind))) for kind in KINDS}

@@ -131,9 +131,10 @@ def check_trials_fit(config: Config) -> None:
 
 
 def _room(search: SearchConfig) -> tuple[list[Capacity], dict[str, float]]:
-    """Return the nodes for trials, and the resources of one trial.
+    """Return the nodes that trials may use, and the resources of one trial.
 
-    Without Ray these are this machine and CPUs: its GPUs are counted when Ray has started (`check_trials_fit`).
+    Before Ray has started, these are this machine without its GPUs, and the CPUs of a trial. `check_trials_fit` counts
+    the GPUs after Ray has started.
     """
     if ray.is_initialized():
         nodes = cluster_capacity()

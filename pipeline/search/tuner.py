@@ -38,7 +38,7 @@ class RunningTrial:
 
 
 def records_in(space: Space, fixed: Sequence[Candidate], settings: SearchSettings) -> list[Record]:
-    """Return the records of the fixed candidates and of those in the space, with the seeds of this search.
+    """Return the records, with the seeds of this search, of the fixed candidates and of the candidates in the space.
 
     An earlier attempt may have had a larger space or more seeds.
     """

@@ -76,13 +76,16 @@ class Served(BaseModel):
 
     @property
     def num_gpus(self) -> float:
-        """The GPUs that a replica of this application reserves: none for the router of a model by resolution."""
+        """The GPUs that a replica of this application reserves. The router of a `by_resolution` split reserves none."""
         is_router_alone = self.split == "by_resolution" and self.resolution is None
         return 0.0 if is_router_alone else self.serving.gpus_per_replica
 
     @property
     def placement(self) -> dict[str, Any]:
-        """The arguments of the stored code's Placement. Ray does not hide GPUs from a replica that reserves none."""
+        """The arguments of the stored code's Placement.
+
+        The device is `cpu` if the replica reserves no GPU, because Ray does not hide GPUs from such a replica.
+        """
         device = PLACEMENT["device"] if self.num_gpus else "cpu"
         return PLACEMENT | {"device": device, "precision": self.serving.precision}
 

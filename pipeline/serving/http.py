@@ -64,7 +64,7 @@ class ServedModel(Protocol):
         ...
 
     def classify(self, images: Sequence[Any], policy: Any, stop: threading.Event) -> list[Any]:
-        """Return a runtime.Answer for each image, or any of them soon after `stop` is set.
+        """Return a runtime.Answer for each image. After `stop` is set, return soon, possibly with fewer answers.
 
         Raises:
             UnavailableError: a part of the model cannot be reached.
@@ -107,7 +107,7 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
         max_bytes: largest size of a request body.
         token_sha256: SHA-256, in hexadecimal, of the token that POST / and GET /model require; None requires no token.
     """
-    named = {MODEL_HEADER: quote(model.address, safe=":/")}  # a header's text is Latin-1, and a model's name any text
+    named = {MODEL_HEADER: quote(model.address, safe=":/")}  # a header is Latin-1, but a name need not be
 
     async def page(_: Request) -> Response:
         return Response(PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)

@@ -31,7 +31,7 @@ ANSWERS_FILE = "answers.npz"
 """The artifact of a version that records which validation images it classifies correctly."""
 FIRST, PROMOTED, ROLLED_BACK, OUTSIDE = "first", "promoted", "rolled back", "moved outside"
 MAX_HISTORY = 5000
-"""Characters of a registered model's tag that MLflow's tables in PostgreSQL and MySQL have room for."""
+"""The most characters that a registered model's tag can have in MLflow's tables in PostgreSQL and MySQL."""
 
 
 @dataclass(frozen=True)

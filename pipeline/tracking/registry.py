@@ -197,7 +197,7 @@ def find_model(model_uri: str, budget_bias: float = 0.0, registry: str | None = 
     Args:
         model_uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or any other address of an MLflow model.
         budget_bias: the value that predictions will use.
-        registry: address of the registry; None is that of `tracking_uri` without a configuration.
+        registry: address of the registry; None means the address that `tracking_uri()` returns.
 
     Raises:
         TrackingError: there is no such model (the message lists the existing ones), or it does not take a budget_bias.

@@ -99,8 +99,8 @@ class StageSummary:
     memory: StepMemory
     training_gflops: float | None
     """GFLOPs of the whole stage. A backward pass counts as two forward passes. A joint stage runs every image forward
-    at every resolution, and backward at the chosen ones, which cost alpha. None if the data, or alpha in GFLOPs, is
-    unknown."""
+    at every resolution (twice with `norm_statistics: all`), and backward at the chosen resolutions, which cost alpha.
+    None if the data, or alpha in GFLOPs, is unknown."""
     table_bytes: int | None
     """The size of the logit tables that the stage keeps on disk, in bytes; None if it keeps none."""
 
@@ -270,7 +270,7 @@ def _stages(config: Config, model: DRNet, data: DataSummary, costs: Costs) -> It
 
 
 def _training_gflops(stage: Stage, backward: str, costs: Costs, data: DataSummary) -> float | None:
-    """Return the GFLOPs of the stage's steps and logit tables of training images, as its objective computes them."""
+    """Return the GFLOPs that a stage spends on training images, in its steps and for its logit tables."""
     if data.num_train is None:
         return None
     every, predictor = sum(costs.backbone_gflops), costs.predictor_gflops
@@ -305,8 +305,11 @@ def _table_bytes(stage: Stage, model: DRNet, data: DataSummary) -> int | None:
 
 
 def _step_memory(config: Config, model: DRNet, stage: Stage) -> StepMemory:
-    """Estimate the memory peak: the backward pass of a slice with every image at the largest resolution, or at all
-    resolutions of a step that `training.backward: together` trains."""
+    """Estimate the memory peak: the backward pass of a slice.
+
+    Every image is at the largest resolution. In a backbone stage with `training.backward: together`, every image is at
+    all resolutions of a step.
+    """
     training, count = config.training, len(model.resolutions)
     batch, precision = training.batch_size // config.cluster.num_workers, training.precision
     trained: list[nn.Module] = []

@@ -258,8 +258,9 @@ def _sum_in_place(flat: Tensor, wire: torch.dtype, group: dist.ProcessGroup) -> 
 def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Send one tensor to each other rank, and receive one from it. Both sequences are in the order of the ranks.
 
-    Receiving is requested first. gloo's own all_to_all and all_gather mix both, so that a rank's request waits behind
-    the data that it sends itself, and a link carries data in one direction at a time (`jobs.bench network`).
+    All receives are requested before any send. gloo's own all_to_all and all_gather mix both: a request to
+    receive then waits behind data that the same rank sends, so a link carries data in only one direction at a time
+    (`jobs.bench network`).
     """
     peers = [(rank() + step) % world_size() for step in range(1, world_size())]
     receiving = [dist.P2POp(dist.irecv, received[peer], peer, group) for peer in peers]

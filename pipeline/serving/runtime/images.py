@@ -60,8 +60,8 @@ class Picture:
             is used as a whole.
         fraction: side of the centered square, as a fraction of the image's shorter side.
         largest: largest side that the network uses, in pixels.
-        large: is entered while a file of more than LARGE_PIXELS pixels is decoded and cropped, so that it can limit how
-            many are in memory at the same time. Each can take 1.5 GB.
+        large: context manager that is entered while a file of more than LARGE_PIXELS pixels is decoded and cropped. A
+            semaphore limits how many such images are in memory at the same time. Each can take 1.5 GB.
 
     Raises:
         BadImageError: the image has another type, or exceeds MAX_BYTES or MAX_PIXELS.
@@ -100,7 +100,7 @@ class Picture:
         """Decode the whole image in RGB, at the smallest scale that suffices. Keep the result if it is small.
 
         Args:
-            held: gets the limit of large images, if this is one.
+            held: enters `large` if this image is large. The caller leaves it when the image is no longer in memory.
         """
         try:
             with Image.open(io.BytesIO(self._file), formats=IMAGE_FORMATS) as image:
