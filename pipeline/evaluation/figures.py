@@ -413,7 +413,7 @@ def draw_shares(report: Mapping[str, Any], theme: Theme) -> Figure:
     names = [f"{side} px\n{count:,}" for side, count in zip(sides, report["routing"]["counts_by_chosen"], strict=True)]
     _sides_axis(right, names, theme)
     title(right, "Static top-1 by choice, % (ring: as routed)", theme)
-    heading(figure, "Where images end", f"{subject(report)}; colors are resolutions", theme)
+    heading(figure, "Resolutions of the answers", f"{subject(report)}; colors are resolutions", theme)
     return figure
 
 

@@ -41,7 +41,7 @@ TEMPLATE = "report.html.j2"
 CAPTIONS = {
     "tradeoff": "Accuracy against cost",
     "budget": "What a budget bias does",
-    "shares": "Where images end",
+    "shares": "Resolutions of the answers",
     "attribute": "What decides the resolution",
     "gallery": "Images by chosen resolution",
 }
@@ -61,7 +61,7 @@ def render_markdown(report: Mapping[str, Any], figures: Collection[str]) -> str:
         if report["budget_curve"]:
             parts += ["## Budget curve of the predictor", _figure("budget", figures), BUDGET_NOTE]
             parts.append(markdown_table(*budget_table(report)))
-        parts += ["## Where images end", _figure("shares", figures)]
+        parts += ["## Resolutions of the answers", _figure("shares", figures)]
         parts += [
             "Static top-1 of the images routed to each resolution:",
             markdown_table(*by_chosen_table(report)),

@@ -402,7 +402,7 @@ def test_without_a_trained_predictor_no_policy_uses_it(tmp_path):
     assert report["budget_curve"] == []
     assert "predictor" not in report["policies"]["curves"]
     assert not [row["id"] for row in report["rows"] if row["kind"] == "policy" and "predictor" in row["policy"]]
-    assert next(text.get_text() for text in draw_shares(report, LIGHT).texts) == "Where images end"
+    assert next(text.get_text() for text in draw_shares(report, LIGHT).texts) == "Resolutions of the answers"
     for page in ("report.md", "report.html"):
         assert "What the predictor chooses" not in (tmp_path / page).read_text()
     assert Page((tmp_path / "report.html").read_text()).open == []
