@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.harness import ROOT
+from benchmarks.harness import ROOT, progress
 from benchmarks.overhead import opened_run
 from benchmarks.policies import images_of, reached
 from pipeline.config.load import load_config
@@ -105,7 +105,7 @@ def main() -> None:
         folder, fields = case
         program = [sys.executable, "-m", "benchmarks.variants", args.config, "--one", str(folder)]
         subprocess.run([*program, "--device", args.device, "--fields", *fields], cwd=ROOT, check=True)
-        print(f"{folder.name} is trained", file=sys.stderr, flush=True)
+        progress(f"{folder.name} is trained")
 
     with ThreadPoolExecutor(args.at_once) as pool:
         list(pool.map(run, cases))

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from datasets.loading.order import splitmix64
+from pipeline.models.cost import Costs
 from pipeline.policies.fit import ALL, FittedPolicy, fit_fronts, fit_policies
 from pipeline.policies.route import Images, Routed, route
 from pipeline.serving.runtime.policy import static_policy
@@ -170,12 +171,12 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
 
     def at(kind: str, cost: float) -> Routed:
         """Apply each part's most accurate policy of at most this cost to the rows of the part."""
-        points = [cheaper(found[kind], cost) or found[kind][0] for found in fits]
+        points = [_within(found[kind], cost) for found in fits]
         return Routed.joined([route(point.policy, rows) for point, rows in zip(points, applied, strict=True)]).rows(
             order
         )
 
-    grid = np.linspace(min(images.costs.backbone), max(images.costs.backbone), CURVE_POINTS)
+    grid = _cost_limits(images.costs)
     has_one_policy = len(parts) == 1 or chosen.policy.kind == "static"  # a static policy has no fitted thresholds
     exact = {ALL: route(chosen.policy, images.rows(stated))} if has_one_policy else {}
     return Calibration(
@@ -236,8 +237,7 @@ def better(before: Images, after: Images, keys_N: np.ndarray, budget: Budget, sp
     """
     if before.costs != after.costs or len(before) != len(after):
         raise ValueError("the models before and after the joint stage have different costs or images")
-    cost_R = before.costs.backbone
-    limits_C = np.linspace(min(cost_R), max(cost_R), CURVE_POINTS) if budget.cost is None else np.array([budget.cost])
+    limits_C = _cost_limits(before.costs) if budget.cost is None else np.array([budget.cost])
     folds = split.choosing_folds(keys_N)
     accuracies = [_cross_fitted(images, folds, limits_C) for images in (before, after)]
     return Comparison(*accuracies, float(limits_C[0]), float(limits_C[-1]), before.costs.unit)
@@ -249,7 +249,7 @@ def _cross_fitted(images: Images, folds: Sequence[tuple[np.ndarray, np.ndarray]]
     for fit, apply in folds:
         points, rows = fit_policies(images.rows(fit)), images.rows(apply)
         for limit in limits_C:
-            routed = route((cheaper(points, limit) or points[0]).policy, rows)
+            routed = route(_within(points, limit).policy, rows)
             right += images.weights_N[apply] @ routed.correct_N(rows.correct_NR)
             weight += images.weights_N[apply].sum()
     return float(right / weight)
@@ -298,6 +298,16 @@ def _best_static(images: Images) -> FittedPolicy:
 def cheaper(points: Sequence[FittedPolicy], cost: float) -> FittedPolicy | None:
     """Return the most accurate policy of a front that costs at most `cost`, or None if there is none."""
     return next((point for point in reversed(points) if point.cost <= cost * (1 + 1e-9)), None)
+
+
+def _within(points: Sequence[FittedPolicy], cost: float) -> FittedPolicy:
+    """Return the most accurate policy of a front that costs at most `cost`, or the cheapest if all cost more."""
+    return cheaper(points, cost) or points[0]
+
+
+def _cost_limits(costs: Costs) -> np.ndarray:
+    """Return limits on the mean cost, evenly spaced from the cheapest to the most expensive resolution."""
+    return np.linspace(min(costs.backbone), max(costs.backbone), CURVE_POINTS)
 
 
 def weighted_accuracy(correct_NR: np.ndarray, weights_N: np.ndarray) -> np.ndarray:

@@ -53,6 +53,11 @@ class SearchSettings:
     """CPUs of one trial."""
 
     @property
+    def seeds(self) -> range:
+        """The seeds of a candidate's trials. Every candidate is tried with the first one."""
+        return range(self.config.seed, self.config.seed + self.config.search.seeds)
+
+    @property
     def tables(self) -> Path:
         """The folder of the logit tables."""
         return self.config.search.tables or self.folder.tables

@@ -42,9 +42,7 @@ def records_in(space: Space, fixed: Sequence[Candidate], settings: SearchSetting
 
     An earlier attempt may have had a larger space or more seeds.
     """
-    first, records = settings.config.seed, settings.records.read(settings.context)
-    seeds = range(first, first + settings.config.search.seeds)
-    records = [record for record in records if record.seed in seeds]
+    records = [record for record in settings.records.read(settings.context) if record.seed in settings.seeds]
     return [record for record in records if record.candidate in fixed or record.candidate in space]
 
 
@@ -74,8 +72,8 @@ class TrialSearcher(Searcher):
         super().__init__(metric=metrics, mode=modes)
         self._settings, self._space = settings, space
         self._finalists, self._on_record = finalists, on_record
-        first_seed = settings.config.seed
-        self._seeds = range(first_seed, first_seed + settings.config.search.seeds)
+        self._seeds = settings.seeds
+        first_seed = self._seeds[0]
         known = records_in(space, fixed, settings)
         self._done = {(record.candidate, record.seed): record for record in known if record.outcome != "failed"}
         drawn = [candidate for candidate, seed in self._done if seed == first_seed and candidate not in fixed]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -144,8 +144,9 @@ class RunLogger:
 
     def __init__(self, handle: RunHandle, journal: str = JOURNAL_FILE):
         self._journal = Journal(handle.folder, journal)
-        self._logged = _logged_values(self._journal) if journal == JOURNAL_FILE else set()
-        self._logged_params = _logged_params(self._journal) if journal == JOURNAL_FILE else []
+        records = [record for _, record in self._journal.read()] if journal == JOURNAL_FILE else []
+        self._logged = _logged_values(records)
+        self._logged_params = [(each["stage"], each["params"]) for each in records if each["kind"] == "params"]
         self._since_ms = now_ms()
         self._wake, self._closing = threading.Event(), threading.Event()
         delivery = Delivery(handle.uri, handle.folder, handle.run_id, journal)
@@ -206,19 +207,14 @@ class RunLogger:
                 return
 
 
-def _logged_values(journal: Journal) -> set[tuple[str | None, str, int, str]]:
-    """Return (stage, key, step, value) of every value in the journal. Values are text, because NaN never equals NaN."""
+def _logged_values(records: Iterable[dict[str, Any]]) -> set[tuple[str | None, str, int, str]]:
+    """Return (stage, key, step, value) of every value in the records. Values are text, because NaN never equals NaN."""
     return {
         (record["stage"], key, record["step"], str(value))
-        for _, record in journal.read()
+        for record in records
         if record["kind"] == "metrics"
         for key, value in metric_values(record).items()
     }
-
-
-def _logged_params(journal: Journal) -> list[tuple[str, dict[str, str]]]:
-    """Return the stages and their parameters in the journal."""
-    return [(record["stage"], record["params"]) for _, record in journal.read() if record["kind"] == "params"]
 
 
 @contextmanager
