@@ -45,6 +45,8 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
         problems.extend(alpha_problems(config, costs))
         if any(isinstance(stage, LayerRates) and stage.layer_decay < 1 for _, stage in config.stages.present()):
             model.backbone.layer_depths()
+        if config.stages.backbone:
+            model.backbone.first_layers(config.stages.backbone.freeze_layers)
     except ValueError as error:
         problems.append(f"model: {error}")
     problems.extend(_start_problems(config, manifest))

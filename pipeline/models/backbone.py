@@ -186,7 +186,10 @@ class ResolutionBackbone(nn.Module):
         """
         matcher: Any = getattr(self.network, "group_matcher", None)
         if matcher is None:
-            raise ValueError("layer_decay needs a backbone of timm, which groups its layers. Give timm/NAME, or 1")
+            raise ValueError(
+                "layer_decay and freeze_layers need a backbone of timm, which groups its layers. Give timm/NAME, or "
+                "leave them at 1 and 0"
+            )
         from timm.models import group_parameters
 
         plain = self.at(0)
@@ -196,6 +199,20 @@ class ResolutionBackbone(nn.Module):
             for private in layer.norms if layer in self._norms else ():
                 names |= {parameter: f"{path}.{name}" for name, parameter in private.named_parameters()}
         return {parameter: max(groups.values()) - groups[name] for parameter, name in names.items()}
+
+    def first_layers(self, num_groups: int) -> list[nn.Parameter]:
+        """Return the parameters of the `num_groups` layer groups next to the input.
+
+        Raises:
+            ValueError: the network does not have so many below its last group, or timm defines no groups for it.
+        """
+        if num_groups == 0:
+            return []
+        depths = self.layer_depths()
+        most = max(depths.values())
+        if num_groups > most:
+            raise ValueError(f"freeze_layers is {num_groups}, but the backbone has {most} groups below its last one")
+        return [parameter for parameter, depth in depths.items() if most - depth < num_groups]
 
     def at(self, resolution_index: int) -> nn.Module:
         """Return a separate copy of the network with the plain norms of one resolution, for export and cost counts."""

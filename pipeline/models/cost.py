@@ -203,6 +203,24 @@ def measure_costs(model: DRNet) -> Costs:
     )
 
 
+def frozen_gflops(model: DRNet, num_groups: int) -> tuple[float, ...]:
+    """Count the multiply-adds of the backbone's `num_groups` layer groups next to the input, at every resolution."""
+    if num_groups == 0:
+        return (0.0,) * len(model.resolutions)
+    frozen = set(model.backbone.first_layers(num_groups))
+    names = [
+        name for name, layer in model.backbone.named_modules() if frozen.intersection(layer.parameters(recurse=False))
+    ]
+    gflops = []
+    for index, side in enumerate(model.resolutions):
+        with FlopCounterMode(display=False) as counter:
+            meta_forward(model.backbone, meta_images(side), index)
+        counts = counter.get_flop_counts()
+        root = type(model.backbone).__name__
+        gflops.append(sum(sum(counts.get(f"{root}.{name}", {}).values()) for name in names) / 2e9)
+    return tuple(gflops)
+
+
 def _gflops(module: nn.Module, role: str, side: int, *arguments: int) -> float:
     try:
         return count_macs(module, meta_images(side), *arguments) / 1e9

@@ -291,10 +291,12 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     classifier, expected = classifier_keys(network), set(own)
     if classifier and not classifier & set(state):
         logger.warning("%s has no classifier, so the classifier starts at random", source)
+        _reset_classifier(network)
         expected -= classifier
     elif misfits and set(misfits) <= classifier:
         counts = (state[misfits[0]].shape[0], own[misfits[0]].shape[0])
         logger.warning("%s has a classifier for %d classes; the one for %d classes starts at random", source, *counts)
+        _reset_classifier(network)
         state = {key: value for key, value in state.items() if key not in classifier}
         expected -= classifier
     problems = [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}" for key in misfits if key in state]
@@ -306,6 +308,19 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(f"weights {source} do not fit the backbone: {'; '.join(problems[:_LISTED])}{more}")
     network.load_state_dict(dict(state), strict=False)
+
+
+def _reset_classifier(network: nn.Module) -> None:
+    """Give the classifier torch's initial weights, at most 1 / sqrt(features).
+
+    timm's EfficientNets and MobileNets have up to 1 / sqrt(classes), as in TensorFlow. On pre-trained features of 2
+    classes, the first logits would have a deviation of 10, and the first epochs would be spent on unlearning them.
+    """
+    prefixes = {key.rpartition(".")[0] for key in classifier_keys(network)}
+    for name, layer in network.named_modules():
+        reset: Any = getattr(layer, "reset_parameters", None)
+        if name in prefixes and reset is not None:
+            reset()
 
 
 def classifier_keys(network: nn.Module) -> set[str]:

@@ -18,7 +18,7 @@ from datasets.sources.glyphs import LETTERS
 from datasets.staging import remote_manifest
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import BackboneStage, Config, DataConfig, JointStage, PredictorStage, RoutedStage, Stage
-from pipeline.models.cost import Costs, measure_costs
+from pipeline.models.cost import Costs, frozen_gflops, measure_costs
 from pipeline.models.drnet import DRNet, build_drnet, normalization, validation_crop
 from pipeline.models.dry_run import measure_activations, tensor_bytes
 from pipeline.models.norms import ResolutionNorm
@@ -264,12 +264,12 @@ def _stages(config: Config, model: DRNet, data: DataSummary, costs: Costs) -> It
             alpha_milliseconds=stage.alpha_milliseconds if routed else None,
             reachable_gflops=(costs.min_backbone_gflops, costs.max_backbone_gflops) if routed else None,
             memory=_step_memory(config, model, stage),
-            training_gflops=_training_gflops(stage, config.training.backward, costs, data),
+            training_gflops=_training_gflops(stage, config.training.backward, costs, data, model),
             table_bytes=_table_bytes(stage, model, data),
         )
 
 
-def _training_gflops(stage: Stage, backward: str, costs: Costs, data: DataSummary) -> float | None:
+def _training_gflops(stage: Stage, backward: str, costs: Costs, data: DataSummary, model: DRNet) -> float | None:
     """Return the GFLOPs that a stage spends on training images, in its steps and for its logit tables."""
     if data.num_train is None:
         return None
@@ -285,11 +285,13 @@ def _training_gflops(stage: Stage, backward: str, costs: Costs, data: DataSummar
     assert isinstance(stage, BackboneStage)
     period = range(max(1, len(costs.backbone) - 2))  # the steps after which the turns of the resolutions repeat
     steps = [sandwich(len(costs.backbone), stage.resolutions_per_step, step) for step in period]
+    fixed_R = frozen_gflops(model, stage.freeze_layers)
     trained = sum(costs.backbone_gflops[index] for indices in steps for index in indices) / len(steps)
+    fixed = sum(fixed_R[index] for indices in steps for index in indices) / len(steps)
     recomputes = stage.distillation in ("mean", "learned") and backward == "apart"
     again = sum(costs.backbone_gflops[1:]) if recomputes else 0.0  # the teacher needs all logits before any backward
-    frozen = 2 * stage.freeze_epochs * trained  # a frozen backbone has no backward pass
-    return data.num_train * (stage.epochs * (3 * trained + again) - frozen)
+    backward_epochs = stage.epochs - stage.freeze_epochs  # a frozen layer has no backward pass
+    return data.num_train * (stage.epochs * (trained + again) + 2 * backward_epochs * (trained - fixed))
 
 
 def _trains_on_table(stage: Stage) -> TypeGuard[PredictorStage]:

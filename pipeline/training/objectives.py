@@ -303,7 +303,7 @@ class BackboneObjective(Objective):
     L_ce(ensemble).
 
     In the first freeze_epochs epochs, only the classifier has a gradient, and batch norms keep their statistics. This
-    depends on progress alone, so a resume needs no state.
+    depends on progress alone, so a resume needs no state. The layers of freeze_layers never have a gradient.
 
     The communication overlaps with a step's last backward pass. So the last pass is that of the largest resolution,
     unless there is distillation, which runs the largest resolution first. `together` runs one pass for all resolutions,
@@ -313,6 +313,8 @@ class BackboneObjective(Objective):
     def __init__(self, forward: Forward, stage: BackboneStage, device: torch.device, *, together: bool):
         self.forward, self.stage, self.together = forward, stage, together
         self.frozen = False
+        self.fixed = forward.model.backbone.first_layers(stage.freeze_layers)
+        self._freeze_layers()
         self.mixing = Mixing(stage) if stage.mixup_alpha or stage.cutmix_alpha else None
         self.ensemble: Ensemble | None = None
         if stage.distillation in ("mean", "learned"):
@@ -342,6 +344,12 @@ class BackboneObjective(Objective):
             backbone.requires_grad_(not frozen)
             for parameter in backbone.classifier_parameters():
                 parameter.requires_grad_(True)
+            self._freeze_layers()
+
+    def _freeze_layers(self) -> None:
+        """Keep the weights of the first layers. A backward pass ends where they do, which is most of the time saved."""
+        for parameter in self.fixed:
+            parameter.requires_grad_(False)
 
     def _logits(self, images: Mapping[int, Tensor], index: int) -> Tensor:
         return self.forward.backbone(images, index, training=True, frozen_statistics=self.frozen)

@@ -279,6 +279,25 @@ def run_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     job.main()
 
 
+def test_frozen_layers_have_no_backward_pass(tmp_path: Path):
+    network = {"backbone": "timm/test_resnet", "resolutions": [64, 32], "predictor": {"width": 0.25, "input_size": 32}}
+    expected = {}
+    for layers in (0, 3):
+        stages = {"backbone": {"epochs": 1, "freeze_layers": layers}}
+        config = config_in(tmp_path, stages=stages, model=network)
+        model = build_drnet(config.model, 10, (0.5,) * 3, (0.25,) * 3)
+        images = {side: torch.zeros(12, side, side, 3, dtype=torch.uint8) for side in model.sides}
+        assert config.stages.backbone
+        objective = build_objective(model, config.stages.backbone, torch.ones(2))
+        with FlopCounterMode(display=False) as counter:
+            objective(StepBatch(images, torch.arange(12) % 10, torch.rand(12, 2), 12))
+        real = counter.get_total_flops() / 2e9 / 12
+        expected[layers] = describe(config).stages[0].training_gflops or 0.0
+        # The estimate also counts the gradient of the input of the lowest layer that trains.
+        assert 130 * real <= expected[layers] <= 1.15 * 130 * real
+    assert expected[3] < 0.8 * expected[0]
+
+
 def test_a_backward_pass_counts_as_two_forward_passes(tmp_path: Path):
     routed = {"epochs": 2, "alpha_gflops": 0.005}
     stages = {"backbone": {"epochs": 3}, "predictor": {**routed, "num_crops": 1}, "joint": routed}

@@ -160,8 +160,39 @@ def test_weight_decay_of_norms_and_biases_is_off_in_every_layer_group() -> None:
 
 
 def test_layer_decay_of_a_network_without_groups_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"layer_decay needs a backbone of timm, .* Give timm/NAME, or 1"):
+    with pytest.raises(ValueError, match=r"layer_decay and freeze_layers need a backbone of timm, .* Give timm/NAME"):
         build_optimizer(small_model(), BackboneStage(epochs=1, layer_decay=0.5))
+    with pytest.raises(ValueError, match=r"layer_decay and freeze_layers need a backbone of timm, .* Give timm/NAME"):
+        build_objective(small_model(), BackboneStage(epochs=1, freeze_layers=1), COSTS_R)
+
+
+def test_frozen_layers_keep_their_weights_and_update_their_statistics() -> None:
+    model = small_model()
+    model.backbone = build_backbone("timm/test_resnet", 5, len(model.resolutions))
+    stage = BackboneStage(epochs=2, lr=0.05, momentum=0, freeze_epochs=1, freeze_layers=2, weight_decay=0.1)
+    objective = build_objective(model, stage, COSTS_R)
+    optimizer = build_optimizer(model, stage, objective.own)
+    before = copy.deepcopy(model.state_dict())
+
+    def step(epoch: float) -> set[str]:
+        objective(replace(batch_of(16), epoch=epoch))
+        optimizer.step()
+        optimizer.zero_grad()
+        return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+    assert step(0) == {"backbone.network.fc.weight", "backbone.network.fc.bias"}
+    moved = step(1)
+    weights = dict(model.backbone.named_parameters(prefix="backbone"))
+    fixed = {name for name, parameter in weights.items() if not parameter.requires_grad}
+    assert {name.split(".")[2] for name in fixed} == {"conv1", "bn1", "layer1"}
+    assert not moved & fixed
+    assert len(moved & set(weights)) > len(weights) / 2
+    assert any("bn1.norms.0.running_mean" in name for name in moved)
+
+
+def test_all_layers_cannot_be_frozen() -> None:
+    with pytest.raises(ValueError, match=r"freeze_layers is 99, but the backbone has \d+ groups below its last one"):
+        tiny().first_layers(99)
 
 
 def head_reference(model: DRNet, stage: BackboneStage) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,20 @@ def test_weights_without_a_classifier_leave_ours_at_random(tmp_path: Path, caplo
     network = timm.create_model("test_vit", num_classes=5)
     stored = {key: value + 1 for key, value in network.state_dict().items() if not key.startswith("head.")}
     save_file(stored, tmp_path / "net.safetensors")
-    head = network.head.weight.clone()
     load_weights(network, "timm/test_vit", str(tmp_path / "net.safetensors"))
     assert "has no classifier" in caplog.text
-    assert torch.equal(network.head.weight, head)
+    assert 0 < network.get_parameter("head.weight").std() < 0.5
     assert torch.equal(network.cls_token, stored["cls_token"])
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_new_classifier_starts_with_small_logits_however_few_classes_it_has(tmp_path: Path, num_classes: int) -> None:
+    """timm's own first weights would be up to 1 / sqrt(num_classes)."""
+    name = "test_efficientnet"
+    save_file(timm.create_model(name, num_classes=9).state_dict(), tmp_path / "net.safetensors")
+    network = timm.create_model(name, num_classes=num_classes)
+    weight = network.get_parameter("classifier.weight")
+    bound = weight.shape[1] ** -0.5
+    assert weight.abs().max() > 2 * bound
+    load_weights(network, f"timm/{name}", str(tmp_path / "net.safetensors"))
+    assert 0.5 * bound < weight.abs().max() <= bound
