@@ -4,9 +4,10 @@
     --variant three "" --variant four "model.resolutions=[96,64,48,32]" [--seeds 3] [--folder runs/variants]`
 
 Every run trains in one process, as `jobs.train` does with the same configuration, without Ray and MLflow. Its
-predictions stay in the folder, and a run that is there is not trained again. Policies are fitted on random halves of
-the validation images and applied to the others. The table has the mean over the seeds
-with its 95 % interval (Student's t).
+predictions stay in the folder, and a run that is there is not trained again. The first table has the mean accuracy
+over the seeds with its 95 % interval (Student's t): policies are fitted on random halves of the validation images and
+applied to the others. With --against-static, a second table compares the policy of each run and limit with the static
+resolutions: policies for each fifth of the images are fitted on the other fifths, as in a report.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import json
 import shlex
 import subprocess
 import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +32,16 @@ from benchmarks.harness import ROOT, progress
 from benchmarks.overhead import opened_run
 from benchmarks.policies import images_of, reached
 from pipeline.config.load import load_config
-from pipeline.evaluation.predictions import collect_predictions
+from pipeline.evaluation.predictions import Predictions, collect_predictions
+from pipeline.evaluation.report import Evaluation, build_report
 from pipeline.evaluation.statistics import mean_of
 from pipeline.models.cost import Costs
+from pipeline.policies.calibrate import Budget, Split
 from pipeline.policies.route import Images
 from pipeline.training.loop import train
 
 COSTS, PREDICTIONS = "costs.json", "predictions.npz"
+FOLDS = Split(cross_fit_below=sys.maxsize)
 
 
 def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None:
@@ -75,6 +83,28 @@ def table(folders: dict[str, list[Path]], costs: list[float], kind: str) -> list
     return lines
 
 
+def against_static(folder: Path, budgets: Sequence[Budget]) -> Iterator[str]:
+    """Yield a row for each budget: the chosen policy's accuracy and cost, and its differences from static rivals."""
+    predictions, costs = Predictions.load(folder / PREDICTIONS), Costs(**json.loads((folder / COSTS).read_text()))
+    costs = replace(costs, resolutions=tuple(costs.resolutions), backbone_gflops=tuple(costs.backbone_gflops))
+    keys_N = np.array([zlib.crc32(b"%d" % index) for index in predictions.indices_N], np.uint64)
+    classes = [str(index) for index in range(predictions.logits_NRK.shape[2])]
+    for budget in budgets:
+        evaluation = Evaluation(predictions, costs, keys_N, budget=budget, has_predictor=False, split=FOLDS)
+        report = build_report(evaluation, classes=classes, attributes={}, name=folder.name, context={"dataset": "x"})
+        best, found = report["best_static"], report["headline"]
+        above, against = report["comparisons"]["envelope"], report["comparisons"][best]
+        limit = f"{1000 * budget.cost:g}" if budget.cost else f"{100 * (budget.max_drop or 0):g} points"
+        yield (
+            f"| {folder.name} | {limit} | {100 * found['top1']:.1f} % at {1000 * found['mean_cost']:.1f} | "
+            f"{_points(above)} | {best} | {_points(against)} | {against['cost_ratio']:.2f} |"
+        )
+
+
+def _points(found: Mapping[str, float]) -> str:
+    return f"{found['difference_points']:+.1f} ({found['low_points']:+.1f} to {found['high_points']:+.1f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.variants", description=__doc__.splitlines()[0])
     parser.add_argument("config")
@@ -83,6 +113,8 @@ def main() -> None:
     )
     parser.add_argument("--fields", nargs="*", default=[], metavar="key.path=value", help="fields of all variants")
     parser.add_argument("--costs", nargs="*", type=float, default=[], help="cost limits, in 1e-3 GFLOPs")
+    parser.add_argument("--drops", nargs="*", type=float, default=[], help="largest drops for --against-static, points")
+    parser.add_argument("--against-static", action="store_true", help="also compare each run with static resolutions")
     parser.add_argument("--kind", default="cascade", help="kind of policy (default cascade)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -110,6 +142,16 @@ def main() -> None:
     with ThreadPoolExecutor(args.at_once) as pool:
         list(pool.map(run, cases))
     print("\n".join(table(folders, [cost / 1000 for cost in args.costs], args.kind)))
+    if args.against_static:
+        budgets = [Budget(cost=cost / 1000) for cost in args.costs] + [
+            Budget(max_drop=drop / 100) for drop in args.drops
+        ]
+        print(
+            "\n| run | limit | policy | above the envelope, points | best static | against it, points | of its cost |"
+        )
+        print("|---" * 7 + "|")
+        for folder in chain.from_iterable(folders.values()):
+            print("\n".join(against_static(folder, budgets)))
     return None
 
 

@@ -171,7 +171,7 @@ def _scan_glyphs(options: SourceOptions) -> Source:
 
 ELPV_PROTOCOL = (
     "their own 25 % test split, cells weighted by the experts' confidence in training; here another random 25 % are "
-    "held out, stratified by label and cell type, every cell counts once, and nothing is pre-trained"
+    "held out, stratified by label and cell type, and every cell counts once"
 )
 
 CHOICES = ("source", "validation_source", "validation_fraction", "images_per_class", "split_seed", "group_by")

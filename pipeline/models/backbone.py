@@ -187,8 +187,8 @@ class ResolutionBackbone(nn.Module):
         matcher: Any = getattr(self.network, "group_matcher", None)
         if matcher is None:
             raise ValueError(
-                "layer_decay and freeze_layers need a backbone of timm, which groups its layers. Give timm/NAME, or "
-                "leave them at 1 and 0"
+                "layer_decay and freeze_layers need a backbone of timm whose layers are in groups, and this one has no "
+                "groups. Set stages.backbone.freeze_layers=0 and layer_decay=1, or choose another timm/NAME"
             )
         from timm.models import group_parameters
 
@@ -211,7 +211,10 @@ class ResolutionBackbone(nn.Module):
         depths = self.layer_depths()
         most = max(depths.values())
         if num_groups > most:
-            raise ValueError(f"freeze_layers is {num_groups}, but the backbone has {most} groups below its last one")
+            raise ValueError(
+                f"stages.backbone.freeze_layers is {num_groups}, but the backbone has {most} groups below its last "
+                f"one. Give at most {most}"
+            )
         return [parameter for parameter, depth in depths.items() if most - depth < num_groups]
 
     def at(self, resolution_index: int) -> nn.Module:

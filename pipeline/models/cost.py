@@ -204,12 +204,18 @@ def measure_costs(model: DRNet) -> Costs:
 
 
 def frozen_gflops(model: DRNet, num_groups: int) -> tuple[float, ...]:
-    """Count the multiply-adds of the backbone's `num_groups` layer groups next to the input, at every resolution."""
+    """Count the multiply-adds of the backbone's `num_groups` layer groups next to the input, at every resolution.
+
+    Products of activations, as in attention, are not counted.
+    """
     if num_groups == 0:
         return (0.0,) * len(model.resolutions)
     frozen = set(model.backbone.first_layers(num_groups))
     names = [
-        name for name, layer in model.backbone.named_modules() if frozen.intersection(layer.parameters(recurse=False))
+        name
+        for name, layer in model.backbone.named_modules()
+        # The count of a module includes its children, and a transformer's outermost module has parameters of its own.
+        if not any(layer.children()) and frozen.intersection(layer.parameters(recurse=False))
     ]
     gflops = []
     for index, side in enumerate(model.resolutions):

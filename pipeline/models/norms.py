@@ -20,6 +20,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 PrivateNorms = Literal["auto", "batch_norm", "all", "none"]
 
 
+MIN_MOMENTUM = 0.1
+"""The lowest share of a batch in the running statistics of a private batch norm."""
+
+
 class ResolutionNorm(nn.Module):
     """Private copies of one norm layer. The copy of resolution `active` normalizes.
 
@@ -41,8 +45,21 @@ class ResolutionNorm(nn.Module):
     def __init__(self, norm: nn.Module, num_copies: int):
         super().__init__()
         self.norms = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(num_copies - 1))])
+        if num_copies > 1:
+            self._adapt_quickly()
         self.active = 0
         self.keeps_statistics = self.frozen = False
+
+    def _adapt_quickly(self) -> None:
+        """Give the copies at least torch's default momentum.
+
+        Some of torchvision's networks have 0.01 or 0.0003. After a short training from published weights, the running
+        statistics of a small resolution would still be those of 224 px.
+        """
+        for norm in self.norms:
+            momentum = getattr(norm, "momentum", None)
+            if momentum is not None:
+                setattr(norm, "momentum", max(momentum, MIN_MOMENTUM))  # noqa: B010  Module's attributes are layers
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode. The statistics of a frozen layer stay in inference mode."""

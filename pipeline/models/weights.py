@@ -30,8 +30,9 @@ PACKAGE = "package:"
 """The prefix of weights in an installed package."""
 
 _LISTED = 5
-_ENTRIES = ("state_dict", "model_state_dict", "model", "state_dict_ema")
-"""The keys under which training checkpoints store their state dict, the most common first."""
+_ENTRIES = ("state_dict_ema", "state_dict", "model_state_dict", "model")
+"""The keys under which training checkpoints store their state dict. timm too prefers the moving average, if there is
+one."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -229,9 +230,12 @@ def _timm_state(name: str, weights: str) -> Mapping[str, Tensor]:
 
 
 def _failed_download(name: str, weights: str, source: str, error: Exception) -> ValueError:
+    expected = weights_input(name, weights)
+    assert expected is not None
     return ValueError(
         f"weights {weights!r} of {name} could not be downloaded from {source} ({error}). "
-        "Download the file on another machine and give its path."
+        "Download the file on another machine, give its path, and set what a file does not contain: "
+        f"model.normalization=[{list(expected.mean)},{list(expected.std)}] loader.validation_crop={expected.crop:.4g}"
     )
 
 
@@ -320,7 +324,8 @@ def _reset_classifier(network: nn.Module) -> None:
     for name, layer in network.named_modules():
         reset: Any = getattr(layer, "reset_parameters", None)
         if name in prefixes and reset is not None:
-            reset()
+            with torch.random.fork_rng(devices=[]):  # the weights of the other layers do not depend on the classifier
+                reset()
 
 
 def classifier_keys(network: nn.Module) -> set[str]:

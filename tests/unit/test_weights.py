@@ -94,10 +94,9 @@ def test_weights_of_timm_come_from_the_hubs_cache(hub: Path, weights: str) -> No
     stored = timm.create_model("test_efficientnet").state_dict()
     save_file(stored, hub / "model.safetensors")
     network = timm.create_model("test_efficientnet", num_classes=5)
-    classifier, state = network.classifier.weight.clone(), torch.get_rng_state()
+    state = torch.get_rng_state()
     load_weights(network, "timm/test_efficientnet", weights)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(network.classifier.weight, classifier)
     loaded = network.state_dict()
     assert all(torch.equal(value, stored[key]) for key, value in loaded.items() if not key.startswith("classifier."))
 
