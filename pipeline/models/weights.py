@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import logging
 import pickle
 from collections.abc import Mapping
@@ -232,10 +233,11 @@ def _timm_state(name: str, weights: str) -> Mapping[str, Tensor]:
 def _failed_download(name: str, weights: str, source: str, error: Exception) -> ValueError:
     expected = weights_input(name, weights)
     assert expected is not None
+    values = json.dumps([expected.mean, expected.std], separators=(",", ":"))  # no spaces, for a command line
     return ValueError(
         f"weights {weights!r} of {name} could not be downloaded from {source} ({error}). "
         "Download the file on another machine, give its path, and set what a file does not contain: "
-        f"model.normalization=[{list(expected.mean)},{list(expected.std)}] loader.validation_crop={expected.crop:.4g}"
+        f"model.normalization={values} loader.validation_crop={expected.crop:.4g}"
     )
 
 

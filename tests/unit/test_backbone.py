@@ -191,6 +191,14 @@ def test_weights_of_wrapped_models_and_training_checkpoints_load(
     assert all(torch.equal(loaded[key], value) for key, value in network.state_dict().items())
 
 
+def test_a_checkpoint_with_a_moving_average_gives_the_average(tmp_path: Path):
+    """timm's `load_state_dict` prefers it too."""
+    network, averaged = (torchvision.models.resnet18(num_classes=5) for _ in range(2))
+    torch.save({"state_dict": network.state_dict(), "state_dict_ema": averaged.state_dict()}, tmp_path / "weights.pt")
+    loaded = build_backbone("resnet18", 5, 2, weights=str(tmp_path / "weights.pt")).at(1)
+    assert torch.equal(loaded.conv1.weight, averaged.conv1.weight)
+
+
 def test_safetensors_load_where_the_package_is_installed(tmp_path: Path):
     state, path = SmallResNet(5, 0.5).state_dict(), tmp_path / "weights.safetensors"
     header, offset = {}, 0

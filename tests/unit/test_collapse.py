@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.config.schema import JointStage
+from pipeline.config.schema import JointStage, PredictorStage
 from pipeline.models.cost import Costs
 from pipeline.training.monitoring import collapse_warning
 
@@ -48,3 +48,10 @@ def test_a_collapse_warning_says_what_to_change(shares: tuple[float, ...], stage
 )
 def test_other_shares_are_not_a_collapse(shares: tuple[float, ...], oracle: tuple[float, ...]) -> None:
     assert warning_of(shares, oracle) is None
+
+
+def test_most_often_correct_at_the_largest_resolution_is_not_a_collapse() -> None:
+    """Without alpha, a policy decides later what the largest resolution is worth."""
+    stage = PredictorStage(epochs=1, objective="correctness")
+    values = {"share_96": 1.0, "share_48": 0.0, "share_32": 0.0, "oracle_share_96": 0.1}
+    assert collapse_warning("predictor", stage, COSTS, values) is None

@@ -19,7 +19,7 @@ from jobs import describe as job
 from pipeline.config.load import ConfigError, load_config, parse_config
 from pipeline.config.schema import Config
 from pipeline.models.backbone import build_backbone
-from pipeline.models.cost import Costs, measure_costs
+from pipeline.models.cost import Costs, frozen_gflops, measure_costs
 from pipeline.models.drnet import build_drnet
 from pipeline.models.dry_run import measure_activations
 from pipeline.training.describe import describe, summarize_data
@@ -296,6 +296,15 @@ def test_frozen_layers_have_no_backward_pass(tmp_path: Path):
         # The estimate also counts the gradient of the input of the lowest layer that trains.
         assert 130 * real <= expected[layers] <= 1.15 * 130 * real
     assert expected[3] < 0.8 * expected[0]
+
+
+def test_frozen_layers_of_a_transformer_are_a_part_of_its_cost(tmp_path: Path):
+    """Its outermost module has parameters of its own, the position embedding, in the first group of layers."""
+    network = {"backbone": "timm/test_vit", "resolutions": [64, 32], "predictor": {"width": 0.25, "input_size": 32}}
+    model = build_drnet(config_in(tmp_path, model=network).model, 10, (0.5,) * 3, (0.25,) * 3)
+    costs = measure_costs(model).backbone_gflops
+    for some, more, all_layers in zip(frozen_gflops(model, 1), frozen_gflops(model, 3), costs, strict=True):
+        assert 0 < some < more < all_layers
 
 
 def test_a_backward_pass_counts_as_two_forward_passes(tmp_path: Path):

@@ -32,6 +32,14 @@ def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def test_private_statistics_adapt_at_least_as_fast_as_torchs_default():
+    """torchvision's MnasNet has a momentum of 0.0003: a short training would leave the statistics of 224 px."""
+    for num_copies, expected in ((2, 0.1), (1, 0.0003)):
+        layer = ResolutionNorm(nn.BatchNorm2d(4, momentum=0.0003), num_copies)
+        assert [norm.momentum for norm in layer.norms] == [expected] * num_copies
+    assert [norm.momentum for norm in ResolutionNorm(nn.BatchNorm2d(4, momentum=None), 2).norms] == [None, None]
+
+
 def test_copies_start_from_the_values_and_settings_of_the_norm_they_replace():
     module = network()
     with torch.no_grad():

@@ -102,7 +102,11 @@ def test_weights_of_timm_come_from_the_hubs_cache(hub: Path, weights: str) -> No
 
 
 def test_weights_that_cannot_be_downloaded_say_from_where_and_what_to_do(hub: Path) -> None:
-    with pytest.raises(ValueError, match=r"downloaded from timm/test_efficientnet\.r160_in1k .*give its path"):
+    expected = (
+        r"downloaded from timm/test_efficientnet\.r160_in1k .*give its path, and set .*"
+        r"model\.normalization=\[\[0\.485,0\.456,0\.406\],\[0\.229,0\.224,0\.225\]\] loader\.validation_crop=0\.95"
+    )
+    with pytest.raises(ValueError, match=expected):
         load_weights(timm.create_model("test_efficientnet"), "timm/test_efficientnet", "pretrained")
 
 
