@@ -76,15 +76,20 @@ def ray_cluster() -> Iterator[str]:
     """
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=False,
-        object_store_memory=256 * 1024**2,
-        log_to_driver=False,
-        logging_level="WARNING",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray Train's PlacementGroupCleaner asks the dashboard whether the controller lives. Without a dashboard it asks
+        # the cluster in /tmp/ray/ray_current_cluster, which may be dead: each run would end 12 s later. Only this
+        # cluster's processes get the variable, because it overrides the addresses of JobSubmissionClient.
+        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=256 * 1024**2,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
     yield context.address_info["address"]
     ray.shutdown()
 
