@@ -10,11 +10,15 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from tests.s3_server import S3Server, s3_server
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN_BY_RUNS = ("data", "runs", "mlruns", "mlartifacts", "mlflow.db")
@@ -93,6 +97,32 @@ def ray_cluster() -> Iterator[str]:
         )
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepare data and an MLflow store for small runs; 203 images give two ranks unequal parts of a batch."""
+    from datasets.prepare.prepare import prepare
+    from datasets.sources.glyphs import GlyphSettings
+    from tests.chaos.runs import NUM_TRAIN
+    from tests.unit.tracking_fixtures import fresh_store
+
+    folder = tmp_path_factory.mktemp("small-runs")
+    glyphs = GlyphSettings(num_train=NUM_TRAIN, num_validation=50, image_size=64)
+    prepare("glyphs", folder / "data", glyphs=glyphs, num_processes=1, show_progress=False)
+    fresh_store(folder, tmp_path_factory)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folder: Path, ray_cluster: str) -> Config:
+    """Train a small run of all stages on two workers, and return its configuration."""
+    from pipeline.cluster.driver import train_run
+    from tests.chaos.runs import config_of
+
+    config = config_of(folder, "undisturbed")
+    train_run(config)
+    return config
 
 
 @pytest.fixture(scope="session")
