@@ -90,6 +90,7 @@ def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(undisturbed: C
         train_run(undisturbed.model_copy(update={"seed": 5}))
 
 
+@pytest.mark.chaos
 def test_a_diverged_run_says_so_and_is_not_retried(folder: Path, ray_cluster: str) -> None:
     config = config_of(folder, "diverged", stages=only(backbone={"epochs": 1, "lr": 1e25}))
     with pytest.raises(ValueError, match="diverged in stage backbone, epoch 1 of 1, step 2 of 11") as caught:
