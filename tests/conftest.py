@@ -10,11 +10,15 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from tests.s3_server import S3Server, s3_server
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN_BY_RUNS = ("data", "runs", "mlruns", "mlartifacts", "mlflow.db")
@@ -25,6 +29,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray creates one in the home folder
+os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"  # a test waits until a broken model has failed so often
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 settings.load_profile("suite")
@@ -76,17 +81,48 @@ def ray_cluster() -> Iterator[str]:
     """
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=False,
-        object_store_memory=256 * 1024**2,
-        log_to_driver=False,
-        logging_level="WARNING",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray Train's PlacementGroupCleaner asks the dashboard whether the controller lives. Without a dashboard it asks
+        # the cluster in /tmp/ray/ray_current_cluster, which may be dead: each run would end 12 s later. Only this
+        # cluster's processes get the variable, because it overrides the addresses of JobSubmissionClient.
+        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=256 * 1024**2,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
     yield context.address_info["address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepare data and an MLflow store for small runs; 203 images give two ranks unequal parts of a batch."""
+    from datasets.prepare.prepare import prepare
+    from datasets.sources.glyphs import GlyphSettings
+    from tests.chaos.runs import NUM_TRAIN
+    from tests.unit.tracking_fixtures import fresh_store
+
+    folder = tmp_path_factory.mktemp("small-runs")
+    glyphs = GlyphSettings(num_train=NUM_TRAIN, num_validation=50, image_size=64)
+    prepare("glyphs", folder / "data", glyphs=glyphs, num_processes=1, show_progress=False)
+    fresh_store(folder, tmp_path_factory)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folder: Path, ray_cluster: str) -> Config:
+    """Train a small run of all stages on two workers, and return its configuration."""
+    from pipeline.cluster.driver import train_run
+    from tests.chaos.runs import config_of
+
+    config = config_of(folder, "undisturbed")
+    train_run(config)
+    return config
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Kill and resume runs, and compare them with an uninterrupted one: `python -m tests.killed_runs FOLDER` prints them.
 
-Every rank is a process, forked from this one: torch is imported once, and nothing is computed before a fork. A run
-kills itself right after a given step, or a given epoch of crops of a logit table, so every attempt is the same.
+Every rank is a process, forked from one that has imported torch and computed nothing. A run kills itself right after a
+given step, or a given epoch of crops of a logit table, so every attempt is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +133,31 @@ def run_to_the_end(folder: Path, world_size: int, dies_after: Pair | None) -> di
     }
 
 
+def name_of(world_size: int, pair: Pair | None) -> str:
+    return f"{world_size}-{'-'.join(map(str, pair)) if pair else 'undisturbed'}"
+
+
+def run_cases(folder: Path, world_size: int, cases: Sequence[Pair | None]) -> None:
+    """Run each case to the end in a folder of its own, print its result, and write it to a file beside the folder."""
+    for pair in cases:
+        name = name_of(world_size, pair)
+        found = run_to_the_end(folder / name, world_size, pair)
+        (folder / f"{name}.json").write_text(json.dumps(found))
+        killed = f"{pair[0]:<9} {'crop_epoch' if pair[0] == TABLE else 'step'} {pair[1]}" if pair else "undisturbed"
+        print(f"{world_size} rank(s)  {killed:<18}  {found['resumed_from']:<34}  {found['sha256'][0]}", flush=True)
+
+
 def main(folder: Path) -> None:
+    """Run all cases. Two run at a time if they have one rank."""
     results = []
     for world_size, pairs in PAIRS.items():
-        for pair in [None, *pairs]:
-            name = f"{world_size}-{'-'.join(map(str, pair)) if pair else 'undisturbed'}"
-            found = run_to_the_end(folder / name, world_size, pair)
-            results.append(found)
-            killed = f"{pair[0]:<9} {'crop_epoch' if pair[0] == TABLE else 'step'} {pair[1]}" if pair else "undisturbed"
-            print(f"{world_size} rank(s)  {killed:<18}  {found['resumed_from']:<34}  {found['sha256'][0]}", flush=True)
+        cases = [None, *pairs]
+        shares = [cases[0::2], cases[1::2]] if world_size == 1 else [cases]
+        helpers = [forked(lambda share=share, size=world_size: run_cases(folder, size, share)) for share in shares]
+        ended = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in helpers]
+        if any(ended):
+            raise SystemExit(f"the processes that run the cases with {world_size} rank(s) ended with {ended}")
+        results += [json.loads((folder / f"{name_of(world_size, pair)}.json").read_text()) for pair in cases]
     (folder / "results.json").write_text(json.dumps(results))
 
 

@@ -32,7 +32,7 @@ STEPS = -(-NUM_TRAIN // BATCH)
 
 
 def config_of(folder: Path, name: str, **changed: Any) -> Config:
-    """Configure two workers, three stages and a checkpoint every few steps; `changed` overrides sections."""
+    """Configure two workers, three stages and a checkpoint every few steps; `changed` overrides fields."""
     routed = {"epochs": 2, "alpha_gflops": 0.0012, "lr": 0.01}
     tree: dict[str, Any] = {
         "name": name,
@@ -43,12 +43,14 @@ def config_of(folder: Path, name: str, **changed: Any) -> Config:
             "resolutions": [48, 32],
             "predictor": {"input_size": 24, "width": 0.25},
         },
-        "training": {"batch_size": BATCH, "checkpoint_steps": CHECKPOINT_STEPS},
+        "training": {"batch_size": BATCH, "checkpoint_steps": CHECKPOINT_STEPS, "precision": "auto"},
         "stages": {"backbone": {"epochs": 3, "lr": 0.02}, "predictor": routed, "joint": routed},
         "cluster": {"num_workers": 2, "cpus_per_worker": 1, "storage": str(folder / "runs"), "max_failures": 8},
         "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
     }
-    return parse_config({**tree, **{key: {**tree.get(key, {}), **section} for key, section in changed.items()}})
+    for key, value in changed.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
 
 
 class Driver:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.models.norms import synchronize_batch_norms
 from pipeline.training.loop import train
+from tests.ranks import run_ranks
 from tests.synthetic import Recorder, config_of, run_of, without_timings
 
 pytestmark = pytest.mark.distributed
@@ -41,7 +41,7 @@ def run_rank(rank: int, world_size: int, folder: str, stages: dict) -> None:
 def results_of(world_size: int, clipped: bool = True) -> list[tuple]:
     stages = {name: stage | ({} if clipped else {"clip_grad_norm": None}) for name, stage in STAGES.items()}
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (world_size, folder, stages), nprocs=world_size)
+        run_ranks(run_rank, world_size, folder, stages)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

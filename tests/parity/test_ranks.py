@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline.cluster.checkpoints import DamagedCheckpointError, read_state_on_all_ranks
@@ -22,6 +21,7 @@ from pipeline.training.monitoring import DivergedError, DivergenceMonitor, Meter
 from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.optim import MovingAverage, build_optimizer, completion_order
 from pipeline.training.run import Progress, costs_of_run, precision_of_run
+from tests.ranks import run_ranks
 from tests.small import COSTS_R, batch_of, small_model
 
 pytestmark = pytest.mark.distributed
@@ -198,7 +198,7 @@ def _plain(name: str) -> str:
 @functools.cache
 def results_of(world_size: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (world_size, folder), nprocs=world_size)
+        run_ranks(run_rank, world_size, folder)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

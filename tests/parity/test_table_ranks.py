@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from pipeline.training import objectives
 from pipeline.training.logit_table import UnfillableTableError
 from pipeline.training.loop import train
+from tests.ranks import run_ranks
 from tests.table_runs import config_of, run_of, write_data
 
 pytestmark = pytest.mark.distributed
@@ -53,7 +53,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     data = write_data(tmp_path)
     expected_state, expected_values, expected_messages = train_predictor(data, tmp_path / "of-one")
-    mp.spawn(run_rank, (2, data, tmp_path), nprocs=2)
+    run_ranks(run_rank, 2, data, tmp_path)
     assert files_of(tmp_path / "of-two") == files_of(tmp_path / "of-one")
     for rank in range(2):
         state, values, messages, refusal = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

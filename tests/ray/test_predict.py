@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -17,6 +19,7 @@ import pytest
 from pipeline.cluster.predict_folder import Actors, OutputFolder, divide_resources, predict_folder
 from pipeline.serving.package import classify_files
 from pipeline.tracking.registry import open_model, register_model
+from tests.chaos.runs import ray_processes
 from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import finish_run, fresh_store, make_config, make_model, wait_until
 
@@ -57,6 +60,28 @@ def parts_in(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
 
 
+@contextmanager
+def killing_an_actor(num_parts: int, out: Path) -> Iterator[None]:
+    """Kill an actor as soon as `out` has more than `num_parts` parts; fail if the body ends before."""
+    killed, over = threading.Event(), threading.Event()
+
+    def kill_an_actor() -> None:
+        while not over.wait(0.02):
+            if len(parts_in(out)) > num_parts and (actors := ray_processes("PartPredictor")):
+                actors[0].kill()
+                killed.set()
+                return
+
+    killer = threading.Thread(target=kill_an_actor)
+    killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
+    assert killed.is_set(), "the prediction ended before an actor could be killed"
+
+
 def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: Path, ray_cluster: str) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "jobs.predict", "--model", MODEL, str(images), "--out", str(out)]
@@ -66,7 +91,7 @@ def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: 
         driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
         wait_until(lambda: driver.poll() is not None or parts_in(out), "the first part is written")
-        actors = [process for process in psutil.process_iter() if "PartPredictor" in process.name()]
+        actors = ray_processes("PartPredictor")
         driver.kill()
         driver.wait()
     finally:
@@ -77,11 +102,13 @@ def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: 
     assert 0 < len(before) < NUM_FILES / 2
     (out / ".part-000000.parquet.1.partial").write_bytes(b"half")
 
-    said = predict_folder(MODEL, images, out, files_per_part=2, show_progress=False)
+    with killing_an_actor(len(before), out):
+        said = predict_folder(MODEL, images, out, files_per_part=2, show_progress=False)
     after = parts_in(out)
     assert len(after) == NUM_FILES / 2
     assert {name: after[name] for name in before} == before, "existing parts are not computed again"
     assert not list(out.glob("*.partial"))
+    assert OutputFolder(out).list_file.exists()
     assert said.startswith("240 files, 2 of them with an error; ")
 
     rows = pq.read_table(out).to_pylist()
@@ -113,30 +140,6 @@ def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: 
 )
 def test_actors_fit_the_nodes(nodes, expected):
     assert divide_resources(nodes) == expected
-
-
-def test_an_actor_that_dies_is_replaced(images: Path, tmp_path: Path, ray_cluster: str) -> None:
-    killed, over = threading.Event(), threading.Event()
-
-    def kill_an_actor() -> None:
-        while not over.wait(0.02):
-            if parts_in(tmp_path):
-                for process in psutil.process_iter():
-                    if "PartPredictor" in process.name():
-                        process.kill()
-                        killed.set()
-                        return
-
-    killer = threading.Thread(target=kill_an_actor)
-    killer.start()
-    try:
-        predict_folder(MODEL, images, tmp_path, files_per_part=2, show_progress=False)
-    finally:
-        over.set()
-        killer.join()
-    assert killed.is_set(), "the prediction ended before an actor could be killed"
-    assert pq.read_table(tmp_path).num_rows == NUM_FILES
-    assert OutputFolder(tmp_path).list_file.exists()
 
 
 def test_a_model_that_cannot_be_loaded_gives_one_message(images: Path, tmp_path: Path, ray_cluster: str) -> None:

@@ -40,8 +40,9 @@ from tests.unit.tracking_fixtures import finish_run, free_port, fresh_store, mak
 
 pytestmark = pytest.mark.distributed
 
-SPLIT: dict[str, Any] = {
-    "split": "by_resolution",
+SPLIT: dict[str, Any] = {"split": "by_resolution"}
+SCALED: dict[str, Any] = {
+    **SPLIT,
     "max_replicas": 2,
     "target_ongoing_requests": 1.0,
     "scale_up_seconds": 0.5,
@@ -268,13 +269,26 @@ def replicas(deployment: str) -> list[psutil.Process]:
     return [each for each in found if "ServeReplica" in (line := " ".join(each.cmdline())) and deployment in line]
 
 
-def test_a_rollout_under_load_fails_no_request_and_names_the_version(port: int) -> None:
-    """Version 2 also runs in another split, so both change at once."""
+def test_a_rollout_under_load_fails_no_request_and_names_the_version(port: int, registry: str) -> None:
+    """The alias moves to version 2, which also runs in another split, so both change at once."""
+    said: list[str] = []
+    client = MlflowClient(registry)
+    first = plan_for(CHAMPION, settings(port, **SPLIT), TOKEN)
     with load(port) as during:
         wait_until(lambda: len(during.answers) > 8, "clients are served")
-        serve_model(SECOND, settings(port, **SPLIT), TOKEN, show=lambda _: None)
+        assert _follow(first, CHAMPION, TOKEN, said.append, set()) is first
+        client.set_registered_model_alias("drnet", "champion", "2")
+        try:
+            second = _follow(first, CHAMPION, TOKEN, said.append, set())
+        finally:
+            client.set_registered_model_alias("drnet", "champion", "1")
         since = len(during.answers)
         wait_until(lambda: len(during.answers) > since + 16, "the new version answers")
+    assert second.router.model == SECOND
+    assert said == [
+        f"{CHAMPION} is {SECOND} now; rolling it out",
+        f"{SECOND} answers at http://127.0.0.1:{port}",
+    ]
     assert during.statuses() == {200}
     record(
         Row(
@@ -299,12 +313,16 @@ def num_running(app: str) -> int:
 
 @pytest.mark.chaos
 def test_replicas_follow_the_shares_of_the_traffic(port: int) -> None:
-    """Depends on the rollout, which lets each resolution have two replicas."""
-    for side, other in ((48, 32), (32, 48)):
-        with load(port, 8, f"/?policy={side}") as during:
-            wait_until(lambda side=side: num_running(f"drnet v2 {side}px") == 2, f"{side} px has two replicas")
-            wait_until(lambda other=other: num_running(f"drnet v2 {other}px") == 1, f"{other} px has one replica")
-        assert during.statuses() == {200}
+    """Depends on the rollout of version 2. Lets each resolution have two replicas, and at the end one again."""
+    serve_model(SECOND, settings(port, **SCALED), TOKEN, show=lambda _: None)
+    try:
+        for side, other in ((48, 32), (32, 48)):
+            with load(port, 8, f"/?policy={side}") as during:
+                wait_until(lambda side=side: num_running(f"drnet v2 {side}px") == 2, f"{side} px has two replicas")
+                wait_until(lambda other=other: num_running(f"drnet v2 {other}px") == 1, f"{other} px has one replica")
+            assert during.statuses() == {200}
+    finally:
+        serve_model(SECOND, settings(port, **SPLIT), TOKEN, show=lambda _: None)
     outcome = "replicas follow in both directions; every request is answered"
     record(Row("all traffic moves to one resolution, then to another", "slower answers for seconds", outcome))
 
@@ -338,27 +356,14 @@ def test_a_killed_router_is_replaced(port: int) -> None:
     record(Row("all routers killed", "errors, or a wait", "the next requests are answered", time.monotonic() - started))
 
 
-def test_an_alias_is_followed_and_a_lost_registry_changes_nothing(
-    port: int, registry: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Version 2 runs already with these settings, so nothing restarts."""
+def test_a_lost_registry_changes_nothing(port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Depends on the rollout of version 2."""
     said: list[str] = []
-    first = plan_for(CHAMPION, settings(port, **SPLIT), TOKEN)
-    assert _follow(first, CHAMPION, TOKEN, said.append, set()) is first
-    client = MlflowClient(registry)
-    client.set_registered_model_alias("drnet", "champion", "2")
-    try:
-        second = _follow(first, CHAMPION, TOKEN, said.append, set())
-    finally:
-        client.set_registered_model_alias("drnet", "champion", "1")
-    assert second.router.model == SECOND
-    assert said == [
-        f"{CHAMPION} is {SECOND} now; rolling it out",
-        f"{SECOND} answers at http://127.0.0.1:{port}",
-    ]
+    running = plan_for(SECOND, settings(port, **SPLIT), TOKEN)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/gone.db")
-    assert _follow(second, CHAMPION, TOKEN, said.append, set()) is second
-    assert said[-1].startswith(f"{SECOND} keeps running: {tmp_path}/gone.db does not exist")
+    assert _follow(running, CHAMPION, TOKEN, said.append, set()) is running
+    assert len(said) == 1
+    assert said[0].startswith(f"{SECOND} keeps running: {tmp_path}/gone.db does not exist")
     assert ask(port, FILES[0])[1]["x-model"] == SECOND
 
 

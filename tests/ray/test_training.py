@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,9 @@ import ray
 import torch
 
 from datasets.beton import load_manifest, verify_betons
-from datasets.prepare.prepare import prepare
-from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.connection import require_head
 from pipeline.cluster.driver import evaluate_run, evaluation_of, kept_model, train_run
-from pipeline.config.load import ConfigError, parse_config
+from pipeline.config.load import ConfigError
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.evaluation.predictions import Predictions
@@ -26,47 +25,17 @@ from pipeline.serving.package import classify_files
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.training.checkpoint import load_model
 from tests.chaos.matrix import Row, record
+from tests.chaos.runs import config_of
 
 pytestmark = pytest.mark.distributed
 
 STATIC = ("static-48", "static-32")
+KNOWN = Latency((3.0, 1.0), 0.125, 4, "float32", "another machine", 1, "2.13")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepare 203 generated training letters, which give the two ranks unequal parts of a batch."""
-    folder = tmp_path_factory.mktemp("training")
-    glyphs = GlyphSettings(num_train=203, num_validation=50, image_size=64)
-    prepare("glyphs", folder / "data", glyphs=glyphs, num_processes=1, show_progress=False)
-    return folder
-
-
-def config_of(folder: Path, name: str, **changed: object) -> Config:
-    routed = {"epochs": 1, "alpha_gflops": 0.0012, "lr": 0.01}
-    return parse_config(
-        {
-            "name": name,
-            "data": {"dataset": "glyphs", "folder": str(folder / "data")},
-            "model": {
-                "backbone": "small_resnet",
-                "backbone_width": 0.5,
-                "resolutions": [48, 32],
-                "predictor": {"input_size": 24, "width": 0.25},
-            },
-            "training": {"batch_size": 20, "checkpoint_steps": 4, "precision": "auto"},
-            "stages": {"backbone": {"epochs": 6, "lr": 0.02}, "predictor": routed, "joint": routed},
-            "cluster": {"num_workers": 2, "cpus_per_worker": 1, "storage": str(folder / "runs")},
-            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-            **changed,
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder: Path, ray_cluster: str) -> Config:
-    config = config_of(folder, "undisturbed")
-    train_run(config)
-    return config
+def only(**stages: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of a run that has no other stages."""
+    return {"backbone": None, "predictor": None, "joint": None} | stages
 
 
 def test_a_run_leaves_a_model_a_report_and_all_predictions(undisturbed: Config) -> None:
@@ -94,7 +63,9 @@ def test_a_run_leaves_a_model_a_report_and_all_predictions(undisturbed: Config) 
     assert all(torch.equal(value, routed[name]) for name, value in backbone.items() if name.startswith("backbone."))
     assert backbone_path(undisturbed) == folder.backbone
     epochs = [json.loads(line) for line in (folder.path / "progress.jsonl").read_text().splitlines()]
-    assert [event["stage"] for event in epochs if "values" in event] == ["backbone"] * 6 + ["predictor", "joint"]
+    assert [event["stage"] for event in epochs if "values" in event] == ["backbone"] * 3 + ["predictor"] * 2 + [
+        "joint"
+    ] * 2
 
 
 def test_only_the_head_with_this_token_is_accepted(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +82,17 @@ def test_only_the_head_with_this_token_is_accepted(ray_cluster: str, monkeypatch
         require_head(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
 
 
-def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(undisturbed: Config, folder: Path) -> None:
+def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(undisturbed: Config) -> None:
     before = RunFolder.of(undisturbed).model.stat().st_mtime_ns
     assert train_run(undisturbed).already_finished
     assert RunFolder.of(undisturbed).model.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="seed: 0 -> 5"):
-        train_run(config_of(folder, "undisturbed", seed=5))
+        train_run(undisturbed.model_copy(update={"seed": 5}))
 
 
+@pytest.mark.chaos
 def test_a_diverged_run_says_so_and_is_not_retried(folder: Path, ray_cluster: str) -> None:
-    config = config_of(folder, "diverged", stages={"backbone": {"epochs": 1, "lr": 1e25}})
+    config = config_of(folder, "diverged", stages=only(backbone={"epochs": 1, "lr": 1e25}))
     with pytest.raises(ValueError, match="diverged in stage backbone, epoch 1 of 1, step 2 of 11") as caught:
         train_run(config)
     assert "before it: none" in str(caught.value), "one attempt: three retries would end the same way"
@@ -144,36 +116,46 @@ def test_the_registered_model_classifies_files(
     assert last["error"]
 
 
-def test_a_stage_starts_from_another_runs_model_and_the_data_from_its_address(
-    undisturbed: Config, folder: Path
-) -> None:
-    start = {"epochs": 1, "alpha_gflops": 0.0012, "lr": 1e-9, "init_from": str(RunFolder.of(undisturbed).model)}
-    data = {"dataset": "glyphs", "folder": str(folder / "node"), "uri": (folder / "data").as_uri()}
-    config = config_of(folder, "started", stages={"predictor": start}, data=data)
-    train_run(config)
-    assert verify_betons(folder / "node", full=True) == load_manifest(folder / "data")
-    model, other = (load_model(RunFolder.of(each).model).model.backbone for each in (config, undisturbed))
-    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
-    wrong = config_of(folder, "wrong", stages={"predictor": start}, model={"resolutions": [64, 48, 32]})
-    with pytest.raises(ConfigError, match=r"model\.resolutions"):
-        train_run(wrong)
+@pytest.fixture(scope="module")
+def timed(undisturbed: Config, folder: Path) -> tuple[Config, dict[str, Any]]:
+    """Train a predictor on another run's model, with data from an address; return configuration and report.
 
-
-def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(folder: Path, ray_cluster: str) -> None:
-    """The milliseconds exist before the run starts, as in a run that was interrupted on another machine."""
+    The milliseconds exist before the run starts, as in a run that was interrupted on another machine.
+    """
+    start = {"epochs": 1, "alpha_milliseconds": 2.0, "init_from": str(RunFolder.of(undisturbed).model)}
     config = config_of(
         folder,
         "timed",
         cost="milliseconds",
         cost_batch_size=4,
-        stages={"backbone": {"epochs": 1}, "predictor": {"epochs": 1, "alpha_milliseconds": 2.0}},
+        data={"folder": str(folder / "node"), "uri": (folder / "data").as_uri()},
+        stages=only(predictor=start),
     )
     run = RunFolder.of(config)
     run.path.mkdir(parents=True)
-    known = Latency((3.0, 1.0), 0.125, 4, "float32", "another machine", 1, "2.13")
-    known.save(run.latency)
-    report = train_run(config).report
-    assert report["costs"]["latency"]["device"] == "another machine"
+    KNOWN.save(run.latency)
+    return config, train_run(config).report
+
+
+def test_a_stage_starts_from_another_runs_model_and_the_data_from_its_address(
+    timed: tuple[Config, dict[str, Any]], undisturbed: Config, folder: Path
+) -> None:
+    config, _ = timed
+    assert verify_betons(folder / "node", full=True) == load_manifest(folder / "data")
+    model, other = (load_model(RunFolder.of(each).model).model.backbone for each in (config, undisturbed))
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
+    start = {"epochs": 1, "alpha_gflops": 0.0012, "init_from": str(RunFolder.of(undisturbed).model)}
+    wrong = config_of(folder, "wrong", stages=only(predictor=start), model={"resolutions": [64, 48, 32]})
+    with pytest.raises(ConfigError, match=r"model\.resolutions"):
+        train_run(wrong)
+
+
+def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(
+    timed: tuple[Config, dict[str, Any]], folder: Path
+) -> None:
+    config, report = timed
+    run = RunFolder.of(config)
+    assert report["costs"]["latency"]["device"] == KNOWN.device
     (trained,) = [point for point in report["budget_curve"] if point["budget_bias"] == 0]  # the predictor's own choice
     share, _ = trained["shares"]
     assert trained["mean_cost"] == pytest.approx(3 * share + (1 - share) + 0.125)
@@ -182,7 +164,7 @@ def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(folder: Path
     assert 1 <= values["train_milliseconds_backbone"] <= 3
     assert values["milliseconds_routed"] == pytest.approx(trained["mean_cost"])
 
-    (folder / "moved").symlink_to(folder / "data")
+    (folder / "moved").symlink_to(folder / "node")
     moved = config.model_copy(update={"data": config.data.model_copy(update={"folder": folder / "moved"})})
     run.latency.unlink()
     again = evaluate_run(moved, "milliseconds").report
@@ -194,7 +176,7 @@ def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(folder: Path
 
 
 def test_a_target_in_milliseconds_out_of_reach_ends_the_run_at_once(folder: Path, ray_cluster: str) -> None:
-    stages = {"predictor": {"epochs": 1, "alpha_milliseconds": 1e9}}
+    stages = only(predictor={"epochs": 1, "alpha_milliseconds": 1e9})
     config = config_of(folder, "unreachable", cost="milliseconds", cost_batch_size=2, stages=stages)
     with pytest.raises(ConfigError, match=r"(?s)alpha_milliseconds is 1e\+09.*reaches .* ms \(median of 15 rounds"):
         train_run(config)
@@ -205,7 +187,7 @@ def test_every_problem_is_reported_before_ray_starts(tmp_path: Path) -> None:
     config = config_of(
         tmp_path,
         "wrong",
-        stages={"joint": {"epochs": 1, "alpha_gflops": 9.0, "init_from": str(tmp_path / "none.pt")}},
+        stages=only(joint={"epochs": 1, "alpha_gflops": 9.0, "init_from": str(tmp_path / "none.pt")}),
     )
     with pytest.raises(ConfigError) as caught:
         train_run(config)

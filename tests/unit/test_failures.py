@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, SchedulingState
 from ray.train.v2._internal.execution.scaling_policy import ScalingDecision
 
-from pipeline.cluster.group import FailureReporter, WaitReporter, explain_end, explain_workers, run_group
+from pipeline.cluster.group import FINAL_ERRORS, FailureReporter, WaitReporter, explain_end, explain_workers, run_group
 from pipeline.cluster.progress import FAILURES, append_event, followed
+from pipeline.training.monitoring import DivergedError
 from tests.conftest import ROOT
 from tests.synthetic import config_of
 
@@ -73,6 +75,13 @@ def test_a_followed_run_shows_failures_too(tmp_path: Path) -> None:
     assert shown[0] == "starting with 2 workers"
     assert shown[1].startswith("worker 1: its process died")
     assert len(shown) == 2
+
+
+def test_a_run_that_diverges_is_not_retried_and_the_driver_receives_the_error() -> None:
+    assert DivergedError in FINAL_ERRORS
+    received = pickle.loads(pickle.dumps(DivergedError("loss nan in step 2")))
+    assert isinstance(received, DivergedError)
+    assert str(received) == "loss nan in step 2"
 
 
 def test_waiting_for_nodes_is_reported_once(tmp_path: Path) -> None:
