@@ -145,9 +145,13 @@ def test_a_stage_starts_from_another_runs_model_and_the_data_from_its_address(
     model, other = (load_model(RunFolder.of(each).model).model.backbone for each in (config, undisturbed))
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
     start = {"epochs": 1, "alpha_gflops": 0.0012, "init_from": str(RunFolder.of(undisturbed).model)}
-    wrong = config_of(folder, "wrong", stages=only(predictor=start), model={"resolutions": [64, 48, 32]})
-    with pytest.raises(ConfigError, match=r"model\.resolutions"):
+    changed: dict[str, Any] = {"model": {"resolutions": [64, 48, 32]}, "loader": {"validation_crop": 0.5}}
+    wrong = config_of(folder, "wrong", stages=only(predictor=start), **changed)
+    with pytest.raises(
+        ConfigError, match=r"(?s)model\.resolutions.*center crop of .* set loader\.validation_crop="
+    ) as raised:
         train_run(wrong)
+    assert "this run uses 0.5" in str(raised.value)
 
 
 def test_a_run_trains_and_reports_by_the_milliseconds_in_its_folder(
