@@ -84,7 +84,8 @@ def table(folders: dict[str, list[Path]], costs: list[float], kind: str) -> list
 
 
 def against_static(folder: Path, budgets: Sequence[Budget]) -> Iterator[str]:
-    """Yield a row for each budget: the chosen policy's accuracy and cost, and its differences from static rivals."""
+    """Yield a row for each budget: the chosen policy's accuracy and cost, and its differences from the envelope
+    and from the best static resolution."""
     predictions, costs = Predictions.load(folder / PREDICTIONS), Costs(**json.loads((folder / COSTS).read_text()))
     costs = replace(costs, resolutions=tuple(costs.resolutions), backbone_gflops=tuple(costs.backbone_gflops))
     keys_N = np.array([zlib.crc32(b"%d" % index) for index in predictions.indices_N], np.uint64)
@@ -113,7 +114,9 @@ def main() -> None:
     )
     parser.add_argument("--fields", nargs="*", default=[], metavar="key.path=value", help="fields of all variants")
     parser.add_argument("--costs", nargs="*", type=float, default=[], help="cost limits, in 1e-3 GFLOPs")
-    parser.add_argument("--drops", nargs="*", type=float, default=[], help="largest drops for --against-static, points")
+    parser.add_argument(
+        "--drops", nargs="*", type=float, default=[], help="accuracy drops to allow with --against-static, points"
+    )
     parser.add_argument("--against-static", action="store_true", help="also compare each run with static resolutions")
     parser.add_argument("--kind", default="cascade", help="kind of policy (default cascade)")
     parser.add_argument("--seeds", type=int, default=3)

@@ -29,7 +29,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray creates one in the home folder
-os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"  # a test waits until a broken model has failed so often
+os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"  # tests wait until a broken model has used up its retries
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 settings.load_profile("suite")

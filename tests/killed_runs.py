@@ -148,7 +148,7 @@ def run_cases(folder: Path, world_size: int, cases: Sequence[Pair | None]) -> No
 
 
 def main(folder: Path) -> None:
-    """Run all cases. Two run at a time if they have one rank."""
+    """Run all cases. Those with one rank run two at a time."""
     results = []
     for world_size, pairs in PAIRS.items():
         cases = [None, *pairs]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.multiprocessing
 
-# The server imports these modules, and with them what ranks need. It ends with this process.
+# The server imports these modules once, so that ranks need not. It ends with this process.
 multiprocessing.set_forkserver_preload(["pipeline.cluster.checkpoints", "tests.small", "tests.table_runs"])
 
 

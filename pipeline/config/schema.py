@@ -250,7 +250,7 @@ class BackboneStage(LayerRates, Stage):
     freeze_epochs: Annotated[float, Field(ge=0)] = 0
     """Epochs at the start of the stage that train only the classifier; batch norms keep their statistics."""
     freeze_layers: Annotated[int, Field(ge=0)] = 0
-    """timm's layer groups next to the input that keep their weights; their batch norms update their statistics."""
+    """Number of timm's layer groups, from the input on, with fixed weights. Batch norms still update statistics."""
     resolutions_per_step: Annotated[int, Field(ge=2)] | None = None
     """Number of resolutions that a step trains: the largest, the smallest, and the others in turn. null trains all."""
     distillation: Literal["none", "largest", "mean", "learned"] = "none"

@@ -187,8 +187,8 @@ class ResolutionBackbone(nn.Module):
         matcher: Any = getattr(self.network, "group_matcher", None)
         if matcher is None:
             raise ValueError(
-                "layer_decay and freeze_layers need a backbone of timm whose layers are in groups, and this one has no "
-                "groups. Set stages.backbone.freeze_layers=0 and layer_decay=1, or choose another timm/NAME"
+                "layer_decay and freeze_layers need layer groups, which this backbone does not have. Set layer_decay=1 "
+                "and freeze_layers=0 in its stages, or choose a backbone timm/NAME"
             )
         from timm.models import group_parameters
 
@@ -204,7 +204,7 @@ class ResolutionBackbone(nn.Module):
         """Return the parameters of the `num_groups` layer groups next to the input.
 
         Raises:
-            ValueError: the network does not have so many below its last group, or timm defines no groups for it.
+            ValueError: the network has fewer groups below its last one, or timm defines none for it.
         """
         if num_groups == 0:
             return []

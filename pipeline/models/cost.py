@@ -214,7 +214,7 @@ def frozen_gflops(model: DRNet, num_groups: int) -> tuple[float, ...]:
     names = [
         name
         for name, layer in model.backbone.named_modules()
-        # The count of a module includes its children, and a transformer's outermost module has parameters of its own.
+        # Only leaves: a module's count includes its children, and a transformer's root has parameters of its own.
         if not any(layer.children()) and frozen.intersection(layer.parameters(recurse=False))
     ]
     gflops = []

@@ -21,7 +21,7 @@ PrivateNorms = Literal["auto", "batch_norm", "all", "none"]
 
 
 MIN_MOMENTUM = 0.1
-"""The lowest share of a batch in the running statistics of a private batch norm."""
+"""The smallest momentum of a private batch norm: the weight of a new batch in its running statistics."""
 
 
 class ResolutionNorm(nn.Module):

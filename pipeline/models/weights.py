@@ -32,8 +32,7 @@ PACKAGE = "package:"
 
 _LISTED = 5
 _ENTRIES = ("state_dict_ema", "state_dict", "model_state_dict", "model")
-"""The keys under which training checkpoints store their state dict. timm too prefers the moving average, if there is
-one."""
+"""The keys under which checkpoints store their state dict, the preferred one first. timm also prefers the average."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -317,10 +316,10 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 
 def _reset_classifier(network: nn.Module) -> None:
-    """Give the classifier torch's initial weights, at most 1 / sqrt(features).
+    """Give the classifier torch's default initial weights, at most 1 / sqrt(features).
 
-    timm's EfficientNets and MobileNets have up to 1 / sqrt(classes), as in TensorFlow. On pre-trained features of 2
-    classes, the first logits would have a deviation of 10, and the first epochs would be spent on unlearning them.
+    timm's EfficientNets and MobileNets have up to 1 / sqrt(classes), as in TensorFlow. With 2 classes and pre-trained
+    features, these would give logits with a standard deviation of 10, and the first epochs would only reduce them.
     """
     prefixes = {key.rpartition(".")[0] for key in classifier_keys(network)}
     for name, layer in network.named_modules():

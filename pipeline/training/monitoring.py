@@ -78,7 +78,7 @@ def collapse_warning(name: str, stage: RoutedStage, costs: Costs, values: Mappin
     said = f"{cost:.3g} {'GFLOPs' if costs.latency is None else 'ms'}"
     by_noise = not (isinstance(stage, PredictorStage) and stage.objective == "correctness")
     if not by_noise and alpha is None:
-        return None  # the largest resolution is most often correct, and a policy decides later what it is worth
+        return None  # choosing the largest resolution is no collapse: a policy weighs its cost after training
     if cost == min(costs.backbone):
         reason = "the cheapest"
         change = f"Lower {section}.eta ({stage.eta:g}) or raise {key}" if by_noise else f"Raise {section}.{key}"

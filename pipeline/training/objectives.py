@@ -303,7 +303,7 @@ class BackboneObjective(Objective):
     L_ce(ensemble).
 
     In the first freeze_epochs epochs, only the classifier has a gradient, and batch norms keep their statistics. This
-    depends on progress alone, so a resume needs no state. The layers of freeze_layers never have a gradient.
+    depends on progress alone, so a resume needs no state. The first freeze_layers groups never have one.
 
     The communication overlaps with a step's last backward pass. So the last pass is that of the largest resolution,
     unless there is distillation, which runs the largest resolution first. `together` runs one pass for all resolutions,
@@ -347,7 +347,7 @@ class BackboneObjective(Objective):
             self._freeze_layers()
 
     def _freeze_layers(self) -> None:
-        """Keep the weights of the first layers. A backward pass ends where they do, which is most of the time saved."""
+        """Freeze the first layers. The backward pass stops above them, which saves most of its time."""
         for parameter in self.fixed:
             parameter.requires_grad_(False)
 

@@ -293,7 +293,7 @@ def test_frozen_layers_have_no_backward_pass(tmp_path: Path):
             objective(StepBatch(images, torch.arange(12) % 10, torch.rand(12, 2), 12))
         real = counter.get_total_flops() / 2e9 / 12
         expected[layers] = describe(config).stages[0].training_gflops or 0.0
-        # The estimate also counts the gradient of the input of the lowest layer that trains.
+        # The estimate also counts the input gradient of the lowest trained layer.
         assert 130 * real <= expected[layers] <= 1.15 * 130 * real
     assert expected[3] < 0.8 * expected[0]
 
