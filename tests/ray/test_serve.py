@@ -367,6 +367,7 @@ def test_a_lost_registry_changes_nothing(port: int, monkeypatch: pytest.MonkeyPa
     assert ask(port, FILES[0])[1]["x-model"] == SECOND
 
 
+@pytest.mark.chaos
 def test_after_a_version_that_does_not_start_serve_runs_the_older_one_again(
     port: int, registry: str, tmp_path: Path
 ) -> None:
@@ -396,6 +397,7 @@ def test_after_a_version_that_does_not_start_serve_runs_the_older_one_again(
         "drnet v2 32px": "RUNNING",
     }
     assert ask(port, FILES[0])[1]["x-model"] == SECOND
+    record(Row("a new version whose replicas do not start", "one message", "the older version answers again"))
 
 
 def test_a_version_of_an_older_register_is_refused_and_one_without_policies_is_not(

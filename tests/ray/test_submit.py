@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir .` to a head with token authentication: prepare, train, stop, resume."""
+"""`ray job submit --working-dir .` to a head with token authentication: train, stop, resume."""
 
 from __future__ import annotations
 
@@ -153,11 +153,7 @@ def test_jobs_are_submitted_stopped_and_resumed(head: Head, tmp_path: Path) -> N
     config = tmp_path / "letters.yaml"
     tree = {
         "name": "letters",
-        "data": {
-            "dataset": "glyphs",
-            "folder": str(tmp_path / "data"),
-            "glyphs": {"num_train": 400, "num_validation": 50, "image_size": 64},
-        },
+        "data": {"dataset": "glyphs", "folder": str(tmp_path / "data")},
         "model": {
             "backbone": "small_resnet",
             "backbone_width": 0.5,
@@ -171,8 +167,7 @@ def test_jobs_are_submitted_stopped_and_resumed(head: Head, tmp_path: Path) -> N
     config.write_text(yaml.safe_dump(tree))
     run = tmp_path / "runs" / "letters"
 
-    prepared, log = head.submit("jobs.prepare", "--config", str(config))
-    assert head.client.get_job_status(prepared) == JobStatus.SUCCEEDED, log
+    prepare("glyphs", tmp_path / "data", glyphs=GlyphSettings(400, 50, 64), num_processes=1)
 
     trained, _ = head.submit("jobs.train", "--config", str(config), wait=False)
     until(lambda: any(run.glob("checkpoint_0*/state.pt")) or head.client.get_job_status(trained).is_terminal())
