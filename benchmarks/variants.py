@@ -53,9 +53,15 @@ def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None
         (folder / COSTS).write_text(json.dumps(dataclasses.asdict(run.costs)))
 
 
+def stored_costs(folder: Path) -> Costs:
+    """Return the costs that a variant's run has stored."""
+    costs = Costs(**json.loads((folder / COSTS).read_text()))
+    return replace(costs, resolutions=tuple(costs.resolutions), backbone_gflops=tuple(costs.backbone_gflops))
+
+
 def validation_images(folder: Path) -> Images:
     """Return the validation images of a variant's run, from its stored predictions and costs."""
-    return images_of(folder / PREDICTIONS, Costs(**json.loads((folder / COSTS).read_text())))
+    return images_of(folder / PREDICTIONS, stored_costs(folder))
 
 
 def interval(values: list[float]) -> str:
@@ -86,8 +92,7 @@ def table(folders: dict[str, list[Path]], costs: list[float], kind: str) -> list
 def against_static(folder: Path, budgets: Sequence[Budget]) -> Iterator[str]:
     """Yield a row for each budget: the chosen policy's accuracy and cost, and its differences from the envelope
     and from the best static resolution."""
-    predictions, costs = Predictions.load(folder / PREDICTIONS), Costs(**json.loads((folder / COSTS).read_text()))
-    costs = replace(costs, resolutions=tuple(costs.resolutions), backbone_gflops=tuple(costs.backbone_gflops))
+    predictions, costs = Predictions.load(folder / PREDICTIONS), stored_costs(folder)
     keys_N = np.array([zlib.crc32(b"%d" % index) for index in predictions.indices_N], np.uint64)
     classes = [str(index) for index in range(predictions.logits_NRK.shape[2])]
     for budget in budgets:

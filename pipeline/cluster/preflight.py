@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from datasets.staging import remote_manifest
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config, LayerRates
 from pipeline.models.cost import Costs, measure_costs
-from pipeline.models.drnet import build_drnet, normalization, validation_crop
+from pipeline.models.drnet import build_drnet, crop_problems, normalization
 from pipeline.tracking.store import sqlite_file, tracking_uri
 from pipeline.training.checkpoint import load_model
 from pipeline.training.run import alpha_problems
@@ -84,12 +83,7 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
         theirs, given = found.config.model_dump(exclude=start), f"stages.{name}.init_from {stage.init_from}"
         for key in (key for key, value in ours.items() if theirs[key] != value):
             yield f"{given} has model.{key} {theirs[key]}, but this run has {ours[key]}; give a model with this value"
-        crop = validation_crop(config)
-        if not math.isclose(found.validation_crop, crop, rel_tol=1e-3):
-            yield (
-                f"{given} was evaluated with a center crop of {found.validation_crop:.4g}, and this run uses "
-                f"{crop:.4g}; set loader.validation_crop={found.validation_crop:.4g}"
-            )
+        yield from crop_problems(given, found.validation_crop, config, "this run")
         if manifest and list(found.classes) != list(manifest.classes):
             yield f"{given} has other classes than the data in {config.data.folder}; give a model with the same classes"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,16 @@ def validation_crop(config: Config) -> float:
         return config.loader.validation_crop
     found = weights_input(config.model.backbone, config.model.weights)
     return VALIDATION_CROP if found is None else found.crop
+
+
+def crop_problems(origin: str, crop: float, config: Config, user: str) -> Iterator[str]:
+    """Yield a problem if `origin` was evaluated with another center crop than `user`, which has this configuration."""
+    ours = validation_crop(config)
+    if not math.isclose(crop, ours, rel_tol=1e-3):
+        yield (
+            f"{origin} was evaluated with a center crop of {crop:.4g}, and {user} uses {ours:.4g}; "
+            f"set loader.validation_crop={crop:.4g}"
+        )
 
 
 def place_model(model: DRNet, device: torch.device, *, channels_last: bool) -> DRNet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from datasets.beton import Manifest
 from pipeline.config.fields import REGISTERED
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.models.drnet import DRNet, build_drnet, validation_crop
+from pipeline.models.drnet import DRNet, build_drnet, crop_problems
 from pipeline.tracking.registry import download_trained
 from pipeline.tracking.store import tracking_uri
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model
@@ -151,12 +150,8 @@ def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manife
             f"the data in {config.data.folder} has {len(manifest.classes)} ({_some(manifest.classes)}); give other "
             "data, or a backbone that was trained on this data"
         )
-    crop = validation_crop(config)
-    if trained.validation_crop is not None and not math.isclose(trained.validation_crop, crop, rel_tol=1e-3):
-        yield (
-            f"the backbone of {trained.origin} was evaluated with a center crop of {trained.validation_crop:.4g}, and "
-            f"this search uses {crop:.4g}; set loader.validation_crop={trained.validation_crop:.4g}"
-        )
+    if trained.validation_crop is not None:
+        yield from crop_problems(f"the backbone of {trained.origin}", trained.validation_crop, config, "this search")
     if trained.data_digest not in (None, manifest.digest):
         yield (
             f"the backbone of {trained.origin} was trained on other data (digest {trained.data_digest}) than the data "

@@ -284,10 +284,11 @@ def _training_gflops(stage: Stage, backward: str, costs: Costs, data: DataSummar
         return data.num_train * stage.epochs * (3 * predictor + forward + 2 * stage.alpha_gflops)
     assert isinstance(stage, BackboneStage)
     period = range(max(1, len(costs.backbone) - 2))  # the steps after which the turns of the resolutions repeat
-    steps = [sandwich(len(costs.backbone), stage.resolutions_per_step, step) for step in period]
-    fixed_R = frozen_gflops(model, stage.freeze_layers)
-    trained = sum(costs.backbone_gflops[index] for indices in steps for index in indices) / len(steps)
-    fixed = sum(fixed_R[index] for indices in steps for index in indices) / len(steps)
+    used = [index for step in period for index in sandwich(len(costs.backbone), stage.resolutions_per_step, step)]
+    trained, fixed = (
+        sum(gflops_R[index] for index in used) / len(period)
+        for gflops_R in (costs.backbone_gflops, frozen_gflops(model, stage.freeze_layers))
+    )
     recomputes = stage.distillation in ("mean", "learned") and backward == "apart"
     again = sum(costs.backbone_gflops[1:]) if recomputes else 0.0  # the teacher needs all logits before any backward
     backward_epochs = stage.epochs - stage.freeze_epochs  # a frozen layer has no backward pass
