@@ -48,7 +48,7 @@ endif
 chaos: setup ## run every row of the fault matrix as root, about half an hour; writes docs/faults.md
 	rm -f faults.jsonl
 	DRNET_FAULTS=$(CURDIR)/faults.jsonl $(PYTHON) -m pytest -m "" tests/chaos tests/ray \
-		tests/unit/test_compile.py tests/unit/test_serving.py
+		tests/unit/test_compile.py tests/unit/test_connection.py tests/unit/test_serving.py
 	$(PYTHON) -m tests.chaos.matrix faults.jsonl > docs/faults.md
 	rm faults.jsonl
 

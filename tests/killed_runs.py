@@ -39,11 +39,12 @@ Pair = tuple[str, int]
 """A stage and its number of finished steps, or TABLE and its number of finished epochs of crops."""
 
 STEPS_OF = {"backbone": 6, TABLE: 3, "predictor": 6, "joint": 3}
+ENDS_OF = {"backbone": (1, 2, 3, 6), TABLE: (1, 3), "predictor": (1, 2, 6), "joint": (1, 3)}
 PAIRS: dict[int, list[Pair]] = {
-    1: [(what, count) for what, counts in STEPS_OF.items() for count in range(1, counts + 1)],
+    1: [(what, count) for what, counts in ENDS_OF.items() for count in counts],
     2: [("backbone", 3), (TABLE, 2), ("predictor", 2), ("joint", 3)],
 }
-"""Where runs die, by number of ranks."""
+"""Where runs die, by number of ranks: first, inner and last steps of every stage. An epoch has three steps."""
 
 
 class FileReporter:

@@ -82,6 +82,33 @@ def killing_an_actor(num_parts: int, out: Path) -> Iterator[None]:
     assert killed.is_set(), "the prediction ended before an actor could be killed"
 
 
+def check_rows(images: Path, out: Path) -> None:
+    """Check that every file has the row that it has when it is classified alone."""
+    rows = pq.read_table(out).to_pylist()
+    paths = sorted(images.iterdir())
+    assert [row["file"] for row in rows] == [path.name for path in paths]
+    assert {row["file"] for row in rows if row["error"]} == set(BAD)
+    expected = list(classify_files(open_model(MODEL), paths))
+    for row, alone in zip(rows, expected, strict=True):
+        assert row["label"] == alone["label"]
+        assert row["resolution"] == alone["resolution"]
+        assert row["probability"] == (alone["probability"] and pytest.approx(alone["probability"], rel=1e-4))
+
+
+def test_a_folder_is_predicted_once(images: Path, tmp_path: Path, ray_cluster: str) -> None:
+    out = tmp_path / "out"
+    said = predict_folder(MODEL, images, out, files_per_part=60, show_progress=False)
+    assert said.startswith("240 files, 2 of them with an error; ")
+    assert OutputFolder(out).list_file.exists()
+    check_rows(images, out)
+    before = parts_in(out)
+    assert predict_folder(MODEL, images, out, files_per_part=60, show_progress=False) == said
+    assert parts_in(out) == before, "nothing is left to do"
+    with pytest.raises(ValueError, match="files_per_part: 60 -> 3"):
+        predict_folder(MODEL, images, out, files_per_part=3, show_progress=False)
+
+
+@pytest.mark.chaos
 def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: Path, ray_cluster: str) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "jobs.predict", "--model", MODEL, str(images), "--out", str(out)]
@@ -108,23 +135,8 @@ def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: 
     assert len(after) == NUM_FILES / 2
     assert {name: after[name] for name in before} == before, "existing parts are not computed again"
     assert not list(out.glob("*.partial"))
-    assert OutputFolder(out).list_file.exists()
     assert said.startswith("240 files, 2 of them with an error; ")
-
-    rows = pq.read_table(out).to_pylist()
-    paths = sorted(images.iterdir())
-    assert [row["file"] for row in rows] == [path.name for path in paths]
-    assert {row["file"] for row in rows if row["error"]} == set(BAD)
-    expected = list(classify_files(open_model(MODEL), paths))
-    for row, alone in zip(rows, expected, strict=True):
-        assert row["label"] == alone["label"]
-        assert row["resolution"] == alone["resolution"]
-        assert row["probability"] == (alone["probability"] and pytest.approx(alone["probability"], rel=1e-4))
-
-    assert predict_folder(MODEL, images, out, files_per_part=2, show_progress=False) == said
-    assert parts_in(out) == after, "nothing is left to do"
-    with pytest.raises(ValueError, match="files_per_part: 2 -> 3"):
-        predict_folder(MODEL, images, out, files_per_part=3, show_progress=False)
+    check_rows(images, out)
 
 
 @pytest.mark.parametrize(

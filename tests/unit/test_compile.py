@@ -16,7 +16,7 @@ from pipeline.training.objectives import StepBatch, build_objective
 from tests.small import COSTS_R, batch_of, small_model
 from tests.synthetic import config_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 JOINT = JointStage(epochs=1, alpha_gflops=1.5, eta=0.5)
 DISTILLATION = BackboneStage(epochs=1, distillation="learned")
@@ -53,7 +53,6 @@ def test_sub_batches_of_any_size_share_graphs() -> None:
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.chaos
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by an import of torch's compiler
 def test_training_compile_gives_the_gradient_of_the_plain_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

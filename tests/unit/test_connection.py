@@ -186,7 +186,7 @@ def test_without_a_home_ray_gets_its_own_token_and_a_writable_folder(denied: Pat
     assert f"RAY_TMPDIR is {denied}, but this user cannot write to {denied}/ray. Set it" in done.stderr
 
 
-@pytest.mark.distributed
+@pytest.mark.chaos
 def test_the_doctor_starts_ray_without_a_home_and_names_what_cannot_be_written(
     denied: Path, open_folder: Path, tmp_path: Path
 ) -> None:
