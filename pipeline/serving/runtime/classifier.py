@@ -6,10 +6,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -139,6 +140,8 @@ def next_program(heads: Mapping[int, tuple[int, float]], late: float) -> int:
 
 
 IMAGES_AT_ONCE = 64
+TASKS_PER_THREAD = 4
+"""The number of tasks that a decoding thread gets for a group of images."""
 PATIENCE_SECONDS = 0.05
 
 
@@ -203,6 +206,7 @@ class Classifier:
         self._first_backbone = int(network.is_routed)
         self._queue = programs or program_queue(network)
         num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._num_tasks = TASKS_PER_THREAD * num_threads
         self._decoders = ThreadPoolExecutor(num_threads, "decoder")
         # A call with one image decodes it on its own thread, so the number of decoders does not limit such calls.
         self._large = threading.Semaphore(num_threads)
@@ -222,22 +226,28 @@ class Classifier:
         """
         policy = policy or self.network.default_policy
         running: list[_Image] = []
+        opening = self._open(images[:IMAGES_AT_ONCE], policy)
         for start in range(0, len(images), IMAGES_AT_ONCE):
-            # These are decoded while the previous ones run.
-            begun = self._begin(images[start : start + IMAGES_AT_ONCE], policy)
+            begun = list(opening)
+            # The next images are decoded while these run.
+            opening = self._open(images[start + IMAGES_AT_ONCE : start + 2 * IMAGES_AT_ONCE], policy)
+            self._begin(begun, policy)
             yield from self._answers(running)
             running = begun
         yield from self._answers(running)
 
-    def _begin(self, images: Sequence[Any], policy: Policy) -> list[_Image]:
-        """Decode images and run them as the policy says. The logits of each image's last resolution may still be
-        computed."""
+    def _open(self, images: Sequence[Any], policy: Policy) -> Iterable[_Image]:
+        """Start to decode images, and to take the crops that the policy needs first."""
         network = self.network
         first_side = network.predictor_size if policy.needs_predictor else network.resolutions[policy.members[0]]
-        begun = self._on_threads(partial(self._opened, first_side), images)
-        usable = [image for image in begun if image.error is None]
+        return self._on_threads(partial(self._opened, first_side), images)
+
+    def _begin(self, images: Sequence[_Image], policy: Policy) -> None:
+        """Run images as the policy says. The logits of each image's last resolution may still be computed."""
+        network = self.network
+        usable = [image for image in images if image.error is None]
         if not usable:
-            return begun
+            return
         predictor_NR = None
         if policy.needs_predictor:
             rows = self._queue.submit(0, [_crop(image) for image in usable])
@@ -253,12 +263,11 @@ class Classifier:
         for image in usable:
             image.gflops = network.cost(policy, image.ran)
             image.picture = image.crop = None
-        return begun
 
     def _run(self, policy: Policy, index: int, images: Sequence[_Image]) -> list[int]:
         """Queue images at a resolution, and return where each of them runs next."""
         side = self.network.resolutions[index]
-        self._on_threads(partial(self._cropped, side), images)
+        list(self._on_threads(partial(self._cropped, side), images))
         usable = [image for image in images if image.error is None]
         rows = self._queue.submit(self._first_backbone + index, [_crop(image) for image in usable])
         for image, row in zip(usable, rows, strict=True):
@@ -270,8 +279,16 @@ class Classifier:
             following |= dict(zip(map(id, usable), next_resolution(policy, index, sure_N).tolist(), strict=True))
         return [following[id(image)] for image in images]
 
-    def _on_threads(self, function: Callable[[Any], _Image], items: Sequence[Any]) -> list[_Image]:
-        return [function(item) for item in items] if len(items) == 1 else list(self._decoders.map(function, items))
+    def _on_threads(self, function: Callable[[Any], _Image], items: Sequence[Any]) -> Iterable[_Image]:
+        """Start to apply a function to all items on the decoding threads, and return the results in order.
+
+        A single item is processed on the calling thread, when the result is read.
+        """
+        if len(items) == 1:
+            return map(function, items)
+        size = max(1, len(items) // self._num_tasks)
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        return chain.from_iterable(self._decoders.map(lambda part: [function(item) for item in part], parts))
 
     def _opened(self, side: int, image: Any) -> _Image:
         try:
@@ -291,15 +308,18 @@ class Classifier:
         return image
 
     def _answers(self, images: Sequence[_Image]) -> Iterator[Answer]:
+        rows = [image.logits.result() for image in images if image.error is None and image.logits is not None]
+        best = torch.stack(rows).softmax(dim=1).max(dim=1) if rows else ()
+        probabilities_and_classes = zip(*(values.tolist() for values in best), strict=True)
         for image in images:
             if image.error is not None or image.logits is None:
                 yield Answer(error=image.error)
                 continue
-            probability, index = image.logits.result().softmax(dim=0).max(dim=0)
+            probability, index = next(probabilities_and_classes)
             yield Answer(
-                class_index=int(index),
-                label=self.network.classes[int(index)],
-                probability=float(probability),
+                class_index=index,
+                label=self.network.classes[index],
+                probability=probability,
                 resolution=self.network.resolutions[image.ran[-1]],
                 resolutions=",".join(str(self.network.resolutions[index]) for index in image.ran),
                 gflops=image.gflops,
