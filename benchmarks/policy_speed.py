@@ -36,8 +36,8 @@ from pipeline.serving.runtime.policy import Policy
 from pipeline.training.checkpoint import LoadedModel, load_model
 
 BATCHES = (1, 64)
-CALLS = 256
-"""The number of timed batches. The images repeat."""
+MAX_CALLS, MAX_SECONDS = 256, 30.0
+"""The number of timed batches, and the seconds after which no further batch starts. The images repeat."""
 
 
 def at_one_accuracy(fronts: Mapping[str, list[FittedPolicy]], drop: float) -> dict[str, FittedPolicy]:
@@ -50,7 +50,7 @@ def at_one_accuracy(fronts: Mapping[str, list[FittedPolicy]], drop: float) -> di
 def batch_times(
     network: RoutedNetwork, crops: Mapping[int, Tensor], policies: Mapping[str, Policy], batch: int
 ) -> dict[str, np.ndarray]:
-    """Return the milliseconds per image of CALLS batches, measured in turns, by kind.
+    """Return the milliseconds per image of up to MAX_CALLS batches, measured in turns, by kind.
 
     `last passes` are those of the cascade, without the passes before them.
     """
@@ -62,7 +62,10 @@ def batch_times(
             network.logits(index, part[network.resolutions[index]][last_N[rows] == index])
 
     times: dict[str, list[float]] = {kind: [] for kind in (*policies, "last passes")}
-    for call in range(CALLS + 1):
+    until = perf_counter() + MAX_SECONDS
+    for call in range(MAX_CALLS + 1):
+        if call > 1 and perf_counter() > until:
+            break
         rows = (torch.arange(batch) + call * batch) % N
         part = {side: images[rows] for side, images in crops.items()}
         for kind in times:
@@ -80,7 +83,9 @@ def validation_crops(loaded: LoadedModel, beton: Path, count: int) -> dict[int, 
         return {side: torch.as_tensor(images).clone() for side, images in batch.images.items()}
 
 
-def measure(run: RunFolder, data: Path, drop: float, runs: int, threads: int) -> tuple[list[Row], list[str]]:
+def measure(
+    run: RunFolder, data: Path, drop: float, runs: int, threads: int, max_files: int | None
+) -> tuple[list[Row], list[str]]:
     """Return rows of images per second against the predictor's policy, and notes with latencies and agreement."""
     torch.set_num_threads(threads)
     loaded, predictions = load_model(run.model), Predictions.load(run.predictions)
@@ -91,7 +96,7 @@ def measure(run: RunFolder, data: Path, drop: float, runs: int, threads: int) ->
     select_N, _ = Split(cross_fit_below=0).parts(keys_N)[0]
     points = at_one_accuracy(fit_fronts(images.rows(select_N)), drop)
     policies = {kind: point.policy for kind, point in points.items()}
-    files = [read_jpeg(beton, int(index)) for index in predictions.indices_N]
+    files = [read_jpeg(beton, int(index)) for index in predictions.indices_N[:max_files]]
     notes = [
         f"{kind}: expected accuracy {point.accuracy:.2%} at {1000 * point.cost:.3g} MFLOPs, resolutions "
         f"{', '.join(str(costs.resolutions[index]) for index in point.policy.members)}"
@@ -111,7 +116,8 @@ def measure(run: RunFolder, data: Path, drop: float, runs: int, threads: int) ->
             turns = [{kind: rate()[0] for kind, rate in rates.items()} for _ in range(runs)]
     for kind, (_, classes_N) in first.items():
         expected_N = predictions.classes_NR[np.arange(len(images)), route(policies[kind], images).last_N]
-        notes.append(f"{kind} from JPEG bytes: {np.mean(classes_N == expected_N):.2%} the same class as evaluation")
+        share = np.mean(classes_N == expected_N[: len(files)])
+        notes.append(f"{kind} from JPEG bytes: {share:.2%} the same class as evaluation")
     rows = [
         paired(f"{kind}, against predictor", "images/s", [(turn[kind], turn["predictor"]) for turn in turns])
         for kind in policies
@@ -135,8 +141,9 @@ def main() -> None:
     parser.add_argument("--drop", type=float, default=1.0, help="points below the best static resolution (default 1)")
     parser.add_argument("--runs", type=int, default=MIN_RUNS, help=f"measurements in turns (default {MIN_RUNS})")
     parser.add_argument("--threads", type=int, default=2, help="threads of a pass (default 2)")
+    parser.add_argument("--images", type=int, help="images that are classified from JPEG bytes (default all)")
     args = parser.parse_args()
-    rows, notes = measure(RunFolder(args.run), args.data, args.drop / 100, args.runs, args.threads)
+    rows, notes = measure(RunFolder(args.run), args.data, args.drop / 100, args.runs, args.threads, args.images)
     show("policy_speed", rows, notes, as_json=False)
 
 

@@ -218,6 +218,7 @@ def train_stage(
         run.reporter.keep(BEFORE_JOINT, run.model)
     stage_state = prepare_stage(run, stage, data_epoch, monitor, state, data)
     first, step = (state.data_epoch - data_epoch, state.step) if state else (0, 0)
+    had_collapsed = False
     for epoch in range(first, stage.epochs):
         progress = Progress(name, epoch, stage.epochs, data_epoch + epoch, step, run.train.num_batches)
         values, warning = train_epoch(run, stage_state, progress), None
@@ -233,8 +234,9 @@ def train_stage(
             evaluated, warning = validate(run, stage_state, name)
             values |= evaluated
         run.reporter.epoch(done, values)
-        if warning is not None:
+        if warning is not None and (last or not had_collapsed):
             run.reporter.message(warning)
+        had_collapsed = warning is not None
         if last or (epoch + 1) % run.config.training.checkpoint_epochs == 0:
             checkpoint(run, stage_state, done, values)
 
