@@ -30,7 +30,7 @@ from pipeline.serving import pyfunc, runtime
 from pipeline.serving.export import export_model, fitted_policies
 from pipeline.serving.package import code_files, write_code
 from pipeline.serving.runtime import Placement, RoutedNetwork
-from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE, Classifier
+from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE, Classifier, program_queue
 from pipeline.serving.runtime.policy import Policy
 from pipeline.serving.runtime.programs import META_FILE, PREDICTOR_FILE, load_program, split
 from pipeline.training.checkpoint import load_model, save_model
@@ -422,6 +422,35 @@ def test_ten_thousand_images_in_a_call(served):
     assert rows["error"].isna().sum() == 8_340
     first = rows["class_index"][:10].tolist()
     assert all(rows["class_index"][start : start + 10].tolist() == first for start in range(0, 10_008, 12))
+
+
+def test_the_next_images_are_decoded_while_a_program_runs(network, monkeypatch):
+    """The first call of a program waits until all images of two groups are open."""
+    opened = threading.Semaphore(0)
+
+    class Counted(runtime.classifier.Picture):
+        def __init__(self, *args):
+            super().__init__(*args)
+            opened.release()
+
+    class Waiting:
+        def __init__(self):
+            self.queue, self.missing = program_queue(network), 2 * IMAGES_AT_ONCE
+
+        def submit(self, program, images):
+            while self.missing and opened.acquire(timeout=60):
+                self.missing -= 1
+            assert self.missing == 0
+            return self.queue.submit(program, images)
+
+        def close(self):
+            self.queue.close()
+
+    monkeypatch.setattr(runtime.classifier, "Picture", Counted)
+    classifier = Classifier(network, programs=Waiting())
+    answers = list(classifier.classify([jpeg(60, 50)] * 2 * IMAGES_AT_ONCE))
+    classifier.close()
+    assert [answer.error for answer in answers] == [None] * 2 * IMAGES_AT_ONCE
 
 
 def test_the_server_has_threads_for_many_concurrent_requests(monkeypatch):
