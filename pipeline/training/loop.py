@@ -231,12 +231,13 @@ def train_stage(
             monitor.check_weights(done, run.model)
             if last:
                 values |= fit_offset(run, stage_state, progress.data_epoch)
-            evaluated, warning = validate(run, stage_state, name)
+            evaluated, found = validate(run, stage_state, name)
             values |= evaluated
+            warning = found if last or not had_collapsed else None
+            had_collapsed = found is not None
         run.reporter.epoch(done, values)
-        if warning is not None and (last or not had_collapsed):
+        if warning is not None:
             run.reporter.message(warning)
-        had_collapsed = warning is not None
         if last or (epoch + 1) % run.config.training.checkpoint_epochs == 0:
             checkpoint(run, stage_state, done, values)
 

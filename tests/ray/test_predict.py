@@ -137,6 +137,8 @@ def test_a_killed_driver_and_a_killed_actor_lose_no_row(images: Path, tmp_path: 
     assert not list(out.glob("*.partial"))
     assert said.startswith("240 files, 2 of them with an error; ")
     check_rows(images, out)
+    assert predict_folder(MODEL, images, out, files_per_part=2, show_progress=False) == said
+    assert parts_in(out) == after, "nothing is left to do"
 
 
 @pytest.mark.parametrize(

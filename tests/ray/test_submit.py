@@ -199,6 +199,7 @@ def test_a_stopped_job_resumes(head: Head, config: Path, tmp_path: Path) -> None
 
     trained, log = head.submit("jobs.train", "--config", str(config))
     assert head.client.get_job_status(trained) == JobStatus.SUCCEEDED, log
+    assert "report:" in log
     assert load_model(run / "model.pt").classes
 
 
