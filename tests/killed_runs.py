@@ -44,7 +44,7 @@ PAIRS: dict[int, list[Pair]] = {
     1: [(what, count) for what, counts in ENDS_OF.items() for count in counts],
     2: [("backbone", 3), (TABLE, 2), ("predictor", 2), ("joint", 3)],
 }
-"""Where runs die, by number of ranks: first and last steps of each stage, and some between. An epoch has three steps."""
+"""Where runs die, by number of ranks: first and last steps of each stage, and others. An epoch has three steps."""
 
 
 class FileReporter:
