@@ -42,9 +42,10 @@ def compare(run: Path, data: Path) -> list[str]:
         export_model(loaded, Path(folder), policies)
         network = RoutedNetwork(Path(folder))
         logits = predictions.logits_NRK, predictions.labels_N, predictions.predictor_logits_NR
-        chosen_N = route(network.default_policy, Images.of(*logits, measure_costs(loaded.model))).last_N
+        images = Images.of(*logits, measure_costs(loaded.model), extents_N=predictions.extents_N)
+        chosen_N = route(network.default_policy, images).last_N
         trained = predictions.classes_NR[np.arange(len(chosen_N)), chosen_N], chosen_N
-        from_crops = _from_crops(network, loaded, beton, predictions.indices_N)
+        from_crops = _from_crops(network, loaded, beton, predictions)
         from_bytes = _from_bytes(network, [read_jpeg(beton, int(index)) for index in predictions.indices_N])
     return [
         _line("the same crops", trained, from_crops, predictions.labels_N),
@@ -52,13 +53,16 @@ def compare(run: Path, data: Path) -> list[str]:
     ]
 
 
-def _from_crops(network: RoutedNetwork, loaded: LoadedModel, beton: Path, indices_N: NDArray[np.int64]) -> Found:
+def _from_crops(network: RoutedNetwork, loaded: LoadedModel, beton: Path, predictions: Predictions) -> Found:
+    indices_N, extents_N = predictions.indices_N, torch.empty(predictions.num_images, dtype=torch.float64)
+    extents_N[indices_N] = torch.from_numpy(predictions.extents_N)
     classes, choices = np.full(len(indices_N), -1), np.full(len(indices_N), -1)
     crop = CenterCrop(loaded.validation_crop)
     with closing(MultiResolutionLoader(beton, loaded.model.sides, BATCH, crop=crop, shuffle=False)) as loader:
         for batch in loader.epoch(0):
-            found = network.classify({side: torch.as_tensor(images) for side, images in batch.images.items()})
             rows = np.asarray(batch.indices)
+            crops = {side: torch.as_tensor(images) for side, images in batch.images.items()}
+            found = network.classify(crops, extents_N=extents_N[rows])
             classes[rows], choices[rows] = found.logits_NK.argmax(dim=1).numpy(), found.choice_N.numpy()
     return classes[indices_N], choices[indices_N]
 

@@ -109,7 +109,8 @@ def table(images: Images) -> list[str]:
 def images_of(predictions: Path, costs: Costs) -> Images:
     """Return the images in a file of predictions, as policies need them."""
     found = Predictions.load(predictions)
-    return Images.of(found.logits_NRK, found.labels_N, found.predictor_logits_NR, costs)
+    logits = found.logits_NRK, found.labels_N, found.predictor_logits_NR
+    return Images.of(*logits, costs, extents_N=found.extents_N)
 
 
 def main() -> None:

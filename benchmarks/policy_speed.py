@@ -91,7 +91,7 @@ def measure(
     loaded, predictions = load_model(run.model), Predictions.load(run.predictions)
     costs, beton = measure_costs(loaded.model), beton_path(data, VALIDATION)
     logits = predictions.logits_NRK, predictions.labels_N, predictions.predictor_logits_NR
-    images = Images.of(*logits, costs)
+    images = Images.of(*logits, costs, extents_N=predictions.extents_N)
     keys_N = read_layout(beton).metadata["checksum"].view(np.uint64)[predictions.indices_N]
     select_N, _ = Split(cross_fit_below=0).parts(keys_N)[0]
     points = at_one_accuracy(fit_fronts(images.rows(select_N)), drop)

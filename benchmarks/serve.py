@@ -34,6 +34,8 @@ SECONDS = float(os.environ.get("DRNET_BENCH_SECONDS", "60"))
 """The duration of each disturbance in seconds."""
 NUM_MIXED, BROKEN_SHARE = 10_000, 0.01
 SECONDS_BETWEEN_KILLS = 10.0
+NUM_OVERLOADING = 300
+"""The number of clients that overload the server."""
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
@@ -95,7 +97,7 @@ def overload(model: Path, files: list[bytes], threads: int) -> str:
         rate = server.measure()
         server.latencies.clear()
         server.statuses.clear()
-        before = _memory(server)
+        memory = [_memory(server)]
         interval, slots = 1 / (3 * rate), itertools.count()
         until = time.monotonic() + SECONDS
         started = time.monotonic()
@@ -106,9 +108,14 @@ def overload(model: Path, files: list[bytes], threads: int) -> str:
                     time.sleep(max(0.0, due - time.monotonic()))
                     client.ask(int(due / interval))
 
-        with ThreadPoolExecutor(300) as clients:
-            list(clients.map(send, range(300)))
-        statuses, after = _shown(server.statuses), _memory(server)
+        with ThreadPoolExecutor(NUM_OVERLOADING) as clients:
+            sending = [clients.submit(send, n) for n in range(NUM_OVERLOADING)]
+            for part in (1, 2, 3):
+                time.sleep(max(0.0, started + part * SECONDS / 3 - time.monotonic()))
+                memory.append(_memory(server))
+            for each in sending:
+                each.result()
+        statuses = _shown(server.statuses)
         server.latencies.clear()
         normal, calm = time.monotonic(), float("nan")
         with closing(Client(server)) as client:
@@ -117,9 +124,10 @@ def overload(model: Path, files: list[bytes], threads: int) -> str:
                 if client.ask(0)[0] == 200 and time.monotonic() - began < 5 / rate * threads:
                     calm = time.monotonic() - normal
                     break
+    gigabytes = ", ".join(f"{each:.2f}" for each in memory)
     return (
-        f"three times {rate:.0f} images/s for {SECONDS:.0f} s: statuses {statuses}; memory {before:.2f} GB before and "
-        f"{after:.2f} GB after; back to the usual time of a request after {calm:.1f} s"
+        f"three times {rate:.0f} images/s for {SECONDS:.0f} s: statuses {statuses}; memory {gigabytes} GB at the start "
+        f"and after each third; back to the usual time of a request after {calm:.1f} s"
     )
 
 

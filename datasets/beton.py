@@ -177,10 +177,8 @@ def read_jpeg(beton: Path, index: int) -> bytes:
         return file.read(int(allocation["size"]))
 
 
-def enlarged_shares(beton: Path, sides: Sequence[int], crop: float) -> list[float]:
-    """Return, for each of `sides` (pixels), the share of the images whose center crop is smaller than the side.
-
-    Such an image is enlarged: at this resolution the network sees no more detail than at a smaller one.
+def crop_extents(beton: Path, crop: float) -> NDArray[np.float64]:
+    """Return the side of each image's center crop, in pixels of the stored image, (N,).
 
     Args:
         crop: side of the crop, as a fraction of the image's shorter side.
@@ -189,8 +187,17 @@ def enlarged_shares(beton: Path, sides: Sequence[int], crop: float) -> list[floa
         BetonError: the file is missing or not a valid beton.
     """
     image = read_layout(beton).metadata["image"]
-    shorter_N = np.minimum(image["width"], image["height"])
-    return [float(np.mean(shorter_N * crop < side)) for side in sides]
+    return np.minimum(image["width"], image["height"]) * crop
+
+
+def enlarged_shares(beton: Path, sides: Sequence[int], crop: float) -> list[float]:
+    """Return, for each of `sides` (pixels), the share of the images whose center crop is smaller than the side.
+
+    Such an image is enlarged: at this resolution the network sees no more detail than at a smaller one. Arguments and
+    errors are those of `crop_extents`.
+    """
+    extents_N = crop_extents(beton, crop)
+    return [float(np.mean(extents_N < side)) for side in sides]
 
 
 def file_sha256(path: Path) -> str:
@@ -283,6 +290,7 @@ __all__ = [
     "Sample",
     "Split",
     "beton_path",
+    "crop_extents",
     "enlarged_shares",
     "load_manifest",
     "parse_manifest",

@@ -18,7 +18,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from datasets.beton import Manifest, load_manifest
+from datasets.beton import VALIDATION, Manifest, beton_path, crop_extents, load_manifest
 from datasets.loading.loader import MultiResolutionLoader
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import read_state_on_all_ranks
@@ -27,7 +27,7 @@ from pipeline.cluster.signals import StoppedError, is_stop_requested
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, DataConfig
 from pipeline.evaluation.predictions import collect_predictions
-from pipeline.models.drnet import DRNet, place_model
+from pipeline.models.drnet import DRNet, place_model, validation_crop
 from pipeline.tracking.tracker import RunHandle, RunLogger, system_metrics
 from pipeline.training import distributed
 from pipeline.training.assembly import build_model, equip_for_training, open_loaders
@@ -241,12 +241,14 @@ class WorkerReporter:
         """
         model = models[PREDICTIONS]
         self.message(f"evaluating {validation_loader.num_samples} validation images")
+        config = self.settings.config
+        extents_N = crop_extents(beton_path(config.data.folder, VALIDATION), validation_crop(config))
         with tempfile.TemporaryDirectory() as folder:
             for name, each in models.items():
                 found = collect_predictions(each, validation_loader.epoch(0), placebo=True)
+                found = replace(found, extents_N=extents_N[found.indices_N])
                 found.save(Path(folder) / f"{name}-{self.rank}.npz")
             if self.rank == 0:
-                config = self.settings.config
                 save_model(RunFolder(Path(folder)).model, model, config, classes=self.manifest.classes)
                 # If the driver dies after this report, the resumed run finds nothing left to train.
                 TrainingState.finished(model, config, self.manifest.digest).save(Path(folder) / STATE_FILE)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.models.drnet import DRNet
 
 FORMAT = 1
-_ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR", "shifted_classes_NV")
+_ARRAYS = ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR", "shifted_classes_NV", "extents_N")
 SHIFT = 1 / 16
 """The distance by which the crops of a placebo oracle are shifted, as a fraction of the crop's side."""
 DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
@@ -39,6 +39,8 @@ class Predictions:
         predictor_logits_NR: the predictor's logits over the resolutions, float32, finite.
         shifted_classes_NV: predicted class of V shifted crops at the largest resolution (see `shifted`), int64; V is 0
             if none were run, as in files of earlier versions.
+        extents_N: side of each image's center crop before it is resized, in pixels, float64; infinite if unknown, as in
+            files of earlier versions.
 
     Raises:
         ValueError: shapes, dtypes or values do not match; the message lists all problems.
@@ -50,10 +52,13 @@ class Predictions:
     logits_NRK: np.ndarray
     predictor_logits_NR: np.ndarray
     shifted_classes_NV: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    extents_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         if not self.shifted_classes_NV.size:
             object.__setattr__(self, "shifted_classes_NV", np.zeros((len(self.labels_N), 0), np.int64))
+        if not self.extents_N.size:
+            object.__setattr__(self, "extents_N", np.full(len(self.labels_N), np.inf))
         problems = list(self._problems())
         if problems:
             raise ValueError(f"the arrays of the predictions do not match: {'; '.join(problems)}")
@@ -111,7 +116,9 @@ class Predictions:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if (found := int(file["format"])) != FORMAT:
                     raise ValueError(f"its format is {found}; this version reads format {FORMAT}")
-                return cls(tuple(file["resolutions"].tolist()), *(file[name] for name in _ARRAYS if name in file))
+                return cls(
+                    tuple(file["resolutions"].tolist()), **{name: file[name] for name in _ARRAYS if name in file}
+                )
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a predictions file: {error}; run jobs.evaluate again") from error
 
@@ -130,6 +137,7 @@ class Predictions:
             "logits_NRK": ((N, R, K), np.float32),
             "predictor_logits_NR": ((N, R), np.float32),
             "shifted_classes_NV": ((N, self.shifted_classes_NV.shape[-1]), np.int64),
+            "extents_N": ((N,), np.float64),
         }
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)

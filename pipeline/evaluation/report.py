@@ -260,7 +260,7 @@ class Evaluation:
             weights_N = class_weights(labels_N)
         predictor_NR = self.predictions.predictor_logits_NR if self.has_predictor else None
         logits = self.predictions.logits_NRK, labels_N, predictor_NR
-        return Images.of(*logits, self.costs, weights_N)
+        return Images.of(*logits, self.costs, weights_N, self.predictions.extents_N)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -379,16 +379,16 @@ def _labels(calibration: Calibration, costs: Costs) -> dict[str, str]:
 def described(policy: Policy, resolutions: Sequence[int]) -> str:
     """Describe a policy in a few words, such as `cascade 32, 48, 96 px`."""
     sides = ", ".join(str(resolutions[index]) for index in policy.members)
-    return f"{policy.kind} {sides} px"
+    return f"{policy.kind} {sides} px{' without enlarging' if policy.stops_exhausted else ''}"
 
 
 def _policies(calibration: Calibration, evaluation: Evaluation, stated: Stated) -> dict[str, Any]:
     """Return how policies were chosen.
 
     Keys: `budget` (`cost`, `max_drop`), `num_select` (images that each policy was fitted on), `folds` (null for two
-    halves), `chosen` and `front` (each policy with `kind`, `label`, `members`, `thresholds`, `start_bias`, and its
-    `cost` and expected `accuracy` on the images of the fit; `gflops` is its mean cost on the held-out images), and
-    `curves` (maps a kind to `comparison.curve_points` on the held-out images).
+    halves), `chosen` and `front` (each policy with `kind`, `label`, the fields of `Policy`, and its `cost` and expected
+    `accuracy` on the images of the fit; `gflops` is its mean cost on the held-out images), and `curves` (maps a kind to
+    `comparison.curve_points` on the held-out images).
     """
     resolutions, images = evaluation.costs.resolutions, evaluation.images.rows(calibration.stated)
 

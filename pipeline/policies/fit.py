@@ -17,7 +17,14 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from pipeline.policies.route import Images
-from pipeline.serving.runtime.policy import ALWAYS, NEVER, Policy, first_resolution, predictor_policy, static_policy
+from pipeline.serving.runtime.policy import (
+    ALWAYS,
+    NEVER,
+    Policy,
+    first_resolution,
+    predictor_policy,
+    static_policy,
+)
 
 KINDS = ("static", "cascade", "predictor", "predictor+cascade")
 ALL = "all"
@@ -150,7 +157,7 @@ def _candidates(fitting: _Fitting, kind: str) -> Iterator[FittedPolicy]:
     elif kind == "cascade":
         for length in range(2, min(MAX_MEMBERS, len(order)) + 1):
             for members in itertools.combinations(order, length):
-                yield from _swept(fitting, members, np.full(len(fitting.images), members[0]), None)
+                yield from _swept(fitting, members, np.full(len(fitting.images), members[0]))
     elif kind == "predictor" and has_predictor:
         for bias in _biases(fitting.images, 4 * START_BIASES):
             start_N = _starts(fitting.images, order, bias)
@@ -183,7 +190,16 @@ def _starts(images: Images, members: Sequence[int], bias: float) -> np.ndarray:
 
 
 def _swept(
-    fitting: _Fitting, members: tuple[int, ...], start_N: np.ndarray, start_bias: float | None
+    fitting: _Fitting, members: tuple[int, ...], start_N: np.ndarray, start_bias: float | None = None
+) -> Iterator[FittedPolicy]:
+    """Yield the Pareto front of one cascade, and if there are exhausted images, also the front if they stop."""
+    exhausted_NM = fitting.images.exhausted_NR[:, list(members[:-1])]
+    for stops_exhausted in (False, True) if exhausted_NM.any() else (False,):
+        yield from _swept_once(fitting, members, start_N, start_bias, stops_exhausted)
+
+
+def _swept_once(
+    fitting: _Fitting, members: tuple[int, ...], start_N: np.ndarray, start_bias: float | None, stops_exhausted: bool
 ) -> Iterator[FittedPolicy]:
     """Yield the Pareto front of one cascade over a grid of thresholds.
 
@@ -196,6 +212,11 @@ def _swept(
     edges = [_edges(column_N, GRID[num_thresholds]) for column_N in columns]
     bins = [np.searchsorted(edge, column_N, side="right") for edge, column_N in zip(edges, columns, strict=True)]
     sizes = [len(edge) + 2 for edge in edges]  # thresholds: below all bins, between each two, above all
+    if stops_exhausted:  # a bin above all thresholds
+        bins = [
+            np.where(images.exhausted_NR[:, member], size, column_N)
+            for member, size, column_N in zip(members[:-1], sizes, bins, strict=True)
+        ]
     accuracy, cost = np.zeros(sizes), np.zeros(sizes)
     for first in range(len(members)):
         starts_N = start_N == members[first]
@@ -207,8 +228,9 @@ def _swept(
             reached = [bins[axis][starts_N] for axis in axes]
             worth_N = fitting.worth_NR[starts_N, members[last]]
             for total, values_N in ((accuracy, worth_N), (cost, np.full(len(worth_N), paid))):
-                num_bins = [sizes[axis] - 1 for axis in axes]
-                total += _stopped(reached, num_bins, values_N, last < num_thresholds).reshape(shape)
+                num_bins = [sizes[axis] + 1 for axis in axes]
+                stopped = _stopped(reached, num_bins, values_N, last < num_thresholds)
+                total += stopped[tuple(slice(sizes[axis]) for axis in axes)].reshape(shape)
     accuracy, cost = accuracy.ravel() / len(images), cost.ravel() / len(images)
     if start_bias is not None:
         cost = cost + images.costs.predictor
@@ -217,7 +239,8 @@ def _swept(
         values = tuple(_threshold(edge, int(at)) for edge, at in zip(edges, chosen, strict=True))
         if start_bias is None and ALWAYS in values:
             continue  # every image stops there, so this equals a shorter cascade
-        yield FittedPolicy(Policy(members, values, start_bias), float(cost[place]), float(accuracy[place]))
+        policy = Policy(members, values, start_bias, stops_exhausted)
+        yield FittedPolicy(policy, float(cost[place]), float(accuracy[place]))
 
 
 def _edges(values_N: np.ndarray, count: int) -> np.ndarray:

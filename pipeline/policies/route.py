@@ -22,6 +22,7 @@ class Images:
         predictor_logits_NR: the predictor's logits, float32; None without a predictor.
         weights_N: weights of the images in an accuracy, float64, with mean 1.
         costs: cost of each resolution and of the predictor.
+        exhausted_NR: whether each image is exhausted at each resolution (see `Policy`), bool.
     """
 
     confidence_NR: np.ndarray
@@ -29,6 +30,7 @@ class Images:
     predictor_logits_NR: np.ndarray | None
     weights_N: np.ndarray
     costs: Costs
+    exhausted_NR: np.ndarray
 
     @classmethod
     def of(
@@ -38,12 +40,21 @@ class Images:
         predictor_logits_NR: np.ndarray | None,
         costs: Costs,
         weights_N: np.ndarray | None = None,
+        extents_N: np.ndarray | None = None,
     ) -> Images:
-        """Build the images from stored logits and true classes (N,). Without weights, all images count equally."""
+        """Build the images from stored logits and true classes (N,).
+
+        Args:
+            weights_N: weights of the images in an accuracy; None weights all images equally.
+            extents_N: side of each image's crop before it is resized, in pixels; None if unknown: then no image is
+                exhausted.
+        """
         weights_N = np.ones(len(labels_N)) if weights_N is None else weights_N / weights_N.mean()
         confidence_NR = confidence(torch.from_numpy(logits_NRK).flatten(0, 1)).view(logits_NRK.shape[:2]).numpy()
         correct_NR = logits_NRK.argmax(axis=2) == labels_N[:, None]
-        return cls(confidence_NR, correct_NR, predictor_logits_NR, weights_N, costs)
+        extents_N = np.full(len(labels_N), np.inf) if extents_N is None else extents_N
+        exhausted_NR = extents_N[:, None] <= np.asarray(costs.resolutions)
+        return cls(confidence_NR, correct_NR, predictor_logits_NR, weights_N, costs, exhausted_NR)
 
     def __len__(self) -> int:
         return len(self.correct_NR)
@@ -57,6 +68,7 @@ class Images:
             correct_NR=self.correct_NR[rows_M],
             predictor_logits_NR=None if predictor is None else predictor[rows_M],
             weights_N=weights_M / weights_M.mean(),
+            exhausted_NR=self.exhausted_NR[rows_M],
         )
 
 
@@ -99,7 +111,7 @@ class Routed:
 def route(policy: Policy, images: Images) -> Routed:
     """Apply a policy to images and return its decisions."""
     N, R = images.correct_NR.shape
-    confidence_NR = torch.from_numpy(images.confidence_NR)
+    confidence_NR, exhausted_NR = torch.from_numpy(images.confidence_NR), torch.from_numpy(images.exhausted_NR)
     predictor = None if images.predictor_logits_NR is None else torch.from_numpy(images.predictor_logits_NR)
     now_N = first_resolution(policy, predictor, torch.tensor(images.costs.relative), N)
     ran_NR, last_N = torch.zeros(N, R, dtype=torch.bool), now_N.clone()
@@ -107,6 +119,6 @@ def route(policy: Policy, images: Images) -> Routed:
         here = (now_N == index).nonzero().flatten()
         ran_NR[here, index] = True
         last_N[here] = index
-        now_N[here] = next_resolution(policy, index, confidence_NR[here, index])
+        now_N[here] = next_resolution(policy, index, confidence_NR[here, index], exhausted_NR[here, index])
     assert bool((now_N == STOP).all())
     return Routed(ran_NR.numpy(), last_N.numpy(), np.full(N, policy.needs_predictor))

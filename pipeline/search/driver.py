@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray import tune
 
-from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
+from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, crop_extents, read_layout
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.driver import (
@@ -38,7 +38,7 @@ from pipeline.config.load import ConfigError, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, PolicyConfig, StagesConfig
 from pipeline.models.cost import Costs
-from pipeline.models.drnet import DRNet, build_configured, place_model
+from pipeline.models.drnet import DRNet, build_configured, place_model, validation_crop
 from pipeline.policies.calibrate import Budget, Calibration, calibrate
 from pipeline.policies.route import Images
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
@@ -178,9 +178,11 @@ def _validation_images(settings: SearchSettings, checked: Checked) -> Images:
     key = TableKey.of(model, settings.config, checked.manifest, VALIDATION)
     table = LogitTable(settings.tables, key, range(1))
     logits_NRK = table.logits(0, torch.arange(key.num_samples)).float().numpy()
-    labels_N = read_layout(beton_path(settings.config.data.folder, VALIDATION)).metadata["label"]
+    validation = beton_path(settings.config.data.folder, VALIDATION)
+    labels_N = read_layout(validation).metadata["label"]
     costs = Costs(settings.config.model.resolutions, tuple(checked.backbone_gflops), predictor_gflops=0.0)
-    return Images.of(logits_NRK, labels_N, None, costs)
+    extents_N = crop_extents(validation, validation_crop(settings.config))
+    return Images.of(logits_NRK, labels_N, None, costs, extents_N=extents_N)
 
 
 def fixed_candidates(config: Config) -> list[Candidate]:

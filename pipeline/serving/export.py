@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.export import ExportedProgram
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet
 from pipeline.models.norms import fold_batch_norms
+from pipeline.serving.runtime.policy import Policy
 from pipeline.serving.runtime.programs import BACKBONE_FILE, FORMAT, META_FILE, PREDICTOR_FILE
 from pipeline.training.checkpoint import LoadedModel
 
@@ -76,16 +78,20 @@ def fitted_policies(report: Mapping[str, Any]) -> dict[str, Any]:
 
     `policy` is the policy that the run's budget chose. `policies` is the Pareto front from which a request may choose.
     Each of its entries has `policy`, and the mean `gflops` and the `accuracy` on the images that it was fitted on. The
-    result is empty if the report has no policies.
+    result is empty if the report has no policies. A report of an earlier version may lack a field of `Policy`.
     """
     found = report["policies"]
     if found is None:
         return {}
-    keys = ("members", "thresholds", "start_bias")
+    names = [field.name for field in fields(Policy)]
+
+    def policy_of(point: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: point[name] for name in names if name in point}
+
     return {
-        "policy": {key: found["chosen"][key] for key in keys},
+        "policy": policy_of(found["chosen"]),
         "policies": [
-            {"policy": {key: point[key] for key in keys}, "gflops": point["gflops"], "accuracy": point["accuracy"]}
+            {"policy": policy_of(point), "gflops": point["gflops"], "accuracy": point["accuracy"]}
             for point in found["front"]
         ],
     }

@@ -29,19 +29,23 @@ COSTS = Costs((96, 48, 32), (8.0, 2.0, 1.0), 0.25)
 NUM_CLASSES = 5
 
 
-def images_of(num_images: int = 1200, seed: int = 0, predictor: bool = True) -> Images:
-    """Images of varying difficulty: larger resolutions are right more often, and confidence says something of it."""
+def images_of(num_images: int = 1200, seed: int = 0, predictor: bool = True, smallest: float = np.inf) -> Images:
+    """Images of varying difficulty: larger resolutions are right more often, and confidence says something of it.
+
+    Args:
+        smallest: the smallest extent of a crop in pixels; the largest is twice as many.
+    """
     generator = np.random.default_rng(seed)
     hardness_N = generator.uniform(size=num_images)
     labels_N = generator.integers(NUM_CLASSES, size=num_images)
     strength_NR = np.clip(np.array([7.0, 5.5, 5.2]) - np.array([1.5, 5.5, 6.5]) * hardness_N[:, None], 0, None)
     logits_NRK = generator.normal(size=(num_images, 3, NUM_CLASSES))
     logits_NRK[np.arange(num_images), :, labels_N] += strength_NR
+    extents_N = smallest * (1 + generator.uniform(size=num_images)) if smallest < np.inf else None
     wanted_NR = np.stack([hardness_N - 0.6, 0.3 - np.abs(hardness_N - 0.5), 0.4 - hardness_N], axis=1)
     predictor_NR = 6 * wanted_NR + generator.normal(size=(num_images, 3))
-    return Images.of(
-        logits_NRK.astype(np.float32), labels_N, predictor_NR.astype(np.float32) if predictor else None, COSTS
-    )
+    predictor_NR = predictor_NR.astype(np.float32) if predictor else None
+    return Images.of(logits_NRK.astype(np.float32), labels_N, predictor_NR, COSTS, extents_N=extents_N)
 
 
 def one_by_one(policy: Policy, images: Images) -> list[tuple[list[int], float]]:
@@ -57,7 +61,9 @@ def one_by_one(policy: Policy, images: Images) -> list[tuple[list[int], float]]:
             position = policy.members.index(index)
             if position + 1 == len(policy.members):
                 break
-            if images.confidence_NR[n, index] >= policy.thresholds[position]:
+            confident = images.confidence_NR[n, index] >= policy.thresholds[position]
+            exhausted = policy.stops_exhausted and images.exhausted_NR[n, index]
+            if confident or exhausted:
                 break
             index = policy.members[position + 1]
         cost = sum(COSTS.backbone_gflops[j] for j in ran) + (COSTS.predictor_gflops if policy.needs_predictor else 0)
@@ -73,10 +79,12 @@ def one_by_one(policy: Policy, images: Images) -> list[tuple[list[int], float]]:
         (Policy((2, 0), (0.9,)), "cascade"),
         (predictor_policy((2, 1, 0), 0.5), "predictor"),
         (Policy((2, 1, 0), (0.7, NEVER), -1.0), "predictor+cascade"),
+        (Policy((2, 1, 0), (0.9, 0.8), stops_exhausted=True), "cascade"),
+        (Policy((2, 1, 0), (0.9, NEVER), -1.0, stops_exhausted=True), "predictor+cascade"),
     ],
 )
 def test_routing_many_images_is_routing_each_of_them(policy: Policy, kind: str) -> None:
-    images = images_of(200)
+    images = images_of(200, smallest=30)
     routed, expected = route(policy, images), one_by_one(policy, images)
     assert policy.kind == kind
     assert [np.flatnonzero(ran_R).tolist() for ran_R in routed.ran_NR] == [sorted(ran) for ran, _ in expected]
@@ -94,6 +102,9 @@ def test_a_decision_is_by_the_largest_softmax_probability() -> None:
     assert next_resolution(policy, 0, sure_N).tolist() == [STOP, STOP]
     assert next_resolution(Policy((2, 0), (ALWAYS,)), 2, sure_N).tolist() == [STOP, STOP]
     assert next_resolution(Policy((2, 0), (NEVER,)), 2, torch.ones(1)).tolist() == [0]
+    exhausted_N = torch.tensor([False, True])
+    assert next_resolution(policy, 2, sure_N, exhausted_N).tolist() == [STOP, 0]
+    assert next_resolution(replace(policy, stops_exhausted=True), 2, sure_N, exhausted_N).tolist() == [STOP, STOP]
     assert first_resolution(policy, None, torch.zeros(3), 2).tolist() == [2, 2]
 
 
@@ -113,8 +124,9 @@ def test_a_policy_that_makes_no_sense_is_refused(members: tuple, thresholds: tup
 
 @pytest.mark.parametrize("members", [(2, 0), (2, 1, 0)])
 @pytest.mark.parametrize("start_bias", [None, 0.3])
-def test_the_sweep_is_exact(members: tuple[int, ...], start_bias: float | None) -> None:
-    images = images_of(300)
+@pytest.mark.parametrize("smallest", [np.inf, 30])
+def test_the_sweep_is_exact(members: tuple[int, ...], start_bias: float | None, smallest: float) -> None:
+    images = images_of(300, smallest=smallest)
     fitting = _Fitting(images, images.correct_NR.astype(np.float64), (2, 1, 0))
     start_N = np.full(len(images), members[0])
     if start_bias is not None:
@@ -124,13 +136,15 @@ def test_the_sweep_is_exact(members: tuple[int, ...], start_bias: float | None) 
         ).numpy()
     points = list(_swept(fitting, members, start_N, start_bias))
     assert len(points) > 3
+    assert any(point.policy.stops_exhausted for point in points) == (smallest < np.inf)
     for point in points:
         routed = route(point.policy, images)
         assert routed.cost_N(COSTS).mean() == pytest.approx(point.cost)
         assert routed.correct_N(images.correct_NR).mean() == pytest.approx(point.accuracy)
     # No threshold of a coarse grid beats the front.
-    for thresholds in itertools.product(np.linspace(0.2, 1, 9), repeat=len(members) - 1):
-        routed = route(Policy(members, thresholds, start_bias), images)
+    grid = itertools.product(np.linspace(0.2, 1, 9), repeat=len(members) - 1)
+    for thresholds, stops in itertools.product(grid, {False, smallest < np.inf}):
+        routed = route(Policy(members, thresholds, start_bias, stops), images)
         cost, accuracy = routed.cost_N(COSTS).mean(), routed.correct_N(images.correct_NR).mean()
         at_this_cost = [point.accuracy for point in points if point.cost <= cost * 1.01 + 0.02]
         assert max(at_this_cost, default=1.0) >= accuracy - 0.01
@@ -230,6 +244,7 @@ def test_a_kind_that_needs_a_predictor_has_no_front_without_policies_of_its_own(
         images,
         confidence_NR=images.confidence_NR[:, repeated],
         correct_NR=images.correct_NR[:, repeated],
+        exhausted_NR=images.exhausted_NR[:, repeated],
         predictor_logits_NR=None if logits_NR is None else logits_NR[:, repeated],
         costs=Costs((96, 48, 32, 24, 16)[:resolutions], (8.0, 2.0, 1.0, 0.5, 0.2)[:resolutions], 0.25),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,12 +52,13 @@ def random_predictions(indices: list[int], R: int = 2, K: int = 3) -> Prediction
         np.array(indices),
         logits.reshape(-1, R, K),
         predictor.reshape(-1, R),
+        extents_N=np.array(indices) + 0.5,
     )
 
 
 def assert_equal(first: Predictions, second: Predictions) -> None:
     assert first.resolutions == second.resolutions
-    for name in ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR", "shifted_classes_NV"):
+    for name in ("labels_N", "indices_N", "logits_NRK", "predictor_logits_NR", "shifted_classes_NV", "extents_N"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name), err_msg=name)
         assert getattr(first, name).dtype == getattr(second, name).dtype
 
@@ -97,13 +99,15 @@ def test_a_shifted_crop_repeats_its_edge():
     assert torch.equal(shifted(pixels.transpose(1, 2), 1, 0), right.transpose(1, 2))
 
 
-def test_a_file_of_an_earlier_version_has_no_shifted_crops(tmp_path):
+def test_a_file_of_an_earlier_version_has_no_shifted_crops_and_no_extents(tmp_path):
     predictions = random_predictions([0, 1, 2])
     predictions.save(tmp_path / "new.npz")
     with np.load(tmp_path / "new.npz") as file:
-        np.savez(tmp_path / "old.npz", **{name: file[name] for name in file if name != "shifted_classes_NV"})
-    assert_equal(Predictions.load(tmp_path / "old.npz"), predictions)
-    assert Predictions.load(tmp_path / "old.npz").shifted_correct_NV.shape == (3, 0)
+        added = {"shifted_classes_NV", "extents_N"}
+        np.savez(tmp_path / "old.npz", **{name: file[name] for name in file if name not in added})
+    found = Predictions.load(tmp_path / "old.npz")
+    assert_equal(found, replace(predictions, extents_N=np.full(3, np.inf)))
+    assert found.shifted_correct_NV.shape == (3, 0)
 
 
 def test_collect_skips_empty_batches(model):

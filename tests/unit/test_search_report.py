@@ -208,6 +208,7 @@ def images_of(fitted: float) -> Images:
         predictor_logits_NR=None,
         weights_N=np.ones(len(correct_NR)),
         costs=Costs(CONFIG.model.resolutions, BACKBONE_GFLOPS, 0.0),
+        exhausted_NR=np.zeros(correct_NR.shape, bool),
     )
 
 

@@ -31,7 +31,7 @@ from pipeline.serving.export import export_model, fitted_policies
 from pipeline.serving.package import code_files, write_code
 from pipeline.serving.runtime import Placement, RoutedNetwork
 from pipeline.serving.runtime.classifier import IMAGES_AT_ONCE, Classifier, program_queue
-from pipeline.serving.runtime.policy import Policy
+from pipeline.serving.runtime.policy import NEVER, Policy
 from pipeline.serving.runtime.programs import META_FILE, PREDICTOR_FILE, load_program, split
 from pipeline.training.checkpoint import load_model, save_model
 from tests.unit.pictures import encoded, jpeg
@@ -251,6 +251,21 @@ def test_a_cascade_gives_the_answers_that_evaluation_states(model, with_policies
         assert answer.error is None
         if ran == ([32, 48] if expected.ran_NR[n, 0] else [32]):  # resized crops may differ at the threshold
             assert answer.gflops == pytest.approx(gflops_N[n])
+
+
+def test_an_image_without_more_pixels_stops(model, with_policies):
+    network, policy = with_policies, Policy((1, 0), (NEVER,), stops_exhausted=True)
+    classifier = runtime.Classifier(network)
+    shorter = [int(side / network.crop_fraction) for side in (20, 32, 48, 96)]
+    files = [jpeg(side + 9, side) for side in shorter] + [random_crops(model, 1)[side][0].numpy() for side in (32, 48)]
+    expected = ["32", "32", "32,48", "32,48", "32", "32,48"]
+    assert [answer.resolutions for answer in classifier.classify(files, policy)] == expected
+    assert {answer.resolutions for answer in classifier.classify(files, Policy((1, 0), (NEVER,)))} == {"32,48"}
+    classifier.close()
+    extents_N = torch.tensor([20.0, 32.0, 33.0, 48.0])
+    found = network.classify(random_crops(model, 4), policy, extents_N)
+    assert found.choice_N.tolist() == [1, 1, 0, 0]
+    assert network.classify(random_crops(model, 4), policy).choice_N.tolist() == [0, 0, 0, 0]
 
 
 def test_a_policy_has_a_name(with_policies):

@@ -276,7 +276,9 @@ class Classifier:
         following = dict.fromkeys(map(id, images), STOP)
         if can_stop(policy, index) and usable:
             sure_N = confidence(torch.stack([row.result() for row in rows]))
-            following |= dict(zip(map(id, usable), next_resolution(policy, index, sure_N).tolist(), strict=True))
+            exhausted_N = torch.tensor([_picture(image).extent <= side for image in usable])
+            next_N = next_resolution(policy, index, sure_N, exhausted_N)
+            following |= dict(zip(map(id, usable), next_N.tolist(), strict=True))
         return [following[id(image)] for image in images]
 
     def _on_threads(self, function: Callable[[Any], _Image], items: Sequence[Any]) -> Iterable[_Image]:
@@ -300,9 +302,8 @@ class Classifier:
     def _cropped(self, side: int, image: _Image) -> _Image:
         """Return the image with its crop at `side`, or with the reason why there is no crop."""
         if image.crop is None or image.crop.shape[0] != side:
-            assert image.picture
             try:
-                image.crop = torch.from_numpy(image.picture.crop(side))
+                image.crop = torch.from_numpy(_picture(image).crop(side))
             except BadImageError as error:
                 image.error = str(error)
         return image
@@ -324,6 +325,11 @@ class Classifier:
                 resolutions=",".join(str(self.network.resolutions[index]) for index in image.ran),
                 gflops=image.gflops,
             )
+
+
+def _picture(image: _Image) -> Picture:
+    assert image.picture is not None
+    return image.picture
 
 
 def _crop(image: _Image) -> Tensor:

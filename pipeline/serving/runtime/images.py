@@ -63,9 +63,14 @@ class Picture:
         large: context manager that is entered while a file of more than LARGE_PIXELS pixels is decoded and cropped. A
             semaphore limits how many such images are in memory at the same time. Each can take 1.5 GB.
 
+    Attributes:
+        extent: side of the crop before it is resized, in pixels of the file; known after the first crop.
+
     Raises:
         BadImageError: the image has another type, or exceeds MAX_BYTES or MAX_PIXELS.
     """
+
+    extent: float
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class Picture:
         if isinstance(image, np.ndarray):
             crop = _from_crop(image)
             self._kept = _Decoded(crop, (0, 0, *crop.size), 1)
+            self.extent = crop.width
         else:
             self._file = _checked_file(image)
 
@@ -122,7 +128,7 @@ class Picture:
             raise BadImageError("not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file") from None
         except Exception as error:  # a parser of arbitrary bytes can fail in any way
             raise BadImageError(str(error) or type(error).__name__) from None
-        extent = self._fraction * min(width, height)
+        self.extent = extent = self._fraction * min(width, height)
         left, top = (width - extent) / 2, (height - extent) / 2
         box = left / fraction, top / fraction, (left + extent) / fraction, (top + extent) / fraction
         decoded = _Decoded(rgb, box, orientation)

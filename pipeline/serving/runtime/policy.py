@@ -16,7 +16,7 @@ from torch import Tensor
 STOP = -1
 """The index that stands for "no further resolution runs"."""
 ALWAYS, NEVER = 0.0, 2.0
-"""Thresholds at which every image stops, and at which none does: a confidence is above 0 and at most 1."""
+"""Thresholds that every confidence reaches, and that none does: a confidence is above 0 and at most 1."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,16 @@ class Policy:
     An image starts at one of `members`. It stops there if the largest softmax probability reaches the member's
     threshold. Otherwise it runs again at the next member and pays for both. At the last member it always stops.
 
+    An image is exhausted at a resolution if its crop has no more pixels than the resolution before it is resized. A
+    higher resolution then shows no more detail.
+
     Attributes:
         members: indices of the resolutions that may run, cheapest first.
         thresholds: for each member except the last, the confidence from which an image stops.
         start_bias: None starts every image at the first member. A number starts an image at the member that the
             predictor chooses: argmax_j(logits_j + start_bias * c_j), where c_j in [0, 1] is the relative cost of
             resolution j.
+        stops_exhausted: whether an exhausted image stops, whatever its confidence.
 
     Raises:
         ValueError: there is no member, a member repeats, or the number of thresholds does not match.
@@ -40,6 +44,7 @@ class Policy:
     members: tuple[int, ...]
     thresholds: tuple[float, ...] = ()
     start_bias: float | None = None
+    stops_exhausted: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(self.members))
@@ -104,17 +109,21 @@ def first_resolution(
     return members[biased_NR[:, members].argmax(dim=1)]
 
 
-def next_resolution(policy: Policy, index: int, confidence_N: Tensor) -> Tensor:
+def next_resolution(policy: Policy, index: int, confidence_N: Tensor, exhausted_N: Tensor | None = None) -> Tensor:
     """Return the index of the resolution at which each image runs next, int64 (N,), or STOP for images that are done.
 
     Args:
         index: the resolution at which the images have just run.
         confidence_N: confidence of the answers at that resolution.
+        exhausted_N: whether the images are exhausted at that resolution, bool; None stands for no such image.
     """
     position = policy.members.index(index)
     if position == len(policy.members) - 1:
         return torch.full((len(confidence_N),), STOP)
-    return torch.where(confidence_N >= policy.thresholds[position], STOP, policy.members[position + 1])
+    stops_N = confidence_N >= policy.thresholds[position]
+    if policy.stops_exhausted and exhausted_N is not None:
+        stops_N = stops_N | exhausted_N
+    return torch.where(stops_N, STOP, policy.members[position + 1])
 
 
 def confidence(logits_NK: Tensor) -> Tensor:

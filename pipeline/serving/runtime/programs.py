@@ -266,12 +266,16 @@ class RoutedNetwork:
         predictor = self.predictor_gflops if policy.needs_predictor else 0.0
         return sum((self.backbone_gflops[index] for index in ran), predictor)
 
-    def classify(self, crops: Mapping[int, Tensor], policy: Policy | None = None) -> Routed:
+    def classify(
+        self, crops: Mapping[int, Tensor], policy: Policy | None = None, extents_N: Tensor | None = None
+    ) -> Routed:
         """Apply a policy to a batch. Images that run at the same resolution run together.
 
         Args:
             crops: maps a side to uint8 (N, side, side, 3): the same N images at every side that the network uses.
             policy: None is the policy that the model was registered with.
+            extents_N: side of each image's crop before it was resized, in pixels; None if unknown: then no image is
+                exhausted.
         """
         policy = policy or self.default_policy
         N = len(next(iter(crops.values())))
@@ -288,7 +292,8 @@ class RoutedNetwork:
             ran_NR[group, index], choice_N[group] = True, index
             if can_stop(policy, index):
                 logits_NK[group] = rows.cpu()
-                now_N[group] = next_resolution(policy, index, confidence(logits_NK[group]))
+                exhausted_N = None if extents_N is None else extents_N[group] <= self.resolutions[index]
+                now_N[group] = next_resolution(policy, index, confidence(logits_NK[group]), exhausted_N)
             else:
                 started.append((group, rows))
         for group, rows in started:  # copy a group while the GPU computes the next one
