@@ -1,7 +1,7 @@
-"""Kill one node of a cluster of several real nodes on this machine: `python -m tests.chaos.nodes FOLDER`.
+"""Kill one node of a cluster of several real nodes on this machine: `python -m tests.chaos.nodes FOLDER REGISTRY`.
 
 It is a separate process because a process can be the driver of only one cluster. FOLDER holds prepared data in `data`;
-results are written to FOLDER/results.json.
+results are written to FOLDER/results.json. REGISTRY is the address of a registry that has the model drnet@champion.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from unittest.mock import patch
 
 import ray
 import ray.train
+from ray import serve
 from ray.cluster_utils import Cluster
 
 from pipeline.cluster.driver import train_run
+from pipeline.cluster.serve_model import serve_model
 from pipeline.config.run_folder import RunFolder
+from pipeline.config.schema import ServingConfig
 from tests.chaos.runs import Condition, Saboteur, config_of, events, failures, in_stage, starts
+from tests.serve_clients import TOKEN, load
+from tests.unit.tracking_fixtures import free_port, wait_until
 
 ELASTIC_EPOCHS = 300
 LOOKS = {"elastic_resize_monitor_interval_s": 5.0}
@@ -123,18 +128,45 @@ def elastic(folder: Path, nodes: Nodes) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
+def served(registry: str, folder: Path, nodes: Nodes) -> dict[str, Any]:
+    """Serve with a replica on each of two nodes; one dies under load, and another joins."""
+    serving = ServingConfig(port=free_port(), split="together", min_replicas=2, cpus_per_replica=1)
+
+    def num_replicas() -> int:
+        (application,) = serve.status().applications.values()
+        return sum(found.replica_states.get("RUNNING", 0) for found in application.deployments.values())
+
+    serve_model("models:/drnet@champion", serving, TOKEN, registry=registry, show=lambda _: None)
+    counts = [num_replicas()]
+    with load(serving.port) as during:
+        wait_until(lambda: len(during.answers) > 16, "clients are served")
+        nodes.lose()
+        since, started = len(during.answers), time.monotonic()
+        wait_until(lambda: during.statuses(since) >= {200}, "the other replica answers")
+        answered = time.monotonic() - started
+        wait_until(lambda: num_replicas() == 1, "the loss is noticed")
+        counts.append(num_replicas())
+        nodes.gain()
+        wait_until(lambda: num_replicas() == 2, "a new replica runs on the new node")
+        counts.append(num_replicas())
+    serve.shutdown()
+    statuses = [status for status, _, _ in during.answers]
+    return {"replicas": counts, "statuses": statuses, "repeated": during.repeated, "answered": answered}
+
+
+def main(folder: Path, registry: str) -> None:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     nodes, results = Nodes(2), {}
+    cases = {"lost_and_replaced": lost_and_replaced, "elastic": elastic, "served": partial(served, registry)}
     try:
-        for case in (lost_and_replaced, elastic):
+        for name, case in cases.items():
             started = time.monotonic()
-            results[case.__name__] = case(folder, nodes) | {"seconds": time.monotonic() - started}
-            print(case.__name__, json.dumps(results[case.__name__]), flush=True)
+            results[name] = case(folder, nodes) | {"seconds": time.monotonic() - started}
+            print(name, json.dumps(results[name]), flush=True)
     finally:
         nodes.close()
     (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -15,13 +15,14 @@ from pipeline.config.schema import Config
 from tests.chaos.matrix import Row, record
 from tests.chaos.runs import config_of, require_same
 from tests.conftest import ROOT
+from tests.unit.tracking_fixtures import registered_store
 
 pytestmark = [pytest.mark.distributed, pytest.mark.chaos]
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, undisturbed: Config) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.chaos.nodes", str(folder)]
+def results(folder: Path, undisturbed: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.chaos.nodes", str(folder), registered_store(tmp_path_factory)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "results.json").read_text())
@@ -48,3 +49,20 @@ def test_an_elastic_run_continues_with_fewer_workers_and_then_with_all(results: 
     seen = f"`{found['failures'][0]}`, then resumed from {name} `with 1 worker`; later `with 2 workers`"
     outcome = "finished, but not bit for bit: batches are the same, but batch norm sees other parts of them"
     record(Row("cluster.min_workers=1: 2 workers, 1, 2 again", seen, outcome, seconds))
+
+
+def test_a_model_on_two_nodes_loses_no_answer_with_one_of_them(results: dict[str, Any]) -> None:
+    found = results["served"]
+    assert found["replicas"] == [2, 1, 2]
+    failed = [status for status in found["statuses"] if status != 200]
+    assert set(failed) <= {500, 503}
+    assert found["repeated"] == [200] * len(failed)
+    outcome = f"{len(found['statuses'])} requests, {len(failed)} failed and were answered when repeated once"
+    record(
+        Row(
+            "node of a served model killed under load, another one comes",
+            "errors, or a wait",
+            outcome,
+            found["answered"],
+        )
+    )

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import http.client
 import importlib
-import itertools
 import json
 import os
 import select
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +30,8 @@ from pipeline.serving.pyfunc import REQUESTS_AT_ONCE
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.tracking.store import TrackingError
 from tests.chaos.matrix import Row, record
+from tests.serve_clients import FILES, TOKEN, ask, load
 from tests.unit.browser import CHROMIUM, opened
-from tests.unit.pictures import jpeg
 from tests.unit.tracking_fixtures import finish_run, free_port, fresh_store, make_config, make_model, wait_until
 
 pytestmark = pytest.mark.distributed
@@ -48,9 +44,7 @@ SCALED: dict[str, Any] = {
     "scale_up_seconds": 0.5,
     "scale_down_seconds": 2.0,
 }
-TOKEN = "token of sixteen characters or more"
 QUEUED = 16
-FILES = [jpeg(60, 50, seed=seed) for seed in range(8)]
 CHAMPION, SECOND = "models:/drnet@champion", "models:/drnet/2"
 
 
@@ -87,19 +81,6 @@ def port(ray_cluster: str, registry: str) -> Iterator[int]:
         serve_model(CHAMPION, settings(number, split="together"), TOKEN, show=lambda _: None)
     yield number
     serve.shutdown()
-
-
-def ask(
-    port: int, body: bytes, kind: str = "image/jpeg", path: str = "/", token: str | None = TOKEN, method: str = "POST"
-) -> tuple[int, dict[str, str], Any]:
-    """Send a request; returns status, headers and the parsed answer."""
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
-        authorization = {"Authorization": f"Bearer {token}"} if token else {}
-        connection.request(method, path, body, {"Content-Type": kind, **authorization})
-        answer = connection.getresponse()
-        content = answer.read()
-    headers = {name.lower(): value for name, value in answer.getheaders()}
-    return answer.status, headers, json.loads(content) if content[:1] == b"{" else content.decode()
 
 
 def form_of(files: list[bytes]) -> tuple[bytes, str]:
@@ -227,41 +208,6 @@ def test_the_page_in_a_browser_shows_the_answer_and_each_resolutions(port: int, 
         (alone,) = ask(port, FILES[0], path=f"/?policy={side}")[2]["predictions"]
         assert text.split("\t")[:3] == [f"{side} px", alone["label"], f"{100 * alone['probability']:.1f} %"]
     assert error == "not a JPEG, PNG, WebP, BMP, TIFF, PPM or AVIF file"
-
-
-class Load:
-    """Clients that send images one after another and remember every answer."""
-
-    def __init__(self) -> None:
-        self.answers: list[tuple[int, str, int]] = []
-        """status, model and image of each answer, in the order in which they came"""
-        self.labels: dict[tuple[str, int], set[str]] = {}
-
-    def statuses(self) -> set[int]:
-        return {status for status, _, _ in self.answers}
-
-
-@contextmanager
-def load(port: int, num_clients: int = 4, path: str = "/") -> Iterator[Load]:
-    found, over, numbers = Load(), threading.Event(), itertools.count()
-
-    def client() -> None:
-        while not over.is_set():
-            number = next(numbers) % len(FILES)
-            status, headers, content = ask(port, FILES[number], path=path)
-            found.answers.append((status, headers.get("x-model", ""), number))
-            if status == 200:
-                label = content["predictions"][0]["label"]
-                found.labels.setdefault((content["model"], number), set()).add(label)
-
-    with ThreadPoolExecutor(num_clients) as clients:
-        running = [clients.submit(client) for _ in range(num_clients)]
-        try:
-            yield found
-        finally:
-            over.set()
-            for each in running:
-                each.result()
 
 
 def replicas(deployment: str) -> list[psutil.Process]:
