@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -31,7 +32,10 @@ def ask(
 
 
 class Load:
-    """Clients that send images one after another, repeat a failed request once, and remember every answer."""
+    """Clients that send images one after another, and remember every answer.
+
+    They repeat a failed request once, after a second. The status of a lost connection is 0.
+    """
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, str, int]] = []
@@ -49,13 +53,20 @@ class Load:
 def load(port: int, num_clients: int = 4, path: str = "/") -> Iterator[Load]:
     found, over, numbers = Load(), threading.Event(), itertools.count()
 
+    def ask_or_lose(number: int) -> tuple[int, dict[str, str], Any]:
+        try:
+            return ask(port, FILES[number], path=path)
+        except (OSError, http.client.HTTPException):
+            return 0, {}, None
+
     def client() -> None:
         while not over.is_set():
             number = next(numbers) % len(FILES)
-            status, headers, content = ask(port, FILES[number], path=path)
+            status, headers, content = ask_or_lose(number)
             found.answers.append((status, headers.get("x-model", ""), number))
             if status != 200:
-                found.repeated.append(ask(port, FILES[number], path=path)[0])
+                time.sleep(1)
+                found.repeated.append(ask_or_lose(number)[0])
             if status == 200:
                 label = content["predictions"][0]["label"]
                 found.labels.setdefault((content["model"], number), set()).add(label)

@@ -55,7 +55,7 @@ def test_a_model_on_two_nodes_loses_no_answer_with_one_of_them(results: dict[str
     found = results["served"]
     assert found["replicas"] == [2, 1, 2]
     failed = [status for status in found["statuses"] if status != 200]
-    assert set(failed) <= {500, 503}
+    assert set(failed) <= {0, 500, 503}
     assert found["repeated"] == [200] * len(failed)
     outcome = f"{len(found['statuses'])} requests, {len(failed)} failed and were answered when repeated once"
     record(
