@@ -48,15 +48,21 @@ def reached(images: Images, costs: Sequence[float]) -> dict[tuple[str, float], t
     return {case: tuple(np.mean(pairs, axis=0).tolist()) for case, pairs in found.items()}
 
 
-def exceeded(images: Images, drop: float) -> float:
-    """Return the share of DROP_SPLITS splits in which the policy loses more than allowed on the held-out images."""
-    count = 0
+def exceeded(images: Images, drop: float) -> tuple[float, float]:
+    """Return the shares of DROP_SPLITS splits in which the policy loses more than allowed.
+
+    The first share is about the held-out images, so it includes the chance of a small sample. The second is about all
+    images.
+    """
+    held_out, everywhere = 0, 0
     for seed in range(DROP_SPLITS):
         keys_N = np.random.default_rng(seed).integers(2**63, size=len(images)).astype(np.uint64)
         found = calibrate(images, keys_N, Budget(max_drop=drop), Split(cross_fit_below=0))
         correct_NR = images.correct_NR[found.stated]
-        count += correct_NR.mean(axis=0).max() - found.routed["all"].correct_N(correct_NR).mean() > drop
-    return count / DROP_SPLITS
+        held_out += correct_NR.mean(axis=0).max() - found.routed[ALL].correct_N(correct_NR).mean() > drop
+        routed = route(found.chosen.policy, images)
+        everywhere += images.correct_NR.mean(axis=0).max() - routed.correct_N(images.correct_NR).mean() > drop
+    return held_out / DROP_SPLITS, everywhere / DROP_SPLITS
 
 
 def unseen(images: Images, costs: Sequence[float]) -> list[str]:
@@ -135,7 +141,11 @@ def main() -> None:
             print("\n".join(table(images)))
             print(f"on images that nothing was chosen on, means and 90 % of {DROP_SPLITS} splits:")
             print("\n".join(unseen(images, [share * max(costs.backbone) for share in UNSEEN_SHARES])))
-            print(f"a drop of 1 point is exceeded in {100 * exceeded(images, 0.01):.1f} % of {DROP_SPLITS} splits\n")
+            held_out, everywhere = exceeded(images, 0.01)
+            print(
+                f"a drop of 1 point is exceeded on the held-out images in {100 * held_out:.1f} %, and on all images in "
+                f"{100 * everywhere:.1f} % of {DROP_SPLITS} splits\n"
+            )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from pipeline.serving.runtime.policy import Policy
 def judge(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return `outcome`, `verdict` (a text that states the outcome) and `verdict_details` (further sentences).
 
-    If predictors were compared, the first sentence says at which costs a predictor pays.
+    If predictors were compared, the first sentence says at which costs a predictor pays off.
 
     Outcomes: `constant` (not proven better than always answering the most frequent class), `static` (the chosen policy
     is a static resolution), `dominated` (a static resolution costs no more and is no less accurate), `below_line`
@@ -100,7 +100,7 @@ def _constant(report: Mapping[str, Any]) -> str | None:
 
 
 def predictor_sentence(report: Mapping[str, Any]) -> str | None:
-    """Say whether a predictor pays on these images, and at which costs. Return None if no predictor was compared."""
+    """Say whether a predictor pays off on these images, and at which costs. Return None if no predictor was compared."""
     found = report.get("predictor")
     if found is None or not found["points"]:
         return None
@@ -108,16 +108,16 @@ def predictor_sentence(report: Mapping[str, Any]) -> str | None:
     if found["pays_from"] is None:
         best = max(found["points"], key=lambda point: point["difference_points"])
         return (
-            "A predictor does not pay here: at no cost is a policy with a predictor proven more accurate than the best "
-            f"policy without one (at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} "
+            "A predictor does not pay off here: at no cost is a policy with a predictor proven more accurate than the "
+            f"best policy without one (at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} "
             f"{unit}, {_interval(best)})."
         )
     best = max(found["points"], key=lambda point: point["low_points"])
     costs = [gflops(found[key]) for key in ("pays_from", "pays_to")]
     where = f"a cost limit of {costs[0]}" if costs[0] == costs[1] else f"cost limits from {costs[0]} to {costs[1]}"
     return (
-        f"A predictor pays for {where} {unit}: {best['kind']} is {best['difference_points']:.1f} points more accurate "
-        f"than the best policy without a predictor at {gflops(best['mean_cost'])} {unit} ({_interval(best)})."
+        f"A predictor pays off for {where} {unit}: {best['kind']} is {best['difference_points']:.1f} points more "
+        f"accurate than the best policy without a predictor at {gflops(best['mean_cost'])} {unit} ({_interval(best)})."
     )
 
 
@@ -295,7 +295,7 @@ def build_report(
         `outcome`, `verdict`, `verdict_details` (see `judge`); `headline` (the deployed model's results); `best_static`
         (id of a row); `compared_by` (the key of the rows that is compared, top1 or balanced_top1); `rows` (see
         `comparison.table_rows`); `comparisons` (maps a row's id to the routed network's difference from it, see
-        `comparison.compare`); `policies` (see `_policies`); `predictor` (whether a predictor pays, see
+        `comparison.compare`); `policies` (see `_policies`); `predictor` (whether a predictor pays off, see
         `comparison.predictor_gains`; null without one); `budget_curve` (see `budget.budget_curve`); `routing`;
         `by_class` (see `comparison.class_table`); `attributes`; `majority_class_top1`; `references`; `method`;
         `environment`. With one resolution, `comparisons`, `policies`, `predictor` and `routing` are null, and

@@ -95,8 +95,8 @@ def build_search_report(
     `held_out_rows` (static resolutions on the images that the finetuned runs report on);
     `trials` (a row for every record); `front` (keys of the first seed's trials that no other trial dominates);
     `compared` (the paper's four and the finalists over all their seeds, see `_compared`); `against_paper` (for each of
-    the four, what dominates it); `predictor` and `policies` (whether a predictor pays, and the front of whole policies,
-    see `_predictor`); `finetuned`; `chosen`; `importance`; `space`; `costs`; `method`; `environment`.
+    the four, what dominates it); `predictor` and `policies` (whether a predictor pays off, and the front of whole
+    policies, see `_predictor`); `finetuned`; `chosen`; `importance`; `space`; `costs`; `method`; `environment`.
 
     Args:
         correct_NR: whether each resolution is correct, for the images of the validation beton, bool.
@@ -363,7 +363,7 @@ def _policies_table(report: Mapping[str, Any]) -> Table:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Say whether a predictor pays on these images, and which model to deploy or how the front compares to the four."""
+    """Say whether a predictor pays off on these images, and which model to deploy or how the front compares to the four."""
     return " ".join(filter(None, (predictor_sentence(report), _outcome(report))))
 
 

@@ -136,11 +136,11 @@ class TestVerdict:
         pays = judge(report | {"predictor": {"points": [point], "pays_from": 0.4, "pays_to": 0.4}})
         assert pays["outcome"] == "gain"
         assert pays["verdict"].startswith(
-            "A predictor pays for a cost limit of 0.400 GFLOPs: predictor is 2.0 points more accurate than the best "
-            "policy without a predictor at 0.384 GFLOPs (95 % CI +0.5 to +3.5). At 0.43 of the FLOPs"
+            "A predictor pays off for a cost limit of 0.400 GFLOPs: predictor is 2.0 points more accurate than the "
+            "best policy without a predictor at 0.384 GFLOPs (95 % CI +0.5 to +3.5). At 0.43 of the FLOPs"
         )
         not_at_all = judge(report | {"predictor": {"points": [point], "pays_from": None, "pays_to": None}})
-        assert not_at_all["verdict"].startswith("A predictor does not pay here: ")
+        assert not_at_all["verdict"].startswith("A predictor does not pay off here: ")
 
     def test_balanced_accuracy_decides_where_it_is_asked_for(self):
         """96 px is right for 8 of 10 images of every class, 32 px for all of the first class."""

@@ -220,7 +220,7 @@ def test_no_predictor_is_a_candidate_and_the_first_sentence_says_whether_one_pay
     """With honest confidence a cascade is perfect. With equal confidence it is no better than a static network."""
     honest = report_of(records(), chosen=None, finetuned=[], calibration=cascades(0.3))
     assert honest["predictor"]["pays_from"] is None
-    assert verdict(honest).startswith("A predictor does not pay here: at no cost is a policy with a predictor proven")
+    assert verdict(honest).startswith("A predictor does not pay off here: at no cost is a policy with a predictor")
     assert {row["label"].split()[0] for row in honest["policies"]} <= {"static", "cascade"}
     costs = [row["mean_gflops"] for row in honest["policies"]]
     assert costs == sorted(costs)
@@ -231,7 +231,7 @@ def test_no_predictor_is_a_candidate_and_the_first_sentence_says_whether_one_pay
     found = [record for record in records() if record.candidate != first]
     found += [record_of(first, 0.3, seed, **perfect) for seed in (0, 1)]
     equal = report_of(found, chosen=None, finetuned=[], calibration=cascades(0.99))
-    assert verdict(equal).startswith("A predictor pays for ")
+    assert verdict(equal).startswith("A predictor pays off for ")
     assert "GFLOPs: A is " in verdict(equal)
     assert "A" in {row["label"] for row in equal["policies"]}
     without = report_of(found, chosen=None, finetuned=[])
