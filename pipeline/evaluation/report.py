@@ -100,7 +100,7 @@ def _constant(report: Mapping[str, Any]) -> str | None:
 
 
 def predictor_sentence(report: Mapping[str, Any]) -> str | None:
-    """Say whether a predictor pays off on these images, and at which costs. Return None if no predictor was compared."""
+    """Say whether and at which costs a predictor pays off. Return None if no predictor was compared."""
     found = report.get("predictor")
     if found is None or not found["points"]:
         return None
@@ -109,8 +109,8 @@ def predictor_sentence(report: Mapping[str, Any]) -> str | None:
         best = max(found["points"], key=lambda point: point["difference_points"])
         return (
             "A predictor does not pay off here: at no cost is a policy with a predictor proven more accurate than the "
-            f"best policy without one (at best {signed(best['difference_points'])} points at {gflops(best['mean_cost'])} "
-            f"{unit}, {_interval(best)})."
+            f"best policy without one (at best {signed(best['difference_points'])} points at "
+            f"{gflops(best['mean_cost'])} {unit}, {_interval(best)})."
         )
     best = max(found["points"], key=lambda point: point["low_points"])
     costs = [gflops(found[key]) for key in ("pays_from", "pays_to")]

@@ -363,7 +363,7 @@ def _policies_table(report: Mapping[str, Any]) -> Table:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """Say whether a predictor pays off on these images, and which model to deploy or how the front compares to the four."""
+    """Say whether a predictor pays off, and which model to deploy or how the front compares to the four."""
     return " ".join(filter(None, (predictor_sentence(report), _outcome(report))))
 
 
