@@ -21,8 +21,9 @@ from benchmarks.photographs import write_photographs
 from datasets import turbojpeg
 
 NUM_IMAGES = 4096
-NUM_IMAGES_IN_SHARDS = 16_384
-NUM_SHARDS, ROWS_IN_GROUP = 8, 100
+NUM_IMAGES_IN_SHARDS = {"train": 13_312, "validation": 3_072}
+"""The number of images of each split in shards. The splits have files of their own, as in published data sets."""
+IMAGES_IN_SHARD, ROWS_IN_GROUP = 2_048, 100
 RESIZED = 256
 QUALITY = 90
 Check = Literal["data", "header"]
@@ -47,7 +48,9 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
             )
         ]
         # Use more images, so that this measures reading them rather than the import of pyarrow in each process.
-        many = write_photographs(Path(scratch) / "many", images, NUM_IMAGES_IN_SHARDS)
+        many = Path(scratch) / "many"
+        for split, count in NUM_IMAGES_IN_SHARDS.items():
+            write_photographs(many / split, images, count)
         folders = side("ours", None, images=str(many))
         for name, write in (("Parquet", write_parquet), ("WebDataset", write_tars)):
             shards = side("ours", None, images=str(write(many, Path(scratch) / name)))
@@ -56,42 +59,50 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
     return rows, [
         f"{threads} processes, {NUM_IMAGES} images, {'--images ' + str(images) if images else 'generated'}",
         "FFCV decodes and encodes the files that this project keeps",
-        f"{NUM_SHARDS} shards with {NUM_IMAGES_IN_SHARDS} images, {ROWS_IN_GROUP} in a row group of Parquet",
+        f"shards: {sum(NUM_IMAGES_IN_SHARDS.values())} images in two splits, {IMAGES_IN_SHARD} in a shard, "
+        f"{ROWS_IN_GROUP} in a row group of Parquet",
     ]
 
 
 def write_parquet(images: Path, folder: Path) -> Path:
-    """Write images of class folders as Parquet files in the layout of Hugging Face's image data sets."""
+    """Write the class folders of each split as Parquet files in the layout of Hugging Face's image data sets."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    data, folder = ClassFolders(images), folder / "data"
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": data.classes}}
+    names = ClassFolders(images / "train").classes
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("image", image), ("label", pa.int64())], metadata)
-    folder.mkdir(parents=True)
-    for shard in range(NUM_SHARDS):
-        rows = [
-            {"image": {"bytes": path.read_bytes(), "path": path.name}, "label": label}
-            for path, label in data.files[shard::NUM_SHARDS]
-        ]
-        file = folder / f"train-{shard:05d}-of-{NUM_SHARDS:05d}.parquet"
-        parquet.write_table(pa.Table.from_pylist(rows, schema), file, row_group_size=ROWS_IN_GROUP)
+    folder.mkdir()
+    for name, files in shards_of(images):
+        rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}, "label": label} for path, label in files]
+        parquet.write_table(
+            pa.Table.from_pylist(rows, schema), folder / f"{name}.parquet", row_group_size=ROWS_IN_GROUP
+        )
     return folder
 
 
 def write_tars(images: Path, folder: Path) -> Path:
-    """Write images of class folders as WebDataset tars of .jpg and .cls."""
+    """Write the class folders of each split as WebDataset tars of .jpg and .cls."""
     folder.mkdir()
-    for shard in range(NUM_SHARDS):
-        with tarfile.open(folder / f"train-{shard:04d}.tar", "w") as tar:
-            for number, (path, label) in enumerate(ClassFolders(images).files[shard::NUM_SHARDS]):
+    for name, files in shards_of(images):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for number, (path, label) in enumerate(files):
                 for suffix, content in (("jpg", path.read_bytes()), ("cls", str(label).encode())):
                     member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return folder
+
+
+def shards_of(images: Path) -> Iterator[tuple[str, list[tuple[Path, int]]]]:
+    """Yield the name of each shard, and its images and labels."""
+    for split in NUM_IMAGES_IN_SHARDS:
+        files = ClassFolders(images / split).files
+        count = -(-len(files) // IMAGES_IN_SHARD)
+        for shard in range(count):
+            yield f"{split}-{shard:05d}-of-{count:05d}", files[shard::count]
 
 
 def elongation(folder: Path) -> float:
