@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.policies import images_of
 from datasets.beton import VALIDATION, beton_path, read_jpeg
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
 from pipeline.config.run_folder import RunFolder
 from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import measure_costs
-from pipeline.policies.route import Images, route
+from pipeline.policies.route import route
 from pipeline.serving.export import export_model, fitted_policies
 from pipeline.serving.runtime import Classifier, RoutedNetwork
 from pipeline.training.checkpoint import LoadedModel, load_model
@@ -41,9 +42,7 @@ def compare(run: Path, data: Path) -> list[str]:
     with TemporaryDirectory(prefix="agreement-") as folder:
         export_model(loaded, Path(folder), policies)
         network = RoutedNetwork(Path(folder))
-        logits = predictions.logits_NRK, predictions.labels_N, predictions.predictor_logits_NR
-        images = Images.of(*logits, measure_costs(loaded.model), extents_N=predictions.extents_N)
-        chosen_N = route(network.default_policy, images).last_N
+        chosen_N = route(network.default_policy, images_of(predictions, measure_costs(loaded.model))).last_N
         trained = predictions.classes_NR[np.arange(len(chosen_N)), chosen_N], chosen_N
         from_crops = _from_crops(network, loaded, beton, predictions)
         from_bytes = _from_bytes(network, [read_jpeg(beton, int(index)) for index in predictions.indices_N])

@@ -112,11 +112,10 @@ def table(images: Images) -> list[str]:
     return lines
 
 
-def images_of(predictions: Path, costs: Costs) -> Images:
-    """Return the images in a file of predictions, as policies need them."""
-    found = Predictions.load(predictions)
-    logits = found.logits_NRK, found.labels_N, found.predictor_logits_NR
-    return Images.of(*logits, costs, extents_N=found.extents_N)
+def images_of(predictions: Predictions, costs: Costs) -> Images:
+    """Return the images of predictions, as policies need them."""
+    logits = predictions.logits_NRK, predictions.labels_N, predictions.predictor_logits_NR
+    return Images.of(*logits, costs, extents_N=predictions.extents_N)
 
 
 def main() -> None:
@@ -131,7 +130,7 @@ def main() -> None:
             models["before the joint stage"] = (run.predictions_before_joint, run.before_joint)
         for name, (predictions, model) in models.items():
             costs = measure_costs(load_model(model).model)
-            images = images_of(predictions, costs)
+            images = images_of(Predictions.load(predictions), costs)
             statics = zip(costs.resolutions, images.correct_NR.mean(axis=0), costs.backbone, strict=True)
             print(f"{folder}, {name}: {len(images):,} images; costs in 1e-3 GFLOPs, predictor included")
             print(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import MIN_RUNS, Row, paired, show
+from benchmarks.policies import images_of
 from datasets.beton import VALIDATION, beton_path, read_jpeg, read_layout
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
 from pipeline.config.run_folder import RunFolder
@@ -29,7 +30,7 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.models.cost import measure_costs
 from pipeline.policies.calibrate import Split
 from pipeline.policies.fit import KINDS, FittedPolicy, fit_fronts
-from pipeline.policies.route import Images, route
+from pipeline.policies.route import route
 from pipeline.serving.export import export_model
 from pipeline.serving.runtime import Classifier, RoutedNetwork
 from pipeline.serving.runtime.policy import Policy
@@ -90,8 +91,7 @@ def measure(
     torch.set_num_threads(threads)
     loaded, predictions = load_model(run.model), Predictions.load(run.predictions)
     costs, beton = measure_costs(loaded.model), beton_path(data, VALIDATION)
-    logits = predictions.logits_NRK, predictions.labels_N, predictions.predictor_logits_NR
-    images = Images.of(*logits, costs, extents_N=predictions.extents_N)
+    images = images_of(predictions, costs)
     keys_N = read_layout(beton).metadata["checksum"].view(np.uint64)[predictions.indices_N]
     select_N, _ = Split(cross_fit_below=0).parts(keys_N)[0]
     points = at_one_accuracy(fit_fronts(images.rows(select_N)), drop)

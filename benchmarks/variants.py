@@ -31,15 +31,14 @@ import torch
 from benchmarks.harness import ROOT, progress
 from benchmarks.overhead import opened_run
 from benchmarks.policies import images_of, reached
-from datasets.beton import VALIDATION, beton_path, crop_extents
 from pipeline.config.load import load_config
 from pipeline.evaluation.predictions import Predictions, collect_predictions
 from pipeline.evaluation.report import Evaluation, build_report
 from pipeline.evaluation.statistics import mean_of
 from pipeline.models.cost import Costs
-from pipeline.models.drnet import validation_crop
 from pipeline.policies.calibrate import Budget, Split
 from pipeline.policies.route import Images
+from pipeline.training.assembly import validation_extents
 from pipeline.training.loop import train
 
 COSTS, PREDICTIONS = "costs.json", "predictions.npz"
@@ -52,8 +51,7 @@ def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None
     with opened_run(load_config(config, fields), folder, torch.device(device)) as run:
         train(run)
         found = collect_predictions(run.model, run.validation.epoch(0))
-        extents_N = crop_extents(beton_path(run.config.data.folder, VALIDATION), validation_crop(run.config))
-        replace(found, extents_N=extents_N[found.indices_N]).save(folder / PREDICTIONS)
+        replace(found, extents_N=validation_extents(run.config)[found.indices_N]).save(folder / PREDICTIONS)
         (folder / COSTS).write_text(json.dumps(dataclasses.asdict(run.costs)))
 
 
@@ -65,7 +63,7 @@ def stored_costs(folder: Path) -> Costs:
 
 def validation_images(folder: Path) -> Images:
     """Return the validation images of a variant's run, from its stored predictions and costs."""
-    return images_of(folder / PREDICTIONS, stored_costs(folder))
+    return images_of(Predictions.load(folder / PREDICTIONS), stored_costs(folder))
 
 
 def interval(values: list[float]) -> str:

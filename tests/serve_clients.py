@@ -64,12 +64,12 @@ def load(port: int, num_clients: int = 4, path: str = "/") -> Iterator[Load]:
             number = next(numbers) % len(FILES)
             status, headers, content = ask_or_lose(number)
             found.answers.append((status, headers.get("x-model", ""), number))
-            if status != 200:
-                time.sleep(1)
-                found.repeated.append(ask_or_lose(number)[0])
             if status == 200:
                 label = content["predictions"][0]["label"]
                 found.labels.setdefault((content["model"], number), set()).add(label)
+            else:
+                time.sleep(1)
+                found.repeated.append(ask_or_lose(number)[0])
 
     with ThreadPoolExecutor(num_clients) as clients:
         running = [clients.submit(client) for _ in range(num_clients)]

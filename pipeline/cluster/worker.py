@@ -18,7 +18,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from datasets.beton import VALIDATION, Manifest, beton_path, crop_extents, load_manifest
+from datasets.beton import Manifest, load_manifest
 from datasets.loading.loader import MultiResolutionLoader
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import read_state_on_all_ranks
@@ -27,10 +27,10 @@ from pipeline.cluster.signals import StoppedError, is_stop_requested
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, DataConfig
 from pipeline.evaluation.predictions import collect_predictions
-from pipeline.models.drnet import DRNet, place_model, validation_crop
+from pipeline.models.drnet import DRNet, place_model
 from pipeline.tracking.tracker import RunHandle, RunLogger, system_metrics
 from pipeline.training import distributed
-from pipeline.training.assembly import build_model, equip_for_training, open_loaders
+from pipeline.training.assembly import build_model, equip_for_training, open_loaders, validation_extents
 from pipeline.training.checkpoint import STATE_FILE, TrainingState, load_model, save_model
 from pipeline.training.loop import train
 from pipeline.training.run import (
@@ -242,7 +242,7 @@ class WorkerReporter:
         model = models[PREDICTIONS]
         self.message(f"evaluating {validation_loader.num_samples} validation images")
         config = self.settings.config
-        extents_N = crop_extents(beton_path(config.data.folder, VALIDATION), validation_crop(config))
+        extents_N = validation_extents(config)
         with tempfile.TemporaryDirectory() as folder:
             for name, each in models.items():
                 found = collect_predictions(each, validation_loader.epoch(0), placebo=True)

@@ -212,9 +212,9 @@ def _swept_once(
     edges = [_edges(column_N, GRID[num_thresholds]) for column_N in columns]
     bins = [np.searchsorted(edge, column_N, side="right") for edge, column_N in zip(edges, columns, strict=True)]
     sizes = [len(edge) + 2 for edge in edges]  # thresholds: below all bins, between each two, above all
-    if stops_exhausted:  # a bin above all thresholds
+    if stops_exhausted:  # their bin reaches every threshold, NEVER too
         bins = [
-            np.where(images.exhausted_NR[:, member], size, column_N)
+            np.where(images.exhausted_NR[:, member], size - 1, column_N)
             for member, size, column_N in zip(members[:-1], sizes, bins, strict=True)
         ]
     accuracy, cost = np.zeros(sizes), np.zeros(sizes)
@@ -228,7 +228,7 @@ def _swept_once(
             reached = [bins[axis][starts_N] for axis in axes]
             worth_N = fitting.worth_NR[starts_N, members[last]]
             for total, values_N in ((accuracy, worth_N), (cost, np.full(len(worth_N), paid))):
-                num_bins = [sizes[axis] + 1 for axis in axes]
+                num_bins = [sizes[axis] for axis in axes]
                 stopped = _stopped(reached, num_bins, values_N, last < num_thresholds)
                 total += stopped[tuple(slice(sizes[axis]) for axis in axes)].reshape(shape)
     accuracy, cost = accuracy.ravel() / len(images), cost.ravel() / len(images)

@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray import tune
 
-from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, crop_extents, read_layout
+from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.driver import (
@@ -38,7 +38,7 @@ from pipeline.config.load import ConfigError, with_absolute_paths
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, PolicyConfig, StagesConfig
 from pipeline.models.cost import Costs
-from pipeline.models.drnet import DRNet, build_configured, place_model, validation_crop
+from pipeline.models.drnet import DRNet, build_configured, place_model
 from pipeline.policies.calibrate import Budget, Calibration, calibrate
 from pipeline.policies.route import Images
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
@@ -53,7 +53,7 @@ from pipeline.tracking.registry import RegisteredModel, register_model
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER, tracking_uri
 from pipeline.tracking.tracker import RunHandle, RunLogger, tracked_run
-from pipeline.training.assembly import open_loader
+from pipeline.training.assembly import open_loader, validation_extents
 from pipeline.training.checkpoint import load_model, save_model
 from pipeline.training.logit_table import LogitTable, TableError, TableKey, fill_table
 from pipeline.training.objectives import Forward
@@ -178,11 +178,9 @@ def _validation_images(settings: SearchSettings, checked: Checked) -> Images:
     key = TableKey.of(model, settings.config, checked.manifest, VALIDATION)
     table = LogitTable(settings.tables, key, range(1))
     logits_NRK = table.logits(0, torch.arange(key.num_samples)).float().numpy()
-    validation = beton_path(settings.config.data.folder, VALIDATION)
-    labels_N = read_layout(validation).metadata["label"]
+    labels_N = read_layout(beton_path(settings.config.data.folder, VALIDATION)).metadata["label"]
     costs = Costs(settings.config.model.resolutions, tuple(checked.backbone_gflops), predictor_gflops=0.0)
-    extents_N = crop_extents(validation, validation_crop(settings.config))
-    return Images.of(logits_NRK, labels_N, None, costs, extents_N=extents_N)
+    return Images.of(logits_NRK, labels_N, None, costs, extents_N=validation_extents(settings.config))
 
 
 def fixed_candidates(config: Config) -> list[Candidate]:

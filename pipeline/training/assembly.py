@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 
-from datasets.beton import SPLITS, TRAIN, Manifest, beton_path
+from datasets.beton import SPLITS, TRAIN, VALIDATION, Manifest, beton_path, crop_extents
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader, RandomResizedCrop
 from pipeline.config.schema import Config
 from pipeline.models.backbone import compile_backbone
@@ -57,6 +58,11 @@ def open_loader(
         window_pages=settings.window_pages,
         max_damaged=settings.max_damaged if training else 0,
     )
+
+
+def validation_extents(config: Config) -> np.ndarray:
+    """Return the side of each validation image's crop before it is resized, in pixels, (N,), in beton order."""
+    return crop_extents(beton_path(config.data.folder, VALIDATION), validation_crop(config))
 
 
 @contextmanager
