@@ -34,10 +34,10 @@ demo: setup ## prepare, train, evaluate, register and predict on this machine; D
 	@echo
 	@echo "The report: runs/$(DATA)/report/report.html (also report.md, report.json and the figures beside it)"
 
-search: setup ## search the predictor's size for the backbone of `make demo`, choose and register; DATA as for demo
+search: setup ## after `make demo`: search the predictor's size for its backbone, choose and register; DATA=glyphs only
 	$(PYTHON) -m jobs.tune --config $(DATA) --max-accuracy-drop 1 --register
 
-test: lint ## lint, then every test; TESTS="tests/unit -k config" runs some of them
+test: lint ## lint, then all tests except those of `make chaos`; TESTS="tests/unit -k config" runs some of them
 ifdef TESTS
 	$(PYTHON) -m pytest $(TESTS)
 else

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.harness import MIN_RUNS, Row, paired, show
 from benchmarks.policies import images_of
-from datasets.beton import VALIDATION, beton_path, read_jpeg, read_layout
+from datasets.beton import VALIDATION, beton_path, read_jpeg, split_keys
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
 from pipeline.config.run_folder import RunFolder
 from pipeline.evaluation.predictions import Predictions
@@ -92,7 +92,7 @@ def measure(
     loaded, predictions = load_model(run.model), Predictions.load(run.predictions)
     costs, beton = measure_costs(loaded.model), beton_path(data, VALIDATION)
     images = images_of(predictions, costs)
-    keys_N = read_layout(beton).metadata["checksum"].view(np.uint64)[predictions.indices_N]
+    keys_N = split_keys(data)[predictions.indices_N]
     select_N, _ = Split(cross_fit_below=0).parts(keys_N)[0]
     points = at_one_accuracy(fit_fronts(images.rows(select_N)), drop)
     policies = {kind: point.policy for kind, point in points.items()}

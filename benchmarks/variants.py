@@ -7,7 +7,8 @@ Every run trains in one process, as `jobs.train` does with the same configuratio
 predictions stay in the folder, and a run that is there is not trained again. The first table has the mean accuracy
 over the seeds with its 95 % interval (Student's t): policies are fitted on random halves of the validation images and
 applied to the others. With --against-static, a second table compares the policy of each run and limit with the static
-resolutions: policies for each fifth of the images are fitted on the other fifths, as in a report.
+resolutions: policies for each fifth of the images are fitted on the other fifths, as in a report. Images of one
+group (data.group_by) are in the same fifth.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import shlex
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,6 +31,7 @@ import torch
 from benchmarks.harness import ROOT, progress
 from benchmarks.overhead import opened_run
 from benchmarks.policies import images_of, reached
+from datasets.beton import split_keys
 from pipeline.config.load import load_config
 from pipeline.evaluation.predictions import Predictions, collect_predictions
 from pipeline.evaluation.report import Evaluation, build_report
@@ -41,7 +42,7 @@ from pipeline.policies.route import Images
 from pipeline.training.assembly import validation_extents
 from pipeline.training.loop import train
 
-COSTS, PREDICTIONS = "costs.json", "predictions.npz"
+COSTS, PREDICTIONS, KEYS = "costs.json", "predictions.npz", "split_keys.npy"
 FOLDS = Split(cross_fit_below=sys.maxsize)
 
 
@@ -52,6 +53,7 @@ def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None
         train(run)
         found = collect_predictions(run.model, run.validation.epoch(0))
         replace(found, extents_N=validation_extents(run.config)[found.indices_N]).save(folder / PREDICTIONS)
+        np.save(folder / KEYS, split_keys(run.config.data.folder)[found.indices_N])
         (folder / COSTS).write_text(json.dumps(dataclasses.asdict(run.costs)))
 
 
@@ -95,7 +97,7 @@ def against_static(folder: Path, budgets: Sequence[Budget]) -> Iterator[str]:
     """Yield a row for each budget: the chosen policy's accuracy and cost, and its differences from the envelope
     and from the best static resolution."""
     predictions, costs = Predictions.load(folder / PREDICTIONS), stored_costs(folder)
-    keys_N = np.array([zlib.crc32(b"%d" % index) for index in predictions.indices_N], np.uint64)
+    keys_N = np.load(folder / KEYS)
     classes = [str(index) for index in range(predictions.logits_NRK.shape[2])]
     for budget in budgets:
         evaluation = Evaluation(predictions, costs, keys_N, budget=budget, has_predictor=False, split=FOLDS)

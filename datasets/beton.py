@@ -200,6 +200,17 @@ def enlarged_shares(beton: Path, sides: Sequence[int], crop: float) -> list[floa
     return [float(np.mean(extents_N < side)) for side in sides]
 
 
+def split_keys(folder: Path) -> NDArray[np.uint64]:
+    """Return a key for each validation image, (N,), in beton order. Images with equal keys stay together in a split.
+
+    The key is the image's group with data.group_by, otherwise the checksum of its bytes. Errors are those of
+    `load_manifest` and `crop_extents`.
+    """
+    if groups := load_manifest(folder).splits[VALIDATION].groups:
+        return np.asarray(groups, np.uint64)
+    return read_layout(beton_path(folder, VALIDATION)).metadata["checksum"].view(np.uint64)
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:

@@ -26,6 +26,11 @@ def main() -> None:
         return
     if args.register and config.search.budget_gflops is None and config.search.max_accuracy_drop is None:
         raise ValueError("--register needs a rule to choose by. Give --budget-gflops or --max-accuracy-drop")
+    if args.register and config.search.finetuned == 0:
+        raise ValueError(
+            "--register registers a finetuned candidate, but search.finetuned=0 finetunes none. Omit --register, or "
+            "set search.finetuned to 1 or more (this needs stages.joint)"
+        )
     from pipeline.search.driver import register_chosen, search_run
     from pipeline.search.report import verdict
 

@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import ray
 import torch
 import yaml
 
-from datasets.beton import VALIDATION, Manifest, beton_path, enlarged_shares, load_manifest, read_jpeg, read_layout
+from datasets.beton import VALIDATION, Manifest, beton_path, enlarged_shares, read_jpeg, split_keys
 from datasets.files import lock_file, write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
@@ -72,7 +71,7 @@ def train_run(config: Config) -> RunResult:
     refuse_other_inputs(folder, inputs)
     download_validation_split(config)
     if len(config.model.resolutions) > 1:
-        split_of(config).parts(split_keys(config))  # refuses too few images before training
+        split_of(config).parts(split_keys(config.data.folder))  # refuses too few images before training
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_driver(folder.driver_lock):
         write_whole(folder.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -253,7 +252,7 @@ def _evaluation(config: Config, costs: Costs, predictions: Predictions) -> Evalu
     return Evaluation(
         predictions,
         costs,
-        split_keys(config)[predictions.indices_N],
+        split_keys(config.data.folder)[predictions.indices_N],
         budget=Budget(highest, None if drop is None else drop / 100),
         split=split_of(config),
         balanced=is_balanced(config),
@@ -274,16 +273,6 @@ def split_of(config: Config) -> Split:
     """
     policy = config.policy
     return Split(policy.select_share, policy.cross_fit_below, policy.folds)
-
-
-def split_keys(config: Config) -> np.ndarray:
-    """Return a key for each validation image, uint64, in beton order. Images with equal keys stay together in a split.
-
-    The key is the image's group with data.group_by, otherwise the checksum of its bytes.
-    """
-    if groups := load_manifest(config.data.folder).splits[VALIDATION].groups:
-        return np.asarray(groups, np.uint64)
-    return read_layout(beton_path(config.data.folder, VALIDATION)).metadata["checksum"].view(np.uint64)
 
 
 def environment() -> dict[str, str]:

@@ -18,9 +18,12 @@ from pipeline.config.yaml_tree import choices, field_name, field_of, is_optional
 
 
 def describe_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, meaning) of every field, for --help and the reference."""
-    for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
+    """Yield (dotted key, type, default, meaning) of every field, for --help and the reference.
+
+    The fields of a section come before those of the sections inside it.
+    """
+    fields = [(name, field, section_of(field.annotation)) for name, field in section.model_fields.items()]
+    for name, field, inner in sorted(fields, key=lambda found: found[2] is not None):
         if inner is not None:
             yield from describe_fields(inner, f"{prefix}{name}.")
             continue

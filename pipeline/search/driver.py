@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray import tune
 
-from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout
+from datasets.beton import TRAIN, VALIDATION, Manifest, beton_path, read_layout, split_keys
 from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.driver import (
@@ -25,7 +25,6 @@ from pipeline.cluster.driver import (
     download_validation_split,
     environment,
     only_driver,
-    split_keys,
     split_of,
     train_run,
 )
@@ -100,7 +99,7 @@ def search_run(config: Config) -> SearchResult:
         correct_NR = images.correct_NR
         _run_trials(settings, checked, correct_NR, tracking)
         records = records_in(checked.space, fixed_candidates(config), settings)
-        calibration = calibrate(images, split_keys(config), Budget(), split_of(config))
+        calibration = calibrate(images, split_keys(config.data.folder), Budget(), split_of(config))
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
         # The reports of the finetuned runs are about these images.
         chosen = choose_finetuned(config, finetuned, correct_NR[calibration.stated])

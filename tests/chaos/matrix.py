@@ -17,12 +17,13 @@ from benchmarks.harness import processor_name
 FILE = "DRNET_FAULTS"
 """The environment variable that names the file to append rows to. If it is unset, rows are not kept."""
 
-HEAD = """# What happens when things die
+HEAD = """# What happens when a process, a node or a disk fails
 
-Each row below is a test in `tests/chaos`: it disturbs a small run on real Ray processes, and compares the result with
-an uninterrupted run. "Same result" means: the same weights bit for bit, the same rows in the report, and in MLflow
-every metric once with the same value. `make chaos` runs all of them and writes this page; `make test` includes killed
-workers, a failing MLflow server, and killed replicas of a served model.
+Each row below is a test in `tests/chaos` or `tests/ray` with real Ray processes. A row about training disturbs a small
+run and compares the result with an uninterrupted run. A row about serving sends requests while something fails. "Same
+result" means: the same weights bit for bit, the same rows in the report, and in MLflow every metric once with the same
+value. `make chaos` runs all of them and writes this page; `make test` includes killed workers, a failing MLflow server,
+and killed replicas of a served model.
 
 **What is lost.** At most the work since the last checkpoint that Ray Train has recorded: one interval
 (`training.checkpoint_epochs`, `training.checkpoint_steps`), and the steps trained while a checkpoint is written. In the

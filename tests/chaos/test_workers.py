@@ -141,6 +141,8 @@ def test_eight_workers_on_few_cores_resume_as_four_and_as_eight(folder: Path) ->
     started = [event["message"] for event in starts(run)]
     assert [message.partition(" with ")[2] for message in started] == [f"{count} workers" for count in counts]
     assert [message.split()[0] for message in started] == ["starting", "resuming", "resuming"]
-    percent = ", ".join(f"{100 * share:.1f} % with {count}" for share, count in zip(shares, counts, strict=False))
-    outcome = f"finished; Ray Train's controller takes of one CPU {percent} workers"
+    percent = " and ".join(
+        f"{100 * share:.1f} % of a CPU with {count} workers" for share, count in zip(shares, counts, strict=False)
+    )
+    outcome = f"finished; Ray Train's controller uses {percent}"
     record(Row("8 workers on few cores, stopped twice", "; ".join(f"`{message}`" for message in started), outcome))

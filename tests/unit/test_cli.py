@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs import tune
 from jobs.cli import field_reference, job_parser, parsed_config, reference_page, run_job
 from pipeline.config.explain import describe_fields
 from pipeline.config.load import ConfigError
@@ -120,6 +121,20 @@ def test_a_job_can_add_arguments(file):
     assert isinstance(args, argparse.Namespace)
     assert args.force
     assert parsed_config(args).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        (["--config", "glyphs"], "Give --budget-gflops or --max-accuracy-drop"),
+        (["--config", "elpv", "--max-accuracy-drop", "1"], "set search.finetuned to 1 or more"),
+    ],
+)
+def test_a_search_that_cannot_register_is_refused_before_it_starts(options, allowed, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["jobs.tune", *options, "--register"])
+
+    assert ended(tune.main) == 2
+    assert allowed in capsys.readouterr().err
 
 
 def test_the_configuration_page_is_up_to_date():

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datasets.beton import load_manifest
+from datasets.beton import load_manifest, split_keys
 from datasets.prepare.build import BadImagesError
 from datasets.prepare.prepare import prepare
 from datasets.sources.catalog import CATALOG, SourceOptions, find_dataset
 from datasets.sources.index import ImageRef, SourceError, group_number, split_off
 from datasets.sources.torchvision_sets import SPLITS
-from pipeline.cluster.driver import split_keys, split_of
+from pipeline.cluster.driver import split_of
 from pipeline.config.load import load_config
 from tests.unit.pictures import decoded, encoded, jpeg, smooth_rgb, write_class_folders
 
@@ -200,7 +200,7 @@ def test_the_manifest_has_the_group_of_every_sample(tmp_path):
     assert {*groups[0], *groups[1]} == {group_number(f"é{n}") for n in range(20)}
     assert not {*groups[0]} & {*groups[1]}
     config = load_config("imagefolder", [f"data.folder={tmp_path / 'out'}"])
-    keys_N = split_keys(config)
+    keys_N = split_keys(config.data.folder)
     for fit, apply in split_of(config).parts(keys_N):
         assert not {*keys_N[fit]} & {*keys_N[apply]}
         assert len(fit) + len(apply) == 40

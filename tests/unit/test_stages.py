@@ -20,6 +20,14 @@ from tests.small import COSTS_R, batch_of, small_model
 JOINT = JointStage(epochs=1, alpha_gflops=1.5, eta=0.5)
 KINDS = ("frozen", "all", "routed")
 JOINTS = [JOINT.model_copy(update={"norm_statistics": kind}) for kind in KINDS]
+STAGES = [
+    BackboneStage(epochs=1),
+    BackboneStage(epochs=1, distillation="learned"),
+    BackboneStage(epochs=1, mixup_alpha=1.0),
+    BackboneStage(epochs=1, cutmix_alpha=1.0),
+    PredictorStage(epochs=1, alpha_gflops=1.5, eta=1.0),
+    *JOINTS,
+]
 
 
 def gradients(model: DRNet) -> dict[str, torch.Tensor]:
@@ -181,17 +189,7 @@ def test_gradient_at_the_predictor_is_that_of_the_papers_loss(alpha: float) -> N
         assert seen[0][row].tolist() == pytest.approx(slow, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        BackboneStage(epochs=1),
-        BackboneStage(epochs=1, distillation="learned"),
-        BackboneStage(epochs=1, mixup_alpha=1.0),
-        BackboneStage(epochs=1, cutmix_alpha=1.0),
-        PredictorStage(epochs=1, alpha_gflops=1.5),
-        *JOINTS,
-    ],
-)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_rank_may_hold_no_image_or_one(stage: BackboneStage, count: int) -> None:
     model = small_model()
@@ -199,17 +197,7 @@ def test_a_rank_may_hold_no_image_or_one(stage: BackboneStage, count: int) -> No
     assert all(torch.isfinite(value) for value in sums.values())
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        BackboneStage(epochs=1),
-        BackboneStage(epochs=1, distillation="learned"),
-        BackboneStage(epochs=1, mixup_alpha=1.0),
-        BackboneStage(epochs=1, cutmix_alpha=1.0),
-        PredictorStage(epochs=1, alpha_gflops=1.5, eta=1.0),
-        *JOINTS,
-    ],
-)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("count", "num_slices"), [(16, 3), (5, 5), (2, 4), (0, 3)])
 def test_a_step_in_slices_is_the_step_on_the_whole_batch(
     stage: BackboneStage, count: int, num_slices: int, monkeypatch: pytest.MonkeyPatch
