@@ -37,7 +37,7 @@ from pipeline.evaluation.predictions import Predictions, merge
 from pipeline.evaluation.report import Evaluation, write_report
 from pipeline.models.cost import Costs, Latency
 from pipeline.models.drnet import validation_crop
-from pipeline.policies.calibrate import Budget, Comparison, Split, better
+from pipeline.policies.calibrate import Budget, JointComparison, Split, compare_joint
 from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import replay, tracked_run
@@ -183,9 +183,9 @@ def _collect(checkpoint: Path, folder: RunFolder, evaluation: Callable[[Predicti
     return str(kept) if kept else None
 
 
-def kept_model(before: Evaluation, after: Evaluation) -> Comparison:
+def kept_model(before: Evaluation, after: Evaluation) -> JointComparison:
     """Decide between the models from before and after the joint stage."""
-    return better(before.images, after.images, after.keys_N, after.budget, after.split)
+    return compare_joint(before.images, after.images, after.keys_N, after.budget, after.split)
 
 
 def merged(checkpoint: Path, name: str) -> Predictions:

@@ -78,7 +78,7 @@ class Stated:
         return oracle_choice(self.correct_NR, self.costs.backbone)
 
     def static_columns(self) -> list[tuple[str, str, int, np.ndarray]]:
-        """The static networks: (id, label, index of the resolution, whether each image is correct)."""
+        """Return the static networks: (id, label, index of the resolution, whether each image is correct)."""
         found = [
             (f"static-{side}", f"static {side} px", index, self.correct_NR[:, index])
             for index, side in enumerate(self.costs.resolutions)
@@ -136,7 +136,8 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
     balanced_line, _ = envelope(static_costs, _static_points(stated, weights_N)[1][None], at)
     lower, upper, weight = (values[0] for values in mixture)
     names = [label for _, label, _, _ in stated.static_columns()]
-    label = names[upper] if weight == 1 else f"envelope, {names[lower]} to {names[upper].removeprefix('static ')}"
+    first, *rest = dict.fromkeys(names[j] for j, share in ((lower, 1 - weight), (upper, weight)) if share > 1e-6)
+    label = f"envelope, {first} to {rest[0].removeprefix('static ')}" if rest else first
     cost = [(1 - weight) * values[lower] + weight * values[upper] for values in (static_costs, _static_gflops(stated))]
     return [
         *rows,
@@ -153,13 +154,13 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
 
 def _placebo_rows(stated: Stated) -> list[dict[str, Any]]:
     """Return the row of kind `placebo`. It costs one pass at the largest resolution, as if the best crop were known."""
-    looks = stated.placebo_NV
-    if looks is None or looks.shape[1] == 0:
+    shifted_NV = stated.placebo_NV
+    if shifted_NV is None or shifted_NV.shape[1] == 0:
         return []
-    largest, num_looks = int(np.argmax(stated.costs.resolutions)), looks.shape[1] + 1
-    label = f"placebo oracle, {num_looks} looks at {stated.costs.resolutions[largest]} px"
-    right_N = stated.correct_NR[:, largest] | looks.any(axis=1)
-    row = answered_row("placebo", "placebo", label, right_N, stated.labels_N)
+    largest, num_crops = int(np.argmax(stated.costs.resolutions)), shifted_NV.shape[1] + 1
+    label = f"placebo oracle, {num_crops} crops at {stated.costs.resolutions[largest]} px"
+    correct_N = stated.correct_NR[:, largest] | shifted_NV.any(axis=1)
+    row = answered_row("placebo", "placebo", label, correct_N, stated.labels_N)
     return [row | mean_costs(np.eye(len(stated.costs.resolutions))[largest], stated.costs, with_predictor=False)]
 
 

@@ -101,7 +101,7 @@ def _policy_curves(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _gap(report: Mapping[str, Any]) -> np.ndarray:
-    """Return the segment from the static line to the routed network; empty without routing or beyond the line's end."""
+    """Return the segment from the envelope to the routed network; empty if the envelope ends at a lower cost."""
     rows = {row["kind"]: row for row in report["rows"]}
     if "routed" not in rows or not np.isclose(rows["envelope"]["mean_cost"], rows["routed"]["mean_cost"]):
         return np.zeros((0, 2))
@@ -190,7 +190,7 @@ def _line_labels(
         labels.append(Label(f"{reference['label']}  {percent(reference['top1'])}", _along(level), theme.reference))
     labels += [Label(kind, _along(curve), theme.routed) for kind, curve in curves.items()]
     if curves:
-        labels.append(Label("envelope of static", _along(line), theme.muted))
+        labels.append(Label("static envelope", _along(line), theme.muted))
     return labels
 
 
@@ -427,7 +427,7 @@ def draw_attributes(report: Mapping[str, Any], theme: Theme) -> Figure:
         upper = figure.add_axes((0.085, bottom + 3.15 / height, 0.78, 1.9 / height))
         lower = figure.add_axes((0.085, bottom + 0.65 / height, 0.78, 2.1 / height), sharex=upper)
         _draw_bins(upper, lower, name, found["bins"], report["resolutions"], theme)
-    heading(figure, "What decides the resolution", subject(report), theme)
+    heading(figure, "Chosen resolution by attribute", subject(report), theme)
     return figure
 
 

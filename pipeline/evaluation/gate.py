@@ -47,7 +47,7 @@ class Answers:
         return float(self.right_N.mean())
 
     def save(self, path: Path) -> None:
-        """Write one compressed .npz file atomically; it takes about one byte per image."""
+        """Write one compressed .npz file atomically; it takes a few bytes per image."""
         arrays = {name: found for name in _ARRAYS if (found := getattr(self, name)) is not None}
         arrays |= {"format": np.int64(FORMAT), "mean_gflops": np.float64(self.mean_gflops)}
         with whole_file(path) as file:
@@ -182,32 +182,34 @@ def objections(found: Comparison, bounds: Bounds) -> list[str]:
     Without `max_accuracy_drop` the challenger must be "not worse", which has two conditions: McNemar's test does not
     find it less accurate at the 5 % level, and the interval of the paired difference excludes a loss of more than
     NOT_WORSE_MARGIN points (with ten images, McNemar's test does not even detect 5 lost ones). With `max_accuracy_drop`
-    only the interval decides, against that bound: a proven loss that the user accepts is no objection.
+    only the interval decides, against that bound: a proven loss that the user accepts is no objection. The gate
+    compares top-1, also for runs with policy.select_by=balanced_accuracy.
     """
-    said = list(_losses(found, bounds))
+    reasons = list(_losses(found, bounds))
     if found.gflops_increase > bounds.max_gflops_increase + 1e-6:
-        said.append(
+        reasons.append(
             f"it costs {found.gflops_increase:.3g} % more GFLOPs, and {bounds.max_gflops_increase:g} % more is "
             "allowed; --max-gflops-increase PERCENT allows more"
         )
-    return said
+    return reasons
 
 
-def _losses(found: Comparison, bounds: Bounds, than: str = "") -> Iterator[str]:
-    """Yield the objection to a loss of accuracy. `than` names the other model if it is not the champion."""
+def _losses(found: Comparison, bounds: Bounds, other: str = "") -> Iterator[str]:
+    """Yield the objection to a loss of accuracy. `other` names the other model if it is not the champion."""
     low, margin = 100 * found.difference.low, bounds.max_accuracy_drop
     if margin is None and found.difference.value < 0 and found.mcnemar_p < 1 - CONFIDENCE:
         yield (
-            f"it is less accurate{than}: {points(found.difference)}, McNemar p {_equals(found.mcnemar_p)}; "
+            f"it is less accurate{other and f' than {other}'}: {points(found.difference)}, "
+            f"McNemar p {_equals(found.mcnemar_p)}; "
             "--max-accuracy-drop POINTS accepts a loss"
         )
         return
     allowed = NOT_WORSE_MARGIN if margin is None else margin
     if low < -allowed:
         yield (
-            f"a loss of more than {allowed:g} points{than} is not excluded: {points(found.difference)} on "
-            f"{found.num_images:,} images; more validation images narrow the interval, and --max-accuracy-drop POINTS "
-            "accepts a larger loss"
+            f"it may lose more than {allowed:g} point{'' if allowed == 1 else 's'}{other and f' against {other}'}: "
+            f"{points(found.difference)} on {found.num_images:,} images; more validation images narrow the interval, "
+            "and --max-accuracy-drop POINTS accepts a larger loss"
         )
 
 
@@ -216,7 +218,7 @@ def former_objections(found: Comparison, bounds: Bounds, version: str) -> list[s
 
     Otherwise many successive challengers, each losing less than the gate can detect, could add up to any loss.
     """
-    return list(_losses(found, bounds, f" than version {version}, the best former champion"))
+    return list(_losses(found, bounds, f"version {version}, the best former champion"))
 
 
 def static_objections(challenger: Answers, bounds: Bounds) -> list[str]:
@@ -233,9 +235,10 @@ def static_objections(challenger: Answers, bounds: Bounds) -> list[str]:
             continue
         if 100 * drop_bound(challenger.right_N, static_N) <= allowed:
             return [
-                f"its own static resolution of {gflops(cost)} GFLOPs is as accurate ({percent(static_N.mean(), 2)} "
-                f"against {percent(challenger.top1, 2)}) and cheaper ({gflops(challenger.mean_gflops)} GFLOPs); choose "
-                "another policy with jobs.calibrate, or train a static network"
+                f"its own static resolution of {gflops(cost)} GFLOPs is at least as accurate "
+                f"({percent(static_N.mean(), 2)} against {percent(challenger.top1, 2)}) and cheaper "
+                f"({gflops(challenger.mean_gflops)} GFLOPs); choose another policy with jobs.calibrate, or "
+                "train a static network"
             ]
     return []
 
@@ -251,7 +254,7 @@ def comparison_table(found: Comparison, challenger: str, champion: str) -> str:
             points(found.difference),
         ),
         (
-            "only it correct",
+            "only this one correct",
             f"{found.only_champion:,}",
             f"{found.only_challenger:,}",
             f"McNemar p {_equals(found.mcnemar_p)}",

@@ -42,7 +42,7 @@ CAPTIONS = {
     "tradeoff": "Accuracy against cost",
     "budget": "What a budget bias does",
     "shares": "Resolutions of the answers",
-    "attribute": "What decides the resolution",
+    "attribute": "Chosen resolution by attribute",
     "gallery": "Images by chosen resolution",
 }
 

@@ -110,14 +110,17 @@ def predictor_sentence(report: Mapping[str, Any]) -> str | None:
         return (
             "A predictor does not pay off here: at no cost is a policy with a predictor proven more accurate than the "
             f"best policy without one (at best {signed(best['difference_points'])} points at "
-            f"{gflops(best['mean_cost'])} {unit}, {_interval(best)})."
+            f"{gflops(best['mean_cost'])} {unit}, simultaneous {_interval(best)})."
         )
     best = max(found["points"], key=lambda point: point["low_points"])
     costs = [gflops(found[key]) for key in ("pays_from", "pays_to")]
-    where = f"a cost limit of {costs[0]}" if costs[0] == costs[1] else f"cost limits from {costs[0]} to {costs[1]}"
+    num_paying, num_limits = sum(point["low_points"] > 0 for point in found["points"]), len(found["points"])
+    where = f"a cost limit of {costs[0]} {unit}"
+    if num_paying > 1:
+        where = f"{num_paying} of {num_limits} cost limits, between {costs[0]} and {costs[1]} {unit}"
     return (
-        f"A predictor pays off for {where} {unit}: {best['kind']} is {best['difference_points']:.1f} points more "
-        f"accurate than the best policy without a predictor at {gflops(best['mean_cost'])} {unit} ({_interval(best)})."
+        f"A predictor pays off at {where}: {best['kind']} is {best['difference_points']:.1f} points more accurate than "
+        f"the best policy without a predictor at {gflops(best['mean_cost'])} {unit} (simultaneous {_interval(best)})."
     )
 
 
@@ -136,7 +139,7 @@ def _dominated_text(report: Mapping[str, Any], static: Mapping[str, Any]) -> str
     found = report["comparisons"][static["id"]]
     points, low, high = (-found[key] for key in ("difference_points", "high_points", "low_points"))
     clearly = low > 0 and points >= 0.05
-    accurate = f"{points:.1f} points more accurate than" if clearly else "as accurate as"
+    accurate = f"{points:.1f} points more accurate than" if clearly else "at least as accurate as"
     by = "" if clearly else f"{signed(points)} points, "
     test = "" if found["mcnemar_p"] is None else f", McNemar {_p(found['mcnemar_p'])}"
     return (
@@ -173,7 +176,7 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
     yield from _rivals(report, rows)
     found = report["comparisons"]["random"]
     yield (
-        "Choosing by the image, rather than at random with the same shares, gains "
+        "Compared with random routing with the same shares, choosing by the image changes accuracy by "
         f"{signed(found['difference_points'])} points ({_interval(found)})."
     )
     oracle, routing, key = rows["oracle"], report["routing"], report["compared_by"]
@@ -185,10 +188,10 @@ def _details(report: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str
     if "placebo" in rows:
         placebo = rows["placebo"]
         static = next(row for row in report["rows"] if row["kind"] == "static" and row["shares"] == placebo["shares"])
-        by_luck, all_in_all = (100 * (row[key] - static[key]) for row in (placebo, oracle))
+        placebo_points, oracle_points = (100 * (row[key] - static[key]) for row in (placebo, oracle))
         yield (
-            f"The oracle is {signed(all_in_all)} points above {static['label']}. By luck alone the {placebo['label']}, "
-            f"which differ by a slight shift, is {signed(by_luck)} points above it."
+            f"The oracle is {oracle_points:.1f} points above {static['label']}. The {placebo['label']}, whose crops "
+            f"differ only by a small shift, is {placebo_points:.1f} points above it by luck alone."
         )
 
 

@@ -111,14 +111,20 @@ def pairs_markdown(pairs: Sequence[tuple[str, Answers, str, Answers]]) -> str:
     """Return the comparison of pairs of runs as a Markdown table: one row per pair, then the mean.
 
     The runs of a pair may have different resolutions. They are compared on the images that both report on. The interval
-    of the mean covers images and seeds, by Student's t.
+    of the mean covers images and seeds, by Student's t. GFLOPs are means over all images that a run reports on.
 
     Args:
         pairs: name and answers of a run, and of the run that it is compared with.
 
     Raises:
-        ValueError: the runs of a pair have no images in common.
+        ValueError: the runs of a pair have no images in common, or the pairs are about different data.
     """
+    digests = sorted({first.data_digest for _, first, _, _ in pairs})
+    if len(digests) > 1:
+        raise ValueError(
+            f"the pairs were evaluated on different data (digests {', '.join(digests)}), so they have no common mean. "
+            "Compare the runs of one data set at a time"
+        )
     body, differences, costs = [], [], []
     for first_name, first, second_name, second in pairs:
         try:

@@ -1,7 +1,7 @@
 """Intervals, paired tests and baselines, computed with NumPy and SciPy alone.
 
-All functions take `correct_NR` (bool: image n is correct at resolution j) and `chosen_N` (the resolution that the
-predictor chose), never logits. Accuracies are fractions of 1; costs may have any unit.
+Functions about images take `correct_NR` (bool: image n is correct at resolution j) and `chosen_N` (the index of the
+resolution whose answer counts), never logits. Accuracies are fractions of 1; costs may have any unit.
 """
 
 from __future__ import annotations
@@ -153,15 +153,15 @@ def envelope(
     return best_B, (lower_B, upper_B, weight_B)
 
 
-def bootstrap_means(values_NC: np.ndarray, seed: int = 0, num_resamples: int = RESAMPLES) -> np.ndarray:
+def bootstrap_means(values_NC: np.ndarray, seed: int = 0) -> np.ndarray:
     """Return the column means of B bootstrap resamples of the rows, (B, C).
 
     Equal rows are exchangeable, so drawing their counts from a multinomial distribution equals drawing rows. The time
-    does not grow with the number of images.
+    depends on the number of different rows rather than on the number of images.
     """
     rows_PC, counts_P = np.unique(values_NC, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
-    sizes = [min(_CHUNK, num_resamples - start) for start in range(0, num_resamples, _CHUNK)]
+    sizes = [min(_CHUNK, RESAMPLES - start) for start in range(0, RESAMPLES, _CHUNK)]
     N = len(values_NC)
     return np.concatenate([generator.multinomial(N, counts_P / N, size) @ rows_PC for size in sizes]) / N
 

@@ -180,8 +180,8 @@ def _penalties(
 ) -> np.ndarray:
     """Return the penalty of each candidate place, (M,).
 
-    The penalty is 10,000 for each label or edge that the place covers, 1,000 for each label that its leader line
-    crosses, and 40 for each sample of a line that it covers.
+    The penalty is 10,000 for each label that the place covers and if it leaves the axes, 1,000 for each label that its
+    leader line crosses, and 40 for each sample of a line that it covers.
     """
     low, high = point + offsets - half, point + offsets + half
     outside = (low < frame[0]).any(axis=1) | (high > frame[1]).any(axis=1)

@@ -70,8 +70,8 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
     notes = [
         f"Top-1 on {report['n']:,} validation images, each counted once, with {method['confidence']:.0%} Wilson "
         f"intervals. Always answering the most frequent class would reach {percent(report['majority_class_top1'])}.",
-        "torch's FLOP counter (convolutions and matrix products) counts the cost, in GFLOPs of 1e9 multiply-adds per "
-        "image, with the predictor wherever it runs.",
+        "Cost is GFLOPs (1e9 multiply-adds) per image, from torch's FLOP counter, which counts convolutions and matrix "
+        "products. It includes the predictor where the predictor runs.",
     ]
     latency = report["costs"]["latency"]
     if latency is not None:
@@ -81,22 +81,24 @@ def method_notes(report: Mapping[str, Any]) -> list[str]:
         )
     if report["comparisons"] is None:
         return notes
-    words, latency = cost_words(report), report["costs"]["latency"]
-    predictor = report["costs"]["predictor_gflops"] if latency is None else latency["predictor_milliseconds"]
+    against = "Bonett and Price's interval"
+    if report["compared_by"] == "top1":
+        against += " and McNemar's exact test"
     return [
         *notes,
         "Routed: the chosen policy. A static policy runs every image at one resolution. A predictor sends each image "
         "to one resolution. A cascade runs the cheapest resolution first and stops when the largest softmax "
         "probability reaches a threshold; otherwise it runs a larger one and pays for both.",
-        "Random: the same shares, chosen at random. Its accuracy is the exact expectation. It is shown at the routed "
-        f"network's cost; without the predictor it would cost {gflops(predictor)} {words.unit} less.",
-        "Envelope: the upper concave envelope of all static networks, which is what drawing between any two of them at "
-        f"random reaches at the same {words.noun}. A routed network that is not above it saves nothing.",
+        "Random: images assigned to resolutions at random, with the same shares. Its accuracy is the exact "
+        "expectation. It is listed at the routed network's cost, but would cost less: it needs no "
+        "predictor and no second pass.",
+        "Envelope: the upper concave envelope of all static networks. It is the accuracy of a random mix of two of "
+        f"them at the same {cost_words(report).noun}. A routed network that is not above it saves nothing.",
         "Oracle: each image at the cheapest resolution that is correct, or at the cheapest of all if none is. No "
         "policy can be more accurate with this network. A placebo oracle chooses among as many answers, but all from "
         "the largest resolution, for crops that are shifted by a sixteenth of their side: what it gains is luck.",
-        "Differences are paired, on the same images: Bonett and Price's interval and McNemar's exact test against "
-        f"single networks; {method['bootstrap_resamples']:,} bootstrap resamples of the images against mixtures.",
+        f"Differences are paired, on the same images: {against} against single networks; "
+        f"{method['bootstrap_resamples']:,} bootstrap resamples of the images against mixtures.",
         "Intervals cover the choice of validation images, not the seed of the training: compare several seeds.",
     ]
 
@@ -221,14 +223,14 @@ def policy_note(report: Mapping[str, Any]) -> str:
     if budget["max_drop"] is not None:
         drop = 100 * budget["max_drop"]
         limits.append(f"at most {drop:g} point{'' if drop == 1 else 's'} below the best static resolution")
-    wanted = " and ".join(limits) or "the highest accuracy"
+    rule = f"The budget was {' and '.join(limits)}; it" if limits else "No budget was set, so the highest accuracy"
     if found["folds"] is None:
         where = f"fitted on {found['num_select']:,} validation images and applied to the {report['n']:,} others"
     else:
         where = f"fitted on {found['num_select']:,} images each, {found['folds']} times, and applied to those left out"
     return (
-        f"Policies are {where}. The budget was {wanted}; it chose {found['chosen']['label']}. The table shows what the "
-        "best policy of each kind reaches at rising cost."
+        f"Policies are {where}. {rule} chose {found['chosen']['label']}. The table shows what the best policy of each "
+        "kind reaches at rising cost."
     )
 
 
@@ -240,9 +242,8 @@ def policy_table(report: Mapping[str, Any]) -> Table:
         last = len(points) - 1
         for place in sorted({round(last * part / (POLICY_ROWS - 1)) for part in range(POLICY_ROWS)}):
             point = points[place]
-            interval = f"{100 * point['top1_low']:.1f} to {100 * point['top1_high']:.1f}"
             name = "any" if kind == "all" else kind
-            rows.append((name, *cost_cells(report, point), percent(point["top1"]), interval))
+            rows.append((name, *cost_cells(report, point), percent(point["top1"]), interval(point)))
     return ("policy", *cost_headers(report), "top-1", "95 % interval"), rows
 
 

@@ -135,6 +135,11 @@ class Costs:
         return "gflops" if self.latency is None else "milliseconds"
 
     @property
+    def unit_name(self) -> str:
+        """The name of `unit` in text: GFLOPs or ms."""
+        return "GFLOPs" if self.unit == "gflops" else "ms"
+
+    @property
     def backbone(self) -> tuple[float, ...]:
         """The backbone's cost at each resolution (R,), in `unit`."""
         return self.backbone_gflops if self.latency is None else self.latency.backbone_milliseconds

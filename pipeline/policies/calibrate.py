@@ -4,7 +4,8 @@ The images that a policy is chosen on are never the images that its results are 
 (`select`) is for choosing and the other half for reporting. With few images, cross-fitting takes the place of the
 halves: the policies of each fold are fitted on the other folds, so results cover every image.
 
-`better` chooses between two models by their cross-fitted policies. With halves it uses only the images for choosing.
+`compare_joint` compares the models before and after the joint stage by their cross-fitted policies. With halves it uses
+only the images for choosing.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ class Split:
         if any(len(np.unique(keys_N[fit])) < 2 or len(apply) == 0 for fit, apply in parts):
             raise ValueError(
                 f"the {len(keys_N)} validation images cannot be divided into images to choose policies on and images "
-                f"to report on: they have {len(np.unique(keys_N))} different groups (without data.group_by, different "
-                "contents). Add validation images, choose another data.group_by, or change policy.select_share or "
-                "policy.cross_fit_below"
+                f"to report on: they form only {len(np.unique(keys_N))} groups (without data.group_by, images with the "
+                "same bytes form one group). Add validation images, choose another data.group_by, or change "
+                "policy.select_share or policy.cross_fit_below"
             )
         return parts
 
@@ -192,7 +193,7 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JointComparison:
     """Accuracies, as fractions, that the policies of two models reach, averaged over limits on the mean cost.
 
     Attributes:
@@ -211,18 +212,17 @@ class Comparison:
         return self.accuracy_after >= self.accuracy_before
 
     def __str__(self) -> str:
-        unit = "GFLOPs" if self.unit == "gflops" else "ms"
         is_one = self.lowest_limit == self.highest_limit
         limits = f"{'of' if is_one else 'between'} {self.lowest_limit:.3g}"
         limits += "" if is_one else f" and {self.highest_limit:.3g}"
         return (
             f"the model from {'after' if self.is_after else 'before'} it is kept: with policies for a mean cost "
-            f"{limits} {unit}, the accuracy on the images for choosing is {100 * self.accuracy_after:.2f} % after it "
-            f"and {100 * self.accuracy_before:.2f} % before it"
+            f"{limits} {self.unit}, the accuracy on the images for choosing is {100 * self.accuracy_after:.2f} % after "
+            f"it and {100 * self.accuracy_before:.2f} % before it"
         )
 
 
-def better(before: Images, after: Images, keys_N: np.ndarray, budget: Budget, split: Split) -> Comparison:
+def compare_joint(before: Images, after: Images, keys_N: np.ndarray, budget: Budget, split: Split) -> JointComparison:
     """Compare two models by the accuracy that their cross-fitted policies reach at the same cost.
 
     The images are those of `Split.choosing_folds`. The accuracy is that at the budget's cost limit. Without a limit,
@@ -240,7 +240,7 @@ def better(before: Images, after: Images, keys_N: np.ndarray, budget: Budget, sp
     limits_C = _cost_limits(before.costs) if budget.cost is None else np.array([budget.cost])
     folds = split.choosing_folds(keys_N)
     accuracies = [_cross_fitted(images, folds, limits_C) for images in (before, after)]
-    return Comparison(*accuracies, float(limits_C[0]), float(limits_C[-1]), before.costs.unit)
+    return JointComparison(*accuracies, float(limits_C[0]), float(limits_C[-1]), before.costs.unit_name)
 
 
 def _cross_fitted(images: Images, folds: Sequence[tuple[np.ndarray, np.ndarray]], limits_C: np.ndarray) -> float:
@@ -270,10 +270,13 @@ def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> Fi
     Raises:
         ValueError: no policy meets the budget.
     """
-    highest = math.inf if budget.cost is None else budget.cost
+    highest, unit = math.inf if budget.cost is None else budget.cost, images.costs.unit_name
     affordable = [point for point in points if point.cost <= highest]
     if not affordable:
-        raise ValueError(f"no policy costs at most {highest:.4g}: the cheapest costs {points[0].cost:.4g}")
+        raise ValueError(
+            f"no policy costs at most {highest:.4g} {unit}; the cheapest costs {points[0].cost:.4g} {unit}. Raise the "
+            "budget to at least that"
+        )
     if budget.max_drop is None:
         return affordable[-1]
     best = _best_static(images)
@@ -283,7 +286,7 @@ def choose(points: Sequence[FittedPolicy], budget: Budget, images: Images) -> Fi
         if point.cost <= highest and drop_bound(best_N, answered_N, images.weights_N) <= budget.max_drop:
             return point
     raise ValueError(
-        f"no policy that costs at most {highest:.4g} stays within {100 * budget.max_drop:g} points of the best "
+        f"no policy that costs at most {highest:.4g} {unit} stays within {100 * budget.max_drop:g} points of the best "
         f"static resolution with {CONFIDENCE:.0%} confidence; allow a higher cost or a larger drop"
     )
 
@@ -338,7 +341,7 @@ def discordant(first_N: np.ndarray, second_N: np.ndarray, weights_N: np.ndarray 
 
 
 def drop_bound(first_N: np.ndarray, second_N: np.ndarray, weights_N: np.ndarray | None = None) -> float:
-    """Return an upper one-sided confidence bound of how much more accurate the first of two classifiers is.
+    """Return a one-sided upper confidence bound on how much more accurate the first classifier is than the second.
 
     This is the adjusted Wald bound of Bonett and Price (2012) for paired proportions, as a fraction of 1. For
     classifiers that agree on every image the bound is 0.

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -51,10 +50,6 @@ class FittedPolicy:
     policy: Policy
     cost: float
     accuracy: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the policy, cost and accuracy as plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +134,12 @@ def front(points: Sequence[FittedPolicy]) -> list[FittedPolicy]:
     return kept
 
 
-def thin(points: Sequence[FittedPolicy], most: int = FRONT_POINTS) -> list[FittedPolicy]:
-    """Return about `most` points of a front, evenly spaced in accuracy, including the first and the last."""
-    if len(points) <= most:
+def thin(points: Sequence[FittedPolicy]) -> list[FittedPolicy]:
+    """Return at most FRONT_POINTS points of a front, evenly spaced in accuracy, including the first and the last."""
+    if len(points) <= FRONT_POINTS:
         return list(points)
     accuracies = np.array([point.accuracy for point in points])
-    wanted = np.linspace(accuracies[0], accuracies[-1], most)
+    wanted = np.linspace(accuracies[0], accuracies[-1], FRONT_POINTS)
     return [points[place] for place in np.unique(np.searchsorted(accuracies, wanted).clip(0, len(points) - 1))]
 
 
@@ -245,7 +240,8 @@ def _swept_once(
 
 def _edges(values_N: np.ndarray, count: int) -> np.ndarray:
     """Return the inner edges of at most `count` bins that hold about the same number of values."""
-    return np.unique(np.quantile(values_N, np.linspace(0, 1, count + 1)[1:-1]))
+    # In float32, as the confidences are when a policy is applied: images of equal confidence share a bin.
+    return np.unique(np.quantile(values_N, np.linspace(0, 1, count + 1)[1:-1]).astype(np.float32))
 
 
 def _threshold(edges: np.ndarray, place: int) -> float:

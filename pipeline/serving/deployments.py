@@ -41,7 +41,7 @@ ATTEMPTS = 3
 """How many times a call to a resolution's deployment is sent if replicas die."""
 REQUEST_TIMEOUT_SECONDS = 60.0
 """How long a request, or a call to a resolution's deployment, may take."""
-SECONDS_TO_DRAIN = 30.0
+DRAIN_SECONDS = 30.0
 _LATENCIES = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 _BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 METRICS = {
@@ -141,7 +141,7 @@ def _options(served: Served) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": serving.cpus_per_replica, "num_gpus": served.num_gpus},
         # A replica of another version starts before one of this version stops.
         "max_surge_percent": 100,
-        "graceful_shutdown_timeout_s": SECONDS_TO_DRAIN,
+        "graceful_shutdown_timeout_s": DRAIN_SECONDS,
     }
 
 
@@ -239,15 +239,15 @@ class Router(Part):
             ],
         }
 
-    def policy(self, name: str | None, wishes: Mapping[str, float]) -> Any:
+    def policy(self, name: str | None, given_params: Mapping[str, float]) -> Any:
         """Return the policy that a request asks for, by its name or by parameters of `RoutedNetwork.policy_for`.
 
         Raises:
             ValueError: a name and parameters are both given, or there is no such policy.
         """
-        if name is not None and wishes:
-            raise ValueError(f"policy and {' and '.join(wishes)} contradict each other; give one of them")
-        return self.network.policy_for(**wishes) if name is None else self.network.named_policy(name)
+        if name is not None and given_params:
+            raise ValueError(f"policy and {' and '.join(given_params)} contradict each other; give one of them")
+        return self.network.policy_for(**given_params) if name is None else self.network.named_policy(name)
 
     def classify(self, images: Sequence[Any], policy: Any, stop: threading.Event) -> list[Any]:
         """Classify images with a policy, update the metrics, and return a runtime.Answer for each image.

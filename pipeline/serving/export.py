@@ -22,7 +22,7 @@ from pipeline.training.checkpoint import LoadedModel
 
 
 class _FromPixels(nn.Module):
-    """Computes the logits of `network` from uint8 images (N, S, S, 3), normalized as DRNet.normalize does."""
+    """Compute the logits of `network` from uint8 images (N, S, S, 3), normalized as DRNet.normalize does."""
 
     scale: Tensor
     bias: Tensor
@@ -77,8 +77,9 @@ def fitted_policies(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the policies that a registered model stores, from the report of its run.
 
     `policy` is the policy that the run's budget chose. `policies` is the Pareto front from which a request may choose.
-    Each of its entries has `policy`, and the mean `gflops` and the `accuracy` on the images that it was fitted on. The
-    result is empty if the report has no policies. A report of an earlier version may lack a field of `Policy`.
+    Each of its entries has `policy`, its mean `gflops` on the held-out images, and its expected `accuracy` on the
+    images that it was fitted on. `predictor_is_trained` says whether a request may use the predictor. The result is
+    empty if the report has no policies. A report of an earlier version may lack a field of `Policy`.
     """
     found = report["policies"]
     if found is None:
@@ -90,6 +91,7 @@ def fitted_policies(report: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "policy": policy_of(found["chosen"]),
+        "predictor_is_trained": bool(report["budget_curve"]),
         "policies": [
             {"policy": policy_of(point), "gflops": point["gflops"], "accuracy": point["accuracy"]}
             for point in found["front"]

@@ -21,11 +21,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.serving.pyfunc import IMAGE_COLUMN, OUTPUT_COLUMNS, PARAMS, wishes
+from pipeline.serving.pyfunc import IMAGE_COLUMN, OUTPUT_COLUMNS, PARAMS, given_params
 
 FORMS = ("dataframe_records", "dataframe_split", "instances", "inputs")
 """The top-level keys of MLflow's JSON request formats."""
-WISHES = {
+POLICY_PARAMS = {
     "budget": "budget_gflops",
     "budget_gflops": "budget_gflops",
     "budget_bias": "budget_bias",
@@ -59,7 +59,7 @@ class ServedModel(Protocol):
         """Return a description of the model as JSON values."""
         ...
 
-    def policy(self, name: str | None, wishes: Mapping[str, float]) -> Any:
+    def policy(self, name: str | None, given_params: Mapping[str, float]) -> Any:
         """Return a policy by its name or by parameters. Raise ValueError if there is no such policy."""
         ...
 
@@ -126,7 +126,7 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
         name, wanted = wanted_policy(request)
         images, params, is_alone = await images_of(limited)
         try:
-            policy = model.policy(name, wanted | wishes(params))
+            policy = model.policy(name, wanted | given_params(params))
         except ValueError as error:
             raise RefusedError(400, str(error)) from None
         stop = threading.Event()
@@ -153,7 +153,7 @@ def build_app(model: ServedModel, pool: Executor, max_bytes: int, token_sha256: 
                 status, reason = 503, f"{error}; try again"
                 headers["retry-after"] = str(RETRY_SECONDS)
             except ClientDisconnect:
-                status, reason = 400, "the connection ended before the body did"
+                status, reason = 400, "the connection closed before the whole body arrived"
             except Exception:
                 log.exception("a request failed")
                 status, reason = 500, "the server failed; its log says why"
@@ -201,19 +201,21 @@ def wanted_policy(request: Request) -> tuple[str | None, dict[str, float]]:
     Raises:
         RefusedError: a parameter is unknown or not a number.
     """
-    known = (*WISHES, POLICY)
+    known = (*POLICY_PARAMS, POLICY)
     given = {name: text for name in known if (text := request.headers.get(f"x-{name.replace('_', '-')}"))}
     for name, text in request.query_params.multi_items():
         if name not in known:
             raise RefusedError(400, f"the parameter {name!r} is unknown; give one of {', '.join(known)}")
         given[name] = text
     policy = given.pop(POLICY, None)
+    return policy, {POLICY_PARAMS[name]: _number(name, text) for name, text in given.items()}
+
+
+def _number(name: str, text: str) -> float:
     try:
-        numbers = {WISHES[name]: float(text) for name, text in given.items()}
+        return float(text)
     except ValueError:
-        texts = ", ".join(f"{name} is {text!r}" for name, text in given.items())
-        raise RefusedError(400, f"{texts}; give a number") from None
-    return policy, numbers
+        raise RefusedError(400, f"{name} is {text!r}; give a number") from None
 
 
 async def images_of(request: Request) -> tuple[list[Any], dict[str, Any], bool]:
@@ -225,16 +227,14 @@ async def images_of(request: Request) -> tuple[list[Any], dict[str, Any], bool]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         try:
-            form = await request.form(max_files=10_000)
+            async with request.form(max_files=10_000) as form:
+                texts = [name for name, value in form.multi_items() if isinstance(value, str)]
+                if texts:
+                    raise RefusedError(400, f"the form's field {texts[0]!r} is text; send every image as a file")
+                return [await value.read() for _, value in form.multi_items() if not isinstance(value, str)], {}, False
         except (MultiPartException, HTTPException) as error:
             reason = error.detail if isinstance(error, HTTPException) else error.message
             raise RefusedError(400, f"the form cannot be read: {reason}") from None
-        texts = [name for name, value in form.multi_items() if isinstance(value, str)]
-        if texts:
-            raise RefusedError(400, f"the form's field {texts[0]!r} is text; send every image as a file")
-        images = [await value.read() for _, value in form.multi_items() if not isinstance(value, str)]
-        await form.close()
-        return images, {}, False
     body = await request.body()
     if kind == "application/json":
         return *parse_json(body), False

@@ -79,9 +79,6 @@ def _example(side: int) -> pd.DataFrame:
     return pd.DataFrame({pyfunc.IMAGE_COLUMN: [buffer.getvalue()]})
 
 
-_READERS = 8
-
-
 def classify_files(
     model: mlflow.pyfunc.PyFuncModel, paths: Sequence[Path], at_once: int = 256, budget_bias: float = 0.0
 ) -> Iterator[dict[str, Any]]:
@@ -95,7 +92,7 @@ def classify_files(
     """
     params = {pyfunc.BUDGET_PARAM: budget_bias} if budget_bias else None
     groups = [paths[start : start + at_once] for start in range(0, len(paths), at_once)]
-    with ThreadPoolExecutor(_READERS) as readers:
+    with ThreadPoolExecutor(8) as readers:
         ahead = [readers.map(_content, group) for group in groups[:1]]
         for position, group in enumerate(groups):
             contents = list(ahead.pop())
@@ -112,7 +109,7 @@ def _content(path: Path) -> bytes | str:
     """Return the file's bytes or, as text, the reason why it cannot be used. A file that is too large is not read."""
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
-            return f"the file has {size:,} bytes, more than {MAX_BYTES:,}"
+            return f"the file has {size:,} bytes; at most {MAX_BYTES:,} are allowed"
         return path.read_bytes()
     except OSError as error:
         return str(error)

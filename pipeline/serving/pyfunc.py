@@ -83,7 +83,7 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
             MlflowException: a parameter is invalid; MLflow's server answers with status 400.
         """
         try:
-            policy = self.classifier.network.policy_for(**wishes(params or {}))
+            policy = self.classifier.network.policy_for(**given_params(params or {}))
         except ValueError as error:
             raise mlflow.exceptions.MlflowException.invalid_parameter_value(str(error)) from None
         answers = list(self.classifier.classify(model_input[IMAGE_COLUMN].tolist(), policy))
@@ -94,7 +94,7 @@ class RoutedClassifier(mlflow.pyfunc.PythonModel):
         return pd.DataFrame(columns)
 
 
-def wishes(params: dict[str, Any]) -> dict[str, float]:
+def given_params(params: dict[str, Any]) -> dict[str, float]:
     """Return the parameters that differ from their defaults. Raise ValueError if one is not a finite number."""
     given = {}
     for name, default in PARAMS.items():

@@ -21,7 +21,7 @@ from jobs.cli import job_parser, parsed_config
 from pipeline.cluster.progress import GAUGES, TAGS
 from pipeline.cluster.serve_model import Plan, serve_config
 from pipeline.cluster.signals import WAIT_VARIABLE
-from pipeline.serving.deployments import METRICS, SECONDS_TO_DRAIN, Served
+from pipeline.serving.deployments import DRAIN_SECONDS, METRICS, Served
 
 ROOT = Path(__file__).resolve().parents[2]
 AWS = (ROOT / "ray_cluster.yaml").read_text()
@@ -265,7 +265,7 @@ def test_the_ray_service_is_of_this_project() -> None:
     assert float(worker["resources"]["requests"]["cpu"]) * workers["replicas"] >= 2 * plan.num_cpus, (
         "room for a rollout"
     )
-    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > SECONDS_TO_DRAIN
+    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > DRAIN_SECONDS
 
 
 def test_every_metric_of_the_dashboard_is_ours_or_rays() -> None:

@@ -16,7 +16,7 @@ from pipeline.evaluation.budget import biased_choice, fit_bias
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.report import Evaluation
 from pipeline.models.cost import Costs, Latency
-from pipeline.policies.calibrate import Budget, Comparison, Split
+from pipeline.policies.calibrate import Budget, JointComparison, Split
 from pipeline.training.run import BEFORE_JOINT
 
 COSTS = Costs((96, 64, 32), (9.0, 4.0, 1.0), 0.5)
@@ -63,7 +63,7 @@ def test_images_that_all_switch_at_once_stay_within_the_target() -> None:
     assert fit_bias(logits_NR, COSTS, 5.0) == 0.0
 
 
-def compared(before: Predictions, after: Predictions, **changed: Any) -> Comparison:
+def compared(before: Predictions, after: Predictions, **changed: Any) -> JointComparison:
     """Compare two models as a run does, on cross-fitted policies of all images unless `split` is given."""
     kept = [Evaluation(each, COSTS, KEYS_N, **changed) for each in (before, after)]
     return kept_model(*kept)
@@ -135,7 +135,7 @@ def test_images_with_the_same_key_stay_in_one_fold() -> None:
 
 @pytest.mark.parametrize("split", [Split(), Split(cross_fit_below=0)])
 def test_too_few_groups_are_refused(split: Split) -> None:
-    with pytest.raises(ValueError, match=r"the 400 validation images .* they have 1 different groups"):
+    with pytest.raises(ValueError, match=r"the 400 validation images .* they form only 1 groups"):
         split.parts(np.zeros(N, np.uint64))
 
 

@@ -237,7 +237,7 @@ def test_files_are_classified_in_order_and_bad_ones_explained(finished, tmp_path
         huge.truncate(33 * 1024**2)
     said = _content(tmp_path / "huge.jpg")
     assert isinstance(said, str), "it is not read"
-    assert said == "the file has 34,603,008 bytes, more than 33,554,432"
+    assert said == "the file has 34,603,008 bytes; at most 33,554,432 are allowed"
     assert json.loads(json.dumps(rows)) == rows
     assert {type(rows[0][key]) for key in ("class_index", "resolution")} == {int}
 

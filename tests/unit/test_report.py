@@ -70,15 +70,15 @@ class TestVerdict:
         report = report_of(correct, chosen)
         assert report["outcome"] == "dominated"
         assert report["verdict"].startswith(
-            "Static wins: static 32 px is as accurate as the routed network (+0.2 points, 95 % CI -0.2 to +0.6, "
-            "McNemar p = 0.5) at 0.15 of its FLOPs."
+            "Static wins: static 32 px is at least as accurate as the routed network (+0.2 points, 95 % CI -0.2 to "
+            "+0.6, McNemar p = 0.5) at 0.15 of its FLOPs."
         )
 
     def test_collapsed_onto_one_resolution(self):
         correct, _ = PERFECT
         report = report_of(correct, np.ones(1000, np.int64))
         assert report["outcome"] == "dominated"
-        assert report["verdict"].startswith("Static wins: static 64 px is as accurate as the routed network")
+        assert report["verdict"].startswith("Static wins: static 64 px is at least as accurate as the routed network")
         assert "100.0 % of the images are answered at 64 px: the routing has collapsed" in report["verdict_details"][0]
         assert not any("collapsed" in sentence for sentence in report_of(*PERFECT)["verdict_details"])
 
@@ -136,8 +136,14 @@ class TestVerdict:
         pays = judge(report | {"predictor": {"points": [point], "pays_from": 0.4, "pays_to": 0.4}})
         assert pays["outcome"] == "gain"
         assert pays["verdict"].startswith(
-            "A predictor pays off for a cost limit of 0.400 GFLOPs: predictor is 2.0 points more accurate than the "
-            "best policy without a predictor at 0.384 GFLOPs (95 % CI +0.5 to +3.5). At 0.43 of the FLOPs"
+            "A predictor pays off at a cost limit of 0.400 GFLOPs: predictor is 2.0 points more accurate than the "
+            "best policy without a predictor at 0.384 GFLOPs (simultaneous 95 % CI +0.5 to +3.5). At 0.43 of the FLOPs"
+        )
+        second = point | {"highest_cost": 0.9}
+        unproven = point | {"highest_cost": 0.6, "low_points": -0.1}
+        several = judge(report | {"predictor": {"points": [point, unproven, second], "pays_from": 0.4, "pays_to": 0.9}})
+        assert several["verdict"].startswith(
+            "A predictor pays off at 2 of 3 cost limits, between 0.400 and 0.900 GFLOPs: "
         )
         not_at_all = judge(report | {"predictor": {"points": [point], "pays_from": None, "pays_to": None}})
         assert not_at_all["verdict"].startswith("A predictor does not pay off here: ")
@@ -161,12 +167,12 @@ class TestVerdict:
         assert against[False]["difference_points"] == pytest.approx(10)
         assert against[True]["difference_points"] == pytest.approx(55)
         assert found[True]["verdict"].startswith("Accuracy is the mean over the classes here. ")
-        # An oracle is right for the whole first class and for 8 of 10 others. The shifted look adds 1 of 10 everywhere.
-        for balanced, oracle, above in ((False, "94.0 %", "+14.0"), (True, "85.0 %", "+5.0")):
+        # An oracle is right for the whole first class and for 8 of 10 others. The shifted crop adds 1 of 10 everywhere.
+        for balanced, oracle, above in ((False, "94.0 %", "14.0"), (True, "85.0 %", "5.0")):
             _, reached, luck = found[balanced]["verdict_details"][-3:]
             assert f"would reach {oracle} at" in reached
             assert luck.startswith(f"The oracle is {above} points above static 96 px.")
-            assert luck.endswith("is +10.0 points above it.")
+            assert luck.endswith("is 10.0 points above it by luck alone.")
 
     def test_one_resolution(self):
         report = report_of(np.ones((50, 1), bool), np.zeros(50, np.int64), costs=Costs((96,), (0.9,), 0.0))

@@ -231,7 +231,7 @@ def test_no_predictor_is_a_candidate_and_the_first_sentence_says_whether_one_pay
     found = [record for record in records() if record.candidate != first]
     found += [record_of(first, 0.3, seed, **perfect) for seed in (0, 1)]
     equal = report_of(found, chosen=None, finetuned=[], calibration=cascades(0.99))
-    assert verdict(equal).startswith("A predictor pays off for ")
+    assert verdict(equal).startswith("A predictor pays off at ")
     assert "GFLOPs: A is " in verdict(equal)
     assert "A" in {row["label"] for row in equal["policies"]}
     without = report_of(found, chosen=None, finetuned=[])

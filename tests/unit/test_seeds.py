@@ -95,6 +95,9 @@ def test_runs_of_other_resolutions_are_compared_on_the_images_that_both_are_stat
     assert low < 0
     with pytest.raises(ValueError, match=r"a and b cannot be compared: they were evaluated on different data"):
         pairs_markdown([("a", routed, "b", answers_of(range(0), digest="e"))])
+    elsewhere = [answers_of(range(0), digest="e"), answers_of(range(9), digest="e")]
+    with pytest.raises(ValueError, match=r"on different data \(digests d, e\), so they have no common mean"):
+        pairs_markdown([("a", routed, "b", static), ("c", elsewhere[0], "d", elsewhere[1])])
     with pytest.raises(ValueError, match="their reports have no image in common"):
         pairs_markdown([("a", routed, "b", answers_of(range(0), range(500, 1000)))])
 

@@ -175,8 +175,8 @@ class Model:
     def about(self) -> dict:
         return {}
 
-    def policy(self, name: str | None, wishes: Mapping[str, float]) -> Any:
-        if wishes:
+    def policy(self, name: str | None, params: Mapping[str, float]) -> Any:
+        if params:
             raise ValueError("there is no such policy")
 
     def classify(self, images: Sequence[Any], policy: Any, stop: threading.Event) -> list:

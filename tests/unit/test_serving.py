@@ -221,7 +221,7 @@ def with_policies(model, programs, tmp_path_factory):
     """The network's folder as it is registered with fitted policies."""
     folder = tmp_path_factory.mktemp("policies") / "programs"
     shutil.copytree(programs, folder)
-    meta = json.loads((folder / META_FILE).read_text()) | fitted_policies({"policies": POLICIES})
+    meta = json.loads((folder / META_FILE).read_text()) | fitted_policies({"policies": POLICIES, "budget_curve": [{}]})
     (folder / META_FILE).write_text(json.dumps(meta))
     return RoutedNetwork(folder)
 
@@ -275,6 +275,20 @@ def test_a_policy_has_a_name(with_policies):
     assert [network.named_policy(str(side)) for side in network.resolutions] == [Policy((0,)), Policy((1,))]
     with pytest.raises(ValueError, match="policy is '40'; give one of registered, predictor, 48, 32"):
         network.named_policy("40")
+
+
+def test_a_predictor_that_was_not_trained_is_never_used(with_policies, programs, tmp_path):
+    shutil.copytree(programs, tmp_path / "programs")
+    meta = json.loads((programs / META_FILE).read_text())
+    meta |= fitted_policies({"policies": POLICIES, "budget_curve": []})
+    meta["policy"] = {"members": [1, 0], "thresholds": [0.5]}
+    (tmp_path / "programs" / META_FILE).write_text(json.dumps(meta))
+    network = RoutedNetwork(tmp_path / "programs")
+    assert network.default_policy == Policy((1, 0), (0.5,))
+    with pytest.raises(ValueError, match="predictor was not trained; omit budget_bias"):
+        network.policy_for(budget_bias=0.5)
+    with pytest.raises(ValueError, match="policy is 'predictor'; give one of registered, 48, 32"):
+        network.named_policy("predictor")
 
 
 def test_a_network_runs_the_programs_that_it_is_given(programs, network, model):

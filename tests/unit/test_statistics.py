@@ -215,6 +215,16 @@ def test_the_envelope_row_costs_what_the_routed_network_costs():
     assert line["top1_low"] < line["top1"] < line["top1_high"]
 
 
+def test_the_envelope_at_a_static_resolution_has_its_name():
+    """All images run at 64 px, which is on the envelope."""
+    correct_NR = np.arange(400)[:, None] % 10 < np.array([9, 8, 3])
+    chosen_N = np.ones(400, np.int64)
+    alone = Routed(chosen_N[:, None] == np.arange(3), chosen_N, np.zeros(400, bool))
+    rows, _ = rows_of(correct_NR, chosen_N, COSTS, routed={ALL: alone})
+    assert rows["routed"]["mean_gflops"] == pytest.approx(0.4)
+    assert rows["envelope"]["label"] == "static 64 px"
+
+
 def test_the_envelope_ends_at_the_most_expensive_static_resolution():
     correct_NR, _, _ = easy_and_hard(200)
     rows, compared = rows_of(correct_NR, np.zeros(200, np.int64), COSTS)
@@ -373,12 +383,12 @@ def test_with_balanced_accuracy_every_comparison_weighs_the_classes():
     assert rows_of(correct_NR, np.full(400, 1), COSTS, labels_N=labels_N)[1]["static-96"]["difference_points"] == -10
 
 
-def test_a_placebo_oracle_has_the_luck_of_as_many_looks():
+def test_a_placebo_oracle_has_the_luck_of_as_many_crops():
     correct_NR = np.array([[False, True, False], [False, False, False], [True, False, False], [False, False, False]])
     placebo_NV = np.array([[False, True], [False, False], [False, False], [True, True]])
     rows, _ = rows_of(correct_NR, np.zeros(4, np.int64), COSTS, placebo_NV=placebo_NV)
     assert (rows["oracle"]["top1"], rows["placebo"]["top1"], rows["static-96"]["top1"]) == (0.5, 0.75, 0.25)
-    assert rows["placebo"]["label"] == "placebo oracle, 3 looks at 96 px"
+    assert rows["placebo"]["label"] == "placebo oracle, 3 crops at 96 px"
     assert rows["placebo"]["mean_gflops"] == rows["static-96"]["mean_gflops"]
     assert "placebo" not in rows_of(correct_NR, np.zeros(4, np.int64), COSTS)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from .images import BadImageError, Picture
 from .policy import STOP, Policy, can_stop, confidence, next_resolution
-from .programs import RoutedNetwork, images_at_once
+from .programs import Program, RoutedNetwork, images_at_once
 
-Program = Callable[[Tensor], Tensor]
 _Item = tuple[float, Tensor, Future[Tensor]]
 
 
@@ -108,7 +108,8 @@ class ProgramQueue:
                 for future, row in zip(futures, rows, strict=True):
                     future.set_result(row)
             if self._ran:
-                self._ran(program, len(images), len(self._waiting[program]))
+                with contextlib.suppress(Exception):  # without this thread, every later result would wait forever
+                    self._ran(program, len(images), len(self._waiting[program]))
 
     def _next_batch(self) -> tuple[int, list[Tensor], list[Future[Tensor]]] | None:
         """Wait for a batch. Return None when the queue is closed and empty."""
@@ -257,7 +258,6 @@ class Classifier:
             group = [place for place, where in enumerate(now) if where == index and usable[place].error is None]
             if group:
                 following = self._run(policy, index, [usable[place] for place in group])
-                now = [*now]
                 for place, where in zip(group, following, strict=True):
                     now[place] = where
         for image in usable:
@@ -275,9 +275,9 @@ class Classifier:
             image.ran.append(index)
         following = dict.fromkeys(map(id, images), STOP)
         if can_stop(policy, index) and usable:
-            sure_N = confidence(torch.stack([row.result() for row in rows]))
+            confidence_N = confidence(torch.stack([row.result() for row in rows]))
             exhausted_N = torch.tensor([_picture(image).extent <= side for image in usable])
-            next_N = next_resolution(policy, index, sure_N, exhausted_N)
+            next_N = next_resolution(policy, index, confidence_N, exhausted_N)
             following |= dict(zip(map(id, usable), next_N.tolist(), strict=True))
         return [following[id(image)] for image in images]
 

@@ -16,7 +16,9 @@ from PIL import ExifTags, Image
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 89_478_485
+"""Pillow's own limit (Image.MAX_IMAGE_PIXELS): a decoded image takes at most 268 MB."""
 MAX_BYTES = 32 * 1024**2
+"""The largest file that is decoded."""
 DCT_FRACTIONS = (8, 4, 2)
 LARGE_PIXELS = 2_000_000
 _KEPT_PIXELS = 500_000
@@ -159,14 +161,16 @@ def _checked_file(image: Any) -> bytes:
     if not len(image):
         raise BadImageError("the file is empty")
     if len(image) > MAX_BYTES:
-        raise BadImageError(f"the file has {len(image):,} bytes, more than {MAX_BYTES:,}")
+        raise BadImageError(f"the file has {len(image):,} bytes; at most {MAX_BYTES:,} are allowed")
     return bytes(image)
 
 
 def _from_base64(text: str) -> bytes:
     """Decode base64 text, which may contain line breaks."""
     if len(text) > 2 * MAX_BYTES:
-        raise BadImageError(f"the text has {len(text):,} characters, more than a file of {MAX_BYTES:,} bytes")
+        raise BadImageError(
+            f"the base64 text has {len(text):,} characters; a file may have at most {MAX_BYTES:,} bytes"
+        )
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):

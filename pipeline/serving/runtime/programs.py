@@ -99,16 +99,20 @@ Program = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Placement:
-    """The device and the way in which programs run."""
+    """The device and the way in which programs run.
+
+    Raises:
+        ValueError: the precision is unknown.
+    """
 
     device: str = "auto"
     """The device: cpu, cuda or cuda:NUMBER; auto uses a GPU if there is one."""
     precision: str = "float32"
     """The precision: float32, or bfloat16 for convolutions and matrix products (torch.autocast)."""
     compiled: bool = False
-    """Whether to use torch.compile. The first images take minutes, later ones less time than without."""
+    """Whether to use torch.compile: the first images take minutes, later ones are faster."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.device == "auto":
@@ -128,13 +132,13 @@ class Routed:
 
 @dataclass(frozen=True)
 class FittedPolicy:
-    """A policy on the model's Pareto front, with its cost and accuracy on the images that it was fitted on."""
+    """A policy on the model's Pareto front."""
 
     policy: Policy
     gflops: float
-    """The mean cost per image, including the predictor if the policy uses it."""
+    """The mean cost per held-out image, including the predictor if the policy uses it."""
     accuracy: float
-    """The accuracy as a fraction of 1."""
+    """The expected accuracy on the images that the policy was fitted on, as a fraction of 1."""
 
 
 class RoutedNetwork:
@@ -168,6 +172,7 @@ class RoutedNetwork:
             FittedPolicy(Policy(**found["policy"]), found["gflops"], found["accuracy"])
             for found in meta.get("policies", [])
         ]
+        self.predictor_is_trained: bool = meta.get("predictor_is_trained", self.is_routed)
         self.default_policy = Policy(**meta["policy"]) if "policy" in meta else self.predictor_policy()
         present = [PREDICTOR_FILE] * self.is_routed + [self.backbone_file(j) for j in range(len(self.resolutions))]
         self._programs = {name: self._program(folder / name) for name in present if files is None or name in files}
@@ -201,8 +206,10 @@ class RoutedNetwork:
             budget_bias: a positive bias spends more, a negative one less; 0 is the network as it was trained.
 
         Raises:
-            ValueError: the bias is not finite.
+            ValueError: the bias is not finite, or the predictor was not trained.
         """
+        if self.is_routed and not self.predictor_is_trained:
+            raise ValueError("this model's predictor was not trained; omit budget_bias")
         if not math.isfinite(budget_bias):
             raise ValueError(f"budget_bias is {budget_bias}; give a finite number")
         cheapest_first = sorted(range(len(self.resolutions)), key=lambda index: self.backbone_gflops[index])
@@ -251,7 +258,9 @@ class RoutedNetwork:
         Raises:
             ValueError: there is no policy of this name.
         """
-        named = {"registered": self.default_policy} | ({"predictor": self.predictor_policy()} if self.is_routed else {})
+        named = {"registered": self.default_policy}
+        if self.predictor_is_trained:
+            named["predictor"] = self.predictor_policy()
         named |= {str(side): static_policy(index) for index, side in enumerate(self.resolutions)}
         if name not in named:
             raise ValueError(f"policy is {name!r}; give one of {', '.join(named)}")
