@@ -411,11 +411,14 @@ def parse_manifest(text: str, origin: str) -> Manifest:
         splits = {name: Split(**split) for name, split in tree.pop("splits").items()}
         mean, std = tuple(tree.pop("mean")), tuple(tree.pop("std"))
         manifest = Manifest(**tree, mean=mean, std=std, splits=splits)
-        missing = [split for split in SPLITS if split not in splits]
+        missing = [name for name in SPLITS if name not in splits]
+        unknown = [name for name in splits if name not in SPLITS]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise BetonError(f"{origin} is damaged ({type(error).__name__}: {error}); {prepare}") from None
     if missing:
         raise BetonError(f"{origin} is damaged: it lacks the split {' and '.join(missing)}; {prepare}")
+    if unknown:
+        raise BetonError(f"{origin} is damaged: it has the unknown split {' and '.join(map(repr, unknown))}; {prepare}")
     return manifest
 
 

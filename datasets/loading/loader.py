@@ -210,7 +210,7 @@ class Epoch(Iterator[Batch]):
         max_damaged: int,
     ):
         self._decoder = decoder
-        self._damage = DamageLimit(beton, max_damaged)
+        self._damage = DamageLimit(beton, max_damaged, decoder.num_samples)
         self._num_threads = num_threads
         self._waiting = deque(zip(batches, pages_ahead, strict=True))
         self._jobs: deque[Job] = deque()
@@ -238,11 +238,6 @@ class Epoch(Iterator[Batch]):
             raise
         self._held = job
         return self._batch(job)
-
-    @property
-    def damaged(self) -> dict[int, str]:
-        """The damaged samples found so far, with reasons; other samples were shown instead."""
-        return dict(self._damage.found)
 
     def __enter__(self) -> Epoch:
         return self
@@ -297,10 +292,13 @@ class Epoch(Iterator[Batch]):
 
 
 class DamageLimit:
-    """Count the damaged samples of a pass, from any thread, and raise an error if there are too many."""
+    """Count the damaged samples of a pass, from any thread, and raise an error if there are too many.
 
-    def __init__(self, beton: Path, most: int):
-        self._beton, self._most = beton, most
+    If all of `num_samples` are damaged, there are too many, because nothing can replace them.
+    """
+
+    def __init__(self, beton: Path, most: int, num_samples: int):
+        self._beton, self._most, self._num_samples = beton, most, num_samples
         self._lock = threading.Lock()
         self.found: dict[int, str] = {}
 
@@ -312,13 +310,13 @@ class DamageLimit:
         """
         reason = _damage(self._beton, index)
         with self._lock:
-            if index in self.found:  # it was also tried as a replacement for another sample
+            is_new = index not in self.found  # otherwise it was also tried as a replacement for another sample
+            self.found.setdefault(index, reason)
+            if len(self.found) <= min(self._most, self._num_samples - 1):
+                if is_new:
+                    logger.warning("%s: a damaged sample is replaced by another: %s", self._beton, reason)
                 return
-            self.found[index] = reason
-            if len(self.found) <= self._most:
-                logger.warning("%s: a damaged sample is replaced by another: %s", self._beton, reason)
-                return
-            allowed = f", but loader.max_damaged is {self._most}" if self._most else ""
+            allowed = f", but loader.max_damaged is {self._most}" if 0 < self._most < len(self.found) else ""
             raise DecodeError(
                 f"{self._beton}: {_plural(len(self.found), 'sample is', 'samples are')} damaged{allowed}; restore the "
                 "file, or prepare the data again with `python -m jobs.prepare --config CONFIG --force`:\n"

@@ -359,6 +359,6 @@ def _require_all_classes(built: Built, index: ImageIndex) -> None:
         empty = [name for name, count in zip(index.classes, description.class_counts, strict=True) if count == 0]
         if empty:
             raise SourceError(
-                f"without its bad images, {split} has no images of {listed(empty)}; "
-                f"{len(built.bad)} images are bad; the first is {built.bad[0][0]}: {built.bad[0][1]}"
+                f"without its bad images ({len(built.bad)}), {split} has no images of {listed(empty)}; "
+                f"the first bad image is {built.bad[0][0]}: {built.bad[0][1]}"
             )

@@ -53,7 +53,8 @@ class SourceOptions:
         unused = [name for name in SOME_USE if name not in used and getattr(self, name) != defaults[name]]
         if unused:
             names = [f"data.{name}" for name in unused]
-            raise SourceError(f"{source} does not use {' or '.join(names)}; remove it from the configuration")
+            them = "it" if len(names) == 1 else "them"
+            raise SourceError(f"{source} does not use {' or '.join(names)}; remove {them} from the configuration")
 
 
 @dataclass(frozen=True)

@@ -402,10 +402,10 @@ def _group_problems(index: ImageIndex) -> Iterator[str]:
     sides = [{ref.group for ref in refs if ref.group} for refs in index.splits.values()]
     if both := sorted(set.intersection(*sides)):
         yield f"data.group_by gives groups that are in training and in validation: {listed(both)}"
-    if 0 < len(sides[-1]) < MIN_GROUPS:
+    if 0 < (count := len(sides[-1])) < MIN_GROUPS:
         yield (
-            f"data.group_by gives only {len(sides[-1])} groups of validation images; policies are fitted on some of "
-            f"them and reported on the others, so at least {MIN_GROUPS} are needed; give smaller groups"
+            f"data.group_by gives only {count} group{'s' if count > 1 else ''} of validation images; policies are "
+            f"fitted on some and reported on the others, so at least {MIN_GROUPS} are needed; give smaller groups"
         )
 
 

@@ -269,7 +269,7 @@ def _read_tar(shard: Shard, choice: Choice, listing: Listing) -> None:
         for key, kind, member, read in _members(shard):
             sample = samples.setdefault(key, _Sample({}, {}, []))
             if kind in sample.images or kind in sample.texts:
-                sample.problems.append(f".{kind} is there twice")
+                sample.problems.append(f"it has two .{kind} files")
             if f".{kind.rpartition('.')[2]}" in SUFFIXES:
                 sample.images[kind] = (member.offset_data, member.size)
             elif kind in ("cls", "json"):
@@ -331,8 +331,10 @@ def _labeled(shard: Shard, key: str, sample: _Sample, choice: Choice) -> Listed 
     label = fields.get(choice.label_column or LABEL)
     if choice.label_column is None and "cls" in sample.texts:
         label = sample.texts["cls"].decode("utf-8", "surrogateescape").strip()
-    if isinstance(label, bool) or not isinstance(label, int | str) or label in ("", -1, "-1"):
+    if label in (None, "", -1, "-1"):
         return f"it has no label in .cls and no {choice.label_column or LABEL} in .json"
+    if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
+        return f"its label is {label!r}; a label is text, or an integer of 0 or more"
     ((kind, (offset, size)),) = sample.images.items()
     group = fields.get(choice.group_by) if choice.group_by else None
     name = f"{shard.name}/{shown_name(key)}.{kind}"

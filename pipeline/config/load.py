@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,10 +131,15 @@ def stored_config(tree: Mapping[str, Any], config: Config, source: str) -> Confi
 
     Fields in FREE_TO_CHANGE come from `config`, so that a run whose stored values are refused today can still resume.
     """
-    ours = config.model_dump(mode="json")
-    places = {name: value for name, value in ours["data"].items() if f"data.{name}" in FREE_TO_CHANGE}
-    sections = {name: value for name, value in ours.items() if f"{name}." in FREE_TO_CHANGE}
-    return _validated({**tree, **sections, "data": {**tree.get("data", {}), **places}}, source, [])
+    ours, stored = config.model_dump(mode="json"), copy.deepcopy(dict(tree))
+    for key in FREE_TO_CHANGE:
+        *parents, last = key.removesuffix(".").split(".")
+        new, old = ours, stored
+        for parent in parents:
+            new, old = new.get(parent) or {}, old.get(parent) or {}
+        if last in new:
+            old[last] = new[last]
+    return _validated(stored, source, [])
 
 
 def _validated(tree: Mapping[str, Any], source: str, problems: Sequence[str]) -> Config:
@@ -308,7 +314,7 @@ def _apply(tree: dict[str, Any], override: str) -> Iterator[str]:
     node, section = tree, Config
     *parents, last = key.split(".")
     for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
+        inner = node.get(parent)
+        node[parent] = dict(inner) if isinstance(inner, dict) else {}  # a copy: a YAML alias shares its section
         node, section = node[parent], section and section_of(field_of(section, parent))
     node[field_name(section, last) if section else last] = value
