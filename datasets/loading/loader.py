@@ -190,7 +190,7 @@ class Job(NamedTuple):
     parts: list[Future]
 
 
-class Epoch(Iterator[Batch]):
+class BatchIterator(Iterator[Batch]):
     """A pass over batches in order. The end of the pass, an error, `close` or garbage collection stop its threads.
 
     Threads take parts of batches in order and continue with the next batch without waiting for each other. No error is
@@ -239,7 +239,7 @@ class Epoch(Iterator[Batch]):
         self._held = job
         return self._batch(job)
 
-    def __enter__(self) -> Epoch:
+    def __enter__(self) -> BatchIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -424,7 +424,7 @@ class MultiResolutionLoader:
         )
         self._decoder = Decoder(self.beton, self.sides, crop)
         self._settings, self._max_damaged = (num_threads, batches_ahead), max_damaged
-        self._epochs: weakref.WeakSet[Epoch] = weakref.WeakSet()
+        self._started: weakref.WeakSet[BatchIterator] = weakref.WeakSet()
 
     @property
     def num_batches(self) -> int:
@@ -438,7 +438,7 @@ class MultiResolutionLoader:
 
     def epoch(
         self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
-    ) -> Epoch:
+    ) -> BatchIterator:
         """Start a pass over the data. The result is an iterator of batches and a context manager.
 
         Args:
@@ -463,7 +463,7 @@ class MultiResolutionLoader:
 
     def read(
         self, crop_epoch: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
-    ) -> Epoch:
+    ) -> BatchIterator:
         """Start a pass over the given batches of samples, which are not divided among the ranks.
 
         A damaged sample always raises an error, whatever `max_damaged` is, because callers store the result under the
@@ -494,19 +494,19 @@ class MultiResolutionLoader:
         pages_ahead: Sequence[NDArray[np.int64]],
         sides: Collection[int] | None,
         max_damaged: int,
-    ) -> Epoch:
+    ) -> BatchIterator:
         wanted = self.sides if sides is None else tuple(sides)
         if not wanted or not {*wanted} <= {*self.sides}:
             raise ValueError(f"the loader has no sides {list(wanted)}; give one or more of {list(self.sides)}")
-        started = Epoch(
+        started = BatchIterator(
             self._decoder, self.beton, self.sides, wanted, batches, pages_ahead, *self._settings, max_damaged
         )
-        self._epochs.add(started)
+        self._started.add(started)
         return started
 
     def close(self) -> None:
         """Stop every pass that is still running."""
-        for epoch in list(self._epochs):
+        for epoch in list(self._started):
             epoch.close()
 
 

@@ -2,8 +2,8 @@
 
 A plain file or a member of a tar file is read with one positioned read. Rows of a Parquet file are read together with
 the other rows of their row group. Every choice (split, images_per_class, order) uses a seeded hash of an image's name.
-So it does not depend on the order in which a file system lists files, and a new image only moves images at the boundary
-between chosen and not chosen.
+So a choice does not depend on the order in which a file system lists files, and adding an image changes the choice for
+few others.
 """
 
 from __future__ import annotations
@@ -271,7 +271,10 @@ def split_off(
     train, validation = [], []
     for group in _grouped(refs, stratum):
         if len(group) < 2:
-            raise SourceError(f"{group[0].name} is alone in its class: at least 2 images are needed to split it")
+            raise SourceError(
+                f"{group[0].name} is the only image of its class or stratum, which therefore cannot be split; add a "
+                "second image, or give validation images"
+            )
         ranked = _ranked(group, seed)
         count = min(max(round(len(group) * fraction), 1), len(group) - 1)
         validation += ranked[:count]
@@ -470,6 +473,3 @@ def _grouped(refs: Iterable[ImageRef], key: Callable[[ImageRef], object]) -> lis
     for ref in refs:
         groups[key(ref)].append(ref)
     return [groups[name] for name in sorted(groups, key=repr)]
-
-
-Channels = tuple[float, float, float]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datasets.files import shown_name
+from datasets.files import TRAIN, VALIDATION, shown_name
 from datasets.sources.folders import SUFFIXES, Entry, list_folder
 from datasets.sources.index import ImageRef, Source, SourceError, image_column, is_ignored, listed
-from datasets.sources.listing import SPLIT_NAMES, TRAIN, VALIDATION, Choice, Listed, Listing, scan_listing
+from datasets.sources.listing import SPLIT_OF_WORD, Choice, Listed, Listing, scan_listing
 from datasets.sources.tars import all_members
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _shard_files(source: Path) -> list[Entry]:
 def split_in_name(name: str) -> str:
     """Return the split that is a word in a shard's name, such as `train-00000-of-00002.parquet`, or ""."""
     for part in reversed(Path(name.lower()).parts):
-        if found := [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", part) if word in SPLIT_NAMES]:
+        if found := [SPLIT_OF_WORD[word] for word in re.split(r"[^a-z]+", part) if word in SPLIT_OF_WORD]:
             return found[0]
     return ""
 
