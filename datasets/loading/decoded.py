@@ -1,4 +1,4 @@
-"""Crops of a beton decoded once and kept on a node's disk, for many trainings that see the same small crops.
+"""Crops of a beton, decoded once and kept on a node's disk for many training runs that see the same small crops.
 
     FOLDER/DIGEST/crops-00003-32px.npy     uint8 (N, 32, 32, 3), the samples in the order of the beton
 
@@ -38,7 +38,9 @@ class Reader(Protocol):
 
     def read(
         self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
-    ) -> Any: ...
+    ) -> Any:
+        """Return an iterator over given batches of samples, with the crops of `crop_epoch`."""
+        ...
 
 
 def decoded_bytes(num_samples: int, num_crops: int, sides: Collection[int]) -> int:
@@ -47,7 +49,7 @@ def decoded_bytes(num_samples: int, num_crops: int, sides: Collection[int]) -> i
 
 
 class DecodedCrops:
-    """A Reader of crops that were decoded before.
+    """Read crops that `fill` has decoded and stored.
 
     Args:
         folder: where decoded crops of all data are stored.
@@ -132,10 +134,10 @@ class DecodedCrops:
 
 
 class Ordered:
-    """A Reader with the methods of a training loader, and an order with its own seed.
+    """A training loader over a Reader's crops, in an order with its own seed.
 
-    The crops are still the reader's, so trainings with different seeds share one set of decoded crops. With the seed of
-    a MultiResolutionLoader of one rank, the order equals the loader's.
+    The crops are still the reader's, so training runs with different seeds share one set of decoded crops. With the
+    seed of a MultiResolutionLoader of one rank, the order equals the loader's.
     """
 
     def __init__(self, reader: Reader, batch_size: int, *, shuffle: bool, seed: int):

@@ -277,7 +277,7 @@ def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) ->
 
 
 def _holds_data(folder: Path) -> bool:
-    """Return whether the folder has a finished preparation or parts of one, but not if a preparation can be resumed."""
+    """Return whether the folder has a finished preparation, or betons that no preparation can resume."""
     if (folder / PARTIAL / JOURNAL).exists() and not (folder / MANIFEST).exists():
         return False
     return any(path.exists() for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)))

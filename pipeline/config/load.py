@@ -165,7 +165,7 @@ def find_config(path: str | Path) -> Path:
         inside = path / "config.yaml"
         problems = [f"this is a folder. Give {inside if inside.is_file() else 'a YAML file'}"]
     if job_package(path.absolute()):
-        problems.append(f"a file {NOT_IN_PACKAGE}")
+        problems.append(f"{path} {NOT_IN_PACKAGE}")
     raise ConfigError(problems, f"--config {path}")
 
 
@@ -188,9 +188,9 @@ def differences(old: Config, new: Config) -> list[str]:
     return value_differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
-def drift(began_with: Config, config: Config) -> list[str]:
+def drift(started_with: Config, config: Config) -> list[str]:
     """Return the `differences` that keep a run from resuming: all except those in FREE_TO_CHANGE."""
-    return [line for line in differences(began_with, config) if not line.startswith(FREE_TO_CHANGE)]
+    return [line for line in differences(started_with, config) if not line.startswith(FREE_TO_CHANGE)]
 
 
 def _contradictions(config: Config) -> Iterator[str]:
