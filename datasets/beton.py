@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh64_intdigest
 
 from datasets import turbojpeg
-from datasets.files import DataError, sync_file
+from datasets.files import SPLITS, DataError
 
 VERSION = 2
 PAGE_SIZE = 8 << 20
@@ -29,6 +29,12 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 METADATA = np.dtype([("image", IMAGE), ("label", "<i8"), ("checksum", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+
+TRAIN, VALIDATION = SPLITS
+FORMAT = 2
+MANIFEST = "manifest.json"
+IMAGES_LIST = "images.jsonl"
+SAMPLED_IMAGES = 32
 
 
 class BetonError(DataError):
@@ -46,7 +52,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tables of a beton: `metadata` METADATA (N,) and `allocations` ALLOCATION (N,), both in sample order."""
+    """The tables of a beton in sample order: `metadata` is METADATA (N,), and `allocations` is ALLOCATION (N,)."""
 
     metadata: NDArray
     allocations: NDArray
@@ -126,16 +132,6 @@ class BetonWriter:
         self._allocations[self.count] = (self.count, ptr, size)
         self._end, self.count = ptr + size, self.count + 1
         return padding
-
-
-def write_beton(path: Path, samples: Iterable[Sample], capacity: int) -> int:
-    """Write samples in order, sync the file to disk, and return their number."""
-    with BetonWriter(path, capacity) as writer:
-        for sample in samples:
-            writer.append(sample)
-        writer.finish()
-    sync_file(path)
-    return writer.count
 
 
 def read_layout(path: Path) -> Layout:
@@ -267,7 +263,7 @@ def _checked_header(path: Path, start: bytes, size: int) -> np.void:
 
 
 def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iterator[str]:
-    """Yield everything in the tables that `write_beton` never writes."""
+    """Yield everything in the tables that `BetonWriter` never writes."""
     if len(metadata) != len(allocations):
         yield f"{len(metadata)} samples, but {len(allocations)} allocations"
         return
@@ -291,31 +287,6 @@ def _contradictions(metadata: NDArray, allocations: NDArray, table: int) -> Iter
     for problem, wrong_N in checks.items():
         if wrong_N.any():
             yield f"{problem} (sample {int(np.argmax(wrong_N))})"
-
-
-__all__ = [
-    "TRAIN",
-    "VALIDATION",
-    "BetonError",
-    "Manifest",
-    "Sample",
-    "Split",
-    "beton_path",
-    "crop_extents",
-    "enlarged_shares",
-    "load_manifest",
-    "parse_manifest",
-    "read_jpeg",
-    "verify_betons",
-    "write_beton",
-]
-
-TRAIN, VALIDATION = "train", "validation"
-SPLITS = (TRAIN, VALIDATION)
-FORMAT = 2
-MANIFEST = "manifest.json"
-IMAGES_LIST = "images.jsonl"
-SAMPLED_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -411,11 +382,14 @@ def parse_manifest(text: str, origin: str) -> Manifest:
         splits = {name: Split(**split) for name, split in tree.pop("splits").items()}
         mean, std = tuple(tree.pop("mean")), tuple(tree.pop("std"))
         manifest = Manifest(**tree, mean=mean, std=std, splits=splits)
-        missing = [split for split in SPLITS if split not in splits]
+        missing = [name for name in SPLITS if name not in splits]
+        unknown = [name for name in splits if name not in SPLITS]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise BetonError(f"{origin} is damaged ({type(error).__name__}: {error}); {prepare}") from None
     if missing:
         raise BetonError(f"{origin} is damaged: it lacks the split {' and '.join(missing)}; {prepare}")
+    if unknown:
+        raise BetonError(f"{origin} is damaged: it has the unknown split {' and '.join(map(repr, unknown))}; {prepare}")
     return manifest
 
 

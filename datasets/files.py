@@ -1,4 +1,4 @@
-"""Write complete files, lock folders, and show file names, sizes and changed values as text."""
+"""Write complete files, lock folders, name splits, and show file names, sizes and changed values as text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+TRAIN, VALIDATION = "train", "validation"
+SPLITS = (TRAIN, VALIDATION)
 
 
 def shown_name(name: str | os.PathLike[str]) -> str:
@@ -167,7 +170,7 @@ def _file_system(path: Path) -> tuple[str, str]:
     mounts = {}
     for line in Path("/proc/self/mounts").read_bytes().splitlines():
         _, mount, kind, *_ = line.split()
-        unescaped = mount.decode("unicode_escape").encode("latin-1")  # a space is \\040
+        unescaped = mount.decode("unicode_escape").encode("latin-1")  # a space is written as \040
         mounts[os.fsdecode(unescaped)] = kind.decode()  # a later mount hides an earlier one
     path = path.resolve()
     mount = next(str(parent) for parent in (path, *path.parents) if str(parent) in mounts or parent == parent.parent)
@@ -175,7 +178,7 @@ def _file_system(path: Path) -> tuple[str, str]:
 
 
 def _no_message() -> None:
-    """Do nothing. This stands for `waiting` after it has been called."""
+    """Do nothing. This replaces `waiting` once it has been called."""
 
 
 def _is(descriptor: int, path: Path) -> bool:

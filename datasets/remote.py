@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -90,9 +90,12 @@ class RemoteFolder:
             for chunk in chunks:
                 with self._explained(problem):
                     file.write(chunk)
-        finally:
-            with self._explained(problem):
+        except BaseException:
+            with suppress(Exception):  # the first error is the cause
                 file.close()
+            raise
+        with self._explained(problem):
+            file.close()
 
     def _path(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"

@@ -84,8 +84,8 @@ def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
     folder, remote = Path(folder), open_remote(uri)
     manifest = verify_betons(folder)
     splits = list(manifest.splits.values())
-    if remote.read(MANIFEST) is not None:
-        _, there = _read_manifest(remote)
+    if (content := remote.read(MANIFEST)) is not None:
+        _, there = _parsed(content, remote)
         if there.digest != manifest.digest:
             raise BetonError(
                 f"{remote} has other data (digest {there.digest}) than {folder} (digest {manifest.digest}); "
@@ -115,6 +115,10 @@ def _read_manifest(remote: RemoteFolder) -> tuple[str, Manifest]:
             f"{remote} has no prepared data ({MANIFEST} is missing): check the address, wait if it is still being "
             "uploaded, or upload it with `python -m jobs.prepare --config CONFIG --upload ADDRESS`"
         )
+    return _parsed(content, remote)
+
+
+def _parsed(content: bytes, remote: RemoteFolder) -> tuple[str, Manifest]:
     text = content.decode(errors="replace")
     manifest = parse_manifest(text, f"{MANIFEST} of {remote}")
     # A downloaded file name must not point outside of the folder.
@@ -164,9 +168,10 @@ def _download_missing(
     before = load_manifest(folder) if (folder / MANIFEST).exists() else None
     absent = [name for name in manifest.splits if not _is_in_place(folder, name, before, manifest.splits[name])]
     wanted = {name: manifest.splits[name] for name in absent if name in splits}
-    partials = {name: folder / f".staging-{split.sha256}.partial" for name, split in wanted.items()}
+    partials = {name: folder / _partial_name(split) for name, split in wanted.items()}
+    resumable = [folder / _partial_name(manifest.splits[name]) for name in absent]
     for path in folder.glob(".staging-*.partial"):
-        if path not in partials.values():
+        if path not in resumable:
             path.unlink()  # from data that is no longer at the address
     if before and before.digest != manifest.digest:
         tell(f"{remote} has changed since it was downloaded (digest {before.digest}, now {manifest.digest})")
@@ -185,6 +190,10 @@ def _download_missing(
     sync_folder(folder)
     write_whole(folder / MANIFEST, text)
     progress.finish(f"downloaded {' and '.join(splits)} of {remote} to {shown_name(folder)}")
+
+
+def _partial_name(split: Split) -> str:
+    return f".staging-{split.sha256}.partial"
 
 
 def _is_in_place(folder: Path, name: str, before: Manifest | None, split: Split) -> bool:

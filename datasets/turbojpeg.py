@@ -150,7 +150,7 @@ def encode_planes(planes: Sequence[Plane], width: int, height: int, quality: int
 def library_version() -> str:
     """Return the version of the loaded library, such as 2.1.5, or "unknown".
 
-    It is searched in the library's file, because versions before 3 have no function that returns it.
+    It is read from the library's file, because versions before 3 have no function that returns it.
     """
     address = ctypes.cast(_library().tjInitCompress, ctypes.c_void_p).value
     assert address is not None

@@ -1,6 +1,6 @@
 """Compare this project's speed with other software on this machine, in alternating runs.
 
-A ratio above 1 means that this project is better. Its range is that over the pairs of runs.
+A ratio above 1 means that this project is better. The spread is the lowest and the highest ratio of a pair of runs.
 """
 
 from __future__ import annotations

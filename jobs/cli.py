@@ -57,7 +57,7 @@ def job_parser(job: str, summary: str | None, *, needs_config: bool = True) -> a
 
 
 def parsed_config(args: argparse.Namespace) -> Config:
-    """Read the configuration that the arguments of a `job_parser` name."""
+    """Read the configuration file and the overrides that the arguments of a `job_parser` give."""
     return load_config(args.config, args.overrides)
 
 

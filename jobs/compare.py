@@ -51,10 +51,10 @@ def pairs(runs: Sequence[Path], against: Sequence[Path]) -> str:
         raise ValueError(
             f"{len(runs)} runs and {len(against)} after --against. Give the same number, in the order of their seeds"
         )
-    folders = [RunFolder(run).report / ANSWERS for run in (*runs, *against)]
-    if missing := [str(file) for file in folders if not file.is_file()]:
+    files = [RunFolder(run).report / ANSWERS for run in (*runs, *against)]
+    if missing := [str(file) for file in files if not file.is_file()]:
         raise ValueError(f"{', '.join(missing)} missing. Write the reports again with jobs.calibrate")
-    found = [Answers.load(file) for file in folders]
+    found = [Answers.load(file) for file in files]
     named = zip(runs, found[: len(runs)], against, found[len(runs) :], strict=True)
     return pairs_markdown([(run.name, first, other.name, second) for run, first, other, second in named])
 

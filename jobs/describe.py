@@ -55,7 +55,7 @@ def as_text(description: Description) -> str:
     ]
     low, high = description.lowest_gflops, description.highest_gflops
     stages = [
-        ["stage", "epochs", "steps/epoch", "steps", "training GFLOPs", "alpha", "of GFLOPs", "memory of a step, MB"]
+        ["stage", "epochs", "steps/epoch", "steps", "training GFLOPs", "alpha", "reachable GFLOPs", "step memory, MB"]
     ]
     stages += [_stage_row(stage) for stage in description.stages]
     kept = [
@@ -63,11 +63,12 @@ def as_text(description: Description) -> str:
         for stage in description.stages
         if stage.table_bytes is not None
     ]
+    smaller = "validation images whose center crop is smaller than the resolution"
     parts = [
         f"run {description.run}",
         f"data {data.dataset} in {data.folder}: {data.note}\n{_table(images)}",
         f"{_table(networks)}\nparameters with all private batch norms: {_number(description.parameters)}",
-        *([f"validation images that are enlarged because they are smaller: {', '.join(enlarged)}"] if enlarged else []),
+        *([f"{smaller}, so that they are enlarged: {', '.join(enlarged)}"] if enlarged else []),
         f"cost per image, including the predictor: {_gflops(low)} GFLOPs (all images at the smallest resolution) to "
         f"{_gflops(high)} GFLOPs (all at the largest)",
         f"input: {description.input}\nprecision: {description.precision}",

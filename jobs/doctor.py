@@ -1,8 +1,8 @@
 """Check whether a cluster is ready for a run: versions, free space, storage, data, GPUs, tracking server, secrets.
 
-This checks every node of the cluster at RAY_ADDRESS (set in a Ray job) or, without it, this machine. It changes
-nothing. It lists all problems with what to change, and then exits with code 2. `train`, `evaluate` and `tune` start
-with the quick checks.
+This checks every node of the cluster at RAY_ADDRESS (set in a Ray job) or, without it, this machine. It creates
+cluster.storage if that is missing, and changes nothing else. It lists all problems with what to change, and then exits
+with code 2. `train`, `evaluate` and `tune` start with the quick checks.
 """
 
 from __future__ import annotations

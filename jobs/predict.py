@@ -90,7 +90,7 @@ def predict_folder(args: argparse.Namespace) -> str:
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Return files as given and the sorted images below folders. Raise ValueError that lists everything missing."""
+    """Return files as given and the sorted images below folders. Raise a ValueError that lists all problems."""
     found: list[Path] = []
     problems = []
     for path in paths:

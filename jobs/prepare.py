@@ -76,10 +76,9 @@ def summary(manifest: Manifest) -> str:
         each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
         lines.append(f"  {name:<11}{split.count:>9,} images, {each} a class, {split.size_bytes / 1e6:,.1f} MB")
     lines.append(f"  {'classes':<11}{len(manifest.classes):>9,}: {listed(manifest.classes)}")
-    lines += (
-        [f"  {'skipped':<11}{len(manifest.skipped):>9,} bad images, listed in the manifest"] if manifest.skipped else []
-    )
-    lines.append(f"  mean {list(manifest.mean)}, deviation {list(manifest.std)} (of 1)")
+    if manifest.skipped:
+        lines.append(f"  {'skipped':<11}{len(manifest.skipped):>9,} bad images, listed in the manifest")
+    lines.append(f"  mean {list(manifest.mean)}, standard deviation {list(manifest.std)}, on a scale of 0 to 1")
     lines.append(f"  license: {manifest.licence}")
     return "\n".join(lines)
 

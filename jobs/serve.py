@@ -21,7 +21,9 @@ def main() -> None:
         "--follow-alias", action="store_true", help="keep running and roll out the alias's new versions"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the configuration for `serve deploy` and exit; it counts no GPUs"
+        "--dry-run",
+        action="store_true",
+        help="print the configuration for `serve deploy` and exit; serving.split=auto then means together",
     )
     args = parser.parse_intermixed_args()
     config = job_config(args) if args.config else None

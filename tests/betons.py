@@ -1,14 +1,15 @@
-"""Small betons of generated photographs, for the tests of the loader."""
+"""Betons for tests: of given samples, or of generated photographs."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from datasets.beton import Sample, write_beton
+from datasets.beton import BetonWriter, Sample
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:
@@ -27,6 +28,15 @@ def jpeg_bytes(image: Image.Image, quality: int = 90) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def write_beton(path: Path, samples: Iterable[Sample], capacity: int) -> int:
+    """Write samples in order, and return their number."""
+    with BetonWriter(path, capacity) as writer:
+        for sample in samples:
+            writer.append(sample)
+        writer.finish()
+    return writer.count
 
 
 def write_images(path: Path, images: list[Image.Image]) -> Path:

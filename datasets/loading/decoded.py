@@ -1,4 +1,4 @@
-"""Crops of a beton decoded once and kept on a node's disk, for many trainings that see the same small crops.
+"""Crops of a beton, decoded once and kept on a node's disk for many training runs that see the same small crops.
 
     FOLDER/DIGEST/crops-00003-32px.npy     uint8 (N, 32, 32, 3), the samples in the order of the beton
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from datasets.beton import read_layout
-from datasets.files import exclusive, sync_folder
+from datasets.files import exclusive, shown_bytes, shown_name, sync_folder
 from datasets.loading.loader import Batch
 from datasets.loading.order import SampleOrder, batch_bounds, sample_indices
 
@@ -37,7 +38,9 @@ class Reader(Protocol):
 
     def read(
         self, crop_epoch: int, batches: Sequence[NDArray[np.int64]], *, sides: Collection[int] | None = None
-    ) -> Any: ...
+    ) -> Any:
+        """Return an iterator over given batches of samples, with the crops of `crop_epoch`."""
+        ...
 
 
 def decoded_bytes(num_samples: int, num_crops: int, sides: Collection[int]) -> int:
@@ -46,7 +49,7 @@ def decoded_bytes(num_samples: int, num_crops: int, sides: Collection[int]) -> i
 
 
 class DecodedCrops:
-    """A Reader of crops that were decoded before.
+    """Read crops that `fill` has decoded and stored.
 
     Args:
         folder: where decoded crops of all data are stored.
@@ -66,8 +69,14 @@ class DecodedCrops:
         self._mapped: dict[tuple[int, int], NDArray[np.uint8]] = {}
 
     def fill(self, reader: Reader) -> None:
-        """Decode the missing crops, each epoch once for all sides. One process per node decodes; the others wait."""
+        """Decode the missing crops, each epoch once for all sides. One process per node decodes; the others wait.
+
+        Raises:
+            OSError: there is not enough space for the crops of an epoch.
+        """
         with exclusive(self.folder, waiting=lambda: None):
+            for leftover in self.folder.glob("*.partial"):  # of a process that was killed
+                leftover.unlink()
             for crop_epoch in self.crop_epochs:
                 missing = [side for side in self.sides if not self._path(crop_epoch, side).exists()]
                 if missing:
@@ -85,20 +94,35 @@ class DecodedCrops:
             yield Batch(images, self._labels[indices], indices)
 
     def _decode(self, reader: Reader, crop_epoch: int, sides: Sequence[int]) -> None:
+        self._require_space(decoded_bytes(self.num_samples, 1, sides))
         partial = {side: self._path(crop_epoch, side).with_suffix(".partial") for side in sides}
-        files = {
-            side: np.lib.format.open_memmap(path, "w+", np.uint8, (self.num_samples, side, side, 3))
-            for side, path in partial.items()
-        }
         starts = range(0, self.num_samples, SAMPLES_AT_ONCE)
         batches = [np.arange(first, min(first + SAMPLES_AT_ONCE, self.num_samples)) for first in starts]
-        with closing(reader.read(crop_epoch, batches, sides=sides)) as epoch:
-            for first, batch in zip(starts, epoch, strict=True):
-                for side, file in files.items():
-                    file[first : first + len(batch.indices)] = batch.images[side].numpy()
-        for side, file in files.items():
-            file.flush()
-            partial[side].replace(self._path(crop_epoch, side))
+        try:
+            files = {
+                side: np.lib.format.open_memmap(path, "w+", np.uint8, (self.num_samples, side, side, 3))
+                for side, path in partial.items()
+            }
+            with closing(reader.read(crop_epoch, batches, sides=sides)) as epoch:
+                for first, batch in zip(starts, epoch, strict=True):
+                    for side, file in files.items():
+                        file[first : first + len(batch.indices)] = batch.images[side].numpy()
+            for side, file in files.items():
+                file.flush()
+                partial[side].replace(self._path(crop_epoch, side))
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+
+    def _require_space(self, needed: int) -> None:
+        """Raise OSError if the disk is too full. Writing to a mapped file on a full disk would kill the process."""
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"{shown_name(self.folder)} has {shown_bytes(free)} free, but an epoch of decoded crops needs "
+                f"{shown_bytes(needed)}; free some space, set search.node_folder to a larger disk, or lower "
+                "search.cache_gb"
+            )
 
     def _map(self, crop_epoch: int, side: int) -> NDArray[np.uint8]:
         if (crop_epoch, side) not in self._mapped:
@@ -110,10 +134,10 @@ class DecodedCrops:
 
 
 class Ordered:
-    """A Reader with the methods of a training loader, and an order with its own seed.
+    """A training loader over a Reader's crops, in an order with its own seed.
 
-    The crops are still the reader's, so trainings with different seeds share one set of decoded crops. With the seed of
-    a MultiResolutionLoader of one rank, the order equals the loader's.
+    The crops are still the reader's, so training runs with different seeds share one set of decoded crops. With the
+    seed of a MultiResolutionLoader of one rank, the order equals the loader's.
     """
 
     def __init__(self, reader: Reader, batch_size: int, *, shuffle: bool, seed: int):

@@ -190,7 +190,7 @@ class Job(NamedTuple):
     parts: list[Future]
 
 
-class Epoch(Iterator[Batch]):
+class BatchIterator(Iterator[Batch]):
     """A pass over batches in order. The end of the pass, an error, `close` or garbage collection stop its threads.
 
     Threads take parts of batches in order and continue with the next batch without waiting for each other. No error is
@@ -210,7 +210,7 @@ class Epoch(Iterator[Batch]):
         max_damaged: int,
     ):
         self._decoder = decoder
-        self._damage = DamageLimit(beton, max_damaged)
+        self._damage = DamageLimit(beton, max_damaged, decoder.num_samples)
         self._num_threads = num_threads
         self._waiting = deque(zip(batches, pages_ahead, strict=True))
         self._jobs: deque[Job] = deque()
@@ -239,12 +239,7 @@ class Epoch(Iterator[Batch]):
         self._held = job
         return self._batch(job)
 
-    @property
-    def damaged(self) -> dict[int, str]:
-        """The damaged samples found so far, with reasons; other samples were shown instead."""
-        return dict(self._damage.found)
-
-    def __enter__(self) -> Epoch:
+    def __enter__(self) -> BatchIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -297,10 +292,13 @@ class Epoch(Iterator[Batch]):
 
 
 class DamageLimit:
-    """Count the damaged samples of a pass, from any thread, and raise an error if there are too many."""
+    """Count the damaged samples of a pass, from any thread, and raise an error if there are too many.
 
-    def __init__(self, beton: Path, most: int):
-        self._beton, self._most = beton, most
+    If all of `num_samples` are damaged, there are too many, because nothing can replace them.
+    """
+
+    def __init__(self, beton: Path, most: int, num_samples: int):
+        self._beton, self._most, self._num_samples = beton, most, num_samples
         self._lock = threading.Lock()
         self.found: dict[int, str] = {}
 
@@ -312,13 +310,13 @@ class DamageLimit:
         """
         reason = _damage(self._beton, index)
         with self._lock:
-            if index in self.found:  # it was also tried as a replacement for another sample
+            is_new = index not in self.found  # otherwise it was also tried as a replacement for another sample
+            self.found.setdefault(index, reason)
+            if len(self.found) <= min(self._most, self._num_samples - 1):
+                if is_new:
+                    logger.warning("%s: a damaged sample is replaced by another: %s", self._beton, reason)
                 return
-            self.found[index] = reason
-            if len(self.found) <= self._most:
-                logger.warning("%s: a damaged sample is replaced by another: %s", self._beton, reason)
-                return
-            allowed = f", but loader.max_damaged is {self._most}" if self._most else ""
+            allowed = f", but loader.max_damaged is {self._most}" if 0 < self._most < len(self.found) else ""
             raise DecodeError(
                 f"{self._beton}: {_plural(len(self.found), 'sample is', 'samples are')} damaged{allowed}; restore the "
                 "file, or prepare the data again with `python -m jobs.prepare --config CONFIG --force`:\n"
@@ -426,7 +424,7 @@ class MultiResolutionLoader:
         )
         self._decoder = Decoder(self.beton, self.sides, crop)
         self._settings, self._max_damaged = (num_threads, batches_ahead), max_damaged
-        self._epochs: weakref.WeakSet[Epoch] = weakref.WeakSet()
+        self._started: weakref.WeakSet[BatchIterator] = weakref.WeakSet()
 
     @property
     def num_batches(self) -> int:
@@ -440,7 +438,7 @@ class MultiResolutionLoader:
 
     def epoch(
         self, epoch: int, start_step: int = 0, *, crop_epoch: int | None = None, sides: Collection[int] | None = None
-    ) -> Epoch:
+    ) -> BatchIterator:
         """Start a pass over the data. The result is an iterator of batches and a context manager.
 
         Args:
@@ -465,7 +463,7 @@ class MultiResolutionLoader:
 
     def read(
         self, crop_epoch: int, batches: Iterable[NDArray[np.int64]], *, sides: Collection[int] | None = None
-    ) -> Epoch:
+    ) -> BatchIterator:
         """Start a pass over the given batches of samples, which are not divided among the ranks.
 
         A damaged sample always raises an error, whatever `max_damaged` is, because callers store the result under the
@@ -496,19 +494,19 @@ class MultiResolutionLoader:
         pages_ahead: Sequence[NDArray[np.int64]],
         sides: Collection[int] | None,
         max_damaged: int,
-    ) -> Epoch:
+    ) -> BatchIterator:
         wanted = self.sides if sides is None else tuple(sides)
         if not wanted or not {*wanted} <= {*self.sides}:
             raise ValueError(f"the loader has no sides {list(wanted)}; give one or more of {list(self.sides)}")
-        started = Epoch(
+        started = BatchIterator(
             self._decoder, self.beton, self.sides, wanted, batches, pages_ahead, *self._settings, max_damaged
         )
-        self._epochs.add(started)
+        self._started.add(started)
         return started
 
     def close(self) -> None:
         """Stop every pass that is still running."""
-        for epoch in list(self._epochs):
+        for epoch in list(self._started):
             epoch.close()
 
 

@@ -68,9 +68,10 @@ def sample_indices(keys_N: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def rank_part(owners_N: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
-    """Return the positions in a batch that a rank takes: samples it owns first, then some that other ranks leave over.
+    """Return the positions in a batch that a rank takes.
 
-    The sizes of the ranks' parts differ by at most one.
+    These are first the samples that it owns, then some of those that their owners have no room for. The sizes of the
+    ranks' parts differ by at most one.
 
     Args:
         owners_N: preferred rank of each sample, from 0 to world_size - 1.

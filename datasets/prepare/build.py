@@ -261,8 +261,9 @@ def _written(
         else:
             one = next(converted)
             _append(writer, chunk, one)
-            journal.add(FinishedChunk(one.outcomes, one.pixels), writer)
-            yield FinishedChunk(one.outcomes, one.pixels)
+            result = FinishedChunk(one.outcomes, one.pixels)
+            journal.add(result, writer)
+            yield result
 
 
 def _adopt(writer: BetonWriter, chunk: Chunk, outcomes: Sequence[Outcome]) -> None:
@@ -284,7 +285,7 @@ def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> Non
     unchanged = read_images(list(kept.values()))
     for position, (ref, outcome) in enumerate(zip(chunk.refs, converted.outcomes, strict=True)):
         if outcome.reason:
-            _require_no_better_here(ref, outcome, converted.node)
+            _refuse_unreadable_there(ref, outcome, converted.node)
             continue
         jpeg = converted.encoded.get(position)
         if jpeg is None:
@@ -297,8 +298,11 @@ def _append(writer: BetonWriter, chunk: Chunk, converted: ConvertedChunk) -> Non
         writer.append(Sample(jpeg, outcome.width, outcome.height, ref.label))
 
 
-def _require_no_better_here(ref: ImageRef, outcome: Outcome, node: str) -> None:
-    """Raise OSError for a file that this machine can read: the image is not bad, but the cluster has a problem."""
+def _refuse_unreadable_there(ref: ImageRef, outcome: Outcome, node: str) -> None:
+    """Raise OSError if only the converting machine cannot read the file.
+
+    The image is not bad then; the cluster has a problem.
+    """
     if outcome.content:
         return
     try:
@@ -359,6 +363,6 @@ def _require_all_classes(built: Built, index: ImageIndex) -> None:
         empty = [name for name, count in zip(index.classes, description.class_counts, strict=True) if count == 0]
         if empty:
             raise SourceError(
-                f"without its bad images, {split} has no images of {listed(empty)}; "
-                f"{len(built.bad)} images are bad; the first is {built.bad[0][0]}: {built.bad[0][1]}"
+                f"without its bad images ({len(built.bad)}), {split} has no images of {listed(empty)}; "
+                f"the first bad image is {built.bad[0][0]}: {built.bad[0][1]}"
             )

@@ -15,9 +15,10 @@ from PIL import Image, ImageOps, ImageStat
 
 from datasets import turbojpeg
 from datasets.files import valid_text
-from datasets.sources.index import Channels, ImageRef, read_images
+from datasets.sources.index import ImageRef, read_images
 from datasets.turbojpeg import ColorSpace, JpegHeader, Plane
 
+Channels = tuple[float, float, float]
 ChannelSums = tuple[int, int, int]
 
 
@@ -351,9 +352,10 @@ class Chunk:
 
 
 class Outcome(NamedTuple):
-    """The result for one image: a JPEG of `size` bytes with its width and height in pixels, or (`size` 0) the reason.
+    """The result for one image: a JPEG of `size` bytes with its width and height in pixels.
 
-    `content` is the digest of the source file, empty if it could not be read. `stored` is the digest of the JPEG.
+    If `size` is 0, there is no JPEG, and `reason` says why. `content` is the digest of the source file, empty if it
+    could not be read. `stored` is the digest of the JPEG.
     """
 
     width: int

@@ -95,7 +95,7 @@ def require_unchanged(
     changed = value_differences(before, {"dataset": inputs.dataset, **inputs.settings})
     differences = [f"data.{difference}" for difference in changed]
     if manifest.skipped and not inputs.skip_bad:
-        differences.append(f"data.on_bad_image: 'skip' ({len(manifest.skipped)} images were left out) -> 'error'")
+        differences.append(f"data.on_bad_image: 'skip' (images left out: {len(manifest.skipped)}) -> 'error'")
     if not differences and manifest.source_state != inputs.images.state:
         records = read_records(folder / IMAGES_LIST)
         differences = _image_differences(records, inputs.images.read_index(), num_processes, show_progress)
@@ -277,7 +277,7 @@ def _settings(entry: Dataset, options: SourceOptions, conversion: Conversion) ->
 
 
 def _holds_data(folder: Path) -> bool:
-    """Return whether the folder has a finished preparation or parts of one, but not if a preparation can be resumed."""
+    """Return whether the folder has a finished preparation, or betons that no preparation can resume."""
     if (folder / PARTIAL / JOURNAL).exists() and not (folder / MANIFEST).exists():
         return False
     return any(path.exists() for path in (folder / MANIFEST, *(beton_path(folder, split) for split in SPLITS)))

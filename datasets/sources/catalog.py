@@ -1,4 +1,4 @@
-"""The catalog of data sets: their descriptions, licenses and sources."""
+"""The catalog of data sets: their licenses, options and sources."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from pathlib import Path
 from datasets.sources import elpv, glyphs
 from datasets.sources.folders import scan_image_folder
 from datasets.sources.glyphs import GlyphSettings
-from datasets.sources.index import Channels, Source, SourceError
+from datasets.sources.index import Source, SourceError
 from datasets.sources.listing import Choice, scan_csv
 from datasets.sources.shards import find_shards, scan_shards
 from datasets.sources.tars import scan_imagenet
-from datasets.sources.torchvision_sets import SPLITS, scan_torchvision
+from datasets.sources.torchvision_sets import DATA_SETS, scan_torchvision
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET100_IDS = Path(__file__).parent / "imagenet100.txt"
 
-
-SOME_USE = ("source", "validation_source", "validation_fraction", "group_by", "label_column")
+SOURCE_SPECIFIC = ("source", "validation_source", "validation_fraction", "group_by", "label_column")
 """Options that only some sources use."""
 
 
@@ -48,12 +46,13 @@ class SourceOptions:
         return Choice(*chosen, wnids)
 
     def require_only(self, source: str, *used: str) -> None:
-        """Raise SourceError if an option of SOME_USE is set that `source` does not use."""
+        """Raise SourceError if an option of SOURCE_SPECIFIC is set but `source` does not use it."""
         defaults = {option.name: option.default for option in fields(self)}
-        unused = [name for name in SOME_USE if name not in used and getattr(self, name) != defaults[name]]
+        unused = [name for name in SOURCE_SPECIFIC if name not in used and getattr(self, name) != defaults[name]]
         if unused:
             names = [f"data.{name}" for name in unused]
-            raise SourceError(f"{source} does not use {' or '.join(names)}; remove it from the configuration")
+            them = "it" if len(names) == 1 else "them"
+            raise SourceError(f"{source} does not use {' or '.join(names)}; remove {them} from the configuration")
 
 
 @dataclass(frozen=True)
@@ -71,21 +70,15 @@ class Dataset:
 
     Attributes:
         licence: license of the images, as text.
-        classes: number of classes and origin of their names.
-        mean, std: usual statistics by channel on a scale of 0 to 1, used until the images are measured.
         uses: options besides `folder` that this data set reads.
         scan: function that finds the images without reading them.
         published: published results on the same images, shown in reports.
     """
 
     name: str
-    description: str
     licence: str
-    classes: str
     uses: tuple[str, ...]
     scan: Callable[[SourceOptions], Source]
-    mean: Channels = IMAGENET_MEAN
-    std: Channels = IMAGENET_STD
     published: tuple[Published, ...] = ()
 
 
@@ -181,30 +174,21 @@ CATALOG = {
     for entry in (
         Dataset(
             name="imagenet100",
-            description="100 categories of ILSVRC2012, the paper's choice, as a tree, the official tars, or shards",
             licence="ImageNet terms of access: non-commercial research and education only",
-            classes="100 WordNet ids, listed in datasets/imagenet100.txt",
             uses=(*CHOICES, "label_column"),
             scan=_scan_imagenet100,
         ),
         Dataset(
             name="imagefolder",
-            description="class folders, shards (Parquet, WebDataset) or a CSV file, with or without validation images",
             licence="that of your images",
-            classes="the names of the class folders, sorted, or those that the labels give",
             uses=(*CHOICES, "label_column"),
             scan=_scan_image_folder,
         ),
         Dataset(
             name="elpv",
-            description="2,624 photovoltaic cells in electroluminescence images, functional or defective "
-            "(Deitsch et al. 2019), from the package elpv-dataset",
             licence="CC BY-NC-SA 4.0 (images and labels of elpv-dataset; non-commercial use only)",
-            classes="functional, defective (probability of a defect above 1/2)",
             uses=("source", "validation_fraction", "images_per_class", "split_seed"),
             scan=_scan_elpv,
-            mean=(0.597, 0.597, 0.597),
-            std=(0.16, 0.16, 0.16),
             published=(
                 Published("SVM (Deitsch et al. 2019)", 0.824, ELPV_PROTOCOL),
                 Published("VGG19, pre-trained on ImageNet (Deitsch et al. 2019)", 0.884, ELPV_PROTOCOL),
@@ -212,24 +196,18 @@ CATALOG = {
         ),
         Dataset(
             name="glyphs",
-            description="generated letters of widely varying height over textured backgrounds",
             licence="generated here; glyph shapes of the DejaVu and STIX fonts (free licenses, shipped by matplotlib)",
-            classes=f"the letters {', '.join(glyphs.LETTERS)}",
             uses=("glyphs", "images_per_class", "split_seed"),
             scan=_scan_glyphs,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.2, 0.2, 0.2),
         ),
         *(
             Dataset(
                 name=f"torchvision/{name}",
-                description=f"torchvision.datasets.{name}, from the folder that it takes as root",
                 licence=f"that of {name}'s publisher",
-                classes="torchvision's names of the classes, in its order",
                 uses=("source", "validation_fraction", "images_per_class", "split_seed", "group_by"),
                 scan=partial(_scan_torchvision, name=name),
             )
-            for name in SPLITS
+            for name in DATA_SETS
         ),
     )
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from datasets.files import TRAIN, VALIDATION
 from datasets.sources.index import (
     ImageIndex,
     ImageRef,
@@ -48,21 +49,21 @@ def scan_elpv(folder: Path, validation_fraction: float, images_per_class: int | 
     paths = {name: folder / name for name, _, _ in rows}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         raise SourceError(f"{labels} lists {len(missing)} images that do not exist: {listed(missing)}")
-    sizes = {name: path.stat() for name, path in paths.items()}
+    statuses = {name: path.stat() for name, path in paths.items()}
     cell_types = {name: cell_type for name, _, cell_type in rows}
 
     def read_index() -> ImageIndex:
         refs = [
-            ImageRef(name, int(probability > 0.5), str(paths[name]), 0, sizes[name].st_size, (probability,))
+            ImageRef(name, int(probability > 0.5), str(paths[name]), 0, statuses[name].st_size, (probability,))
             for name, probability, _ in rows
         ]
         train, validation = split_off(
             refs, validation_fraction, seed, stratum=lambda ref: (ref.attributes, cell_types[ref.name])
         )
-        splits = {"train": choose(train, images_per_class, seed), "validation": validation}
+        splits = {TRAIN: choose(train, images_per_class, seed), VALIDATION: validation}
         return checked(ImageIndex(CLASSES, splits, ("defect_probability",)))
 
-    return Source(state_of([*sizes.items(), ("labels.csv", labels.stat())]), read_index, [folder])
+    return Source(state_of([*statuses.items(), ("labels.csv", labels.stat())]), read_index, [folder])
 
 
 def _parse(labels: Path, line: str) -> tuple[str, float, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.files import shown_name
+from datasets.files import TRAIN, VALIDATION, shown_name
 from datasets.sources.index import (
     ImageIndex,
     ImageRef,
@@ -101,7 +101,7 @@ def class_folders(folder: Path, skipped: Counter[str] | None = None) -> list[str
 
 
 def refuse_broken_links(folder: Path, names: Sequence[str]) -> None:
-    """Raise SourceError if there are `names`: broken links in a folder that may be classes."""
+    """Raise SourceError if a folder has broken links that may be classes. `names` are the names of the links."""
     if names:
         raise SourceError(
             f"{folder} has links that cannot be followed: {listed([shown_name(name) for name in names])}; restore "
@@ -189,7 +189,7 @@ def scan_image_folder(
             kept, held_out = split_off(refs, validation_fraction, seed)
         else:
             kept, held_out = refs, with_groups(file_refs(validation_files, classes, "validation/"), group_by)
-        splits = {"train": choose(kept, images_per_class, seed), "validation": held_out}
+        splits = {TRAIN: choose(kept, images_per_class, seed), VALIDATION: held_out}
         return checked(ImageIndex([shown_name(name) for name in classes], splits))
 
     # Empty class folders count too, because they are classes.
@@ -210,7 +210,8 @@ def _layout(source: Path, validation_source: Path | None) -> tuple[Path, Path | 
         return source, validation_source
     if validation_source is not None:
         return train, validation_source
-    found = [source / name for name in VALIDATION_NAMES if name in class_folders(source)]
+    present = class_folders(source)
+    found = [source / name for name in VALIDATION_NAMES if name in present]
     if len(found) > 1:
         raise SourceError(f"{source} has both val and validation; give one of them as data.validation_source")
     return train, found[0] if found else None
@@ -226,7 +227,7 @@ def file_refs(files: Iterable[Entry], classes: Sequence[str], prefix: str) -> li
 
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-"""File names of the formats that prediction decodes: JPEG, PNG, WebP, BMP, TIFF, PPM and AVIF."""
+"""Suffixes of image files, in lower case: JPEG, PNG, WebP, BMP, TIFF, PPM and AVIF."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from datasets.files import SPLITS, TRAIN, VALIDATION
 from datasets.parallel import map_ordered
 from datasets.sources.index import ImageIndex, ImageRef, Source, SourceError, checked, choose
 
@@ -36,7 +37,6 @@ FONTS = (
 )
 GENERATOR_VERSION = 2
 JPEG_QUALITY = 92
-SPLIT_NAMES = ("train", "validation")
 IMAGES_PER_CHUNK = 100
 MASTER_HEIGHT = 256
 MARKER = "generated.json"
@@ -55,7 +55,7 @@ class GlyphSettings:
 
     def count(self, split: str) -> int:
         """Return the number of images of a split."""
-        return {"train": self.num_train, "validation": self.num_validation}[split]
+        return {TRAIN: self.num_train, VALIDATION: self.num_validation}[split]
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ def glyph_name(split: str, index: int) -> str:
 
 def glyph_height(settings: GlyphSettings, split: str, index: int) -> float:
     """Return the height of the letter's ink in the image at `index`, as a fraction of the image side."""
-    return _draw_glyph(settings, _generator(settings, split, index), index).height / settings.image_size
+    return _random_glyph(settings, _generator(settings, split, index), index).height / settings.image_size
 
 
 def render(settings: GlyphSettings, split: str, index: int) -> NDArray[np.uint8]:
     """Draw the image at `index` of a split: uint8 (image_size, image_size, 3), RGB."""
     rng = _generator(settings, split, index)
-    glyph = _draw_glyph(settings, rng, index)
+    glyph = _random_glyph(settings, rng, index)
     side = settings.image_size
     top, left = (int(rng.integers(0, side - extent + 1)) for extent in (glyph.height, glyph.width))
     image_CHW = _background(side, rng)
@@ -101,8 +101,8 @@ def scan_glyphs(folder: Path, settings: GlyphSettings, images_per_class: int | N
     """Find the images that `generate` writes into `folder`. Each has its letter's height as attribute "height"."""
 
     def read_index() -> ImageIndex:
-        splits = {split: _refs(folder, settings, split) for split in SPLIT_NAMES}
-        splits["train"] = choose(splits["train"], images_per_class, seed)
+        splits = {split: _refs(folder, settings, split) for split in SPLITS}
+        splits[TRAIN] = choose(splits[TRAIN], images_per_class, seed)
         return checked(ImageIndex(list(LETTERS), splits, ("height",)))
 
     # The images follow from the settings alone, so they need not exist to know that nothing changed.
@@ -127,14 +127,14 @@ def generate(
         shutil.rmtree(folder)
     if folder.exists() and any(folder.iterdir()):
         raise SourceError(f"{folder} has files that were not generated; move them, or choose another data.folder")
-    for split in SPLIT_NAMES:
+    for split in SPLITS:
         for letter in LETTERS:
             (folder / split / letter).mkdir(parents=True, exist_ok=True)
     # The marker file says that the folder is generated before the first image, and that it is complete after the last.
     (folder / MARKER).write_text("{}")
     chunks = [
         (split, range(start, min(start + IMAGES_PER_CHUNK, settings.count(split))))
-        for split in SPLIT_NAMES
+        for split in SPLITS
         for start in range(0, settings.count(split), IMAGES_PER_CHUNK)
     ]
     for count in map_ordered(partial(_write_chunk, folder, settings), chunks, num_processes):
@@ -149,7 +149,7 @@ def is_generated(folder: Path, settings: GlyphSettings) -> bool:
     except (OSError, ValueError):
         return False
     return complete and all(
-        sum(1 for _ in (folder / split).glob("*/*.jpg")) == settings.count(split) for split in SPLIT_NAMES
+        sum(1 for _ in (folder / split).glob("*/*.jpg")) == settings.count(split) for split in SPLITS
     )
 
 
@@ -178,12 +178,13 @@ def _write_chunk(folder: Path, settings: GlyphSettings, chunk: tuple[str, range]
 
 
 def _generator(settings: GlyphSettings, split: str, index: int) -> np.random.Generator:
-    seed = np.random.SeedSequence([settings.seed & 0xFFFFFFFFFFFFFFFF, SPLIT_NAMES.index(split), index])
+    seed = np.random.SeedSequence([settings.seed & 0xFFFFFFFFFFFFFFFF, SPLITS.index(split), index])
     return np.random.Generator(np.random.Philox(seed))
 
 
-def _draw_glyph(settings: GlyphSettings, rng: np.random.Generator, index: int) -> Glyph:
-    """Draw font and height of a letter. The height is log-uniform, so every doubling of the size is equally likely."""
+def _random_glyph(settings: GlyphSettings, rng: np.random.Generator, index: int) -> Glyph:
+    """Choose the font and height of a letter at random. The height is log-uniform, so every doubling of the size is
+    equally likely."""
     label, font, side = glyph_label(index), int(rng.integers(len(FONTS))), settings.image_size
     height = round(side * math.exp(rng.uniform(math.log(settings.min_height), math.log(settings.max_height))))
     master = _master(label, font)

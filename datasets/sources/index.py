@@ -2,8 +2,8 @@
 
 A plain file or a member of a tar file is read with one positioned read. Rows of a Parquet file are read together with
 the other rows of their row group. Every choice (split, images_per_class, order) uses a seeded hash of an image's name.
-So it does not depend on the order in which a file system lists files, and a new image only moves images at the boundary
-between chosen and not chosen.
+So a choice does not depend on the order in which a file system lists files, and adding an image changes the choice for
+few others.
 """
 
 from __future__ import annotations
@@ -271,7 +271,10 @@ def split_off(
     train, validation = [], []
     for group in _grouped(refs, stratum):
         if len(group) < 2:
-            raise SourceError(f"{group[0].name} is alone in its class: at least 2 images are needed to split it")
+            raise SourceError(
+                f"{group[0].name} is the only image of its class or stratum, which therefore cannot be split; add a "
+                "second image, or give validation images"
+            )
         ranked = _ranked(group, seed)
         count = min(max(round(len(group) * fraction), 1), len(group) - 1)
         validation += ranked[:count]
@@ -402,10 +405,10 @@ def _group_problems(index: ImageIndex) -> Iterator[str]:
     sides = [{ref.group for ref in refs if ref.group} for refs in index.splits.values()]
     if both := sorted(set.intersection(*sides)):
         yield f"data.group_by gives groups that are in training and in validation: {listed(both)}"
-    if 0 < len(sides[-1]) < MIN_GROUPS:
+    if 0 < (count := len(sides[-1])) < MIN_GROUPS:
         yield (
-            f"data.group_by gives only {len(sides[-1])} groups of validation images; policies are fitted on some of "
-            f"them and reported on the others, so at least {MIN_GROUPS} are needed; give smaller groups"
+            f"data.group_by gives only {count} group{'s' if count > 1 else ''} of validation images; policies are "
+            f"fitted on some and reported on the others, so at least {MIN_GROUPS} are needed; give smaller groups"
         )
 
 
@@ -470,6 +473,3 @@ def _grouped(refs: Iterable[ImageRef], key: Callable[[ImageRef], object]) -> lis
     for ref in refs:
         groups[key(ref)].append(ref)
     return [groups[name] for name in sorted(groups, key=repr)]
-
-
-Channels = tuple[float, float, float]

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.files import shown_name
+from datasets.files import TRAIN, VALIDATION, shown_name
 from datasets.sources.index import (
     ImageIndex,
     ImageRef,
@@ -29,14 +29,13 @@ from datasets.sources.index import (
     with_groups,
 )
 
-TRAIN, VALIDATION = "train", "validation"
-SPLIT_NAMES = {
+SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """The split that a word in a shard's name or in a CSV file means. Test images are used for validation if there are no
-others for it."""
+validation images."""
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?!\d)")
 NUM_ILSVRC_CLASSES = 1000
 MAX_PROBLEMS = 20
@@ -172,13 +171,14 @@ def scan_listing(
 
 
 def scan_csv(file: Path, choice: Choice) -> Source:
-    """Find the images that a CSV file lists: a header, then the `path` from the file's folder and the `label` of each.
+    """Find the images that a CSV file lists. Its header names the columns `path`, from the file's folder, and `label`.
 
     A column `split` may say train, validation or test. `choice.label_column` names another column than `label`, and
     `choice.group_by` may name a column.
 
     Raises:
-        SourceError: lists all problems: an unreadable file, missing columns, or images that are listed twice.
+        SourceError: a column is missing, or the file is not valid CSV. `read_index` raises it, with all problems, for
+            images that are listed twice and for unknown splits.
     """
     listing, entries = Listing(), [("labels", file.stat())]
     seen: dict[str, int] = {}
@@ -198,18 +198,18 @@ def scan_csv(file: Path, choice: Choice) -> Source:
                 split = (row.get("split") or "").strip().lower()
                 if not path or not label:
                     listing.unusable.append((place, f"it has no {'label' if path else 'path'}"))
-                elif split and split not in SPLIT_NAMES:
+                elif split and split not in SPLIT_OF_WORD:
                     listing.problems.append(
                         f"{place}: there is no split {shown_name(split)}; write train, validation or test"
                     )
                 elif (before := seen.setdefault(os.path.normpath(path), line)) != line:
-                    listing.problems.append(f"{place}: {shown_name(path)} is listed before, in line {before}")
+                    listing.problems.append(f"{place}: {shown_name(path)} is already listed in line {before}")
                 elif status := _file_status(file.parent, path, place, listing):
                     group = (row.get(choice.group_by) or "") if choice.group_by in columns else ""
                     ref = ImageRef(
                         shown_name(path), 0, str(file.parent / path), 0, status.st_size, group=shown_name(group)
                     )
-                    listing.images.append(Listed(ref, label, SPLIT_NAMES.get(split, "")))
+                    listing.images.append(Listed(ref, label, SPLIT_OF_WORD.get(split, "")))
                     entries.append((path, status))
         except csv.Error as error:
             raise SourceError(f"{file}, line {rows.line_num}: {error}; fix the line") from None

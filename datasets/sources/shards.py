@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datasets.files import shown_name
+from datasets.files import TRAIN, VALIDATION, shown_name
 from datasets.sources.folders import SUFFIXES, Entry, list_folder
 from datasets.sources.index import ImageRef, Source, SourceError, image_column, is_ignored, listed
-from datasets.sources.listing import SPLIT_NAMES, TRAIN, VALIDATION, Choice, Listed, Listing, scan_listing
+from datasets.sources.listing import SPLIT_OF_WORD, Choice, Listed, Listing, scan_listing
 from datasets.sources.tars import all_members
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _shard_files(source: Path) -> list[Entry]:
 def split_in_name(name: str) -> str:
     """Return the split that is a word in a shard's name, such as `train-00000-of-00002.parquet`, or ""."""
     for part in reversed(Path(name.lower()).parts):
-        if found := [SPLIT_NAMES[word] for word in re.split(r"[^a-z]+", part) if word in SPLIT_NAMES]:
+        if found := [SPLIT_OF_WORD[word] for word in re.split(r"[^a-z]+", part) if word in SPLIT_OF_WORD]:
             return found[0]
     return ""
 
@@ -269,7 +269,7 @@ def _read_tar(shard: Shard, choice: Choice, listing: Listing) -> None:
         for key, kind, member, read in _members(shard):
             sample = samples.setdefault(key, _Sample({}, {}, []))
             if kind in sample.images or kind in sample.texts:
-                sample.problems.append(f".{kind} is there twice")
+                sample.problems.append(f"it has two .{kind} files")
             if f".{kind.rpartition('.')[2]}" in SUFFIXES:
                 sample.images[kind] = (member.offset_data, member.size)
             elif kind in ("cls", "json"):
@@ -331,8 +331,10 @@ def _labeled(shard: Shard, key: str, sample: _Sample, choice: Choice) -> Listed 
     label = fields.get(choice.label_column or LABEL)
     if choice.label_column is None and "cls" in sample.texts:
         label = sample.texts["cls"].decode("utf-8", "surrogateescape").strip()
-    if isinstance(label, bool) or not isinstance(label, int | str) or label in ("", -1, "-1"):
+    if label in (None, "", -1, "-1"):
         return f"it has no label in .cls and no {choice.label_column or LABEL} in .json"
+    if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
+        return f"its label is {label!r}; a label is text, or an integer of 0 or more"
     ((kind, (offset, size)),) = sample.images.items()
     group = fields.get(choice.group_by) if choice.group_by else None
     name = f"{shard.name}/{shown_name(key)}.{kind}"

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from datasets.files import shown_name
+from datasets.files import TRAIN, VALIDATION, shown_name
 from datasets.sources.folders import (
     BROKEN_LINK,
     class_folder_files,
@@ -73,7 +73,7 @@ def scan_imagenet(source: Path, classes: Sequence[str], images_per_class: int | 
         raise SourceError(f"{source} has no ILSVRC2012 {' and no '.join(missing)} images; {LAYOUTS}")
 
     def read_index() -> ImageIndex:
-        splits = {"train": choose(train.read(), images_per_class, seed), "validation": validation.read()}
+        splits = {TRAIN: choose(train.read(), images_per_class, seed), VALIDATION: validation.read()}
         return checked(ImageIndex(list(classes), splits))
 
     state = state_of([*train.entries, *validation.entries])

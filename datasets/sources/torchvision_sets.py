@@ -1,4 +1,4 @@
-"""Data sets that torchvision finds and downloads, as far as they consist of files with one label each."""
+"""Data sets that torchvision finds and downloads. Only those that consist of image files with one label each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets.files import shown_name
+from datasets.files import TRAIN, VALIDATION, shown_name
 from datasets.sources.index import ImageRef, Source, SourceError, listed
-from datasets.sources.listing import TRAIN, VALIDATION, Choice, Listed, Listing, scan_listing
+from datasets.sources.listing import Choice, Listed, Listing, scan_listing
 
-SPLITS: dict[str, tuple[str, str] | None] = {
+DATA_SETS: dict[str, tuple[str, str] | None] = {
     "Country211": ("train", "valid"),
     "DTD": ("train", "val"),
     "EuroSAT": None,
@@ -40,7 +40,7 @@ def scan_torchvision(name: str, root: Path, choice: Choice, download: bool) -> S
         OSError: the data set cannot be downloaded.
     """
     listing, entries, missing = Listing(), [], []
-    splits = SPLITS[name]
+    splits = DATA_SETS[name]
     for split, kind in zip((TRAIN, VALIDATION), splits, strict=True) if splits else (("", None),):
         data = _opened(name, root, kind, download)
         listing.class_names = [one[0] if isinstance(one, tuple) else one for one in getattr(data, "classes", [])]

@@ -1,6 +1,6 @@
 """Types of configuration fields: numbers, paths and names, each with an error message for wrong values.
 
-Also the addresses of SQLite files, which tracking.uri may be.
+It also converts between a SQLite file and its address, for tracking.uri.
 """
 
 from __future__ import annotations

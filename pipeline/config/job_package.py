@@ -17,8 +17,8 @@ from pipeline.config.schema import Config
 UNPACKED_IN = "working_dir_files"
 """Ray's name for the folder that it unpacks packages in."""
 NOT_IN_PACKAGE = (
-    "is not in the package of this Ray job, which leaves out what .gitignore and .rayignore name. Remove it from them, "
-    "or give an absolute path that exists on every node"
+    "is not in the package of this Ray job, which leaves out the files that .gitignore and .rayignore match. Remove "
+    "the pattern from these files, or give an absolute path that exists on every node"
 )
 
 

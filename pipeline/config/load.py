@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,10 +131,15 @@ def stored_config(tree: Mapping[str, Any], config: Config, source: str) -> Confi
 
     Fields in FREE_TO_CHANGE come from `config`, so that a run whose stored values are refused today can still resume.
     """
-    ours = config.model_dump(mode="json")
-    places = {name: value for name, value in ours["data"].items() if f"data.{name}" in FREE_TO_CHANGE}
-    sections = {name: value for name, value in ours.items() if f"{name}." in FREE_TO_CHANGE}
-    return _validated({**tree, **sections, "data": {**tree.get("data", {}), **places}}, source, [])
+    ours, stored = config.model_dump(mode="json"), copy.deepcopy(dict(tree))
+    for key in FREE_TO_CHANGE:
+        *parents, last = key.removesuffix(".").split(".")
+        new, old = ours, stored
+        for parent in parents:
+            new, old = new.get(parent) or {}, old.get(parent) or {}
+        if last in new:
+            old[last] = new[last]
+    return _validated(stored, source, [])
 
 
 def _validated(tree: Mapping[str, Any], source: str, problems: Sequence[str]) -> Config:
@@ -159,7 +165,7 @@ def find_config(path: str | Path) -> Path:
         inside = path / "config.yaml"
         problems = [f"this is a folder. Give {inside if inside.is_file() else 'a YAML file'}"]
     if job_package(path.absolute()):
-        problems.append(f"a file {NOT_IN_PACKAGE}")
+        problems.append(f"{path} {NOT_IN_PACKAGE}")
     raise ConfigError(problems, f"--config {path}")
 
 
@@ -182,9 +188,9 @@ def differences(old: Config, new: Config) -> list[str]:
     return value_differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
-def drift(began_with: Config, config: Config) -> list[str]:
+def drift(started_with: Config, config: Config) -> list[str]:
     """Return the `differences` that keep a run from resuming: all except those in FREE_TO_CHANGE."""
-    return [line for line in differences(began_with, config) if not line.startswith(FREE_TO_CHANGE)]
+    return [line for line in differences(started_with, config) if not line.startswith(FREE_TO_CHANGE)]
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -308,7 +314,7 @@ def _apply(tree: dict[str, Any], override: str) -> Iterator[str]:
     node, section = tree, Config
     *parents, last = key.split(".")
     for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
+        inner = node.get(parent)
+        node[parent] = dict(inner) if isinstance(inner, dict) else {}  # a copy: a YAML alias shares its section
         node, section = node[parent], section and section_of(field_of(section, parent))
     node[field_name(section, last) if section else last] = value

@@ -27,7 +27,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The configuration that the run started with."""
+        """The configuration of the run's latest start. Only the fields in FREE_TO_CHANGE can differ from the first."""
         return self.path / "config.yaml"
 
     @property

@@ -9,14 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_serializer,
-    model_validator,
-)
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from datasets.remote import redacted
@@ -89,20 +82,21 @@ class DataConfig(Section):
     """Original images: a folder of class folders, or of Parquet or WebDataset shards, or a CSV file (imagefolder); the
     ILSVRC2012 tree, its tars, or shards (imagenet100); the folder that torchvision's data set takes as root."""
     validation_source: LocalPath | None = None
-    """Folder for validation, laid out as source (imagefolder). null uses the validation images of source, or else a
-    seeded split."""
+    """Folder of validation images, laid out as source (imagefolder, and shards of imagenet100). null uses the
+    validation images of source, or else a seeded split."""
     label_column: Text | None = None
-    """Column (Parquet, CSV) or key (.json of WebDataset) of the labels. null is label, or the only class label."""
+    """Column (Parquet, CSV) or key (.json of WebDataset) of the labels. null uses the
+    column label or, in Parquet without it, the only column with class names."""
     group_by: RegularExpression | None = None
     """Groups of images, such as the frames of a scene, that stay together in every split: a column (Parquet, CSV), a
-    key (.json), or a regular expression on the image's name, of which the first group counts, or else the whole match.
-    null splits images independently."""
+    key (.json), or a regular expression that is searched in the image's name. Its first group names the group of
+    images; without a group in the expression, the whole match does. null splits images independently."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of each class held out for validation when the data set has no validation images."""
     images_per_class: Positive | None = None
     """Number of training images to keep in each class, chosen deterministically. null keeps all."""
     max_side: Positive | None = 500
-    """Largest allowed shorter side, in pixels. Larger images are resized to it; null keeps every size."""
+    """Maximum length of an image's shorter side, in pixels. Larger images are shrunk to it; null keeps every size."""
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
     """JPEG quality of images that must be encoded again."""
     check_images: Literal["data", "header"] = "data"
@@ -133,7 +127,7 @@ class LoaderConfig(Section):
     max_damaged: Annotated[int, Field(ge=0)] = 0
     """Number of damaged training images that each worker may replace by others in an epoch. One more ends the run."""
     window_pages: Positive | None = None
-    """Shuffle within windows of this many pages of 8 MB, for betons larger than memory. null shuffles all images."""
+    """Shuffle within windows of this many pages of 8 MiB, for betons larger than memory. null shuffles all images."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the training crop's area, as a fraction of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -163,7 +157,7 @@ class PredictorConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Dropout before the predictor's classifier."""
     initial_shares: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """Relative frequency with which an untrained predictor draws each resolution. null is about equal."""
+    """Relative frequency with which an untrained predictor draws each resolution. null makes all about equal."""
 
 
 Mean = tuple[Fraction, Fraction, Fraction]
@@ -250,12 +244,12 @@ class BackboneStage(LayerRates, Stage):
     freeze_epochs: Annotated[float, Field(ge=0)] = 0
     """Epochs at the start of the stage that train only the classifier; batch norms keep their statistics."""
     freeze_layers: Annotated[int, Field(ge=0)] = 0
-    """Number of timm's layer groups, from the input on, with fixed weights. Batch norms still update statistics."""
+    """Number of timm's layer groups, starting at the input, with fixed weights. Batch norms still update statistics."""
     resolutions_per_step: Annotated[int, Field(ge=2)] | None = None
     """Number of resolutions that a step trains: the largest, the smallest, and the others in turn. null trains all."""
     distillation: Literal["none", "largest", "mean", "learned"] = "none"
-    """Also train the smaller resolutions on the answers of the largest, or all resolutions on the mean of all logits,
-    with equal or learned weights."""
+    """largest: also train the smaller resolutions on the answers of the largest. mean, learned: also train all
+    resolutions on the mean of all logits, with equal or with learned weights."""
     distillation_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of each resolution's distillation loss, relative to its cross entropy."""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
@@ -344,6 +338,8 @@ class JointStage(LayerRates, RoutedStage):
 
 
 class StagesConfig(Section):
+    """The stages to train, in this order."""
+
     backbone: BackboneStage | None = None
     """First stage. null leaves it out."""
     predictor: PredictorStage | None = None
@@ -400,7 +396,7 @@ class ClusterConfig(Section):
     storage: LocalPath = Path("runs")
     """Folder that contains the folder of each run, with its checkpoints and report. All nodes must share it."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How many lost workers are replaced before the run fails. -1 is no limit."""
+    """How many times failed workers are restarted before the run fails. -1 is no limit."""
     min_workers: Positive | None = None
     """Smallest number of workers to continue with when nodes are lost. When nodes return, num_workers run again. null
     is num_workers."""
@@ -409,6 +405,8 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
+    """Where MLflow records the run."""
+
     uri: Annotated[Text | None, Field(repr=False)] = None
     """Address of the MLflow server or store. null is mlflow.db in the project folder, or in cluster.storage for a Ray
     job. The variable MLFLOW_TRACKING_URI overrides it."""
@@ -424,6 +422,8 @@ class TrackingConfig(Section):
 
 
 class RegistryConfig(Section):
+    """The registered model of the run, and its alias."""
+
     name: ModelName = "drnet"
     """Name of the registered model."""
     alias: ModelAlias = "champion"
@@ -486,6 +486,8 @@ Span = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
 class SpaceConfig(Section):
+    """Ranges and choices of the predictor search."""
+
     blocks: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ((0,), (1,), (1, 1), (2, 2), (1, 1, 1), (1, 1, 1, 1))
     """Choices of model.predictor.blocks."""
     kernel: tuple[Positive, ...] = (3, 5, 7)
@@ -497,8 +499,7 @@ class SpaceConfig(Section):
     width: Span = (0.25, 1.0)
     """Lowest and highest model.predictor.width, in steps of 1/16."""
     max_gflops: Annotated[float, Field(gt=0)] | None = None
-    """Largest cost of a predictor to try, in GFLOPs. null is the cost difference of the largest and the smallest
-    resolution."""
+    """Largest cost of a predictor to try, in GFLOPs. null is the largest resolution's cost minus the smallest's."""
     alpha_gflops: Span | None = None
     """Lowest and highest alpha_gflops. null is 15 % to 85 % of the way from the smallest to the largest resolution's
     cost."""
@@ -524,12 +525,11 @@ class SearchConfig(Section):
     num_trials: Positive = 40
     """Number of candidates to try in addition to the paper's four."""
     epochs: Positive | None = None
-    """Epochs of a trial, and the most num_crops it uses. null is stages.predictor.epochs."""
+    """Epochs of a trial, which uses at most this many crops of each image. null is stages.predictor.epochs."""
     objective: Literal["front", "budget"] = "front"
     """front: accuracy and total GFLOPs (Optuna's multi-objective TPE). budget: accuracy at budget_gflops (ASHA)."""
     budget_gflops: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean cost of the chosen model in GFLOPs, including the predictor. The most accurate model within it is
-    chosen."""
+    """Largest mean cost of a model in GFLOPs, including the predictor. The most accurate model within it is chosen."""
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
     """Choose the cheapest model that is at most this many points less accurate than the best static resolution."""
     finalists: Positive = 4
@@ -549,8 +549,7 @@ class SearchConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Number of times to retry a trial whose process died."""
     cache_gb: Annotated[float, Field(ge=0)] = 8.0
-    """Largest size in GB of the predictor inputs that a node decodes once and keeps. Above it, every trial decodes
-    them."""
+    """Largest size in GB of predictor inputs that a node decodes once and keeps. Above it, each trial decodes them."""
     node_folder: LocalPath | None = None
     """Folder on each node's own disk for copies of logit tables and for decoded inputs. null is the search's folder."""
 
@@ -568,8 +567,7 @@ class PolicyConfig(Section):
     select_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the validation images on which policies are fitted and chosen. The report uses the others."""
     cross_fit_below: Annotated[int, Field(ge=0)] = 1000
-    """With fewer validation images than this, cross-fitting is used: each fold's policies are fitted on the other
-    folds."""
+    """With fewer validation images, cross-fitting is used: each fold's policies are fitted on the other folds."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Number of folds for cross-fitting."""
     select_by: Literal["accuracy", "balanced_accuracy"] = "accuracy"
@@ -578,6 +576,8 @@ class PolicyConfig(Section):
 
 
 class Config(Section):
+    """The configuration of a run."""
+
     name: RunName
     """Name of the run, of its folder in cluster.storage and of its MLflow run."""
     seed: int = 0

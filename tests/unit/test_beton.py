@@ -28,8 +28,8 @@ from datasets.beton import (
     read_jpeg,
     read_layout,
     verify_betons,
-    write_beton,
 )
+from tests.betons import write_beton
 from tests.unit.pictures import decoded, encoded, jpeg, smooth_rgb
 
 SAMPLES = [Sample(jpeg(seed=number), 64, 48, number % 3) for number in range(7)]

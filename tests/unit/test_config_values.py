@@ -249,6 +249,14 @@ def test_a_merged_key_may_be_changed(file: Path) -> None:
     assert (stages.joint.epochs, stages.joint.lr) == (2, 2)
 
 
+def test_an_override_changes_only_one_of_two_sections_that_share_an_anchor(file: Path) -> None:
+    file.write_text(FILE.replace("backbone: {epochs: 2}", "predictor: &p {epochs: 2, alpha_gflops: 1}\n  joint: *p"))
+    stages = load_config(file, ["stages.joint.epochs=3"]).stages
+    assert stages.predictor is not None
+    assert stages.joint is not None
+    assert (stages.predictor.epochs, stages.joint.epochs) == (2, 3)
+
+
 @pytest.mark.parametrize("text", ["a: &a {b: *a}\n", "a: &a {<<: *a}\n", f"a: {'[' * 5000}\n"])
 def test_a_document_without_end_is_refused(file: Path, text: str) -> None:
     file.write_text(text)

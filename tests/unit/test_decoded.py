@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,30 @@ def test_existing_crops_are_not_decoded_again(tmp_path: Path, loader: MultiResol
     assert sum(after[path] != files[path] for path in files) == 1
     decoded_of(tmp_path, loader, seed=2).fill(loader)
     assert len(list(tmp_path.rglob("*.npy"))) == 2 * len(files), "what depends on something else is elsewhere"
+
+
+def test_too_little_space_is_an_error(tmp_path: Path, loader: MultiResolutionLoader, monkeypatch: pytest.MonkeyPatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=decoded_bytes(NUM_TRAIN, 1, SIDES) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"has 0\.1 MB free, but an epoch of decoded crops needs 0\.\d MB; free"):
+        decoded_of(tmp_path, loader).fill(loader)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_failed_decoding_leaves_no_file(tmp_path: Path, loader: MultiResolutionLoader):
+    class Failing:
+        num_samples = NUM_TRAIN
+
+        def read(self, crop_epoch: int, batches: Sequence[Any], *, sides: Collection[int] | None = None) -> Any:
+            yield next(loader.read(crop_epoch, batches, sides=sides))
+            raise OSError("the disk is broken")
+
+    decoded = decoded_of(tmp_path, loader)
+    with pytest.raises(OSError, match="the disk is broken"):
+        decoded.fill(Failing())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    decoded.fill(loader)
+    assert len(list(tmp_path.rglob("*.npy"))) == 4
 
 
 def test_the_loaders_seed_gives_the_loaders_order(tmp_path: Path, loader: MultiResolutionLoader):

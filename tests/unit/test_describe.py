@@ -14,7 +14,7 @@ from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.beton import FORMAT, BetonError, Manifest, Sample, Split, write_beton
+from datasets.beton import FORMAT, BetonError, Manifest, Sample, Split
 from jobs import describe as job
 from pipeline.config.load import ConfigError, load_config, parse_config
 from pipeline.config.schema import Config
@@ -25,6 +25,7 @@ from pipeline.models.dry_run import measure_activations
 from pipeline.training.describe import describe, summarize_data
 from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.run import alpha_problems
+from tests.betons import write_beton
 from tests.unit.pictures import jpeg
 
 COSTS = Costs(resolutions=(96, 64, 32), backbone_gflops=(0.9, 0.4, 0.1), predictor_gflops=0.05)
@@ -378,7 +379,7 @@ def test_the_share_of_images_that_a_resolution_enlarges(tmp_path: Path, monkeypa
     samples = [Sample(jpeg(*size), *size, 0) for size in sizes]
     write_beton(tmp_path / "data" / "validation.beton", samples, len(samples))
     run_job(tmp_path, monkeypatch)
-    assert "enlarged because they are smaller: 60.0 % at 64 px, 20.0 % at 32 px" in capsys.readouterr().out
+    assert "than the resolution, so that they are enlarged: 60.0 % at 64 px, 20.0 % at 32 px" in capsys.readouterr().out
 
 
 def test_the_job_prints_one_json_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -83,7 +83,9 @@ def test_a_run_with_stored_paths_that_are_now_refused_can_resume(tmp_path: Path)
     tree["registry"]["name"] = "a/b"
     tree["data"] |= {"folder": "file:///data", "source": "~nobody-has-this-name/x"}
     tree["search"] = {"a field that is gone": 1}
-    with pytest.raises(ConfigError, match=r"has [4-9] problems"):
+    tree["model"]["weights"] = "s3://bucket/weights.pt"
+    tree["stages"]["backbone"]["init_from"] = "~nobody-has-this-name/model.pt"
+    with pytest.raises(ConfigError, match=r"has [6-9] problems"):
         parse_config(tree)
 
     assert drift(stored_config(tree, config, "the run"), config) == []

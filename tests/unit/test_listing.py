@@ -12,7 +12,7 @@ from datasets.prepare.build import BadImagesError
 from datasets.prepare.prepare import prepare
 from datasets.sources.catalog import CATALOG, SourceOptions, find_dataset
 from datasets.sources.index import ImageRef, SourceError, group_number, split_off
-from datasets.sources.torchvision_sets import SPLITS
+from datasets.sources.torchvision_sets import DATA_SETS
 from pipeline.cluster.driver import split_of
 from pipeline.config.load import load_config
 from tests.unit.pictures import decoded, encoded, jpeg, smooth_rgb, write_class_folders
@@ -89,7 +89,7 @@ def test_mistakes_of_a_csv_file_are_reported_together(tmp_path):
     with pytest.raises(SourceError) as caught:
         index_of(write_list(tmp_path, lines))
     message = str(caught.value)
-    assert "(line 4): ./a.jpg is listed before, in line 2" in message
+    assert "(line 4): ./a.jpg is already listed in line 2" in message
     assert "(line 5): there is no split dusk; write train, validation or test" in message
     assert "has a split for some images, but not for all" in message
 
@@ -266,7 +266,7 @@ def test_data_sets_of_torchvision_are_read_from_their_folder(tmp_path, name, wri
 
 
 def test_a_missing_data_set_of_torchvision_is_explained(tmp_path):
-    for name in SPLITS:
+    for name in DATA_SETS:
         assert f"torchvision/{name}" in CATALOG
         with pytest.raises(SourceError, match=f"does not have {name} as torchvision lays it out.*--download"):
             index_of(tmp_path, f"torchvision/{name}")

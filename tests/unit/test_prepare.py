@@ -238,7 +238,7 @@ def test_bad_images_may_be_skipped_and_are_recorded(tmp_path, source):
     assert sum(split.count for split in done.manifest.splits.values()) == 24
     verify_betons(tmp_path / "out", full=True)
     assert prepared(tmp_path / "out", source, on_bad_image="skip").unchanged
-    with pytest.raises(ChangedInputsError, match=r"data\.on_bad_image: 'skip' \(1 images were left out\) -> 'error'"):
+    with pytest.raises(ChangedInputsError, match=r"data\.on_bad_image: 'skip' \(images left out: 1\) -> 'error'"):
         prepared(tmp_path / "out", source, on_bad_image="error")
 
 
@@ -257,7 +257,7 @@ def test_damage_that_the_header_check_misses_is_a_bad_image_if_statistics_read_i
 def test_skipping_must_not_empty_a_class(tmp_path, source):
     for path in (source / "eel").iterdir():
         path.write_bytes(b"not an image")
-    with pytest.raises(SourceError, match=r"train has no images of eel; 6 images are bad"):
+    with pytest.raises(SourceError, match=r"without its bad images \(6\), train has no images of eel; the first"):
         prepared(tmp_path / "out", source, on_bad_image="skip")
     assert list((tmp_path / "out").iterdir()) == []
 

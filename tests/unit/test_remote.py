@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
+from pyarrow.fs import FileSystem
 
 from datasets.beton import BetonError
-from datasets.remote import CHUNK_BYTES, open_remote, redacted
+from datasets.remote import CHUNK_BYTES, RemoteFolder, open_remote, redacted
 from datasets.staging import remote_manifest
 from tests.s3_server import S3Server
 
@@ -55,6 +58,23 @@ def test_a_missing_bucket_and_missing_rights_are_explained(s3: S3Server) -> None
     denied = r"manifest\.json cannot be read: .*ACCESS_DENIED.* credentials \(s3: AWS_ACCESS_KEY_ID"
     with s3.rejecting(), pytest.raises(OSError, match=denied):
         remote_manifest(s3.address("folder"))
+
+
+def test_a_failed_write_is_explained_by_its_own_error_and_not_by_the_one_of_close() -> None:
+    class FullDisk:
+        type_name = "other"
+
+        def open_output_stream(self, path: str) -> FullDisk:
+            return self
+
+        def write(self, chunk: bytes) -> None:
+            raise OSError("no space left")
+
+        def close(self) -> None:
+            raise ValueError("operation on closed stream")
+
+    with pytest.raises(OSError, match=r"a\.file cannot be written: no space left"):
+        RemoteFolder("other://folder", cast("FileSystem", FullDisk()), "folder").write("a.file", [b"content"])
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,8 @@ def test_samples_of_tars_that_cannot_be_used_are_all_listed(tmp_path):
             *[("blind.cls", b"0"), ("bare.jpg", image), ("empty.jpg", image), ("empty.cls", b" ")],
             *[("twice.jpg", image), ("twice.cls", b"0"), ("twice.cls", b"1")],
             *[("odd.jpg", image), ("odd.json", b"{"), ("list.jpg", image), ("list.json", b"[1]")],
+            *[("half.jpg", image), ("half.json", b'{"label": 3.5}')],
+            *[("below.jpg", image), ("below.json", b'{"label": -2}'), ("none.jpg", image), ("none.json", b"{}")],
             *[("broken.jpg", image[:-100]), ("broken.cls", b"1")],
         ],
     )
@@ -394,9 +396,12 @@ def test_samples_of_tars_that_cannot_be_used_are_all_listed(tmp_path):
         "(sample blind)": "it has no image",
         "(sample bare)": "it has no label in .cls and no label in .json",
         "(sample empty)": "it has no label in .cls and no label in .json",
-        "(sample twice)": ".cls is there twice",
+        "(sample twice)": "it has two .cls files",
         "(sample odd)": "its .json cannot be read",
         "(sample list)": "its .json is not an object",
+        "(sample half)": "its label is 3.5; a label is text, or an integer of 0 or more",
+        "(sample below)": "its label is -2; a label is text, or an integer of 0 or more",
+        "(sample none)": "it has no label in .cls and no label in .json",
     }
 
 

@@ -82,7 +82,7 @@ def test_every_stratum_keeps_an_image_on_both_sides():
     for fraction in (0.001, 0.999):
         train, validation = split_off(refs(2, 2), fraction, 0)
         assert len(train) == len(validation) == 2
-    with pytest.raises(SourceError, match="0/0000 is alone in its class"):
+    with pytest.raises(SourceError, match="0/0000 is the only image of its class"):
         split_off(refs(2, 1), 0.5, 0)
 
 
@@ -194,7 +194,7 @@ def make(root, *files):
         (["a/1.jpg", "a/2.jpg"], "only one class"),
         (["a/1.jpg", "a/2.jpg", "b/notes.txt"], "no train images: b"),
         (["a/x/1.jpg", "b/y/2.jpg", "b/3.jpg"], "class folders in .* have folders: a/x, b/y"),
-        (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "b/1.jpg is alone in its class"),
+        (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "b/1.jpg is the only image of its class"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], "does not have: c"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"], "no validation images: b"),
         (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "validation/a/1.jpg"], "both val and validation"),

@@ -306,6 +306,12 @@ def test_a_manifest_cannot_lead_out_of_the_folder(remote: Path, node: Path) -> N
     with pytest.raises(BetonError, match=r"names the betons '\.\./train\.beton'"):
         download_dataset(remote.as_uri(), node)
 
+    tree["splits"]["train"]["file"] = "train.beton"
+    tree["splits"]["../../x"] = {**tree["splits"]["train"], "file": "x.beton"}
+    (remote / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(BetonError, match=r"it has the unknown split '\.\./\.\./x'"):
+        download_dataset(remote.as_uri(), node)
+
 
 def test_too_little_space_is_an_error_before_the_first_byte(
     remote: Path, node: Path, monkeypatch: pytest.MonkeyPatch
@@ -343,6 +349,15 @@ def test_one_split_can_be_downloaded_alone(remote: Path, prepared: tuple[Path, P
     assert sorted(contents(node)) == ["manifest.json", STAGED, "validation.beton"]
     download_dataset(remote.as_uri(), node)
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
+
+
+def test_the_download_of_one_split_keeps_the_interrupted_download_of_the_other(remote: Path, node: Path) -> None:
+    node.mkdir()
+    (node / partial(remote, TRAIN).name).write_bytes((remote / "train.beton").read_bytes()[:CHUNK_BYTES])
+    download_dataset(remote.as_uri(), node, splits=[VALIDATION])
+    lines: list[str] = []
+    download_dataset(remote.as_uri(), node, tell=lines.append)
+    assert "train.beton: resuming after 8.4 MB" in lines
 
 
 def test_data_prepared_here_is_never_replaced(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
