@@ -26,7 +26,7 @@ from datasets.files import shown_bytes
 from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
 from pipeline.cluster.connection import ADDRESS, TOKEN, ray_cluster, token_file
-from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity
+from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity, counted
 from pipeline.config.fields import sqlite_address
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
@@ -169,8 +169,11 @@ def token_problems() -> Iterator[str]:
     path = token_file()
     if os.environ.get(TOKEN) or path is None:
         return
-    if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+    try:
         mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError:  # there is no file, or this user cannot reach it
+        return
+    if mode & 0o077:
         yield f"other users can read the token in {path} (mode {mode:o}) and run code on the cluster: chmod 600 {path}"
 
 
@@ -350,9 +353,9 @@ def gpu_problems(nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
         if node.answer.gpus is not None and node.answer.gpus < node.gpus:
             yield (
-                f"Ray counts {node.gpus} GPUs on {node.name}, torch sees {node.answer.gpus}; compare the driver "
-                "(nvidia-smi) with the CUDA of `python -c 'import torch; print(torch.version.cuda)'`, or start Ray "
-                f"there with --num-gpus={node.answer.gpus}"
+                f"Ray counts {counted(node.gpus, 'GPU')} on {node.name}, torch sees {node.answer.gpus}; compare the "
+                "driver (nvidia-smi) with the CUDA of `python -c 'import torch; print(torch.version.cuda)'`, or start "
+                f"Ray there with --num-gpus={node.answer.gpus}"
             )
 
 
@@ -374,7 +377,7 @@ def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 def space_problems(config: Config) -> Iterator[str]:
     """Yield a problem if the storage has too little space for what a new run writes."""
     stages = describe(config).stages
-    states = [stage.memory.weights * (1 + _averages(config, stage.name)) + stage.memory.optimizer for stage in stages]
+    states = [stage.memory.weights + stage.memory.optimizer for stage in stages]  # weights include the moving average
     needed = KEPT_CHECKPOINTS * max(states) + sum(stage.table_bytes or 0 for stage in stages)
     free = free_bytes(Path(config.cluster.storage).absolute())
     if needed > free:
@@ -414,8 +417,8 @@ def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
         if node.cpus > node.answer.cpus:
             yield (
-                f"Ray counts {node.cpus} CPUs on {node.name}, but processes may use only {node.answer.cpus}; start Ray "
-                f"there with --num-cpus={node.answer.cpus}"
+                f"Ray counts {counted(node.cpus, 'CPU')} on {node.name}, but processes may use only "
+                f"{node.answer.cpus}; start Ray there with --num-cpus={node.answer.cpus}"
             )
     asked, each = config.loader.num_threads, config.cluster.cpus_per_worker
     if asked and each and asked > each:
@@ -437,7 +440,3 @@ def cluster_notes() -> Iterator[str]:
 def listed(some: Sequence[Node], everyone: Sequence[Node]) -> str:
     """Format the names of nodes."""
     return "every node" if len(some) == len(everyone) > 1 else ", ".join(node.name for node in some)
-
-
-def _averages(config: Config, stage: str) -> bool:
-    return dict(config.stages.present())[stage].ema_decay is not None

@@ -136,6 +136,10 @@ def describe(config: Config) -> Description:
     """
     data, precision = summarize_data(config.data), _precision(config)
     config = with_precision(config, precision)
+    weights_problems = list(_weights_problems(config))
+    if weights_problems:  # describe everything else as without weights
+        without = config.model.model_copy(update={"weights": None, "normalization": "auto"})
+        config = config.model_copy(update={"model": without})
     plain = config.model.model_copy(update={"weights": None})
     model = build_drnet(plain, data.num_classes or _ASSUMED_CLASSES, (0.5,) * 3, (0.5,) * 3)
     costs = measure_costs(model)
@@ -151,7 +155,7 @@ def describe(config: Config) -> Description:
         input=_input(config),
         precision=f"{precision.name}, because {precision.reason}",
         stages=list(_stages(config, model, data, costs)),
-        problems=[*_weights_problems(config), *alpha_problems(config, costs)],
+        problems=[*weights_problems, *alpha_problems(config, costs)],
     )
 
 
