@@ -27,7 +27,7 @@ from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.group import run_group
 from pipeline.cluster.preflight import check_config
-from pipeline.cluster.progress import FAILURES, append_event, followed
+from pipeline.cluster.progress import FAILURES, append_event, followed, show_line
 from pipeline.cluster.signals import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
 from pipeline.config.load import drift, stored_config, with_absolute_paths
@@ -176,6 +176,7 @@ def _collect(checkpoint: Path, folder: RunFolder, evaluation: Callable[[Predicti
         predictions.save(folder.predictions_after_joint)
         kept = kept_model(evaluation(before), evaluation(predictions))
         append_event(folder.path, {"message": f"joint stage: {kept}"})
+        show_line(f"joint stage: {kept}")  # `followed` has ended with the workers
         if not kept.is_after:
             predictions, model = before, folder.before_joint
     predictions.save(folder.predictions)

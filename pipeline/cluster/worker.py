@@ -18,8 +18,9 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from datasets.beton import Manifest, load_manifest
+from datasets.beton import TRAIN, Manifest, load_manifest
 from datasets.loading.loader import MultiResolutionLoader
+from datasets.loading.order import count_batches
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import read_state_on_all_ranks
 from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labeled_logs
@@ -153,7 +154,8 @@ class WorkerReporter:
         self.settings, self.rank, self.manifest, self.labels = settings, rank, manifest, labels
         self.gauges = Gauges(settings.config.name, rank, goodput)
         self.logger = RunLogger(settings.tracking) if settings.tracking and rank == 0 else None
-        self.clock = StepClock(settings.config.training.batch_size)
+        num_images = manifest.splits[TRAIN].count
+        self.clock = StepClock(num_images / count_batches(num_images, settings.config.training.batch_size))
         self._written = threading.Event()
         self._written.set()
 
