@@ -25,7 +25,7 @@ from datasets.beton import TRAIN, VALIDATION, Manifest, load_manifest, verify_be
 from datasets.files import shown_bytes
 from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
-from pipeline.cluster.connection import ADDRESS, TOKEN, ray_cluster, token_file
+from pipeline.cluster.connection import ADDRESS, MODE, TOKEN, ray_cluster, token_file
 from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity, counted
 from pipeline.config.fields import sqlite_address
 from pipeline.config.load import ConfigError
@@ -207,8 +207,8 @@ def lock_problems(file: Path) -> Iterator[str]:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         yield (
-            f"cluster.storage {file.parent.parent} is on a file system without file locks ({error.strerror}), which "
-            "keep a second driver out of a run; mount it with locks (NFS: without `nolock`), or choose another folder"
+            f"cluster.storage {file.parent.parent} cannot be locked ({error.strerror}), but a lock keeps a second "
+            "driver out of a run; mount its file system with locks (NFS: without `nolock`), or choose another folder"
         )
 
 
@@ -253,7 +253,10 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """Check everything, on the cluster of RAY_ADDRESS or, if that is not set, on this machine. Nothing is changed."""
+    """Check everything, on the cluster of RAY_ADDRESS or, if that is not set, on this machine.
+
+    This creates cluster.storage if it is missing, and changes nothing else.
+    """
     found, manifest = Diagnosis(), None
     try:
         manifest, _ = check_config(config, capacity=False)
@@ -343,7 +346,7 @@ def digest_problems(config: Config, nodes: Sequence[Node], data_digest: str) -> 
     others = [node for node in nodes if node.answer.data_digest not in (None, data_digest)]
     if others:
         yield (
-            f"data.folder {config.data.folder} holds other data than the driver's (digest {data_digest}) on "
+            f"data.folder {config.data.folder} has other data than the driver's (digest {data_digest}) on "
             f"{listed(others, nodes)}; copy the same data to every node, or set data.uri so that nodes download it"
         )
 
@@ -430,10 +433,10 @@ def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 
 def cluster_notes() -> Iterator[str]:
     """Yield notes about the security of the cluster."""
-    if os.environ.get(ADDRESS) and os.environ.get("RAY_AUTH_MODE") != "token":
+    if os.environ.get(ADDRESS) and os.environ.get(MODE) != "token":
         yield (
-            "RAY_AUTH_MODE is not token: anyone who reaches the cluster's ports can run code on it; start it with "
-            "RAY_AUTH_MODE=token (docs/cluster.md)"
+            f"{MODE} is not token: anyone who reaches the cluster's ports can run code on it; start it with "
+            f"{MODE}=token (docs/cluster.md)"
         )
 
 

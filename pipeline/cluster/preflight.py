@@ -11,6 +11,7 @@ import ray
 
 from datasets.beton import Manifest, verify_betons
 from datasets.staging import remote_manifest
+from pipeline.cluster.connection import ADDRESS
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config, LayerRates
 from pipeline.models.cost import Costs, measure_costs
@@ -41,7 +42,7 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
     problems.extend(model_problems)
     problems.extend(_start_problems(config, manifest))
     problems.extend(_store_problems(config))
-    if capacity and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+    if capacity and not os.environ.get(ADDRESS) and not ray.is_initialized():
         # The GPUs of this machine are unknown until Ray starts. `require_healthy` then checks them.
         gpus = config.cluster.num_workers if config.cluster.use_gpu is True else 0
         problems.extend(capacity_problems(config, [Capacity(os.cpu_count() or 1, gpus)]))

@@ -23,6 +23,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from datasets.parallel import available_cpus
 from datasets.remote import redacted
 from pipeline.cluster.connection import ADDRESS, ray_cluster
 from pipeline.cluster.progress import show_line
@@ -34,12 +35,11 @@ from pipeline.serving.runtime.programs import FORMAT
 from pipeline.tracking.registry import download, find_model
 from pipeline.tracking.store import TrackingError
 
-TOKEN, TOKEN_FILE = "DRNET_SERVE_TOKEN", "DRNET_SERVE_TOKEN_FILE"
+TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = "DRNET_SERVE_TOKEN", "DRNET_SERVE_TOKEN_FILE"
 """Environment variables that set the token that requests need, or the file that contains it."""
 SHORTEST_TOKEN = 16
 REPLACEMENT_TIMEOUT_SECONDS = 600.0
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
-_BUILDERS = {"router": router, "resolution": resolution}
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def plan_for(
         raise ValueError(f"--model is {model_uri}; give models:/NAME@ALIAS or models:/NAME/VERSION")
     if token is None and not _is_own_machine(serving.host):
         raise ValueError(
-            f"serving.host is {serving.host}, so others can reach the model, but there is no token. Set {TOKEN} or "
-            f"{TOKEN_FILE}, or serving.host=127.0.0.1"
+            f"serving.host is {serving.host}, so others can reach the model, but there is no token. Set "
+            f"{TOKEN_VARIABLE} or {TOKEN_FILE_VARIABLE}, or serving.host=127.0.0.1"
         )
     found = find_model(model_uri, registry=registry)
     with tempfile.TemporaryDirectory() as temporary:
@@ -130,8 +130,8 @@ def read_token() -> str | None:
         ValueError: the token is short enough to guess, or clients cannot send it.
         OSError: the file cannot be read.
     """
-    file = os.environ.get(TOKEN_FILE)
-    given = os.environ.get(TOKEN) or (Path(file).read_text() if file else None)
+    file = os.environ.get(TOKEN_FILE_VARIABLE)
+    given = os.environ.get(TOKEN_VARIABLE) or (Path(file).read_text() if file else None)
     token = None if given is None else given.strip()  # a file, and a variable set from it, may end with a line break
     if token and not (token.isascii() and token.isprintable()):
         raise ValueError("the token has a character that is not printable ASCII. Use `openssl rand -hex 32`")
@@ -190,7 +190,7 @@ def serve_model(
     """
     plan = plan_for(model_uri, serving, token, registry=registry)
     is_private = not ray.is_initialized() and (os.environ.get(ADDRESS) or "local") == "local"
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cpus()
     if is_private:
         _require_free_port(serving)
         _require_room(plan, cores)

@@ -182,9 +182,15 @@ def differences(old: Config, new: Config) -> list[str]:
     return value_differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
-def drift(began_with: Config, config: Config) -> list[str]:
+def drift(started_with: Config, config: Config) -> list[str]:
     """Return the `differences` that keep a run from resuming: all except those in FREE_TO_CHANGE."""
-    return [line for line in differences(began_with, config) if not line.startswith(FREE_TO_CHANGE)]
+    return [line for line in differences(started_with, config) if not line.startswith(FREE_TO_CHANGE)]
+
+
+def refuse_changes(changed: Sequence[str], what: str, advice: str, error: type[ValueError] = ValueError) -> None:
+    """Raise `error` with `what`, one line for each of `changed`, and `advice`, unless `changed` is empty."""
+    if changed:
+        raise error("\n".join([f"{what}:", *(f"  - {line}" for line in changed), advice]))
 
 
 def _contradictions(config: Config) -> Iterator[str]:

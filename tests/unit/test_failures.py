@@ -123,11 +123,14 @@ def traced(work: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (signal.SIGSEGV, "worker 1 (and 1 more): its process died of SIGSEGV in native code called from <string>:"),
-        (signal.SIGBUS, "worker 1 (and 1 more): its process died of SIGBUS in native code called from <string>:"),
-        (signal.SIGABRT, "worker 1 (and 1 more): its process died of SIGABRT"),
-        (signal.SIGILL, "worker 1 (and 1 more): its process died of SIGILL"),
-        (signal.SIGFPE, "worker 1 (and 1 more): its process died of SIGFPE"),
+        (
+            signal.SIGSEGV,
+            "worker 1 (and 1 more): its process crashed with SIGSEGV in native code called from <string>:",
+        ),
+        (signal.SIGBUS, "worker 1 (and 1 more): its process crashed with SIGBUS in native code called from <string>"),
+        (signal.SIGABRT, "worker 1 (and 1 more): its process crashed with SIGABRT"),
+        (signal.SIGILL, "worker 1 (and 1 more): its process crashed with SIGILL"),
+        (signal.SIGFPE, "worker 1 (and 1 more): its process crashed with SIGFPE"),
         (signal.SIGKILL, "worker 1 (and 1 more): its process died without a trace, most likely by SIGKILL"),
     ],
 )
