@@ -73,8 +73,8 @@ def remove_mean(stem: nn.Conv2d) -> None:
     """Give every filter of a first convolution zero mean over its window, so that it responds to edges.
 
     Images differ far more in brightness than in content, and random filters mostly pass brightness on. This
-    initialization matters in short trainings from scratch: on generated letters at 64 px, four epochs reached 57 %
-    accuracy with it and 27 % without. Training may bring the mean back.
+    initialization matters in short training runs from scratch: on generated letters at 64 px, four epochs reached
+    57 % accuracy with it and 27 % without. Training may bring the mean back.
     """
     with torch.no_grad():
         stem.weight -= stem.weight.mean(dim=(2, 3), keepdim=True)
@@ -271,7 +271,7 @@ def build_backbone(
 
 TIMM_RATES = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
 TORCHVISION_RATES = {"dropout": "dropout", "drop_path": "stochastic_depth_prob"}
-"""Maps each rate to the name of torchvision's constructor argument."""
+"""Map each rate to the name of the constructor's argument in timm and in torchvision."""
 
 
 def _with_rates(
@@ -361,8 +361,8 @@ def _check_outputs(network: nn.Module, name: str, num_classes: int) -> None:
 
 
 GRAPHS_PER_RESOLUTION = 16
-"""The graphs that torch.compile may make per resolution: about 4 kinds of passes, each for the batch sizes 0, 1, the
-first one and any."""
+"""The largest number of graphs that torch.compile may make for a resolution. There are about 4 kinds of passes, and
+each has up to 4 graphs: for a batch of 0 images, of 1, of the first size, and of any size."""
 
 
 def compile_backbone(backbone: ResolutionBackbone, backend: str | Callable = "inductor") -> None:

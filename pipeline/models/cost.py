@@ -103,11 +103,11 @@ def _repeats(run: Callable[[], object], device: torch.device) -> int:
 def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Return the seconds of one call, as the mean over `repeats` calls."""
     _finish(device)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(repeats):
         run()
     _finish(device)
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - started) / repeats
 
 
 def _finish(device: torch.device) -> None:
