@@ -283,7 +283,7 @@ def only_driver(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         if not lock_file(file.fileno(), lock):
             raise ValueError(
-                f"another driver is at work on {lock.parent}; wait for it, stop it, or give this run another name"
+                f"another driver is at work on {lock.parent}. Wait for it, stop it, or give this run another name."
             )
         yield
 

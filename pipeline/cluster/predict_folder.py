@@ -216,7 +216,7 @@ def predict_folder(
         output.remove_partial()
         parts, digest = output.list_files(folder.absolute(), files_per_part)
         if not parts:
-            raise ValueError(f"{folder} has no {', '.join(SUFFIXES)} file; give the folder of the images")
+            raise ValueError(f"{folder} has no {', '.join(SUFFIXES)} file. Give the folder of the images.")
         num_files = sum(part.num_files for part in parts)
         output.start_or_resume(Plan(model.uri, model.uuid, budget_bias, files_per_part, num_files, digest))
         missing = output.missing(parts)

@@ -101,10 +101,10 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
             continue
         theirs, given = found.config.model_dump(exclude=start), f"stages.{name}.init_from {stage.init_from}"
         for key in (key for key, value in ours.items() if theirs[key] != value):
-            yield f"{given} has model.{key} {theirs[key]}, but this run has {ours[key]}; give a model with this value"
+            yield f"{given} has model.{key} {theirs[key]}, but this run has {ours[key]}. Give a model with this value."
         yield from crop_problems(given, found.validation_crop, config, "this run")
         if manifest and list(found.classes) != list(manifest.classes):
-            yield f"{given} has other classes than the data in {config.data.folder}; give a model with the same classes"
+            yield f"{given} has other classes than the data in {config.data.folder}. Give a model with these classes."
 
 
 def _store_problems(config: Config) -> Iterator[str]:

@@ -56,7 +56,7 @@ class Latency:
             content = json.loads(path.read_text())
             return cls(**content | {"backbone_milliseconds": tuple(content["backbone_milliseconds"])})
         except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: this run has not measured its latency in milliseconds") from None
+            raise ValueError(f"{path} does not exist: this run has not measured its latency in milliseconds.") from None
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged ({error}). It contains the costs that the run measured.") from None
 
@@ -231,4 +231,4 @@ def _gflops(module: nn.Module, role: str, side: int, *arguments: int) -> float:
     try:
         return count_macs(module, meta_images(side), *arguments) / 1e9
     except RuntimeError as error:
-        raise ValueError(f"the {role} cannot run on images of {side} px ({error}); give a larger size") from error
+        raise ValueError(f"the {role} cannot run on images of {side} px ({error}). Give a larger size.") from error

@@ -183,7 +183,7 @@ def _torchvision_member(name: str, weights: str) -> WeightsEnum:
     if (enum_name and enum_name != published.__name__) or member not in published.__members__:
         allowed = ", ".join((PRETRAINED, *published.__members__))
         raise ValueError(
-            f"weights {weights!r} is neither a file nor one of torchvision's weights for {name} ({allowed})"
+            f"weights {weights!r} is neither a file nor one of torchvision's weights for {name} ({allowed})."
         )
     return published[member]
 
@@ -210,7 +210,7 @@ def _timm_config(name: str, weights: str) -> Any:
         return timm.models.get_pretrained_cfg(architecture)
     if weights not in found:
         allowed = ", ".join((PRETRAINED, *found))
-        raise ValueError(f"weights {weights!r} is neither a file nor one of timm's weights for {name} ({allowed})")
+        raise ValueError(f"weights {weights!r} is neither a file nor one of timm's weights for {name} ({allowed}).")
     return found[weights]
 
 
@@ -310,7 +310,7 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     problems += [f"{key} is unknown" for key in sorted(set(state) - set(own))]
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"weights {source} do not fit the backbone: {'; '.join(problems[:_LISTED])}{more}")
+        raise ValueError(f"weights {source} do not fit the backbone: {'; '.join(problems[:_LISTED])}{more}.")
     network.load_state_dict(dict(state), strict=False)
 
 
