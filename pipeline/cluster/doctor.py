@@ -26,7 +26,7 @@ from datasets.files import shown_bytes
 from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
 from pipeline.cluster.connection import ADDRESS, MODE, TOKEN, ray_cluster, token_file
-from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity, counted
+from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity, number_of
 from pipeline.config.fields import sqlite_address
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
@@ -356,7 +356,7 @@ def gpu_problems(nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
         if node.answer.gpus is not None and node.answer.gpus < node.gpus:
             yield (
-                f"Ray counts {counted(node.gpus, 'GPU')} on {node.name}, torch sees {node.answer.gpus}; compare the "
+                f"Ray counts {number_of(node.gpus, 'GPU')} on {node.name}, torch sees {node.answer.gpus}; compare the "
                 "driver (nvidia-smi) with the CUDA of `python -c 'import torch; print(torch.version.cuda)'`, or start "
                 f"Ray there with --num-gpus={node.answer.gpus}"
             )
@@ -420,7 +420,7 @@ def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
         if node.cpus > node.answer.cpus:
             yield (
-                f"Ray counts {counted(node.cpus, 'CPU')} on {node.name}, but processes may use only "
+                f"Ray counts {number_of(node.cpus, 'CPU')} on {node.name}, but processes may use only "
                 f"{node.answer.cpus}; start Ray there with --num-cpus={node.answer.cpus}"
             )
     asked, each = config.loader.num_threads, config.cluster.cpus_per_worker

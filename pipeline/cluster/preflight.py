@@ -38,22 +38,21 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
         manifest = remote_manifest(data.uri) if data.uri else verify_betons(data.folder)
     except (ValueError, OSError) as error:
         problems.append(f"{'data.uri' if data.uri else 'data.folder'}: {error}")
-    costs, model_problems = _check_model(config, len(manifest.classes) if manifest else 2)
-    problems.extend(model_problems)
-    problems.extend(_start_problems(config, manifest))
+    costs = _check_model(config, len(manifest.classes) if manifest else 2, problems)
+    with _added_to(problems):
+        problems.extend(_start_problems(config, manifest))
     problems.extend(_store_problems(config))
     if capacity and not os.environ.get(ADDRESS) and not ray.is_initialized():
         # The GPUs of this machine are unknown until Ray starts. `require_healthy` then checks them.
         gpus = config.cluster.num_workers if config.cluster.use_gpu is True else 0
         problems.extend(capacity_problems(config, [Capacity(os.cpu_count() or 1, gpus)]))
     if problems or manifest is None or costs is None:
-        raise ConfigError(problems, f"the run {config.name}")
+        raise ConfigError(list(dict.fromkeys(problems)), f"the run {config.name}")  # two checks may find the same
     return manifest, costs
 
 
-def _check_model(config: Config, num_classes: int) -> tuple[Costs | None, list[str]]:
-    """Return the model's costs, or None if it cannot be built, and its problems."""
-    problems: list[str] = []
+def _check_model(config: Config, num_classes: int, problems: list[str]) -> Costs | None:
+    """Return the model's costs, or None if it cannot be built. Add to `problems` what is wrong with it."""
     costs: Costs | None = None
     with _added_to(problems):
         normalization(config.model)
@@ -67,7 +66,7 @@ def _check_model(config: Config, num_classes: int) -> tuple[Costs | None, list[s
         if config.stages.backbone:
             with _added_to(problems):
                 model.backbone.first_layers(config.stages.backbone.freeze_layers)
-    return costs, list(dict.fromkeys(problems))  # two checks may find the same problem
+    return costs
 
 
 @contextmanager
@@ -173,7 +172,7 @@ def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
     fitting = num_fitting(nodes, cpus, use_gpu=use_gpu)
     if workers <= fitting:
         return []
-    each = f"{counted(cpus, 'CPU')}{' and a GPU' if use_gpu else ''} each"
+    each = f"{number_of(cpus, 'CPU')}{' and a GPU' if use_gpu else ''} each"
     return [
         f"cluster.{field} {workers} with {each}, but there is room for {fitting} ({room(nodes, use_gpu)}); "
         f"lower cluster.{field} or cluster.cpus_per_worker{', set cluster.use_gpu=false' if use_gpu else ''}, "
@@ -184,10 +183,10 @@ def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
 def room(nodes: Iterable[Capacity], with_gpus: bool) -> str:
     """Describe what the nodes offer, such as `4 CPUs, 1 GPU and 4 CPUs, 0 GPUs`."""
     return " and ".join(
-        ", ".join([counted(node.cpus, "CPU"), *([counted(node.gpus, "GPU")] if with_gpus else [])]) for node in nodes
+        number_of(node.cpus, "CPU") + (f", {number_of(node.gpus, 'GPU')}" if with_gpus else "") for node in nodes
     )
 
 
-def counted(number: int, noun: str) -> str:
+def number_of(number: int, noun: str) -> str:
     """Return a number and its noun, such as `1 GPU` or `2 GPUs`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
