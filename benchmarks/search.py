@@ -115,7 +115,7 @@ def on_table(**given: Any) -> Iterator[float]:
         )
         started = time.perf_counter()
         backbone_logits = Forward(run.model, key.precision).frozen_backbone
-        fill_table(scratch, key, crop_epochs, run.train, backbone_logits, device=run.device, tell=lambda _: None)
+        fill_table(scratch, key, crop_epochs, run.train, backbone_logits, device=run.device, show=lambda _: None)
         table_seconds = (time.perf_counter() - started) / run.train.num_samples
         sides = (run.model.predictor_size,)
         decoded = DecodedCrops(scratch, beton_path(run.config.data.folder, TRAIN), {}, crop_epochs, sides)

@@ -196,6 +196,11 @@ def enlarged_shares(beton: Path, sides: Sequence[int], crop: float) -> list[floa
     return [float(np.mean(extents_N < side)) for side in sides]
 
 
+def enlarged_text(shares: Sequence[float], sides: Sequence[int]) -> str:
+    """Format `enlarged_shares`, such as `60.0 % at 64 px, 20.0 % at 32 px`."""
+    return ", ".join(f"{100 * share:.1f} % at {side} px" for share, side in zip(shares, sides, strict=True))
+
+
 def split_keys(folder: Path) -> NDArray[np.uint64]:
     """Return a key for each validation image, (N,), in beton order. Images with equal keys stay together in a split.
 

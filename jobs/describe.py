@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from datasets.beton import enlarged_text
 from jobs.cli import job_parser, parsed_config, run_job
 from pipeline.config.load import ConfigError
 
@@ -48,11 +49,8 @@ def as_text(description: Description) -> str:
         [network.name, f"{network.side} px", _gflops(network.gflops), _number(network.parameters)]
         for network in description.networks
     ]
-    enlarged = [
-        f"{100 * network.enlarged:.1f} % at {network.side} px"
-        for network in description.networks
-        if network.enlarged is not None
-    ]
+    shares = {network.side: network.enlarged for network in description.networks if network.enlarged is not None}
+    enlarged = enlarged_text([*shares.values()], [*shares])
     low, high = description.lowest_gflops, description.highest_gflops
     stages = [
         ["stage", "epochs", "steps/epoch", "steps", "training GFLOPs", "alpha", "reachable GFLOPs", "step memory, MB"]
@@ -68,7 +66,7 @@ def as_text(description: Description) -> str:
         f"run {description.run}",
         f"data {data.dataset} in {data.folder}: {data.note}\n{_table(images)}",
         f"{_table(networks)}\nparameters with all private batch norms: {_number(description.parameters)}",
-        *([f"{smaller}, so that they are enlarged: {', '.join(enlarged)}"] if enlarged else []),
+        *([f"{smaller}, so that they are enlarged: {enlarged}"] if enlarged else []),
         f"cost per image, including the predictor: {_gflops(low)} GFLOPs (all images at the smallest resolution) to "
         f"{_gflops(high)} GFLOPs (all at the largest)",
         f"input: {description.input}\nprecision: {description.precision}",

@@ -48,11 +48,11 @@ def read_state_on_all_ranks(checkpoint: Path) -> TrainingState:
     return state
 
 
-def with_readable_checkpoints(run_folder: Path, tell: Callable[[str], None], attempt: Callable[[], Result]) -> Result:
+def with_readable_checkpoints(run_folder: Path, show: Callable[[str], None], attempt: Callable[[], Result]) -> Result:
     """Repair a run's list of checkpoints and return what `attempt` returns. Repeat both if a checkpoint is damaged.
 
     Args:
-        tell: called with a line for each damaged file.
+        show: called with a line for each damaged file.
         attempt: starts workers, which resume from the last checkpoint.
 
     Raises:
@@ -67,7 +67,7 @@ def with_readable_checkpoints(run_folder: Path, tell: Callable[[str], None], att
                 "Check cluster.storage on that node, then rerun the same command."
             ) from damage
         for line in repaired:
-            tell(line)
+            show(line)
         try:
             return attempt()
         except DamagedCheckpointError as error:

@@ -25,8 +25,8 @@ from datasets.beton import TRAIN, VALIDATION, Manifest, load_manifest, verify_be
 from datasets.files import shown_bytes
 from datasets.parallel import available_cpus
 from datasets.staging import remote_manifest
-from pipeline.cluster.connection import ADDRESS, TOKEN, ray_cluster, token_file
-from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity
+from pipeline.cluster.connection import ADDRESS, MODE, TOKEN, ray_cluster, token_file
+from pipeline.cluster.preflight import capacity_problems, check_config, cluster_capacity, number_of
 from pipeline.config.fields import sqlite_address
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config
@@ -169,8 +169,11 @@ def token_problems() -> Iterator[str]:
     path = token_file()
     if os.environ.get(TOKEN) or path is None:
         return
-    if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+    try:
         mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError:  # there is no file, or this user cannot reach it
+        return
+    if mode & 0o077:
         yield f"other users can read the token in {path} (mode {mode:o}) and run code on the cluster: chmod 600 {path}"
 
 
@@ -204,8 +207,8 @@ def lock_problems(file: Path) -> Iterator[str]:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         yield (
-            f"cluster.storage {file.parent.parent} is on a file system without file locks ({error.strerror}), which "
-            "keep a second driver out of a run; mount it with locks (NFS: without `nolock`), or choose another folder"
+            f"cluster.storage {file.parent.parent} cannot be locked ({error.strerror}), but a lock keeps a second "
+            "driver out of a run; mount its file system with locks (NFS: without `nolock`), or choose another folder"
         )
 
 
@@ -250,7 +253,10 @@ class Diagnosis:
 
 
 def examine(config: Config) -> Diagnosis:
-    """Check everything, on the cluster of RAY_ADDRESS or, if that is not set, on this machine. Nothing is changed."""
+    """Check everything, on the cluster of RAY_ADDRESS or, if that is not set, on this machine.
+
+    This creates cluster.storage if it is missing, and changes nothing else.
+    """
     found, manifest = Diagnosis(), None
     try:
         manifest, _ = check_config(config, capacity=False)
@@ -340,7 +346,7 @@ def digest_problems(config: Config, nodes: Sequence[Node], data_digest: str) -> 
     others = [node for node in nodes if node.answer.data_digest not in (None, data_digest)]
     if others:
         yield (
-            f"data.folder {config.data.folder} holds other data than the driver's (digest {data_digest}) on "
+            f"data.folder {config.data.folder} has other data than the driver's (digest {data_digest}) on "
             f"{listed(others, nodes)}; copy the same data to every node, or set data.uri so that nodes download it"
         )
 
@@ -350,9 +356,9 @@ def gpu_problems(nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
         if node.answer.gpus is not None and node.answer.gpus < node.gpus:
             yield (
-                f"Ray counts {node.gpus} GPUs on {node.name}, torch sees {node.answer.gpus}; compare the driver "
-                "(nvidia-smi) with the CUDA of `python -c 'import torch; print(torch.version.cuda)'`, or start Ray "
-                f"there with --num-gpus={node.answer.gpus}"
+                f"Ray counts {number_of(node.gpus, 'GPU')} on {node.name}, torch sees {node.answer.gpus}; compare the "
+                "driver (nvidia-smi) with the CUDA of `python -c 'import torch; print(torch.version.cuda)'`, or start "
+                f"Ray there with --num-gpus={node.answer.gpus}"
             )
 
 
@@ -374,7 +380,7 @@ def sqlite_problems(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 def space_problems(config: Config) -> Iterator[str]:
     """Yield a problem if the storage has too little space for what a new run writes."""
     stages = describe(config).stages
-    states = [stage.memory.weights * (1 + _averages(config, stage.name)) + stage.memory.optimizer for stage in stages]
+    states = [stage.memory.weights + stage.memory.optimizer for stage in stages]  # weights include the moving average
     needed = KEPT_CHECKPOINTS * max(states) + sum(stage.table_bytes or 0 for stage in stages)
     free = free_bytes(Path(config.cluster.storage).absolute())
     if needed > free:
@@ -414,8 +420,8 @@ def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
         if node.cpus > node.answer.cpus:
             yield (
-                f"Ray counts {node.cpus} CPUs on {node.name}, but processes may use only {node.answer.cpus}; start Ray "
-                f"there with --num-cpus={node.answer.cpus}"
+                f"Ray counts {number_of(node.cpus, 'CPU')} on {node.name}, but processes may use only "
+                f"{node.answer.cpus}; start Ray there with --num-cpus={node.answer.cpus}"
             )
     asked, each = config.loader.num_threads, config.cluster.cpus_per_worker
     if asked and each and asked > each:
@@ -427,17 +433,13 @@ def thread_notes(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
 
 def cluster_notes() -> Iterator[str]:
     """Yield notes about the security of the cluster."""
-    if os.environ.get(ADDRESS) and os.environ.get("RAY_AUTH_MODE") != "token":
+    if os.environ.get(ADDRESS) and os.environ.get(MODE) != "token":
         yield (
-            "RAY_AUTH_MODE is not token: anyone who reaches the cluster's ports can run code on it; start it with "
-            "RAY_AUTH_MODE=token (docs/cluster.md)"
+            f"{MODE} is not token: anyone who reaches the cluster's ports can run code on it; start it with "
+            f"{MODE}=token (docs/cluster.md)"
         )
 
 
 def listed(some: Sequence[Node], everyone: Sequence[Node]) -> str:
     """Format the names of nodes."""
     return "every node" if len(some) == len(everyone) > 1 else ", ".join(node.name for node in some)
-
-
-def _averages(config: Config, stage: str) -> bool:
-    return dict(config.stages.present())[stage].ema_decay is not None

@@ -18,7 +18,7 @@ import ray
 import torch
 import yaml
 
-from datasets.beton import VALIDATION, Manifest, beton_path, enlarged_shares, read_jpeg, split_keys
+from datasets.beton import VALIDATION, Manifest, beton_path, enlarged_shares, enlarged_text, read_jpeg, split_keys
 from datasets.files import lock_file, write_whole
 from datasets.sources.catalog import find_dataset
 from datasets.staging import download_dataset
@@ -27,10 +27,10 @@ from pipeline.cluster.connection import ray_cluster
 from pipeline.cluster.doctor import require_healthy
 from pipeline.cluster.group import run_group
 from pipeline.cluster.preflight import check_config
-from pipeline.cluster.progress import FAILURES, append_event, followed
+from pipeline.cluster.progress import FAILURES, append_event, followed, show_line
 from pipeline.cluster.signals import sigterm_as_sigint, stoppable
 from pipeline.cluster.worker import PREDICTIONS, WorkerSettings, run_worker
-from pipeline.config.load import drift, stored_config, with_absolute_paths
+from pipeline.config.load import drift, refuse_changes, stored_config, with_absolute_paths
 from pipeline.config.run_folder import RunFolder, keep_inputs, refuse_other_inputs, run_inputs
 from pipeline.config.schema import Config
 from pipeline.evaluation.predictions import Predictions, merge
@@ -42,7 +42,7 @@ from pipeline.tracking.runs import COMMIT_TAG, git_tags
 from pipeline.tracking.store import PROJECT_FOLDER
 from pipeline.tracking.tracker import replay, tracked_run
 from pipeline.training.checkpoint import load_model
-from pipeline.training.run import BEFORE_JOINT
+from pipeline.training.run import BEFORE_JOINT, Precision
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,7 @@ def _measured(config: Config, folder: RunFolder, costs: Costs) -> Costs:
 
 def _precision(config: Config, folder: RunFolder) -> str:
     """Return the precision of the run's forward passes in training and the reason for it."""
-    if not folder.precision.exists():
-        return config.training.precision
-    chosen = json.loads(folder.precision.read_text())
-    return f"{chosen['name']}, because {chosen['reason']}"
+    return str(Precision.load(folder.precision)) if folder.precision.exists() else config.training.precision
 
 
 def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
@@ -147,7 +144,7 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
     require_healthy(config, settings.data_digest)
     shipped = replace(settings, config=with_absolute_paths(config))
 
-    def tell(line: str) -> None:
+    def show(line: str) -> None:
         append_event(settings.run_folder, {"message": line}, FAILURES)
 
     def attempt() -> Path:
@@ -157,7 +154,7 @@ def _fit(config: Config, storage: Path, settings: WorkerSettings) -> Path:
             return Path(result.checkpoint.path)
 
     with followed(settings.run_folder):
-        return with_readable_checkpoints(storage, tell, attempt)
+        return with_readable_checkpoints(storage, show, attempt)
 
 
 def _collect(checkpoint: Path, folder: RunFolder, evaluation: Callable[[Predictions], Evaluation]) -> str | None:
@@ -176,6 +173,7 @@ def _collect(checkpoint: Path, folder: RunFolder, evaluation: Callable[[Predicti
         predictions.save(folder.predictions_after_joint)
         kept = kept_model(evaluation(before), evaluation(predictions))
         append_event(folder.path, {"message": f"joint stage: {kept}"})
+        show_line(f"joint stage: {kept}")  # `followed` has ended with the workers
         if not kept.is_after:
             predictions, model = before, folder.before_joint
     predictions.save(folder.predictions)
@@ -224,9 +222,7 @@ def _write_report(
             "git_commit": git_tags(PROJECT_FOLDER).get(COMMIT_TAG),
             "references": [asdict(published) for published in find_dataset(manifest.dataset).published],
             "data digest": manifest.digest,
-            "enlarged images": ", ".join(
-                f"{100 * share:.1f} % at {side} px" for side, share in zip(costs.resolutions, enlarged, strict=True)
-            ),
+            "enlarged images": enlarged_text(enlarged, costs.resolutions),
             "precision": _precision(config, folder),
             **({"joint stage": kept} if kept else {}),
             **environment(),
@@ -255,14 +251,9 @@ def _evaluation(config: Config, costs: Costs, predictions: Predictions) -> Evalu
         split_keys(config.data.folder)[predictions.indices_N],
         budget=Budget(highest, None if drop is None else drop / 100),
         split=split_of(config),
-        balanced=is_balanced(config),
+        balanced=policy.select_by == "balanced_accuracy",  # models and policies are chosen by the mean over the classes
         has_predictor=bool(config.stages.predictor or config.stages.joint),
     )
-
-
-def is_balanced(config: Config) -> bool:
-    """Return whether models and policies are chosen by the mean accuracy over the classes."""
-    return config.policy.select_by == "balanced_accuracy"
 
 
 def split_of(config: Config) -> Split:
@@ -292,7 +283,7 @@ def only_driver(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         if not lock_file(file.fileno(), lock):
             raise ValueError(
-                f"another driver is at work on {lock.parent}; wait for it, stop it, or give this run another name"
+                f"another driver is at work on {lock.parent}. Wait for it, stop it, or give this run another name."
             )
         yield
 
@@ -301,10 +292,9 @@ def _refuse_drift(folder: RunFolder, config: Config) -> None:
     """Raise ValueError if a run would resume with another configuration than it started with."""
     if not folder.config.exists():
         return
-    changed = drift(stored_config(yaml.safe_load(folder.config.read_text()), config, str(folder.config)), config)
-    if changed:
-        listing = "\n".join(f"  - {line}" for line in changed)
-        raise ValueError(
-            f"The run {config.name} started with another configuration:\n{listing}\n"
-            f"Restore these values, choose another name (name=...), or remove {folder.path}."
-        )
+    started_with = stored_config(yaml.safe_load(folder.config.read_text()), config, str(folder.config))
+    refuse_changes(
+        drift(started_with, config),
+        f"The run {config.name} started with another configuration",
+        f"Restore these values, choose another name (name=...), or remove {folder.path}.",
+    )

@@ -98,7 +98,7 @@ def _explained(error: BaseException, trace: Path | None = None) -> str:
         return _explained(error.health_check_failure, trace)
     if isinstance(error, RayActorError):
         said = str(error)
-        if "node" in said and "died" in said and "its node" in said:
+        if "its node" in said and "died" in said:
             return "its node died"
         if isinstance(error, ActorDiedError):
             return explain_death(trace)

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from datasets.files import exclusive, shown_name, sync_file, sync_folder, write_whole
+from datasets.files import exclusive, shown_name, sync_file, sync_folder, value_differences, write_whole
 from datasets.parallel import progress_bar
 from datasets.sources.folders import SUFFIXES, walk_images
 from datasets.sources.index import counted
 from pipeline.cluster.connection import ray_cluster
+from pipeline.config.load import refuse_changes
 from pipeline.serving.package import classify_files
 from pipeline.serving.pyfunc import OUTPUT_COLUMNS
 from pipeline.tracking.registry import FoundModel, find_model, load_registered
@@ -47,11 +48,6 @@ class Plan:
     files_sha256: str
     """The hash of the list of files, not of their contents."""
     format: int = FORMAT
-
-    @property
-    def num_parts(self) -> int:
-        """The number of parts."""
-        return -(-self.num_files // self.files_per_part)
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,8 @@ class OutputFolder:
     def list_files(self, folder: Path, files_per_part: int) -> tuple[list[Part], str]:
         """List the images below `folder` and split the list into parts. Return the parts and the list's SHA-256.
 
-        `agree` keeps the list if it belongs to this folder of results. The list is streamed to disk, so memory holds
-        only the names of one folder at a time.
+        `start_or_resume` keeps the list if it belongs to this folder of results. The list is streamed to disk, so
+        memory holds only the names of one folder at a time.
         """
         digest, parts = hashlib.sha256(), []
         start, offset, count = 0, 0, 0
@@ -124,29 +120,23 @@ class OutputFolder:
             print(f"left out below {shown_name(folder)}: {counted(walk.skipped)}")
         return parts, digest.hexdigest()
 
-    def agree(self, plan: Plan) -> None:
-        """Store the plan and the list in a new folder. In an existing one, raise ValueError that lists what differs."""
+    def start_or_resume(self, plan: Plan) -> None:
+        """Store the plan and the list in a new folder. In an existing one, raise a ValueError if the plan differs."""
         if not self.plan_file.exists():
             if next(self.path.glob("part-*.parquet"), None):
-                raise ValueError(f"{self.path} holds part-*.parquet but no _plan.json; choose another folder for --out")
+                raise ValueError(f"{self.path} has part-*.parquet but no _plan.json. Choose another folder for --out.")
             self._new_list.replace(self.list_file)
             write_whole(self.plan_file, json.dumps(asdict(plan), indent=1))
             return
         try:
             before = Plan(**json.loads(self.plan_file.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.plan_file} is damaged ({error}); choose another folder for --out") from None
-        changed = [
-            f"  - {field.name}: {getattr(before, field.name)} -> {getattr(plan, field.name)}"
-            for field in fields(Plan)
-            if getattr(before, field.name) != getattr(plan, field.name)
-        ]
-        if changed:
-            listing = "\n".join(changed)
-            raise ValueError(
-                f"{self.path} holds the results of another prediction:\n{listing}\n"
-                "restore these values, choose another folder for --out, or remove this one"
-            )
+            raise ValueError(f"{self.plan_file} is damaged ({error}). Choose another folder for --out.") from None
+        refuse_changes(
+            value_differences(asdict(before), asdict(plan)),
+            f"{self.path} has the results of another prediction",
+            "Restore these values, choose another folder for --out, or remove this one.",
+        )
         self._new_list.replace(self.list_file)
 
     def write_part(self, number: int, table: pa.Table) -> None:
@@ -226,9 +216,9 @@ def predict_folder(
         output.remove_partial()
         parts, digest = output.list_files(folder.absolute(), files_per_part)
         if not parts:
-            raise ValueError(f"{folder} has no {', '.join(SUFFIXES)} file; give the folder of the images")
+            raise ValueError(f"{folder} has no {', '.join(SUFFIXES)} file. Give the folder of the images.")
         num_files = sum(part.num_files for part in parts)
-        output.agree(Plan(model.uri, model.uuid, budget_bias, files_per_part, num_files, digest))
+        output.start_or_resume(Plan(model.uri, model.uuid, budget_bias, files_per_part, num_files, digest))
         missing = output.missing(parts)
         if len(missing) < len(parts):
             print(f"{len(parts) - len(missing):,} of {len(parts):,} parts exist already")

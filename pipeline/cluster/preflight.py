@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
 
 from datasets.beton import Manifest, verify_betons
 from datasets.staging import remote_manifest
+from pipeline.cluster.connection import ADDRESS
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import Config, LayerRates
 from pipeline.models.cost import Costs, measure_costs
@@ -30,34 +32,50 @@ def check_config(config: Config, *, capacity: bool = True) -> tuple[Manifest, Co
     """
     problems: list[str] = []
     manifest: Manifest | None = None
-    costs: Costs | None = None
     data = config.data
     try:
         # Nodes that download betons from an address check them after the download.
         manifest = remote_manifest(data.uri) if data.uri else verify_betons(data.folder)
     except (ValueError, OSError) as error:
         problems.append(f"{'data.uri' if data.uri else 'data.folder'}: {error}")
-    try:
-        num_classes = len(manifest.classes) if manifest else 2
-        normalization(config.model)
-        model = build_drnet(config.model, num_classes, (0.5,) * 3, (0.25,) * 3)
-        costs = measure_costs(model)
-        problems.extend(alpha_problems(config, costs))
-        if any(isinstance(stage, LayerRates) and stage.layer_decay < 1 for _, stage in config.stages.present()):
-            model.backbone.layer_depths()
-        if config.stages.backbone:
-            model.backbone.first_layers(config.stages.backbone.freeze_layers)
-    except ValueError as error:
-        problems.append(f"model: {error}")
-    problems.extend(_start_problems(config, manifest))
+    costs = _check_model(config, len(manifest.classes) if manifest else 2, problems)
+    with _added_to(problems):
+        problems.extend(_start_problems(config, manifest))
     problems.extend(_store_problems(config))
-    if capacity and not os.environ.get("RAY_ADDRESS") and not ray.is_initialized():
+    if capacity and not os.environ.get(ADDRESS) and not ray.is_initialized():
         # The GPUs of this machine are unknown until Ray starts. `require_healthy` then checks them.
         gpus = config.cluster.num_workers if config.cluster.use_gpu is True else 0
         problems.extend(capacity_problems(config, [Capacity(os.cpu_count() or 1, gpus)]))
     if problems or manifest is None or costs is None:
-        raise ConfigError(problems, f"the run {config.name}")
+        raise ConfigError(list(dict.fromkeys(problems)), f"the run {config.name}")  # two checks may find the same
     return manifest, costs
+
+
+def _check_model(config: Config, num_classes: int, problems: list[str]) -> Costs | None:
+    """Return the model's costs, or None if it cannot be built. Add to `problems` what is wrong with it."""
+    costs: Costs | None = None
+    with _added_to(problems):
+        normalization(config.model)
+    with _added_to(problems):
+        model = build_drnet(config.model, num_classes, (0.5,) * 3, (0.25,) * 3)
+        costs = measure_costs(model)
+        problems.extend(alpha_problems(config, costs))
+        if any(isinstance(stage, LayerRates) and stage.layer_decay < 1 for _, stage in config.stages.present()):
+            with _added_to(problems):
+                model.backbone.layer_depths()
+        if config.stages.backbone:
+            with _added_to(problems):
+                model.backbone.first_layers(config.stages.backbone.freeze_layers)
+    return costs
+
+
+@contextmanager
+def _added_to(problems: list[str]) -> Iterator[None]:
+    """Add a ValueError of the `with` block to the problems of the model."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(f"model: {error}")
 
 
 def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
@@ -82,10 +100,10 @@ def _start_problems(config: Config, manifest: Manifest | None) -> Iterator[str]:
             continue
         theirs, given = found.config.model_dump(exclude=start), f"stages.{name}.init_from {stage.init_from}"
         for key in (key for key, value in ours.items() if theirs[key] != value):
-            yield f"{given} has model.{key} {theirs[key]}, but this run has {ours[key]}; give a model with this value"
+            yield f"{given} has model.{key} {theirs[key]}, but this run has {ours[key]}. Give a model with this value."
         yield from crop_problems(given, found.validation_crop, config, "this run")
         if manifest and list(found.classes) != list(manifest.classes):
-            yield f"{given} has other classes than the data in {config.data.folder}; give a model with the same classes"
+            yield f"{given} has other classes than the data in {config.data.folder}. Give a model with these classes."
 
 
 def _store_problems(config: Config) -> Iterator[str]:
@@ -154,7 +172,7 @@ def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
     fitting = num_fitting(nodes, cpus, use_gpu=use_gpu)
     if workers <= fitting:
         return []
-    each = f"{cpus} CPU{'s' if cpus > 1 else ''}{' and a GPU' if use_gpu else ''} each"
+    each = f"{number_of(cpus, 'CPU')}{' and a GPU' if use_gpu else ''} each"
     return [
         f"cluster.{field} {workers} with {each}, but there is room for {fitting} ({room(nodes, use_gpu)}); "
         f"lower cluster.{field} or cluster.cpus_per_worker{', set cluster.use_gpu=false' if use_gpu else ''}, "
@@ -163,5 +181,12 @@ def capacity_problems(config: Config, nodes: Sequence[Capacity]) -> list[str]:
 
 
 def room(nodes: Iterable[Capacity], with_gpus: bool) -> str:
-    """Describe what the nodes offer, such as `4 CPUs, 1 GPUs and 4 CPUs, 0 GPUs`."""
-    return " and ".join(f"{node.cpus} CPUs, {node.gpus} GPUs" if with_gpus else f"{node.cpus} CPUs" for node in nodes)
+    """Describe what the nodes offer, such as `4 CPUs, 1 GPU and 4 CPUs, 0 GPUs`."""
+    return " and ".join(
+        number_of(node.cpus, "CPU") + (f", {number_of(node.gpus, 'GPU')}" if with_gpus else "") for node in nodes
+    )
+
+
+def number_of(number: int, noun: str) -> str:
+    """Return a number and its noun, such as `1 GPU` or `2 GPUs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ from ray.util.metrics import Gauge
 
 from pipeline.training.run import DATA_WAIT, STEP, Goodput
 
-FILE_NAME, FAILURES = "progress.jsonl", "failures.jsonl"
+PROGRESS, FAILURES = "progress.jsonl", "failures.jsonl"
 SECONDS_BETWEEN_STEPS = 5.0
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def append_event(run_folder: Path, event: Mapping[str, Any], file_name: str = FILE_NAME) -> None:
+def append_event(run_folder: Path, event: Mapping[str, Any], file_name: str = PROGRESS) -> None:
     """Append one event with its time. Each line is a single write, so a reader sees only complete lines.
 
     Args:
-        file_name: FILE_NAME for rank 0, FAILURES for the driver's node. On a network file system, two machines that
-            append to one file could overwrite each other's lines.
+        file_name: PROGRESS for rank 0 and, after the workers have ended, for the driver; FAILURES for the driver's
+            node while workers run. On a network file system, two machines that append to one file could overwrite
+            each other's lines.
     """
     with (run_folder / file_name).open("a") as file:
         file.write(json.dumps({**event, "time": time.time()}) + "\n")
@@ -53,7 +54,7 @@ def event_writer(folder: Path | None) -> Callable[[str], None]:
 @contextmanager
 def followed(run_folder: Path, show: Callable[[str], None] = show_line) -> Iterator[None]:
     """Print the run's new events while the `with` block runs."""
-    paths = [run_folder / FILE_NAME, run_folder / FAILURES]
+    paths = [run_folder / PROGRESS, run_folder / FAILURES]
     positions = {path: path.stat().st_size if path.exists() else 0 for path in paths}
     stop = threading.Event()
 
@@ -63,7 +64,8 @@ def followed(run_folder: Path, show: Callable[[str], None] = show_line) -> Itera
             for line in iter(file.readline, ""):
                 if line.endswith("\n"):
                     positions[path] = file.tell()
-                    show(describe(json.loads(line)))
+                    with suppress(ValueError, KeyError, TypeError):  # a full disk may have cut a line short
+                        show(describe(json.loads(line)))
 
     def follow() -> None:
         while True:
@@ -113,10 +115,14 @@ def goodput_table(seconds: Mapping[str, float]) -> str:
 
 
 class StepClock:
-    """Decide which steps are shown, one every few seconds, and measure speed and time left over this stage's steps."""
+    """Decide which steps are shown, one every few seconds, and measure speed and time left over this stage's steps.
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
+    Args:
+        images_per_step: mean number of images in a step, over all workers.
+    """
+
+    def __init__(self, images_per_step: float):
+        self.images_per_step = images_per_step
         self._stage = ""
         self._started = self._shown = 0.0
         self._first = 0
@@ -136,7 +142,7 @@ class StepClock:
         """Return images/s and seconds left in the stage."""
         per_second = (done_steps - self._first) / max(time.monotonic() - self._started, 1e-9)
         return {
-            "images_per_second": per_second * self.batch_size,
+            "images_per_second": per_second * self.images_per_step,
             "seconds_left": (all_steps - done_steps) / max(per_second, 1e-9),
         }
 

@@ -23,6 +23,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from datasets.parallel import available_cpus
 from datasets.remote import redacted
 from pipeline.cluster.connection import ADDRESS, ray_cluster
 from pipeline.cluster.progress import show_line
@@ -34,12 +35,11 @@ from pipeline.serving.runtime.programs import FORMAT
 from pipeline.tracking.registry import download, find_model
 from pipeline.tracking.store import TrackingError
 
-TOKEN, TOKEN_FILE = "DRNET_SERVE_TOKEN", "DRNET_SERVE_TOKEN_FILE"
+TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = "DRNET_SERVE_TOKEN", "DRNET_SERVE_TOKEN_FILE"
 """Environment variables that set the token that requests need, or the file that contains it."""
 SHORTEST_TOKEN = 16
 REPLACEMENT_TIMEOUT_SECONDS = 600.0
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
-_BUILDERS = {"router": router, "resolution": resolution}
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def plan_for(
         TrackingError: there is no such model, or an older jobs.register created it.
     """
     if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/\d+)", model_uri):
-        raise ValueError(f"--model is {model_uri}; give models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise ValueError(f"--model is {model_uri}. Give models:/NAME@ALIAS or models:/NAME/VERSION.")
     if token is None and not _is_own_machine(serving.host):
         raise ValueError(
-            f"serving.host is {serving.host}, so others can reach the model, but there is no token. Set {TOKEN} or "
-            f"{TOKEN_FILE}, or serving.host=127.0.0.1"
+            f"serving.host is {serving.host}, so others can reach the model, but there is no token. Set "
+            f"{TOKEN_VARIABLE} or {TOKEN_FILE_VARIABLE}, or serving.host=127.0.0.1."
         )
     found = find_model(model_uri, registry=registry)
     with tempfile.TemporaryDirectory() as temporary:
@@ -92,7 +92,7 @@ def plan_for(
     if about.get("format", 1) < FORMAT:
         raise TrackingError(
             f"{found.uri} cannot be served here: an older jobs.register created it. Register its run again, or use "
-            "`mlflow models serve`"
+            "`mlflow models serve`."
         )
     common = Served(
         model=found.uri,
@@ -116,7 +116,9 @@ def choose_split(serving: ServingConfig, num_resolutions: int, num_gpus: float) 
         ValueError: there is only one resolution to split.
     """
     if serving.split == "by_resolution" and num_resolutions == 1:
-        raise ValueError("serving.split is by_resolution, but the model has one resolution. Set serving.split=together")
+        raise ValueError(
+            "serving.split is by_resolution, but the model has one resolution. Set serving.split=together."
+        )
     if serving.split != "auto":
         return serving.split
     needed = serving.gpus_per_replica * serving.min_replicas * num_resolutions
@@ -130,13 +132,13 @@ def read_token() -> str | None:
         ValueError: the token is short enough to guess, or clients cannot send it.
         OSError: the file cannot be read.
     """
-    file = os.environ.get(TOKEN_FILE)
-    given = os.environ.get(TOKEN) or (Path(file).read_text() if file else None)
+    file = os.environ.get(TOKEN_FILE_VARIABLE)
+    given = os.environ.get(TOKEN_VARIABLE) or (Path(file).read_text() if file else None)
     token = None if given is None else given.strip()  # a file, and a variable set from it, may end with a line break
     if token and not (token.isascii() and token.isprintable()):
-        raise ValueError("the token has a character that is not printable ASCII. Use `openssl rand -hex 32`")
+        raise ValueError("the token has a character that is not printable ASCII. Use `openssl rand -hex 32`.")
     if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"the token has {len(token)} characters; give at least {SHORTEST_TOKEN} random ones")
+        raise ValueError(f"the token has {len(token)} characters. Give at least {SHORTEST_TOKEN} random ones.")
     return token
 
 
@@ -190,7 +192,7 @@ def serve_model(
     """
     plan = plan_for(model_uri, serving, token, registry=registry)
     is_private = not ray.is_initialized() and (os.environ.get(ADDRESS) or "local") == "local"
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cpus()
     if is_private:
         _require_free_port(serving)
         _require_room(plan, cores)
@@ -280,7 +282,7 @@ def deploy(plan: Plan) -> None:
     others = [app for app, about in serve.status().applications.items() if app != name and _at_root(app)]
     if others:
         raise ValueError(
-            f"Serve runs {others[0]!r} at / already. Stop it with `serve shutdown`, or use another cluster"
+            f"Serve runs {others[0]!r} at / already. Stop it with `serve shutdown`, or use another cluster."
         )
     targets = [serve.RunTarget(resolution(part), app, None, _LOGGING) for app, _, part in parts]
     try:
@@ -330,7 +332,7 @@ def _require_address(serving: ServingConfig) -> None:
     if (given.host, given.port) != (serving.host, serving.port):
         raise ValueError(
             f"Serve listens at {given.host}:{given.port} already, not at {serving.host}:{serving.port}. Set "
-            "serving.host and serving.port to that address, or run `serve shutdown` first"
+            "serving.host and serving.port to that address, or run `serve shutdown` first."
         )
 
 
@@ -342,7 +344,7 @@ def _require_free_port(serving: ServingConfig) -> None:
         except OSError as error:
             raise ValueError(
                 f"port {serving.port} of {serving.host} cannot be used ({error.strerror}). Set serving.port to another "
-                f"one. If jobs.serve runs there, start it with --follow-alias, or on a cluster with {ADDRESS}"
+                f"one. If jobs.serve runs there, start it with --follow-alias, or on a cluster with {ADDRESS}."
             ) from None
 
 
@@ -350,7 +352,7 @@ def _require_room(plan: Plan, num_cpus: float) -> None:
     if plan.num_cpus > num_cpus:
         raise ValueError(
             f"the replicas need {plan.num_cpus:g} CPUs, but there are {num_cpus:g}. Lower serving.cpus_per_replica or "
-            "serving.min_replicas, or set serving.split=together"
+            "serving.min_replicas, or set serving.split=together."
         )
 
 

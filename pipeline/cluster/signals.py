@@ -25,7 +25,9 @@ from types import FrameType
 
 from pipeline.config.run_folder import RunFolder
 
-JOB_VARIABLE, WAIT_VARIABLE, RAYS_WAIT_SECONDS = "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S", 3.0
+JOB_VARIABLE, WAIT_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S"
+DEFAULT_WAIT_SECONDS = 3.0
+"""Ray's default of WAIT_VARIABLE."""
 SECONDS_TO_END = 10.0
 """Seconds reserved at the end of a job's time to stop the workers and update MLflow."""
 
@@ -34,11 +36,11 @@ class StoppedError(Exception):
     """A run stopped after a checkpoint because the user requested it."""
 
 
-def patience() -> float | None:
-    """Return how many seconds a run may continue after SIGTERM, or None if nothing is known to kill it."""
+def seconds_after_sigterm() -> float | None:
+    """Return how many seconds a run may continue after SIGTERM, or None if no limit is known."""
     if JOB_VARIABLE not in os.environ:
         return None
-    return max(0.0, float(os.environ.get(WAIT_VARIABLE, RAYS_WAIT_SECONDS)) - SECONDS_TO_END)
+    return max(0.0, float(os.environ.get(WAIT_VARIABLE, DEFAULT_WAIT_SECONDS)) - SECONDS_TO_END)
 
 
 @contextmanager
@@ -72,9 +74,9 @@ def sigterm_as_sigint() -> Iterator[None]:
 def stoppable(folder: RunFolder) -> Iterator[None]:
     """Make SIGTERM to this driver stop the workers after their next checkpoint.
 
-    A second SIGTERM, or the end of a job's time (`patience`), raises SystemExit immediately.
+    A second SIGTERM, or the end of a job's time (`seconds_after_sigterm`), raises SystemExit immediately.
     """
-    request, seconds = folder.stop, patience()
+    request, seconds = folder.stop, seconds_after_sigterm()
     request.write_text("")
 
     def end(number: int, _: FrameType | None) -> None:
@@ -176,7 +178,7 @@ def explain_death(trace: Path | None) -> str:
         where = f" called from {file}:{frame['line']} ({frame['function']})"
     disk = "a full /dev/shm, a truncated file, " if name == "SIGBUS" else ""
     return (
-        f"its process died of {name} in native code{where}, which points to {disk}a bug in a library such as oneDNN, "
-        "numba or libjpeg, or bad memory; if it happens again, try cluster.cpus_per_worker=1, or "
+        f"its process crashed with {name} in native code{where}, which suggests {disk}a bug in a library such as "
+        "oneDNN, numba or libjpeg, or bad memory; if it happens again, try cluster.cpus_per_worker=1, or "
         f"training.channels_last=false in a new run (stack: {trace})"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 import tempfile
@@ -18,8 +17,9 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from datasets.beton import Manifest, load_manifest
+from datasets.beton import TRAIN, Manifest, load_manifest
 from datasets.loading.loader import MultiResolutionLoader
+from datasets.loading.order import count_batches
 from datasets.staging import download_dataset
 from pipeline.cluster.checkpoints import read_state_on_all_ranks
 from pipeline.cluster.progress import Gauges, Labels, StepClock, append_event, event_writer, labeled_logs
@@ -70,8 +70,8 @@ def run_worker(settings: WorkerSettings) -> None:
     settings = replace(settings, config=with_precision(settings.config, precision))
     config = settings.config
     # Only rank 0's node writes this file, because two machines must not append to one file over a network.
-    tell = event_writer(settings.run_folder if context.get_node_rank() == 0 else None)
-    manifest = data_of_node(config.data, settings.data_digest, tell)
+    show = event_writer(settings.run_folder if context.get_node_rank() == 0 else None)
+    manifest = data_of_node(config.data, settings.data_digest, show)
     with ExitStack() as stack:
         labels = stack.enter_context(labeled_logs(config.name, context.get_world_rank()))
         reporter = WorkerReporter(settings, context.get_world_rank(), manifest, goodput, labels)
@@ -91,7 +91,7 @@ def run_worker(settings: WorkerSettings) -> None:
             model = place_model(loaded, device, channels_last=config.training.channels_last)
             models = {PREDICTIONS: model}
             if config.cost == "milliseconds":
-                costs_of_run(copy.deepcopy(model), config, folder.latency, resumed=False)
+                costs_of_run(model, config, folder.latency, resumed=False)
         else:
             model, state = build_model(config, manifest, device), _last_state()
             # Measure before the network gets what only training needs, because rank 0 measures alone.
@@ -113,7 +113,7 @@ def run_worker(settings: WorkerSettings) -> None:
             start = f"resuming from {state.name}" if state else "starting"
             num_workers = context.get_world_size()
             reporter.message(f"{start} with {num_workers} worker{'s' if num_workers > 1 else ''}")
-            reporter.message(f"training.precision: {precision.name}, because {precision.reason}")
+            reporter.message(f"training.precision: {precision}")
             train(run, state)
             models = {PREDICTIONS: model}
             if config.stages.joint and folder.before_joint.exists():
@@ -125,21 +125,21 @@ def run_worker(settings: WorkerSettings) -> None:
             reporter.goodput(goodput)
 
 
-def data_of_node(data: DataConfig, digest: str, tell: Callable[[str], None]) -> Manifest:
+def data_of_node(data: DataConfig, digest: str, show: Callable[[str], None]) -> Manifest:
     """Return the manifest of this node's data.folder. If the data has an address, download it first.
 
     Args:
         digest: digest of the driver's data.
-        tell: called with lines of text about the download.
+        show: called with lines of text about the download.
 
     Raises:
         ValueError: the data cannot be downloaded, or differs from the driver's.
         OSError: the address cannot be read, or the disk is full.
     """
-    manifest = download_dataset(data.uri, data.folder, tell=tell) if data.uri else load_manifest(data.folder)
+    manifest = download_dataset(data.uri, data.folder, tell=show) if data.uri else load_manifest(data.folder)
     if manifest.digest != digest:
         raise ValueError(
-            f"{data.folder} on {platform.node()} holds other data (digest {manifest.digest}) than the driver's "
+            f"{data.folder} on {platform.node()} has other data (digest {manifest.digest}) than the driver's "
             f"(digest {digest}). Copy the same data to every node; if the data at data.uri has just changed, rerun "
             "the command."
         )
@@ -153,7 +153,8 @@ class WorkerReporter:
         self.settings, self.rank, self.manifest, self.labels = settings, rank, manifest, labels
         self.gauges = Gauges(settings.config.name, rank, goodput)
         self.logger = RunLogger(settings.tracking) if settings.tracking and rank == 0 else None
-        self.clock = StepClock(settings.config.training.batch_size)
+        num_images = manifest.splits[TRAIN].count
+        self.clock = StepClock(num_images / count_batches(num_images, settings.config.training.batch_size))
         self._written = threading.Event()
         self._written.set()
 
@@ -205,7 +206,7 @@ class WorkerReporter:
 
         The thread writes the file to its final place, so Ray does not copy it. An error in the thread fails the worker.
         At most one copy waits to be written: the next checkpoint waits for it. Ray's controller accepts a report at its
-        next poll, so checkpoints that are closer together than its polls (see `_fit`) delay training.
+        next poll, so checkpoints that are closer together than its polls (see `run_group`) delay training.
         """
         if self.rank != 0:  # every rank reports, so that Ray counts the same on all of them
             ray.train.report(dict(values), checkpoint_upload_mode=CheckpointUploadMode.ASYNC)

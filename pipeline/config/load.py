@@ -193,6 +193,12 @@ def drift(started_with: Config, config: Config) -> list[str]:
     return [line for line in differences(started_with, config) if not line.startswith(FREE_TO_CHANGE)]
 
 
+def refuse_changes(changed: Sequence[str], what: str, advice: str, error: type[ValueError] = ValueError) -> None:
+    """Raise `error` with `what`, one line for each of `changed`, and `advice`, unless `changed` is empty."""
+    if changed:
+        raise error("\n".join([f"{what}:", *(f"  - {line}" for line in changed), advice]))
+
+
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield problems that involve several fields. preflight checks what needs the model's FLOPs or the cluster."""
     resolutions = config.model.resolutions

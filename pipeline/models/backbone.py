@@ -73,8 +73,8 @@ def remove_mean(stem: nn.Conv2d) -> None:
     """Give every filter of a first convolution zero mean over its window, so that it responds to edges.
 
     Images differ far more in brightness than in content, and random filters mostly pass brightness on. This
-    initialization matters in short trainings from scratch: on generated letters at 64 px, four epochs reached 57 %
-    accuracy with it and 27 % without. Training may bring the mean back.
+    initialization matters in short training runs from scratch: on generated letters at 64 px, four epochs reached
+    57 % accuracy with it and 27 % without. Training may bring the mean back.
     """
     with torch.no_grad():
         stem.weight -= stem.weight.mean(dim=(2, 3), keepdim=True)
@@ -117,7 +117,7 @@ def avoid_unsafe_projections(module: nn.Module) -> None:
                 if type(child).forward is not nn.Conv2d.forward:
                     raise ValueError(
                         f"{type(module).__name__} has a strided 1x1 {type(child).__name__} of {child.in_channels} "
-                        "input channels, which can corrupt memory on a CPU; choose another backbone"
+                        "input channels, which can corrupt memory on a CPU. Choose another backbone."
                     )
                 setattr(parent, name, NarrowProjection.of(child))
 
@@ -188,7 +188,7 @@ class ResolutionBackbone(nn.Module):
         if matcher is None:
             raise ValueError(
                 "layer_decay and freeze_layers need layer groups, which this backbone does not have. Set layer_decay=1 "
-                "and freeze_layers=0 in its stages, or choose a backbone timm/NAME"
+                "and freeze_layers=0 in its stages, or choose a backbone timm/NAME."
             )
         from timm.models import group_parameters
 
@@ -213,7 +213,7 @@ class ResolutionBackbone(nn.Module):
         if num_groups > most:
             raise ValueError(
                 f"stages.backbone.freeze_layers is {num_groups}, but the backbone has {most} groups below its last "
-                f"one. Give at most {most}"
+                f"one. Give at most {most}."
             )
         return [parameter for parameter, depth in depths.items() if most - depth < num_groups]
 
@@ -260,7 +260,7 @@ def build_backbone(
         network = _with_rates(partial(build, name, num_classes), name, rates, arguments)
         if width != 1:
             raise ValueError(
-                f"backbone {name} has a fixed width. Set model.backbone_width=1; only {SMALL_RESNET} can be scaled"
+                f"backbone {name} has a fixed width. Only {SMALL_RESNET} can be scaled. Set model.backbone_width=1."
             )
         _check_outputs(network, name, num_classes)
     avoid_unsafe_projections(network)
@@ -271,7 +271,7 @@ def build_backbone(
 
 TIMM_RATES = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}
 TORCHVISION_RATES = {"dropout": "dropout", "drop_path": "stochastic_depth_prob"}
-"""Maps each rate to the name of torchvision's constructor argument."""
+"""Map each rate to the name of the constructor's argument in timm and in torchvision."""
 
 
 def _with_rates(
@@ -287,14 +287,14 @@ def _with_rates(
     """
     given = {key: rate for key, rate in rates.items() if rate is not None}
     for key in given.keys() - arguments.keys():
-        raise ValueError(f"backbone {name} has no {key}. Set model.{key}=null")
+        raise ValueError(f"backbone {name} has no {key}. Set model.{key}=null.")
     try:
         return build(**{arguments[key]: rate for key, rate in given.items()})
     except TypeError as error:
         unknown = [key for key in given if f"unexpected keyword argument '{arguments[key]}'" in str(error)]
         if not unknown:
             raise
-        raise ValueError(f"backbone {name} has no {unknown[0]}. Set model.{unknown[0]}=null") from None
+        raise ValueError(f"backbone {name} has no {unknown[0]}. Set model.{unknown[0]}=null.") from None
 
 
 def _torchvision(name: str, num_classes: int, **rates: Any) -> nn.Module:
@@ -303,10 +303,10 @@ def _torchvision(name: str, num_classes: int, **rates: Any) -> nn.Module:
         import timm
 
         if timm.is_model(name.partition(".")[0]):
-            raise ValueError(f"{name!r} is not a known backbone; did you mean {TIMM}{name.partition('.')[0]}?")
-        raise _unknown(name, [SMALL_RESNET, *known], f"give {SMALL_RESNET}, a torchvision model or {TIMM}NAME")
+            raise ValueError(f"{name!r} is not a known backbone. Did you mean {TIMM}{name.partition('.')[0]}?")
+        raise _unknown(name, [SMALL_RESNET, *known], f"Give {SMALL_RESNET}, a torchvision model or {TIMM}NAME.")
     if name in _AUXILIARY_OUTPUTS:
-        raise ValueError(f"backbone {name} has auxiliary outputs while training; choose one with a single output")
+        raise ValueError(f"backbone {name} has auxiliary outputs while training. Choose one with a single output.")
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **rates)
 
 
@@ -317,10 +317,10 @@ def _timm(name: str, num_classes: int, **rates: Any) -> nn.Module:
     architecture, _, tag = name.removeprefix(TIMM).partition(".")
     if not timm.is_model(architecture):
         known = [TIMM + model for model in timm.list_models()]
-        raise _unknown(TIMM + architecture, known, "timm.list_models() lists all names")
+        raise _unknown(TIMM + architecture, known, "timm.list_models() lists all names.")
     if tag:
         raise ValueError(
-            f"backbone {name} also names weights; set model.backbone={TIMM}{architecture} and model.weights={tag}"
+            f"backbone {name} also names weights. Set model.backbone={TIMM}{architecture} and model.weights={tag}."
         )
     state = torch.get_rng_state()
     try:
@@ -334,8 +334,8 @@ def _timm(name: str, num_classes: int, **rates: Any) -> nn.Module:
 
 def _unknown(name: str, known: list[str], otherwise: str) -> ValueError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else otherwise
-    return ValueError(f"{name!r} is not a known backbone; {hint}")
+    hint = f"Did you mean {' or '.join(near)}?" if near else otherwise
+    return ValueError(f"{name!r} is not a known backbone. {hint}")
 
 
 def _check_outputs(network: nn.Module, name: str, num_classes: int) -> None:
@@ -349,20 +349,20 @@ def _check_outputs(network: nn.Module, name: str, num_classes: int) -> None:
             reason = reason or f"{side} px: {str(error).strip().splitlines()[0] if str(error).strip() else 'fails'}"
             continue
         if not all(isinstance(output, Tensor) and output.shape == (2, num_classes) for output in logits):
-            raise ValueError(f"backbone {name} returns more than logits; choose one with a single output of K classes")
+            raise ValueError(f"backbone {name} returns more than logits. Choose one with a single output of K classes.")
         fitting.append(side)
         if len(fitting) == 2:
             return
     only = f"takes images of {fitting[0]} px only" if fitting else "takes none of the usual image sizes"
     raise ValueError(
         f"backbone {name} {only} ({reason}), but dynamic resolution needs several sizes. Choose one without a fixed "
-        "size, such as resnet50, timm/tf_efficientnet_lite0, timm/convnext_nano or timm/vit_tiny_patch16_224"
+        "size, such as resnet50, timm/tf_efficientnet_lite0, timm/convnext_nano or timm/vit_tiny_patch16_224."
     )
 
 
 GRAPHS_PER_RESOLUTION = 16
-"""The graphs that torch.compile may make per resolution: about 4 kinds of passes, each for the batch sizes 0, 1, the
-first one and any."""
+"""The largest number of graphs that torch.compile may make for a resolution. There are about 4 kinds of passes, and
+each has up to 4 graphs: for a batch of 0 images, of 1, of the first size, and of any size."""
 
 
 def compile_backbone(backbone: ResolutionBackbone, backend: str | Callable = "inductor") -> None:

@@ -56,7 +56,7 @@ class Latency:
             content = json.loads(path.read_text())
             return cls(**content | {"backbone_milliseconds": tuple(content["backbone_milliseconds"])})
         except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: this run has not measured its latency in milliseconds") from None
+            raise ValueError(f"{path} does not exist: this run has not measured its latency in milliseconds.") from None
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged ({error}). It contains the costs that the run measured.") from None
 
@@ -103,11 +103,11 @@ def _repeats(run: Callable[[], object], device: torch.device) -> int:
 def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Return the seconds of one call, as the mean over `repeats` calls."""
     _finish(device)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(repeats):
         run()
     _finish(device)
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - started) / repeats
 
 
 def _finish(device: torch.device) -> None:
@@ -236,4 +236,4 @@ def _gflops(module: nn.Module, role: str, side: int, *arguments: int) -> float:
     try:
         return count_macs(module, meta_images(side), *arguments) / 1e9
     except RuntimeError as error:
-        raise ValueError(f"the {role} cannot run on images of {side} px ({error}); give a larger size") from error
+        raise ValueError(f"the {role} cannot run on images of {side} px ({error}). Give a larger size.") from error

@@ -43,7 +43,7 @@ class DRNet(nn.Module):
     ):
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean {list(mean)} and std {list(std)} must have 3 values each, std above 0")
+            raise ValueError(f"mean {list(mean)} and std {list(std)} must have 3 values each, std above 0.")
         self.backbone = backbone
         self.predictor = predictor
         self.resolutions = tuple(resolutions)
@@ -115,7 +115,7 @@ def normalization(config: ModelConfig) -> tuple[Sequence[float], Sequence[float]
     if config.normalization == "weights" and found is None:
         raise ValueError(
             f"model.normalization is weights, but model.weights is {'a file' if config.weights else 'null'}, which has "
-            "no mean and standard deviation. Give data, or both values as [mean, std]"
+            "no mean and standard deviation. Give data, or both values as [mean, std]."
         )
     return None if found is None or config.normalization == "data" else (found.mean, found.std)
 
@@ -133,8 +133,8 @@ def crop_problems(origin: str, crop: float, config: Config, user: str) -> Iterat
     ours = validation_crop(config)
     if not math.isclose(crop, ours, rel_tol=1e-3):
         yield (
-            f"{origin} was evaluated with a center crop of {crop:.4g}, and {user} uses {ours:.4g}; "
-            f"set loader.validation_crop={crop:.4g}"
+            f"{origin} was evaluated with a center crop of {crop:.4g}, and {user} uses {ours:.4g}. "
+            f"Set loader.validation_crop={crop:.4g}."
         )
 
 

@@ -112,10 +112,10 @@ def make_resolution_aware(
     """
     kind = type(module).__name__
     if num_resolutions < 1:
-        raise ValueError(f"num_resolutions is {num_resolutions}; give at least 1")
+        raise ValueError(f"num_resolutions is {num_resolutions}. Give at least 1.")
     parents = list(module.modules())
     if any(isinstance(parent, ResolutionNorm) for parent in parents):
-        raise ValueError(f"{kind} already is resolution-aware")
+        raise ValueError(f"{kind} already is resolution-aware.")
     if private == "auto":
         private = "batch_norm" if any(isinstance(layer, _BATCH_NORMS) for layer in parents) else "all"
     replaced: dict[nn.Module, ResolutionNorm] = {}
@@ -131,7 +131,7 @@ def make_resolution_aware(
         lacks = "batch norm" if private == "batch_norm" else "norm layer"
         raise ValueError(
             f"{kind} has no {lacks} that could be private to a resolution. Set model.private_norms=none to share all "
-            "weights, or choose another backbone"
+            "weights, or choose another backbone."
         )
     return list(replaced.values())
 
@@ -183,7 +183,8 @@ class SynchronizedBatchNorm(_BatchNorm):
         """
         if type(norm).forward is not _BatchNorm.forward and list(norm._modules) != ["drop", "act"]:
             raise ValueError(
-                f"a batch norm of type {type(norm).__name__} cannot be synchronized; set training.sync_batch_norm=false"
+                f"a batch norm of type {type(norm).__name__} cannot be synchronized. Set "
+                "training.sync_batch_norm=false."
             )
         layer = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
         layer._parameters, layer._buffers, layer._modules = norm._parameters, norm._buffers, norm._modules

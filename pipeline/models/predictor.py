@@ -126,7 +126,7 @@ def predictor_shape(
         ValueError: the architecture is unknown, or the shape is impossible.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"predictor architecture {architecture} is not one of 1, 2, 3, 4")
+        raise ValueError(f"predictor architecture {architecture} is not one of 1, 2, 3, 4.")
     base = ARCHITECTURES[architecture]
     return PredictorShape(
         blocks=base.blocks if blocks is None else tuple(blocks),

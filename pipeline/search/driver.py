@@ -168,7 +168,7 @@ def _fill_worker(settings: SearchSettings) -> None:
         key = TableKey.of(model, config, manifest, split)
         loader = open_loader(config, split, input_sizes(config), num_threads=torch.get_num_threads())
         backbone_logits = Forward(model, key.precision).frozen_backbone
-        fill_table(settings.folder.tables, key, crop_epochs, loader, backbone_logits, device=device, tell=tell)
+        fill_table(settings.folder.tables, key, crop_epochs, loader, backbone_logits, device=device, show=tell)
 
 
 def _validation_images(settings: SearchSettings, checked: Checked) -> Images:

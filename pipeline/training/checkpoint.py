@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from datasets.files import whole_file
-from pipeline.config.load import drift, stored_config
+from pipeline.config.load import drift, refuse_changes, stored_config
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 
@@ -72,20 +72,20 @@ class TrainingState:
         changed = [line for line in drift(started_with, config) if not line.startswith("data.")]
         if self.data_digest != data_digest:
             changed.append(f"digest of the prepared data: {self.data_digest} -> {data_digest}")
-        if changed:
-            listing = "\n".join(f"  - {line}" for line in changed)
-            raise OtherRunError(
-                f"The checkpoint {self.name} belongs to another configuration or other data:\n{listing}\n"
-                "Restore them, or start a run with another name (name=...)."
-            )
+        refuse_changes(
+            changed,
+            f"The checkpoint {self.name} belongs to another configuration or other data",
+            "Restore them, or start a run with another name (name=...).",
+            OtherRunError,
+        )
 
     def copy(self) -> TrainingState:
         """Return a copy on the CPU, so that training can continue while the copy is written."""
-        return TrainingState(**{field: _copied(getattr(self, field)) for field in self.__dataclass_fields__})
+        return TrainingState(**{field.name: _copied(getattr(self, field.name)) for field in fields(self)})
 
     def save(self, path: Path) -> None:
         """Write the state to a file, atomically."""
-        _save({"format": STATE_FORMAT, **{field: getattr(self, field) for field in self.__dataclass_fields__}}, path)
+        _save({"format": STATE_FORMAT, **{field.name: getattr(self, field.name) for field in fields(self)}}, path)
 
     @classmethod
     def load(cls, path: Path) -> TrainingState:
@@ -95,7 +95,7 @@ class TrainingState:
             ValueError: the file is not a complete training state of this format.
         """
         content = _load(path, STATE_FORMAT)
-        return cls(**{field: content[field] for field in cls.__dataclass_fields__})
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
 
 
 def _copied(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeGuard
 
 import torch
@@ -21,7 +21,7 @@ from pipeline.config.schema import BackboneStage, Config, DataConfig, JointStage
 from pipeline.models.cost import Costs, frozen_gflops, measure_costs
 from pipeline.models.drnet import DRNet, build_drnet, normalization, validation_crop
 from pipeline.models.dry_run import measure_activations, tensor_bytes
-from pipeline.models.norms import ResolutionNorm
+from pipeline.models.norms import resolution_norms
 from pipeline.models.weights import weights_input
 from pipeline.training.logit_table import logits_bytes
 from pipeline.training.objectives import sandwich
@@ -136,6 +136,10 @@ def describe(config: Config) -> Description:
     """
     data, precision = summarize_data(config.data), _precision(config)
     config = with_precision(config, precision)
+    weights_problems = list(_weights_problems(config))
+    if weights_problems:  # describe everything else as without weights
+        without = config.model.model_copy(update={"weights": None, "normalization": "auto"})
+        config = config.model_copy(update={"model": without})
     plain = config.model.model_copy(update={"weights": None})
     model = build_drnet(plain, data.num_classes or _ASSUMED_CLASSES, (0.5,) * 3, (0.5,) * 3)
     costs = measure_costs(model)
@@ -149,9 +153,9 @@ def describe(config: Config) -> Description:
         highest_gflops=costs.max_backbone_gflops + (costs.predictor_gflops if routed else 0),
         images_per_worker=config.training.batch_size // config.cluster.num_workers,
         input=_input(config),
-        precision=f"{precision.name}, because {precision.reason}",
+        precision=str(precision),
         stages=list(_stages(config, model, data, costs)),
-        problems=[*_weights_problems(config), *alpha_problems(config, costs)],
+        problems=[*weights_problems, *alpha_problems(config, costs)],
     )
 
 
@@ -215,17 +219,8 @@ def _counts_of_glyphs(data: DataConfig) -> tuple[int, int, int]:
 
 def _counts_of_source(data: DataConfig) -> tuple[int, int, int]:
     """Count the classes, training images and validation images of the source, including unusable images."""
-    options = SourceOptions(
-        folder=data.folder,
-        source=data.source,
-        validation_source=data.validation_source,
-        validation_fraction=data.validation_fraction,
-        images_per_class=data.images_per_class,
-        split_seed=data.split_seed,
-        group_by=data.group_by,
-        label_column=data.label_column,
-    )
-    index = find_dataset(data.dataset).scan(options).read_index()
+    names = {option.name for option in fields(SourceOptions)} - {"download", "glyphs"}
+    index = find_dataset(data.dataset).scan(SourceOptions(**data.model_dump(include=names))).read_index()
     return len(index.classes), len(index.splits[TRAIN]), len(index.splits[VALIDATION])
 
 
@@ -240,7 +235,7 @@ def _known_counts(data: DataConfig) -> tuple[int | None, int | None, int | None]
 
 def _networks(config: Config, model: DRNet, costs: Costs) -> Iterator[NetworkSummary]:
     """Yield the backbone at each resolution, with the number of parameters used there, then the predictor."""
-    norms = [layer for layer in model.backbone.modules() if isinstance(layer, ResolutionNorm)]
+    norms = resolution_norms(model.backbone)
     used = _count(model.backbone) - sum(_count(layer.norms[1:]) for layer in norms)
     validation, enlarged = beton_path(config.data.folder, VALIDATION), [None] * len(model.resolutions)
     if validation.exists():

@@ -62,9 +62,6 @@ class GradientReducer:
         late: the other parameters, sent at the end in one message with the loss, always as float32.
         wire: dtype of the other messages. bfloat16 halves their bytes; the sums over the ranks are still float32.
         bucket_bytes: minimum size of a bucket in float32.
-
-    Attributes:
-        num_sent: number of this step's messages that were sent before `finish`.
     """
 
     def __init__(
@@ -75,7 +72,7 @@ class GradientReducer:
         wire: torch.dtype = torch.float32,
         bucket_bytes: int = BUCKET_BYTES,
     ):
-        self.num_sent = 0
+        self._num_sent = 0  # the step's messages that were sent before `finish`
         self._parameters, self._wire, self._completing = [*early, *late], wire, False
         if world_size() == 1:
             return
@@ -133,12 +130,12 @@ class GradientReducer:
                 if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
             return loss.detach().clone()
-        for bucket in self._early[self.num_sent :]:
+        for bucket in self._early[self._num_sent :]:
             self._send(bucket)
         *_, total = self._last.tensors
         total.grad = loss.detach()
         self._send(self._last)
-        self.num_sent = 0
+        self._num_sent = 0
         for bucket in (*self._early, self._last):
             bucket.wait()
         if self._stream is not None:
@@ -146,19 +143,15 @@ class GradientReducer:
         assert total.grad is not None
         return total.grad.clone()
 
-    def wait_for(self, message: int, seconds: float) -> None:
-        """Wait for the sums of one of the `num_sent` messages. Raise TimeoutError after `seconds`."""
-        self._early[message].sent.result(seconds)
-
     def _changed(self, bucket: _Bucket, parameter: Tensor) -> None:
         """Record that a parameter's gradient is complete. Autograd calls this during backward passes."""
         assert parameter in bucket.missing, "a gradient changed after it was complete"
         if not self._completing:
             return
         bucket.missing.remove(parameter)
-        while self.num_sent < len(self._early) and not self._early[self.num_sent].missing:
-            self._send(self._early[self.num_sent])
-            self.num_sent += 1
+        while self._num_sent < len(self._early) and not self._early[self._num_sent].missing:
+            self._send(self._early[self._num_sent])
+            self._num_sent += 1
 
     def _send(self, bucket: _Bucket) -> None:
         bucket.fill()

@@ -206,7 +206,7 @@ def _check_key(root: Path, key: TableKey) -> None:
             raise TableError(f"{path} does not match the name of its folder: {'; '.join(differences)}")
         return
     others = [f"  - {other.parent}: {'; '.join(_differences(other, key))}" for other in root.glob(f"*/{TABLE_FILE}")]
-    found = "\n".join(["Other tables there:", *sorted(others)]) if others else "No table is there."
+    found = "\n".join(["Other tables there:", *sorted(others)]) if others else "It has no other tables."
     raise TableError(f"{root} has no logit table of this backbone and data ({key.digest}). {found}")
 
 
@@ -295,7 +295,7 @@ def fill_table(
     backbone_logits: BackboneLogits,
     *,
     device: torch.device,
-    tell: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> None:
     """Compute the missing chunks of a table for the crops of some epochs. Every rank must call this.
 
@@ -306,7 +306,7 @@ def fill_table(
         crop_epochs: the loader's epochs whose crops are used.
         loader: loads the split of the key.
         backbone_logits: maps images on `device`, {side: uint8 (n, side, side, 3)}, to logits (n, R, K).
-        tell: called with one line of text for every crop epoch that was incomplete.
+        show: called with one line of text for every crop epoch that was incomplete.
 
     Raises:
         UnfillableTableError: on every rank, if the disk has too little space or a logit is not a finite float16.
@@ -337,7 +337,7 @@ def fill_table(
         count = int(distributed.sum_over_ranks(torch.tensor(count, device=device)))
         if count:
             speed = count / (time.perf_counter() - started)
-            tell(
+            show(
                 f"logit table of {key.split}: crops {number}/{len(crop_epochs)}  {count:,} images  {speed:.0f} images/s"
             )
 

@@ -62,21 +62,22 @@ def evaluate(
         backbone_logits: as in `collect_predictions`.
     """
     found = collect_predictions(model, batches, backbone_logits)
-    right_NR = found.logits_NRK.argmax(axis=2) == found.labels_N[:, None]
-    choice_N = found.predictor_logits_NR.argmax(axis=1)
-    oracle_N = oracle_choice(right_NR, costs.backbone)
-    chosen_NR, oracle_NR = (picks_N[:, None] == np.arange(len(model.resolutions)) for picks_N in (choice_N, oracle_N))
-    counts_4R = np.stack([right_NR, right_NR & chosen_NR, chosen_NR, oracle_NR]).sum(axis=1)
-    sums = torch.as_tensor(np.append(counts_4R, len(right_NR)), dtype=torch.float64)
+    correct_NR = found.logits_NRK.argmax(axis=2) == found.labels_N[:, None]
+    chosen_N = found.predictor_logits_NR.argmax(axis=1)
+    oracle_N = oracle_choice(correct_NR, costs.backbone)
+    resolutions_R = np.arange(len(model.resolutions))
+    is_chosen_NR, is_oracle_NR = (index_N[:, None] == resolutions_R for index_N in (chosen_N, oracle_N))
+    counts_4R = np.stack([correct_NR, correct_NR & is_chosen_NR, is_chosen_NR, is_oracle_NR]).sum(axis=1)
+    sums = torch.as_tensor(np.append(counts_4R, len(correct_NR)), dtype=torch.float64)
     *total, count = distributed.sum_over_ranks(sums.to(next(model.parameters()).device)).tolist()
-    right_R, routed_right_R, chosen_R, oracle_R = np.reshape(total, counts_4R.shape)
+    correct_R, routed_correct_R, chosen_R, oracle_R = np.reshape(total, counts_4R.shape)
     values = {
         f"{key}_{side}": number / count
-        for key, numbers in (("accuracy", right_R), ("share", chosen_R), ("oracle_share", oracle_R))
+        for key, numbers in (("accuracy", correct_R), ("share", chosen_R), ("oracle_share", oracle_R))
         for side, number in zip(model.resolutions, numbers.tolist(), strict=True)
     }
     shares = (chosen_R / count).tolist()
-    values |= {"accuracy_routed": float(routed_right_R.sum() / count), "gflops_routed": costs.mean_gflops(shares)}
+    values |= {"accuracy_routed": float(routed_correct_R.sum() / count), "gflops_routed": costs.mean_gflops(shares)}
     return values if costs.latency is None else values | {"milliseconds_routed": costs.mean(shares)}
 
 
@@ -150,7 +151,7 @@ def _table(run: Run, split: str, loader: Batches, crop_epochs: range) -> LogitTa
     key = TableKey.of(run.model, run.config, run.manifest, split)
     backbone_logits = Forward(run.model, key.precision).frozen_backbone
     with run.goodput.inside(TABLE):
-        fill_table(run.tables, key, crop_epochs, loader, backbone_logits, device=run.device, tell=run.reporter.message)
+        fill_table(run.tables, key, crop_epochs, loader, backbone_logits, device=run.device, show=run.reporter.message)
     return LogitTable(run.tables, key, crop_epochs)
 
 

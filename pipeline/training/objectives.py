@@ -466,7 +466,7 @@ class PredictorObjective(RoutedObjective):
 
 
 class CorrectnessObjective(Objective):
-    """Train the predictor to estimate how probably each resolution is correct, on a frozen backbone.
+    """Train the predictor to estimate the probability that each resolution is correct, on a frozen backbone.
 
     L = sum_j BCE(sigmoid(z_j), p_j), with p_j the probability that the backbone gives the true class at resolution j.
     """

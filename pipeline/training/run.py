@@ -113,6 +113,14 @@ class Precision:
     name: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name}, because {self.reason}"
+
+    @classmethod
+    def load(cls, file: Path) -> Precision:
+        """Read the choice that `precision_of_run` stored."""
+        return cls(**json.loads(file.read_text()))
+
 
 def native_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> tuple[bool, str]:
     """Return whether a device computes bfloat16 natively, and a clause that gives the reason."""
@@ -157,7 +165,7 @@ def precision_of_run(
     chosen = choose_precision(distributed.gather(found))
     if distributed.rank() == 0:
         if file.exists():
-            chosen = Precision(**json.loads(file.read_text()))
+            chosen = Precision.load(file)
         elif keep:
             write_whole(file, json.dumps(asdict(chosen)))
     return distributed.from_first_rank(chosen)
@@ -263,7 +271,7 @@ class Goodput:
             self.enter(before)
 
     def metrics(self) -> dict[str, float]:
-        """Return `goodput_PHASE_seconds`, and `goodput_PHASE_share` of the total, as a fraction of 1."""
+        """Return `goodput_PHASE_seconds`, and `goodput_PHASE_share`, its share of the total, 0 to 1."""
         seconds = self.seconds
         total = sum(seconds.values()) or 1.0
         return {f"goodput_{phase}_seconds": value for phase, value in seconds.items()} | {

@@ -99,9 +99,9 @@ def messages_of(rank: int, world_size: int) -> dict[str, list[int]]:
         with GradientReducer(*completion_order(model, objective.own), bucket_bytes=BUCKET_BYTES) as reducer:
 
             def reached(gradient: torch.Tensor, reducer=reducer, counts=counts) -> None:
-                counts.append(reducer.num_sent)
-                if reducer.num_sent:
-                    reducer.wait_for(0, seconds=60)
+                counts.append(reducer._num_sent)
+                if reducer._num_sent:
+                    reducer._early[0].sent.result(60)
 
             def watch(layer: nn.Module, inputs: tuple, output: torch.Tensor, reached=reached) -> None:
                 if output.requires_grad:
@@ -157,7 +157,7 @@ def precision_on(rank: int, folder: str) -> list[str]:
     for lacking in (1, None):
         cpuinfo.write_text("flags: avx2" if rank == lacking else "flags: amx_bf16")
         found = precision_of_run(config, torch.device("cpu"), Path(folder) / "precision.json", cpuinfo=cpuinfo)
-        chosen.append(f"{found.name}, because {found.reason}")
+        chosen.append(str(found))
     return chosen
 
 

@@ -359,6 +359,13 @@ def test_training_flops_are_those_of_real_steps(tmp_path: Path, stage: dict[str,
     assert describe(config).stages[0].training_gflops == pytest.approx(130 * real, rel=1e-3)
 
 
+def test_weights_that_do_not_exist_are_listed_with_the_other_problems(tmp_path: Path):
+    model = {"backbone": "resnet18", "weights": "IMAGENET1K_V9", "normalization": "weights", "resolutions": [64, 32]}
+    weights, alpha = describe(config_in(tmp_path, model=model)).problems
+    assert weights.startswith("model.weights: weights 'IMAGENET1K_V9' is neither a file nor one of torchvision's")
+    assert alpha.startswith("stages.predictor.alpha_gflops is 0.005")
+
+
 def test_the_job_prints_aligned_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     run_job(tmp_path, monkeypatch)
     lines = capsys.readouterr().out.splitlines()

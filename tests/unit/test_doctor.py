@@ -30,6 +30,7 @@ from pipeline.cluster.preflight import Capacity, capacity_problems, cpus_for_eac
 from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
 from pipeline.search.records import SearchFolder
+from pipeline.training.describe import describe
 from tests.mlflow_server import Server
 
 GB = 10**9
@@ -154,7 +155,7 @@ def test_auto_gives_every_worker_a_gpu_if_a_node_has_one() -> None:
     nodes = [Capacity(4, 1), Capacity(4, 1)]
     too_many = config_of(cluster={"num_workers": 8})
     [problem] = capacity_problems(too_many, nodes)
-    assert "8 with 1 CPU and a GPU each, but there is room for 2 (4 CPUs, 1 GPUs and 4 CPUs, 1 GPUs)" in problem
+    assert "8 with 1 CPU and a GPU each, but there is room for 2 (4 CPUs, 1 GPU and 4 CPUs, 1 GPU)" in problem
     assert "cluster.use_gpu=false" in problem
     assert capacity_problems(too_many, [Capacity(8, 0)]) == []
     elastic = config_of(cluster={"num_workers": 8, "min_workers": 1})
@@ -182,6 +183,16 @@ def test_a_storage_without_space_for_checkpoints_is_reported(tmp_path: Path, mon
     monkeypatch.setattr("pipeline.cluster.doctor.free_bytes", lambda _: 1000)
     [problem] = space_problems(config)
     assert problem.startswith("cluster.storage has 0.0 MB free; 3 checkpoints")
+
+
+def test_a_checkpoint_counts_the_moving_average_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {"backbone": {"epochs": 1, "momentum": 0, "ema_decay": 0.9}}
+    config = config_of(cluster={"storage": str(tmp_path)}, model={"backbone": "small_resnet"}, stages=stages)
+    checkpoint = describe(config).stages[0].memory.weights  # with the average, and without a state of the optimizer
+    monkeypatch.setattr("pipeline.cluster.doctor.free_bytes", lambda _: 3 * checkpoint)
+    assert list(space_problems(config)) == []
+    monkeypatch.setattr("pipeline.cluster.doctor.free_bytes", lambda _: 3 * checkpoint - 1)
+    assert len(list(space_problems(config))) == 1
 
 
 def test_notes_on_memory_and_threads(manifest: Manifest) -> None:
@@ -230,7 +241,7 @@ def test_a_storage_without_file_locks_is_reported(tmp_path: Path, data: Path, mo
 
     monkeypatch.setattr("fcntl.flock", refuse)
     [problem] = asked(tmp_path, data).problems
-    assert problem.startswith(f"cluster.storage {tmp_path / 'runs'} is on a file system without file locks (No locks")
+    assert problem.startswith(f"cluster.storage {tmp_path / 'runs'} cannot be locked (No locks")
 
 
 def test_a_node_without_data_reports_it_unless_the_data_has_an_address(tmp_path: Path) -> None:
@@ -287,3 +298,5 @@ def test_a_token_that_others_can_read_is_reported(tmp_path: Path, data: Path, mo
     assert asked(tmp_path, data, tokens=False).problems == []
     token.chmod(0o600)
     assert asked(tmp_path, data).problems == []
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / ("a" * 300) / "token"))
+    assert asked(tmp_path, data).problems == [], "a path that cannot be read is no problem of the storage"

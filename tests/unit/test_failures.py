@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.controller.state import InitializingState,
 from ray.train.v2._internal.execution.scaling_policy import ScalingDecision
 
 from pipeline.cluster.group import FINAL_ERRORS, FailureReporter, WaitReporter, explain_end, explain_workers, run_group
-from pipeline.cluster.progress import FAILURES, append_event, followed
+from pipeline.cluster.progress import FAILURES, PROGRESS, append_event, followed
 from pipeline.training.monitoring import DivergedError
 from tests.conftest import ROOT
 from tests.synthetic import config_of
@@ -66,10 +66,12 @@ def test_the_end_names_the_reason_and_what_to_do(tmp_path: Path) -> None:
         assert said.endswith("rerun the same command; it resumes from the last checkpoint.")
 
 
-def test_a_followed_run_shows_failures_too(tmp_path: Path) -> None:
+def test_a_followed_run_shows_failures_too_and_skips_what_is_not_a_whole_line(tmp_path: Path) -> None:
     append_event(tmp_path, {"message": "of an earlier attempt"})
     shown: list[str] = []
     with followed(tmp_path, shown.append):
+        with (tmp_path / PROGRESS).open("a") as file:
+            file.write('{"message": "cut sh' + '{"message": "its disk was full"}\n')
         append_event(tmp_path, {"message": "starting with 2 workers"})
         FailureReporter(tmp_path).after_exception(None, {1: DEAD})
     assert shown[0] == "starting with 2 workers"
@@ -121,11 +123,14 @@ def traced(work: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (signal.SIGSEGV, "worker 1 (and 1 more): its process died of SIGSEGV in native code called from <string>:"),
-        (signal.SIGBUS, "worker 1 (and 1 more): its process died of SIGBUS in native code called from <string>:"),
-        (signal.SIGABRT, "worker 1 (and 1 more): its process died of SIGABRT"),
-        (signal.SIGILL, "worker 1 (and 1 more): its process died of SIGILL"),
-        (signal.SIGFPE, "worker 1 (and 1 more): its process died of SIGFPE"),
+        (
+            signal.SIGSEGV,
+            "worker 1 (and 1 more): its process crashed with SIGSEGV in native code called from <string>:",
+        ),
+        (signal.SIGBUS, "worker 1 (and 1 more): its process crashed with SIGBUS in native code called from <string>"),
+        (signal.SIGABRT, "worker 1 (and 1 more): its process crashed with SIGABRT"),
+        (signal.SIGILL, "worker 1 (and 1 more): its process crashed with SIGILL"),
+        (signal.SIGFPE, "worker 1 (and 1 more): its process crashed with SIGFPE"),
         (signal.SIGKILL, "worker 1 (and 1 more): its process died without a trace, most likely by SIGKILL"),
     ],
 )

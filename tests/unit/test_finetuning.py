@@ -351,4 +351,4 @@ def test_a_search_with_another_center_crop_than_its_backbones_is_refused(tmp_pat
     trained = load_backbone(tmp_path / "model.pt")
     assert list(backbone_problems(trained, config, manifest)) == []
     (problem,) = backbone_problems(trained, config_of(model), manifest)
-    assert problem.endswith("a center crop of 0.75, and this search uses 0.875; set loader.validation_crop=0.75")
+    assert problem.endswith("a center crop of 0.75, and this search uses 0.875. Set loader.validation_crop=0.75.")

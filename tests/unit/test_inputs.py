@@ -50,6 +50,16 @@ def write_model(path: Path, config: Config, scale: float) -> None:
     save_model(path, model, config, classes=[str(number) for number in range(10)])
 
 
+def test_weights_that_do_not_exist_are_one_problem_of_a_run_that_starts_from_a_model(tmp_path: Path) -> None:
+    prepare_glyphs(tmp_path / "data", seed=0)
+    write_model(tmp_path / "start.pt", config_of(tmp_path), scale=1.0)
+    stages = {"backbone": {"epochs": 1, "init_from": str(tmp_path / "start.pt")}}
+    with pytest.raises(ConfigError) as error:
+        check_config(config_of(tmp_path, stages=stages, model={"weights": "none.pth"}))
+    [problem] = error.value.problems
+    assert problem.startswith("model: weights 'none.pth' is not a file")
+
+
 PLACES = {
     "data": {
         "folder": "/elsewhere/data",

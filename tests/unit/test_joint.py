@@ -158,7 +158,9 @@ def write_checkpoint(folder: Path, models: dict[str, Predictions]) -> Path:
 
 
 @pytest.mark.parametrize("helped", [True, False])
-def test_the_run_ends_with_the_better_model_and_the_predictions_of_both(helped: bool, tmp_path: Path) -> None:
+def test_the_run_ends_with_the_better_model_and_the_predictions_of_both(
+    helped: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good, bad = random_predictions(5), random_predictions(5, top1_R=(0.5, 0.4, 0.3))
     before, after = (bad, good) if helped else (good, bad)
     run = RunFolder(tmp_path)
@@ -171,6 +173,7 @@ def test_the_run_ends_with_the_better_model_and_the_predictions_of_both(helped: 
     for _ in range(2):  # again, where the driver died after it
         kept = _collect(checkpoint, run, evaluation)
         assert kept == str(kept_model(evaluation(before), evaluation(after)))
+        assert capsys.readouterr().out == f"joint stage: {kept}\n"
         assert run.model.read_bytes() == (b"after" if helped else b"before")
         saved = {run.predictions: good, run.predictions_before_joint: before, run.predictions_after_joint: after}
         for file, expected in saved.items():

@@ -86,7 +86,7 @@ def fill(key: TableKey, loader: MultiResolutionLoader, model: DRNet, tmp_path: P
 
     def run(dies_before: int | None = None) -> int:
         backbone = Backbone(model, dies_before)
-        fill_table(tmp_path, key, CROP_EPOCHS, loader, backbone, device=torch.device("cpu"), tell=lambda text: None)
+        fill_table(tmp_path, key, CROP_EPOCHS, loader, backbone, device=torch.device("cpu"), show=lambda text: None)
         return backbone.batches
 
     return run
@@ -214,7 +214,7 @@ def test_the_key_depends_on_the_normalization(config: Config, key: TableKey) -> 
 
 
 def test_an_empty_folder_and_a_wrong_table_json_differ_in_error(fill: Fill, key: TableKey, tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="No table is there"):
+    with pytest.raises(TableError, match="It has no other tables"):
         LogitTable(tmp_path / "empty", key, CROP_EPOCHS)
     fill()
     path = tmp_path / key.digest / "table.json"
@@ -245,13 +245,13 @@ def test_logits_beyond_float16_are_an_error_that_names_the_sample(key: TableKey,
         return logits_NRK
 
     with pytest.raises(UnfillableTableError, match=r"float16 .* for sample 3 of train at 32 px"):
-        fill_table(tmp_path, key, [0], loader, backbone, device=torch.device("cpu"), tell=print)
+        fill_table(tmp_path, key, [0], loader, backbone, device=torch.device("cpu"), show=print)
 
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(key: TableKey, loader, model, tmp_path: Path) -> None:
     huge, backbone = replace(key, num_classes=10**15), Backbone(model)
     with pytest.raises(UnfillableTableError, match=r"needs .* GB more .* stages\.predictor\.num_crops"):
-        fill_table(tmp_path, huge, [0], loader, backbone, device=torch.device("cpu"), tell=print)
+        fill_table(tmp_path, huge, [0], loader, backbone, device=torch.device("cpu"), show=print)
     assert backbone.batches == 0
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.progress import LOGGERS, labeled_logs
+from datasets.beton import FORMAT, Manifest, Split
+from pipeline.cluster.progress import LOGGERS, Labels, labeled_logs
+from pipeline.cluster.worker import WorkerReporter, WorkerSettings
+from pipeline.training.run import Goodput
 from tests.conftest import ROOT
+from tests.synthetic import config_of
 
 
 def test_log_lines_have_run_stage_and_rank(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +46,16 @@ def test_names_that_are_not_utf8_are_shown_with_escapes(tmp_path: Path) -> None:
     )
     assert done.stdout.splitlines() == [rb"worker caf\udce9", rb"driver caf\udce9"]
     assert done.stderr.endswith(rb"pipeline: log caf\udce9" + b"\n")
+
+
+def test_the_speed_of_steps_counts_the_images_that_they_have(tmp_path: Path) -> None:
+    """65 images in batches of at most 64 make two steps, of 33 and 32 images."""
+    splits = {"train": Split("train.beton", 65, [65], 1, "0" * 64, {})}
+    manifest = Manifest(FORMAT, "glyphs", ["A"], {}, (0.5,) * 3, (0.2,) * 3, "0" * 64, [], {}, splits)
+    config = config_of(training={"batch_size": 64})
+    settings = WorkerSettings(config, tmp_path, manifest.digest, tracking=None)
+    reporter = WorkerReporter(settings, 0, manifest, Goodput(), Labels("letters", 0))
+    assert reporter.clock.images_per_step == 32.5
 
 
 def test_logging_is_restored_afterwards() -> None:

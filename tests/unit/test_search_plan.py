@@ -295,7 +295,7 @@ def fill(config: Config, folder: Path) -> None:
         backbone_logits = Forward(model, key.precision).frozen_backbone
         loader = open_loader(config, split, input_sizes(config))
         fill_table(
-            folder, key, crop_epochs, loader, backbone_logits, device=next(model.parameters()).device, tell=print
+            folder, key, crop_epochs, loader, backbone_logits, device=next(model.parameters()).device, show=print
         )
 
 

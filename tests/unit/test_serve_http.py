@@ -154,7 +154,7 @@ def test_the_token_comes_from_the_environment_or_a_file(monkeypatch, tmp_path):
     monkeypatch.setenv("DRNET_SERVE_TOKEN", "e" * 20 + "\n")
     assert read_token() == "e" * 20
     for token, reason in (
-        ("short", "has 5 characters; give at least 16"),
+        ("short", "has 5 characters. Give at least 16"),
         ("\n", "has 0 characters"),
         ("\N{LATIN SMALL LETTER E WITH ACUTE}" * 20, "not printable ASCII. Use `openssl rand"),
         ("two\nlines of a token", "not printable ASCII"),

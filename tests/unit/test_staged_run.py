@@ -55,6 +55,18 @@ def test_the_driver_reads_only_the_manifest(remote: Path, tmp_path: Path) -> Non
     assert not config.data.folder.exists()
 
 
+def test_all_problems_of_a_model_are_reported_together(remote: Path, tmp_path: Path) -> None:
+    tree = config_of(tmp_path, remote.as_uri()).model_dump(mode="json")
+    tree["model"] |= {"resolutions": [32, 24], "normalization": "weights"}
+    tree["stages"]["backbone"]["layer_decay"] = 0.5
+    tree["stages"]["predictor"] = {"epochs": 1, "alpha_gflops": 99}
+    with pytest.raises(ConfigError) as error:
+        check_config(parse_config(tree))
+    found = sorted(problem.partition(" is ")[0].partition(",")[0] for problem in error.value.problems)
+    layer_groups = "model: layer_decay and freeze_layers need layer groups"
+    assert found == [layer_groups, "model: model.normalization", "stages.predictor.alpha_gflops"]
+
+
 def test_an_address_without_data_is_refused_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.uri: file:///.*nothing has no prepared data"):
         check_config(config_of(tmp_path, (tmp_path / "nothing").as_uri()))
@@ -79,10 +91,10 @@ def test_a_worker_downloads_the_drivers_data_and_refuses_other_data(remote: Path
         assert data_of_node(config.data, manifest.digest, lines.append) == manifest
     assert lines[0].startswith(f"downloading to {config.data.folder}: ")
 
-    with pytest.raises(ValueError, match=rf"holds other data \(digest {manifest.digest}\) than the driver's"):
+    with pytest.raises(ValueError, match=rf"has other data \(digest {manifest.digest}\) than the driver's"):
         data_of_node(config.data, "0" * 32, print)
     here = config_of(tmp_path, None)
-    with pytest.raises(ValueError, match="holds other data"):
+    with pytest.raises(ValueError, match="has other data"):
         data_of_node(here.data, "0" * 32, print)
 
 

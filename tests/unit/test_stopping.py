@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.signals import JOB_VARIABLE, WAIT_VARIABLE, is_stop_requested, patience, stoppable
+from pipeline.cluster.signals import JOB_VARIABLE, WAIT_VARIABLE, is_stop_requested, seconds_after_sigterm, stoppable
 from pipeline.config.run_folder import RunFolder
 
 
@@ -49,7 +49,7 @@ def test_the_next_attempt_ignores_the_signal_of_the_last(folder: RunFolder) -> N
 
 def test_a_job_without_time_to_stop_ends_at_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JOB_VARIABLE, "{}")
-    assert patience() == 0
+    assert seconds_after_sigterm() == 0
     with stoppable(folder), pytest.raises(SystemExit):
         sigterm()
 

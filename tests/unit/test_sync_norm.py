@@ -69,5 +69,5 @@ def test_another_kind_of_batch_norm_is_refused() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
-    with pytest.raises(ValueError, match=r"type Doubled cannot be synchronized; set training.sync_batch_norm=false"):
+    with pytest.raises(ValueError, match=r"type Doubled cannot be synchronized\. Set training\.sync_batch_norm=false"):
         SynchronizedBatchNorm.of(Doubled(3))

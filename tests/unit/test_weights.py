@@ -24,12 +24,12 @@ needs_lite0 = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("backbone", "weights", "expected"),
     [
-        ("resnet50", "IMAGENET1K_V1", WeightsInput(USUAL_MEAN, USUAL_STD, "bilinear", 224 / 256)),
-        ("resnet50", "pretrained", WeightsInput(USUAL_MEAN, USUAL_STD, "bilinear", 224 / 232)),
-        ("timm/resnet50", "pretrained", WeightsInput(USUAL_MEAN, USUAL_STD, "bicubic", 0.95)),
-        ("timm/resnet50", "ra_in1k", WeightsInput(USUAL_MEAN, USUAL_STD, "bicubic", 0.875)),
-        ("timm/vit_tiny_patch16_224", "augreg_in21k", WeightsInput((0.5,) * 3, (0.5,) * 3, "bicubic", 0.9)),
-        (LITE0, LITE0_PACKAGE, WeightsInput((0.5,) * 3, (0.5,) * 3, "bicubic", 0.875)),
+        ("resnet50", "IMAGENET1K_V1", WeightsInput(USUAL_MEAN, USUAL_STD, 224 / 256)),
+        ("resnet50", "pretrained", WeightsInput(USUAL_MEAN, USUAL_STD, 224 / 232)),
+        ("timm/resnet50", "pretrained", WeightsInput(USUAL_MEAN, USUAL_STD, 0.95)),
+        ("timm/resnet50", "ra_in1k", WeightsInput(USUAL_MEAN, USUAL_STD, 0.875)),
+        ("timm/vit_tiny_patch16_224", "augreg_in21k", WeightsInput((0.5,) * 3, (0.5,) * 3, 0.9)),
+        (LITE0, LITE0_PACKAGE, WeightsInput((0.5,) * 3, (0.5,) * 3, 0.875)),
         ("timm/resnet50", None, None),
         ("timm/resnet50", __file__, None),
     ],
