@@ -267,7 +267,10 @@ def _track(logger: RunLogger, record: Record) -> None:
 def finetune(
     settings: SearchSettings, summaries: Mapping[Candidate, Summary], correct_NR: np.ndarray
 ) -> list[Finetuned]:
-    """Finetune the best finalists with their backbone, each in its own run, cheapest first."""
+    """Finetune the best finalists with their backbone, each in its own run, cheapest first.
+
+    With a budget, the finalist that the budget chooses is one of them, in place of the cheapest if necessary.
+    """
     search = settings.config.search
     finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and completed(summary)]
     selected = spread(finalists, lambda summary: summary.point, search.finetuned)
@@ -275,7 +278,7 @@ def finetune(
     best = choose(finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest)
     has_budget = search.budget_gflops is not None or lowest is not None
     if best is not None and has_budget and selected and best not in selected:
-        selected[0] = best
+        selected = sorted([best, *selected[1:]], key=lambda summary: summary.gflops)
     return [_finetune_one(settings, summary) for summary in selected]
 
 
@@ -329,7 +332,7 @@ def policy_of(config: Config) -> PolicyConfig:
     With both limits, the run takes the most accurate policy within the budget, and the search checks the other limit.
     """
     search = config.search
-    if search.budget_gflops is not None and config.cost == "flops":
+    if search.budget_gflops is not None:
         return config.policy.model_copy(update={"budget_gflops": search.budget_gflops, "max_accuracy_drop": None})
     if search.max_accuracy_drop is not None:
         return config.policy.model_copy(update={"max_accuracy_drop": search.max_accuracy_drop})

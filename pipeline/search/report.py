@@ -43,8 +43,8 @@ from pipeline.evaluation.tables import (
 from pipeline.models.cost import Costs
 from pipeline.policies.calibrate import Calibration
 from pipeline.policies.route import Routed
-from pipeline.search.figures import draw_search_figures
-from pipeline.search.front import Point, Summary, choose, dominates, parameter_importance, pareto, summarize
+from pipeline.search.figures import FIGURES, draw_search_figures
+from pipeline.search.front import RESAMPLES, Point, Summary, choose, dominates, parameter_importance, pareto, summarize
 from pipeline.search.records import Record
 from pipeline.search.space import RECIPE_KEYS, Candidate, Space, paper_candidates
 
@@ -306,7 +306,6 @@ def _finetuned(item: Finetuned, names: Mapping[Candidate, str]) -> dict[str, Any
         **row,
         **item.report["headline"],
         "label": f"{name}, finetuned",
-        "mean_cost": item.report["headline"]["mean_gflops"],  # the run's own unit may be milliseconds
         "predictor_gflops": item.report["costs"]["predictor_gflops"],
         "verdict": item.report["verdict"],
     }
@@ -319,6 +318,9 @@ def write_search_report(folder: Path, report: Mapping[str, Any]) -> None:
     files["report.md"] = render_search(report, files).encode()
     files["report.json"] = text.encode()
     folder.mkdir(parents=True, exist_ok=True)
+    for figure in FIGURES:
+        if f"{figure}.png" not in files:
+            (folder / f"{figure}.png").unlink(missing_ok=True)
     for name, content in files.items():
         write_whole(folder / name, content)
 
@@ -371,16 +373,17 @@ def _outcome(report: Mapping[str, Any]) -> str:
     """Return one sentence: the model to deploy, or how the front compares with the paper's four."""
     chosen = report["chosen"]
     if chosen is not None:
-        found = (
-            f"{chosen['name']} ({chosen['network']}), finetuned: {percent(chosen['top1'], DIGITS)} (95 % CI "
-            f"{interval(chosen, DIGITS)}) at {gflops(chosen['mean_gflops'])} GFLOPs."
+        model = f"{chosen['name']} ({chosen['network']})"
+        reaches = (
+            f"reaches {percent(chosen['top1'], DIGITS)} (95 % CI {interval(chosen, DIGITS)}) at "
+            f"{gflops(chosen['mean_gflops'])} GFLOPs."
         )
         static = _dominating_static(report, chosen)
         if static is None:
-            return found
+            return f"Deploy {model}, finetuned: it {reaches}"
         return (
             f"Static wins: {static['label']} of the searched backbone has {_estimate(static)} at "
-            f"{gflops(static['mean_gflops'])} GFLOPs. The best finetuned model is {found}"
+            f"{gflops(static['mean_gflops'])} GFLOPs. The best finetuned model, {model}, {reaches}"
         )
     asked = _asked(report)
     if asked and report["finetuned"]:
@@ -390,7 +393,9 @@ def _outcome(report: Mapping[str, Any]) -> str:
     beaten = [str(row["paper"]) for row in report["against_paper"] if row["dominated_by"]]
     if not beaten:
         return "No finalist dominates any of the paper's four."
-    return f"Dominated by a finalist: number {', '.join(beaten)} of the paper's four."
+    if len(beaten) == 1:
+        return f"A finalist dominates number {beaten[0]} of the paper's four."
+    return f"Finalists dominate numbers {', '.join(beaten[:-1])} and {beaten[-1]} of the paper's four."
 
 
 def _dominating_static(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -419,7 +424,7 @@ def _details(report: Mapping[str, Any]) -> list[str]:
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     best = max(_statics(report), key=lambda row: row["top1"])
     lines = [
-        f"- {len(report['trials'])} trials ({outcomes}), {seconds:,.0f} s in total.",
+        f"- {len(report['trials'])} trials ({outcomes}), {seconds:,.0f} s of training in all of them together.",
         f"- Best static resolution: {best['label']}, {_estimate(best)}, {gflops(best['mean_gflops'])} GFLOPs.",
     ]
     if report["chosen"] is not None:
@@ -432,10 +437,11 @@ def _estimate(row: Mapping[str, Any]) -> str:
 
 
 def _compared_note(report: Mapping[str, Any]) -> str:
-    seeds = f"{report['num_seeds']} seed{'s' if report['num_seeds'] > 1 else ''}"
+    several = report["num_seeds"] > 1
     return (
-        f"Each with {seeds} on the frozen backbone, in the form of the supplement's Table 1; totals are measured. "
-        "Intervals cover images and seeds."
+        f"Each predictor was trained with {report['num_seeds']} seed{'s' if several else ''} on the frozen backbone. "
+        "The columns are those of the supplement's Table 1; totals are measured. Intervals cover "
+        f"{'images and seeds' if several else 'images'}."
     )
 
 
@@ -527,7 +533,8 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "The first seed selected the finalists on the same images, so their results for it are too good.",
         "Random: images assigned to resolutions at random, with the same shares. Oracle: the cheapest correct "
         "resolution, without a predictor.",
-        "Importance: functional ANOVA over the trials of the first seed, with bootstrap intervals over the trials.",
+        "Importance: functional ANOVA over the trials of the first seed, with the range over "
+        f"{RESAMPLES} bootstrap resamples of the trials.",
     ]
 
 
