@@ -41,7 +41,7 @@ from pipeline.models.drnet import DRNet, build_configured, place_model
 from pipeline.policies.calibrate import Budget, Calibration, calibrate
 from pipeline.policies.route import Images
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
-from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
+from pipeline.search.front import Summary, budget_alias, choose_item, spread, summarize
 from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.source import model_with_backbone
@@ -275,7 +275,9 @@ def finetune(
     finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and completed(summary)]
     selected = spread(finalists, lambda summary: summary.point, search.finetuned)
     lowest = _lowest_accuracy(settings.config, correct_NR)
-    best = choose(finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest)
+    best = choose_item(
+        finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest
+    )
     has_budget = search.budget_gflops is not None or lowest is not None
     if best is not None and has_budget and selected and best not in selected:
         selected = sorted([best, *selected[1:]], key=lambda summary: summary.gflops)
@@ -358,7 +360,7 @@ def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR:
     budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
     if budget is None and lowest is None:
         return None
-    return choose(
+    return choose_item(
         [item for item in finetuned if item.report is not None],
         lambda item: item.point,
         budget_gflops=budget,

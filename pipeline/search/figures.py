@@ -25,7 +25,7 @@ from pipeline.evaluation.style import (
     to_png,
 )
 from pipeline.evaluation.tables import cost_words
-from pipeline.search.front import RESAMPLES
+from pipeline.search.front import NUM_RESAMPLES
 
 FIGURES = ("front", "importance")
 
@@ -163,6 +163,6 @@ def draw_importance(report: Mapping[str, Any], theme: Theme) -> Figure:
         axes.set_yticks(range(len(rows)), [row["parameter"] for row in rows] if place == 0 else [""] * len(rows))
         axes.set_xlim(left=0)
         title(axes, what, theme)
-    about = f"functional ANOVA over the first seed's trials; lines: range of {RESAMPLES} bootstrap resamples"
+    about = f"functional ANOVA over the first seed's trials; lines: range of {NUM_RESAMPLES} bootstrap resamples"
     heading(figure, "Which parameters matter", about, theme)
     return figure

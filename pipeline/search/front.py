@@ -17,7 +17,7 @@ from pipeline.search.records import Record, by_candidate
 from pipeline.search.space import Candidate, Range, Space
 
 MIN_TRIALS = 10
-RESAMPLES = 20
+NUM_RESAMPLES = 20
 """The number of bootstrap resamples of the trials. They are too few for quantiles, so their range is reported."""
 TARGETS = ("accuracy", "gflops")
 Item = TypeVar("Item")
@@ -30,12 +30,12 @@ class Summary:
     """The results of a candidate over its seeds. Every record has a result.
 
     Attributes:
-        right_SN: whether the routed answer is correct, by seed and image, bool.
+        correct_SN: whether the routed answer is correct, by seed and image, bool.
     """
 
     candidate: Candidate
     records: tuple[Record, ...]
-    right_SN: np.ndarray
+    correct_SN: np.ndarray
 
     @property
     def num_seeds(self) -> int:
@@ -46,8 +46,8 @@ class Summary:
     def accuracy(self) -> Estimate:
         """The mean over the seeds. The interval covers images and seeds, or is Wilson's interval for one seed."""
         if self.num_seeds == 1:
-            return accuracy(int(self.right_SN.sum()), self.right_SN.shape[1])
-        return mean_over_seeds(self.right_SN.astype(np.float64))
+            return accuracy(int(self.correct_SN.sum()), self.correct_SN.shape[1])
+        return mean_over_seeds(self.correct_SN.astype(np.float64))
 
     @cached_property
     def gflops(self) -> float:
@@ -83,7 +83,7 @@ class Summary:
 
     def _rows(self, seeds: Sequence[int]) -> np.ndarray:
         places = {record.seed: row for row, record in enumerate(self.records)}
-        return self.right_SN[[places[seed] for seed in seeds]]
+        return self.correct_SN[[places[seed] for seed in seeds]]
 
 
 def summarize(records: Sequence[Record], correct_NR: np.ndarray) -> dict[Candidate, Summary]:
@@ -148,7 +148,7 @@ def spread(items: Sequence[Item], point: Callable[[Item], Point], count: int) ->
     return sorted(chosen, key=lambda item: point(item)[1])
 
 
-def choose(
+def choose_item(
     items: Sequence[Item],
     point: Callable[[Item], Point],
     *,
@@ -196,7 +196,7 @@ def parameter_importance(records: Sequence[Record], space: Space) -> list[dict[s
 
     Returns:
         For each parameter, `parameter` and, for accuracy and gflops, the `mean` and the range `low` to `high` over
-        RESAMPLES bootstrap resamples of the trials; the most important for accuracy first. Empty with fewer than
+        NUM_RESAMPLES bootstrap resamples of the trials; the most important for accuracy first. Empty with fewer than
         MIN_TRIALS trials.
     """
     usable = [record for record in records if record.has_result and space.sampled(record.candidate) is not None]
@@ -204,7 +204,7 @@ def parameter_importance(records: Sequence[Record], space: Space) -> list[dict[s
     if len(usable) < MIN_TRIALS or not varied:
         return []
     generator = np.random.default_rng(0)
-    draws = [generator.integers(len(usable), size=len(usable)) for _ in range(RESAMPLES)]
+    draws = [generator.integers(len(usable), size=len(usable)) for _ in range(NUM_RESAMPLES)]
     samples = [[_importance([usable[n] for n in draw], space, varied, target) for target in TARGETS] for draw in draws]
     rows: list[dict[str, Any]] = []
     for key in varied:

@@ -44,7 +44,16 @@ from pipeline.models.cost import Costs
 from pipeline.policies.calibrate import Calibration
 from pipeline.policies.route import Routed
 from pipeline.search.figures import FIGURES, draw_search_figures
-from pipeline.search.front import RESAMPLES, Point, Summary, choose, dominates, parameter_importance, pareto, summarize
+from pipeline.search.front import (
+    NUM_RESAMPLES,
+    Point,
+    Summary,
+    choose_item,
+    dominates,
+    parameter_importance,
+    pareto,
+    summarize,
+)
 from pipeline.search.records import Record
 from pipeline.search.space import RECIPE_KEYS, Candidate, Space, paper_candidates
 
@@ -162,8 +171,8 @@ def _trial(record: Record, papers: Mapping[Candidate, int], correct_NR: np.ndarr
     row |= {"paper": papers.get(candidate), "top1": record.accuracy, "top1_low": None, "top1_high": None}
     if not record.has_result:
         return row | {"mean_gflops": record.gflops, "mean_cost": record.gflops}
-    right = int(correct_NR[np.arange(N), record.chosen_N].sum())
-    result = result_row(record.key, "routed", candidate.network, N, accuracy(right, N), "wilson")
+    num_correct = int(correct_NR[np.arange(N), record.chosen_N].sum())
+    result = result_row(record.key, "routed", candidate.network, N, accuracy(num_correct, N), "wilson")
     return row | result | _routed_cost(record.shares, record.predictor_gflops, costs)
 
 
@@ -264,18 +273,18 @@ def _predictor(
     answered = [routed.correct_N(stated_NR) for routed in cascades]
     spent = [float(routed.gflops_N(costs).mean()) for routed in cascades]
     whole: list[dict[str, Any]] = [
-        {"label": label, "top1": float(right_N.mean()), "mean_gflops": cost}
-        for label, right_N, cost in zip((_label(routed, costs) for routed in cascades), answered, spent, strict=True)
+        {"label": label, "top1": float(correct_N.mean()), "mean_gflops": cost}
+        for label, correct_N, cost in zip((_label(routed, costs) for routed in cascades), answered, spent, strict=True)
     ]
     points: list[dict[str, Any]] = []
     for summary in full:
-        right_SN, name = summary.right_SN[:, calibration.stated], names[summary.candidate]
-        whole.append({"label": name, "top1": float(right_SN.mean()), "mean_gflops": summary.gflops})
+        correct_SN, name = summary.correct_SN[:, calibration.stated], names[summary.candidate]
+        whole.append({"label": name, "top1": float(correct_SN.mean()), "mean_gflops": summary.gflops})
         place = int(np.searchsorted(calibration.costs_C, summary.gflops, side="right")) - 1
         if place < 0:
             continue
         other_N = best_without(stated_NR, backbone_R, answered[place], summary.gflops, np.ones(len(stated_NR)))
-        gain = mean_over_seeds(right_SN - other_N, tests=len(full))
+        gain = mean_over_seeds(correct_SN - other_N, tests=len(full))
         points.append(gain_point(name, summary.gflops, summary.gflops, gain))
     found = gains(points)
     return {"predictor": found, "policies": pareto(whole, lambda row: (row["top1"], row["mean_gflops"]))}
@@ -401,7 +410,7 @@ def _outcome(report: Mapping[str, Any]) -> str:
 def _dominating_static(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the most accurate static resolution that costs no more than the chosen model and is no less accurate."""
     rows, budget = report["held_out_rows"], chosen["mean_gflops"]
-    best = choose(rows, lambda row: (row["top1"], row["mean_gflops"]), budget_gflops=budget)
+    best = choose_item(rows, lambda row: (row["top1"], row["mean_gflops"]), budget_gflops=budget)
     return best if best is not None and best["top1"] >= chosen["top1"] else None
 
 
@@ -534,7 +543,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "Random: images assigned to resolutions at random, with the same shares. Oracle: the cheapest correct "
         "resolution, without a predictor.",
         "Importance: functional ANOVA over the trials of the first seed, with the range over "
-        f"{RESAMPLES} bootstrap resamples of the trials.",
+        f"{NUM_RESAMPLES} bootstrap resamples of the trials.",
     ]
 
 

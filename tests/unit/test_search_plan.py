@@ -279,7 +279,9 @@ def test_a_valid_search_passes_its_checks(trained: Config) -> None:
 def test_all_problems_are_reported_together(trained: Config, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"budget_gflops": 1e-6, "objective": "budget", "grace_epochs": 3, "cpus_per_trial": 10_000}
     wrong = with_search(trained, backbone=str(tmp_path), **asked)
-    stages = wrong.stages.model_copy(update={"joint": None})
+    assert wrong.stages.predictor is not None
+    predictor = wrong.stages.predictor.model_copy(update={"alpha_gflops": None, "alpha_milliseconds": 1.0})
+    stages = wrong.stages.model_copy(update={"joint": None, "predictor": predictor})
     wrong = wrong.model_copy(update={"stages": stages, "cost": "milliseconds"})
     with pytest.raises(ConfigError) as caught:
         check_search(wrong)
@@ -389,13 +391,13 @@ def test_a_problem_of_the_cluster_or_the_data_ends_the_search(trained: Config, t
 def test_the_finetuned_candidates_with_the_one_that_the_budget_chooses_are_ordered_by_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two selected candidates are the ends of the front; the budget chooses the one between them."""
-    settings = settings_of(tmp_path, seeds=1, finetuned=2, budget_gflops=0.0025)
+    """All but the third of four candidates are selected, and the budget chooses the third."""
+    settings = settings_of(tmp_path, seeds=1, finetuned=3, budget_gflops=0.0039)
     candidates, correct_NR = list(paper_candidates(settings.config).values()), correct_of()
-    records = [record_of(candidate, share) for candidate, share in zip(candidates, (0.0, 0.45, 1.0), strict=False)]
+    records = [record_of(candidate, share) for candidate, share in zip(candidates, (0.0, 0.5, 0.9, 1.0), strict=True)]
     summaries = summarize(records, correct_NR)
     monkeypatch.setattr(driver, "_finetune_one", lambda _, summary: summary.candidate)
-    assert finetune(settings, summaries, correct_NR) == candidates[1:3]
+    assert finetune(settings, summaries, correct_NR) == candidates[1:]
 
 
 def test_a_trial_that_is_evaluated_after_every_epoch_evaluates_more_images(trained: Config) -> None:
