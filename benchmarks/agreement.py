@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.policies import images_of
+from benchmarks.runs import images_of
 from datasets.beton import VALIDATION, beton_path, read_jpeg
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
 from pipeline.config.run_folder import RunFolder
@@ -30,11 +30,11 @@ from pipeline.serving.runtime import Classifier, RoutedNetwork
 from pipeline.training.checkpoint import LoadedModel, load_model
 
 BATCH = 64
-Found = tuple[NDArray[np.int64], NDArray[np.int64]]
+Answers = tuple[NDArray[np.int64], NDArray[np.int64]]
 """The class and the index of the resolution of each image, int64 (N,) each."""
 
 
-def compare(run: Path, data: Path) -> list[str]:
+def agreement(run: Path, data: Path) -> list[str]:
     """Return lines that say how many of the registered model's answers equal those in the run's predictions.npz."""
     files = RunFolder(run)
     loaded, predictions = load_model(files.model), Predictions.load(files.predictions)
@@ -52,7 +52,7 @@ def compare(run: Path, data: Path) -> list[str]:
     ]
 
 
-def _from_crops(network: RoutedNetwork, loaded: LoadedModel, beton: Path, predictions: Predictions) -> Found:
+def _from_crops(network: RoutedNetwork, loaded: LoadedModel, beton: Path, predictions: Predictions) -> Answers:
     indices_N, extents_N = predictions.indices_N, torch.empty(predictions.num_images, dtype=torch.float64)
     extents_N[indices_N] = torch.from_numpy(predictions.extents_N)
     classes, choices = np.full(len(indices_N), -1), np.full(len(indices_N), -1)
@@ -66,7 +66,7 @@ def _from_crops(network: RoutedNetwork, loaded: LoadedModel, beton: Path, predic
     return classes[indices_N], choices[indices_N]
 
 
-def _from_bytes(network: RoutedNetwork, files: list[bytes]) -> Found:
+def _from_bytes(network: RoutedNetwork, files: list[bytes]) -> Answers:
     with closing(Classifier(network)) as classifier:
         answers = list(classifier.classify(files))
     classes = [-1 if answer.class_index is None else answer.class_index for answer in answers]
@@ -74,7 +74,7 @@ def _from_bytes(network: RoutedNetwork, files: list[bytes]) -> Found:
     return np.array(classes), np.array(choices)
 
 
-def _line(what: str, trained: Found, found: Found, labels_N: NDArray[np.int64]) -> str:
+def _line(what: str, trained: Answers, found: Answers, labels_N: NDArray[np.int64]) -> str:
     same_class, same_choice = (one == other for one, other in zip(trained, found, strict=True))
     return (
         f"from {what}, {len(labels_N):,} images: {same_class.mean():.2%} the same class, {same_choice.mean():.2%} the "
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a finished run")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="its prepared data")
     args = parser.parse_args()
-    print("\n".join(compare(args.run, args.data)))
+    print("\n".join(agreement(args.run, args.data)))
 
 
 if __name__ == "__main__":

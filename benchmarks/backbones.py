@@ -1,4 +1,6 @@
-"""Check what backbones of timm do here. `python -m benchmarks.backbones` prints the tables of docs/backbones.md.
+"""Check that timm's backbones behave in this project as they do in timm.
+
+`python -m benchmarks.backbones` prints the tables of docs/backbones.md.
 
 Weights are random, and every parameter is shifted, so that layers that start at zero have an effect too. Each network
 is compared with itself as timm builds it, with a slow training loop that swaps norms by hand, and with its exported
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -197,10 +200,9 @@ def train_by_hand(network: nn.Module, private: set[str]) -> Iterator[Tensor]:
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """Return the largest difference between paired tensors, or infinity if shapes differ or a value is not finite."""
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
-        return float("inf")
-    pairs = zip(ours, theirs, strict=True)
-    worst = max((float((own - other).abs().max()) for own, other in pairs if own.numel()), default=0.0)
-    return worst if worst == worst else float("inf")
+        return math.inf
+    differences = [float((own - other).abs().max()) for own, other in zip(ours, theirs, strict=True) if own.numel()]
+    return max(differences, default=0.0) if all(map(math.isfinite, differences)) else math.inf
 
 
 def _exported_difference(backbone: ResolutionBackbone) -> float:

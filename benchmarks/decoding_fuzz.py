@@ -14,11 +14,11 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.harness import memory_mb
 from benchmarks.photographs import generated
 from pipeline.serving.runtime.images import BadImageError, Picture
 
@@ -27,7 +27,7 @@ FRACTION = 0.875
 
 
 @dataclass
-class Found:
+class Counts:
     """The results for all mutants."""
 
     decoded: int = 0
@@ -36,13 +36,13 @@ class Found:
     """The growth of resident memory after the first tenth, in MB."""
 
 
-def fuzz(count: int, seed: int = 0) -> Found:
+def fuzz(count: int, seed: int = 0) -> Counts:
     """Feed `count` mutants to the decoder.
 
     Raises:
         Exception: the decoder raised something other than BadImageError.
     """
-    found, start_mb = Found(), 0.0
+    found, start_mb = Counts(), 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # every second mutant causes a warning about its metadata
         for number, mutant in enumerate(mutants(count, seed)):
@@ -55,8 +55,8 @@ def fuzz(count: int, seed: int = 0) -> Found:
             except BadImageError:
                 found.refused += 1
             if number == count // 10:
-                start_mb = resident_mb()
-    found.grown_mb = resident_mb() - start_mb
+                start_mb = memory_mb("VmRSS")
+    found.grown_mb = memory_mb("VmRSS") - start_mb
     return found
 
 
@@ -109,12 +109,6 @@ def originals() -> Iterator[bytes]:
         buffer = io.BytesIO()
         image.convert(mode).save(buffer, kind, **options)
         yield buffer.getvalue()
-
-
-def resident_mb() -> float:
-    """Return the resident memory of this process in MB, from Linux."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
 
 
 def main() -> None:

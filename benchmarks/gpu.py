@@ -29,11 +29,10 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
     """
     import torch
 
-    if not torch.cuda.is_available() or images is not None:
-        raise ValueError(
-            f"bench gpu got --images {images} and GPU {torch.cuda.is_available()}: it needs a GPU that PyTorch sees "
-            "and generates its own images; omit --images, and run `python -m jobs.doctor` to check the GPU"
-        )
+    if not torch.cuda.is_available():
+        raise ValueError("bench gpu needs a GPU that PyTorch sees. Run python -m jobs.doctor to check it")
+    if images is not None:
+        raise ValueError(f"--images {images} is not possible: bench gpu generates its own images. Omit --images")
     torch.set_num_threads(threads)
     peak = peak_tflops()
     notes = [
@@ -73,7 +72,8 @@ def _training(runs: int, peak: float) -> Iterator[tuple[list[Row], list[str]]]:
 
     def share(row: Row) -> str:
         tflops = row.ours * gflops / 1e3
-        return f"{row.name}: {row.ours:,.0f} images/s, {tflops:.0f} TFLOP/s, {100 * tflops / peak:.0f} % of it"
+        limit = f"{100 * tflops / peak:.0f} % of the GPU's limit"
+        return f"{row.name}: {row.ours:,.0f} images/s, {tflops:.0f} TFLOP/s, {limit}"
 
     for name, work in WORK.items():
         speed, memory = _compared(name, "speed", work, runs), _compared(name, "memory", work, runs)

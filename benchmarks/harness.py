@@ -26,7 +26,7 @@ RESOLUTIONS, PREDICTOR_SIZE, NUM_CLASSES = (224, 168, 112), 128, 100
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """The mean and standard deviation with which the input of that network is normalized, for RGB on the scale 0..1."""
 EVENTS = "progress.jsonl"
-"""The name of the progress file in a run's folder."""
+"""The name of the progress file in a run's folder, as in `pipeline.cluster.progress`, which imports Ray."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Side:
         num_threads: int,
         variables: Mapping[str, str] = MappingProxyType({}),
     ):
-        # The variables that a user sets to limit a process to its CPUs.
+        # Limit each side to its threads, as a user would.
         threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {**os.environ, **threads, **variables}
         # Many containers set this. Without bytecode every start compiles torch and numba again, 2 s for each side.
@@ -141,6 +141,18 @@ def serve(function: str, arguments: Mapping[str, Any]) -> None:
 def read_events(run_folder: Path) -> list[dict[str, Any]]:
     """Read the events in a run's progress file."""
     return [json.loads(line) for line in (run_folder / EVENTS).read_text().splitlines()]
+
+
+def memory_mb(name: str) -> float:
+    """Return the memory of this process in MB (1e6 bytes), from Linux.
+
+    Args:
+        name: VmRSS for the resident memory, VmHWM for its peak, or RssAnon for the part that is not mapped from a file.
+    """
+    (kilobytes,) = (
+        line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
+    return int(kilobytes) * 1024 / 1e6
 
 
 def progress(line: str) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from benchmarks.harness import MEAN, NUM_CLASSES, PREDICTOR_SIZE, RESOLUTIONS, STD, Row, compare, paired
 from benchmarks.photographs import write_photographs
 from pipeline.config.schema import ModelConfig
-from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import build_drnet
 from pipeline.serving.export import export_model
 from pipeline.serving.runtime import Classifier, RoutedNetwork
@@ -64,7 +63,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
 
 def _served(scratch: Path, files: list[bytes], runs: int, threads: int) -> tuple[list[Row], list[str]]:
     """Measure the model over HTTP against the same classifier in this process, from JPEG bytes."""
-    from benchmarks.served import NUM_CLIENTS, REQUESTS, Server
+    from benchmarks.servers import NUM_CLIENTS, REQUESTS, Server
     from pipeline.serving.package import save_pyfunc
 
     folder = scratch / "registered"
@@ -111,9 +110,9 @@ class FixedMix(RoutedNetwork):
     def thirds(self, crops: Crops) -> Policy:
         """Return a cascade in which a third of these images stops at each of the three resolutions."""
         largest, middle, smallest = range(len(RESOLUTIONS))
-        sure = [confidence(self.logits(j, crops[RESOLUTIONS[j]])) for j in (smallest, middle)]
-        first = float(sure[0].quantile(2 / 3))
-        second = float(sure[1][sure[0] < first].quantile(1 / 2))
+        smallest_N, middle_N = (confidence(self.logits(j, crops[RESOLUTIONS[j]])) for j in (smallest, middle))
+        first = float(smallest_N.quantile(2 / 3))
+        second = float(middle_N[smallest_N < first].quantile(1 / 2))
         return Policy((smallest, middle, largest), (first, second))
 
     def all_with_masks(self, crops: Crops) -> Tensor:
@@ -138,7 +137,7 @@ def program_rows(
         for _ in range(runs):
             for what, part in parts.items():
                 samples[what].append([_seconds(part) for _ in range(calls)])
-        rows += _bars(f"{name}, batch {batch}: ", network, batch, samples)
+        rows += _rows(f"{name}, batch {batch}: ", network, batch, samples)
         notes += [_latencies(f"{name}, batch {batch}, ms an image", batch, samples)]
     return rows, notes
 
@@ -173,7 +172,7 @@ def _parts(name: str, network: FixedMix, batch: int) -> dict[str, Callable[[], o
     return parts | {"all with masks": partial(network.all_with_masks, crops)}
 
 
-def _bars(prefix: str, network: FixedMix, batch: int, samples: Samples) -> list[Row]:
+def _rows(prefix: str, network: FixedMix, batch: int, samples: Samples) -> list[Row]:
     p50 = {what: [statistics.median(run) for run in runs] for what, runs in samples.items()}
     rate = {what: [batch / seconds for seconds in runs] for what, runs in p50.items()}
     static = f"{RESOLUTIONS[0]} px"
@@ -192,8 +191,7 @@ def _bars(prefix: str, network: FixedMix, batch: int, samples: Samples) -> list[
     gflops = network.predictor_gflops + statistics.fmean(
         network.backbone_gflops[j % len(RESOLUTIONS)] for j in range(batch)
     )
-    costs = measure_costs(build_model(prefix.partition(",")[0]).model)
-    work = [gflops * r for r in rate["routed"]], [costs.backbone_gflops[0] * r for r in rate[static]]
+    work = [gflops * r for r in rate["routed"]], [network.backbone_gflops[0] * r for r in rate[static]]
     return [
         *rows,
         against("routed, against static 224 px", "GFLOPs/s", *work),

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.harness import PREDICTOR_SIZE, RESOLUTIONS, Row, Side, compare
+from benchmarks.harness import PREDICTOR_SIZE, RESOLUTIONS, Row, Side, compare, memory_mb
 
 # Memory and the first batch of a process are measured, so a side imports only what it needs.
 
@@ -217,7 +217,7 @@ def ours_memory(beton: str, threads: int, use: str) -> Iterator[float]:
                     break
         else:
             _rate(loader.read(0, batches[: len(batches) // (2 if use == "half" else 1)]), lambda batch: batch.labels)
-        yield _own_megabytes()
+        yield memory_mb("RssAnon")
 
 
 def ffcv_memory(beton: str, threads: int, use: str) -> Iterator[float]:
@@ -238,7 +238,7 @@ def ffcv_memory(beton: str, threads: int, use: str) -> Iterator[float]:
                     break
         else:
             _rate(loader, lambda batch: batch[0])
-        yield _own_megabytes()
+        yield memory_mb("RssAnon")
 
 
 def first_batch(side: str, arguments: dict[str, Any], threads: int) -> Iterator[float]:
@@ -248,9 +248,3 @@ def first_batch(side: str, arguments: dict[str, Any], threads: int) -> Iterator[
         with Side(f"{__name__}:{side}", arguments | {"threads": threads}, threads):
             seconds = time.perf_counter() - start
         yield seconds
-
-
-def _own_megabytes() -> float:
-    """Return the memory of this process that is not mapped from a file, in MB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024

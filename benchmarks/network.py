@@ -52,7 +52,7 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to train: a stage of this project, or DistributedDataParallel with one resolution.
 
     Attributes:
@@ -67,22 +67,22 @@ class Way:
 
 
 STATIC = "static"
-WAYS = (
-    Way("backbone, after the last pass", "backbone", overlap=False),
-    Way("backbone, apart", "backbone"),
-    Way("backbone, together", "backbone", "together"),
-    Way("backbone, apart, bfloat16", "backbone", dtype="bfloat16"),
-    Way("backbone, together, bfloat16", "backbone", "together", "bfloat16"),
-    Way("DDP, one resolution", STATIC),
-    Way("joint", "joint"),
-    Way("predictor", "predictor"),
+VARIANTS = (
+    Variant("backbone, after the last pass", "backbone", overlap=False),
+    Variant("backbone, apart", "backbone"),
+    Variant("backbone, together", "backbone", "together"),
+    Variant("backbone, apart, bfloat16", "backbone", dtype="bfloat16"),
+    Variant("backbone, together, bfloat16", "backbone", "together", "bfloat16"),
+    Variant("DDP, one resolution", STATIC),
+    Variant("joint", "joint"),
+    Variant("predictor", "predictor"),
 )
-"""Ways of one stage are next to each other, because they share the rates of the first one. DDP has the backbone's."""
+"""Variants of one stage are neighbors, because they share the rates of the first one. DDP has the backbone's."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The measurements of one way at one rate, in seconds, by run.
+class Measured:
+    """The measurements of one variant at one rate, in seconds, by run.
 
     Attributes:
         compute: a step without messages.
@@ -135,7 +135,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
         raise ValueError(f"--images {images} is not possible: bench network draws random images; omit --images")
     rows: list[Row] = []
     lines = [
-        "| network | way | Mbit/s | compute | hidden | messages | formula | step | exposed | step / compute "
+        "| network | variant | Mbit/s | compute | hidden | messages | formula | step | exposed | step / compute "
         "| step / formula |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -147,16 +147,16 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
         joined = stack.enter_context(Workers(spaces, each))
         for name in NETWORKS:
             rates: dict[float, float] = {}
-            for way in WAYS:
-                alone.build(name, way), joined.build(name, way)
-                if way.stage != STATIC and (not rates or way.stage != "backbone"):
+            for variant in VARIANTS:
+                alone.build(name, variant), joined.build(name, variant)
+                if variant.stage != STATIC and (not rates or variant.stage != "backbone"):
                     rates = _rates(alone, joined)
                 for share, rate in rates.items():
-                    found = [_measure(alone, joined, way, spaces, rate) for _ in range(runs)]
+                    found = [_measure(alone, joined, variant, spaces, rate) for _ in range(runs)]
                     pairs = [(each.step, each.predicted) for each in found]
-                    what = f"{name}, {way.name}, messages {share:.2g} x compute, against the formula"
+                    what = f"{name}, {variant.name}, messages {share:.2g} x compute, against the formula"
                     rows.append(paired(what, "s", pairs, more_is_better=False))
-                    lines.append(_line(name, way, rate, found))
+                    lines.append(_line(name, variant, rate, found))
                     progress(lines[-1])
     sides = ", ".join(map(str, SIDES))
     notes = [
@@ -178,18 +178,18 @@ def _rates(alone: Workers, joined: Workers) -> dict[float, float]:
     return {share: 8 * num_bytes / (share * compute) for share in SHARES}
 
 
-def _measure(alone: Workers, joined: Workers, way: Way, spaces: Sequence[str], rate: float) -> Found:
+def _measure(alone: Workers, joined: Workers, variant: Variant, spaces: Sequence[str], rate: float) -> Measured:
     for space in spaces:
         limit(space, rate)
     compute, hidden = alone.ask("compute")
     (reduce,), (step,) = joined.ask("reduce"), joined.ask("step")
-    return Found(compute, hidden if way.overlap else 0.0, reduce, step)
+    return Measured(compute, hidden if variant.overlap else 0.0, reduce, step)
 
 
-def _line(network: str, way: Way, rate: float, found: Sequence[Found]) -> str:
+def _line(network: str, variant: Variant, rate: float, found: Sequence[Measured]) -> str:
     """Return a row of the page's table, of medians."""
 
-    def median(value: Callable[[Found], float]) -> float:
+    def median(value: Callable[[Measured], float]) -> float:
         return statistics.median(map(value, found))
 
     seconds = [
@@ -204,7 +204,7 @@ def _line(network: str, way: Way, rate: float, found: Sequence[Found]) -> str:
         )
     ]
     ratios = median(lambda each: each.step / each.compute), median(lambda each: each.step / each.predicted)
-    cells = [network, way.name, f"{rate / 1e6:.0f}", *(f"{1000 * value:.0f}" for value in seconds)]
+    cells = [network, variant.name, f"{rate / 1e6:.0f}", *(f"{1000 * value:.0f}" for value in seconds)]
     return f"| {' | '.join([*cells, *(f'{ratio:.2f}' for ratio in ratios)])} |"
 
 
@@ -240,9 +240,9 @@ class Workers:
                 assert stream
                 stream.close()
 
-    def build(self, network: str, way: Way) -> None:
+    def build(self, network: str, variant: Variant) -> None:
         """Make all workers build what they measure next, and warm it up."""
-        self.ask("build", network=network, **vars(way))
+        self.ask("build", network=network, **vars(variant))
 
     def ask(self, what: str, **arguments: Any) -> list[float]:
         """Return the largest of the workers' answers, value by value.
@@ -270,10 +270,10 @@ LastPass = Callable[[], AbstractContextManager[None]]
 class Training:
     """A worker's network and its step."""
 
-    def __init__(self, stack: ExitStack, rank: int, network: str, way: Way):
+    def __init__(self, stack: ExitStack, rank: int, network: str, variant: Variant):
         torch.manual_seed(0)
-        self.way, self.hidden = way, 0.0
-        if way.stage == STATIC:
+        self.variant, self.hidden = variant, 0.0
+        if variant.stage == STATIC:
             model = get_model(network, weights=None, num_classes=NUM_CLASSES)
             model = model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
             self._reducer = GradientReducer([*model.parameters()][::-1])
@@ -286,20 +286,20 @@ class Training:
                 {"backbone": network, "resolutions": SIDES, "predictor": {"input_size": PREDICTOR_SIDE}}
             )
             drnet = place_model(build_drnet(config, NUM_CLASSES, MEAN, STD), torch.device("cpu"), channels_last=True)
-            stage, costs_R = STAGES[way.stage], torch.tensor(measure_costs(drnet).backbone)
-            objective = build_objective(drnet, stage, costs_R, backward=way.backward)
-            wire = getattr(torch, way.dtype)
+            stage, costs_R = STAGES[variant.stage], torch.tensor(measure_costs(drnet).backbone)
+            objective = build_objective(drnet, stage, costs_R, backward=variant.backward)
+            wire = getattr(torch, variant.dtype)
             self._reducer = GradientReducer(*completion_order(drnet, objective.own), wire=wire)
             self._optimizer = build_optimizer(drnet, stage, objective.own)
-            batch = _batch(rank, stored_logits=way.stage == "predictor")
+            batch = _batch(rank, stored_logits=variant.stage == "predictor")
             self._pass = lambda last_pass: objective(batch, last_pass)["loss"]
         self._parameters = [value for group in self._optimizer.param_groups for value in group["params"]]
         stack.enter_context(self._reducer)
 
     def step(self) -> None:
         """Run a step, with messages if there are other ranks."""
-        static = self.way.stage == STATIC  # DistributedDataParallel sends its own messages
-        loss = self._pass(self._reducer.last_pass if self.way.overlap and not static else nullcontext)
+        static = self.variant.stage == STATIC  # DistributedDataParallel sends its own messages
+        loss = self._pass(self._reducer.last_pass if self.variant.overlap and not static else nullcontext)
         if not static:
             self._reducer.finish(loss)
         self._optimizer.step()
@@ -369,7 +369,7 @@ def work(rank: int, address: str, threads: int) -> None:
             match request.pop("what"):
                 case "build":
                     stack.close()
-                    training = Training(stack, rank, request.pop("network"), Way(**request))
+                    training = Training(stack, rank, request.pop("network"), Variant(**request))
                     training.step()
                 case "compute":
                     assert training

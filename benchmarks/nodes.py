@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Row, Side, compare, read_events
-from benchmarks.small_run import prepare_letters, small_config, use_token
+from benchmarks.runs import prepare_letters, small_config, use_token
 
 NUM_IMAGES = 1024
 EPOCHS = 4

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from benchmarks.harness import EVENTS, Row, Side, compare, read_events
-from datasets.beton import load_manifest
+from benchmarks.harness import Row, Side, compare, read_events
+from benchmarks.runs import opened_run
 from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.config.load import load_config
-from pipeline.config.run_folder import RunFolder
-from pipeline.config.schema import Config
-from pipeline.models.cost import measure_costs
-from pipeline.models.drnet import DRNet
-from pipeline.training import distributed
-from pipeline.training.assembly import build_model, equip_for_training, open_loaders
-from pipeline.training.checkpoint import TrainingState
-from pipeline.training.loop import prepare_stage, train, train_epoch
-from pipeline.training.monitoring import DivergenceMonitor
-from pipeline.training.run import TABLE, Progress, Run, precision_of_run, with_precision
+from pipeline.training.loop import train
 
 MAX_RANKS = 2
 EPOCHS = {"backbone": 4, "predictor": 4, "joint": 4}
 NUM_TRAIN, NUM_VALIDATION = 1500, 300
 """The numbers of training images per rank and of validation images."""
-SECONDS = 3.0
-"""The minimum duration of one measurement in seconds, in whole epochs."""
-CPU = torch.device("cpu")
 
 
 def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[str]]:
@@ -126,73 +110,6 @@ def steady_epochs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return the stage and values of each epoch of a run, without each stage's first one."""
     events = read_events(folder)
     return [(event["stage"], event["values"]) for event in events if "values" in event and event["epoch"] > 0]
-
-
-def predictor(config: str, data: str, logits: Literal["table", "live"], threads: int) -> Iterator[float]:
-    """Yield the images/s of epochs of the predictor stage, with decoding. The first value is that of the table."""
-    changed = [
-        f"data.folder={data}",
-        f"loader.num_threads={threads}",
-        "training.batch_size=64",
-        "training.precision=float32",
-        f"stages.predictor={{epochs: 1, alpha_gflops: 0.01, logits: {logits}}}",
-    ]
-    with (
-        TemporaryDirectory(prefix="bench-tables-") as folder,
-        opened_run(load_config(config, changed), Path(folder)) as run,
-    ):
-        stage = run.config.stages.predictor
-        assert stage is not None
-        work = prepare_stage(run, stage, 0, DivergenceMonitor(None), None)
-        filled = run.train.num_samples + run.validation.num_samples
-        epochs = (Progress("predictor", 0, 1, data_epoch, 0, run.train.num_batches) for data_epoch in count())
-        table_seconds = run.goodput.seconds[TABLE]
-        train_epoch(run, work, next(epochs))
-        yield filled / table_seconds if logits == "table" else 0.0
-        while True:
-            seconds, images = 0.0, 0
-            while seconds < SECONDS:
-                seconds += train_epoch(run, work, next(epochs))["train_epoch_seconds"]
-                images += run.train.num_samples
-            yield images / seconds
-
-
-@contextmanager
-def opened_run(config: Config, folder: Path, device: torch.device = CPU) -> Iterator[Run]:
-    """Open what this rank trains with, without Ray and MLflow."""
-    config = with_precision(config, precision_of_run(config, device, RunFolder(folder).precision))
-    manifest = load_manifest(config.data.folder)
-    threads = config.loader.num_threads or torch.get_num_threads()
-    with open_loaders(config, distributed.rank(), distributed.world_size(), threads) as (training, validation):
-        model = build_model(config, manifest, device)
-        costs, reporter = measure_costs(model), FileReporter(folder)
-        equip_for_training(model, config)
-        yield Run(config, model, costs, training, validation, device, reporter, manifest, folder / "tables")
-
-
-class FileReporter:
-    """The loop's Reporter. On rank 0 it writes epochs to the progress file, and the last state."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder if distributed.rank() == 0 else None
-
-    def step(self, progress: Progress, loss: Tensor) -> None:
-        pass
-
-    def epoch(self, progress: Progress, values: Mapping[str, float]) -> None:
-        if self.folder:
-            with (self.folder / EVENTS).open("a") as file:
-                file.write(json.dumps({**vars(progress), "values": dict(values)}) + "\n")
-
-    def message(self, text: str) -> None:
-        pass
-
-    def keep(self, name: str, model: DRNet) -> None:
-        pass
-
-    def checkpoint(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        if self.folder:
-            state.save(self.folder / "state.pt")
 
 
 def main(config: str, folder: str, *changed: str) -> None:

@@ -22,7 +22,7 @@ DEVIATION, CHROMA_DEVIATION, NOISE = 50.0, 14.0, 3.0
 
 
 def write_photographs(folder: Path, source: Path | None, count: int) -> Path:
-    """Write `count` JPEGs of 400 to 500 pixels at quality 90 into class folders.
+    """Write `count` JPEGs at quality 90 into class folders. Generated ones have 500x400 pixels.
 
     Args:
         source: folder of JPEGs, at any depth; larger ones are shrunk to a shorter side of 400 pixels, and fewer than
@@ -36,7 +36,7 @@ def write_photographs(folder: Path, source: Path | None, count: int) -> Path:
     else:
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not files:
-            raise ValueError(f"--images {source} holds no .jpg or .jpeg files; name a folder that does")
+            raise ValueError(f"--images {source} contains no .jpg or .jpeg file. Give a folder that contains some")
         images = list(_shrunk(files[:count]))
     for name in CLASSES:
         (folder / name).mkdir(parents=True)

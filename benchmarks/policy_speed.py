@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import MIN_RUNS, Row, paired, show
-from benchmarks.policies import images_of
+from benchmarks.runs import images_of
 from datasets.beton import VALIDATION, beton_path, read_jpeg, split_keys
 from datasets.loading.loader import CenterCrop, MultiResolutionLoader
 from pipeline.config.run_folder import RunFolder

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.harness import Row, compare, read_events
-from benchmarks.small_run import prepare_letters, small_config, use_token
+from benchmarks.runs import prepare_letters, small_config, use_token
 
 NUM_IMAGES, EPOCHS, CHECKPOINT_STEPS = 1024, 3, 4
 SETTLED_SECONDS = 2.0

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Row, Side, compare
-from benchmarks.overhead import opened_run
 from benchmarks.photographs import write_photographs
+from benchmarks.runs import opened_run
 from datasets.beton import TRAIN, beton_path, load_manifest
 from datasets.loading.decoded import DecodedCrops, Ordered
 from datasets.prepare.prepare import prepare
@@ -39,20 +39,22 @@ class Case:
 
     Attributes:
         model: the model section of the configuration.
-        epochs: number of epochs of one measurement, on the table and live.
+        table_epochs, live_epochs: numbers of epochs of one measurement, on the table and live.
     """
 
     name: str
     model: dict[str, Any]
     batch_size: int
-    epochs: tuple[int, int]
+    table_epochs: int
+    live_epochs: int
 
 
 RESNET50 = Case(
     "ResNet-50 at 224, 168, 112, architecture 3 at 128",
     {"backbone": "resnet50", "resolutions": [224, 168, 112], "predictor": {"architecture": 3, "input_size": 128}},
     batch_size=32,
-    epochs=(4, 1),
+    table_epochs=4,
+    live_epochs=1,
 )
 GLYPHS = Case(
     "glyphs, small_resnet at 96, 48, 32, architecture 2 at 32",
@@ -62,7 +64,8 @@ GLYPHS = Case(
         "predictor": {"architecture": 2, "input_size": 32, "width": 0.25, "dropout": 0.0},
     },
     batch_size=64,
-    epochs=(4, 2),
+    table_epochs=4,
+    live_epochs=2,
 )
 
 
@@ -80,7 +83,7 @@ def run(images: Path | None, runs: int, threads: int) -> tuple[list[Row], list[s
             given: dict[str, Any] = {
                 "model": case.model,
                 "batch_size": case.batch_size,
-                "epochs": case.epochs[name == "live"],
+                "epochs": case.live_epochs if name == "live" else case.table_epochs,
             }
             given |= {"data": str(folder / data), "scratch": str(folder / scratch_name), "threads": num_threads}
             return stack.enter_context(Side(f"{__name__}:{name}", given, num_threads))
@@ -108,11 +111,8 @@ def at_once(measures: list[Callable[[], float]]) -> float:
 def on_table(**given: Any) -> Iterator[float]:
     """Yield the images/s of a trial, including its share of the table's cost."""
     with _opened(**given) as run:
-        scratch, key, crop_epochs = (
-            Path(given["scratch"]),
-            TableKey.of(run.model, run.config, run.manifest, TRAIN),
-            range(1),
-        )
+        scratch, crop_epochs = Path(given["scratch"]), range(1)
+        key = TableKey.of(run.model, run.config, run.manifest, TRAIN)
         started = time.perf_counter()
         backbone_logits = Forward(run.model, key.precision).frozen_backbone
         fill_table(scratch, key, crop_epochs, run.train, backbone_logits, device=run.device, show=lambda _: None)

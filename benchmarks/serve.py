@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from benchmarks.harness import Row, compare, progress
 from benchmarks.inference import build_model
 from benchmarks.photographs import write_photographs
-from benchmarks.served import START_SECONDS, Client, RayServer, Server
+from benchmarks.servers import START_SECONDS, Client, RayServer, Server
 from pipeline.serving.package import save_pyfunc
 
 NETWORKS = ("resnet18", "resnet50")
@@ -82,18 +82,13 @@ def broken_images(model: Path, files: list[bytes], threads: int) -> str:
     """Send 10,000 requests, of which 1 % contain half an image."""
     mixed = [file[: len(file) // 2] if n % int(1 / BROKEN_SHARE) == 0 else file for n, file in enumerate(files * 8)]
     with RayServer(model, mixed, threads) as server:
-        _answered(server, NUM_MIXED)
+        server.measure(NUM_MIXED)
     return f"{NUM_MIXED:,} requests, 1 % of them broken images: statuses {_shown(server.statuses)}"
 
 
 def overload(model: Path, files: list[bytes], threads: int) -> str:
     """Send requests at three times the rate that the server can handle, then from a single client."""
-    RayServer.options = ("max_queued_requests=64",)
-    try:
-        server = RayServer(model, files, threads)
-    finally:
-        RayServer.options = ()
-    with server:
+    with RayServer(model, files, threads, ("max_queued_requests=64",)) as server:
         rate = server.measure()
         server.latencies.clear()
         server.statuses.clear()
@@ -151,13 +146,8 @@ def killed_replicas(model: Path, files: list[bytes], threads: int) -> str:
 
 def rollout(model: Path, files: list[bytes], threads: int) -> str:
     """Send from clients while the alias moves to another version."""
-    RayServer.options = ("follow_seconds=2",)
     client = MlflowClient(f"sqlite:///{model.with_name('registry.db')}")
-    try:
-        server = FollowingServer(model, files, threads)
-    finally:
-        RayServer.options = ()
-    with server:
+    with FollowingServer(model, files, threads, ("follow_seconds=2",)) as server:
 
         def disturb(over: threading.Event) -> None:
             over.wait(SECONDS / 4)
@@ -172,24 +162,12 @@ def rollout(model: Path, files: list[bytes], threads: int) -> str:
 class FollowingServer(RayServer):
     """A server that follows its alias."""
 
-    def __init__(self, model: Path, files: list[bytes], threads: int):
+    def __init__(self, model: Path, files: Sequence[bytes], threads: int, options: Sequence[str] = ()):
         self.models: Counter[str] = Counter()
-        super().__init__(model, files, threads)
+        super().__init__(model, files, threads, options)
 
     def command(self, model: Path, threads: int) -> list[str]:
         return [*super().command(model, threads), "--follow-alias"]
-
-
-def _answered(server: RayServer, count: int) -> None:
-    numbers = itertools.count()
-
-    def send(_: int) -> None:
-        with closing(Client(server)) as client:
-            while (number := next(numbers)) < count:
-                client.ask(number)
-
-    with ThreadPoolExecutor(32) as clients:
-        list(clients.map(send, range(32)))
 
 
 def _disturbed(

@@ -6,23 +6,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.harness import MEAN, NUM_CLASSES, PREDICTOR_SIZE, RESOLUTIONS, STD, Row, Side, compare
+from benchmarks.harness import MEAN, NUM_CLASSES, PREDICTOR_SIZE, RESOLUTIONS, STD, Row, Side, compare, memory_mb
+from pipeline.config.load import load_config
 from pipeline.config.schema import BackboneStage, JointStage, ModelConfig
 from pipeline.models.backbone import compile_backbone
 from pipeline.models.cost import measure_costs
 from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.training.distributed import GradientReducer
-from pipeline.training.loop import set_learning_rate
+from pipeline.training.loop import prepare_stage, set_learning_rate, train_epoch
+from pipeline.training.monitoring import DivergenceMonitor
 from pipeline.training.objectives import StepBatch, build_objective
 from pipeline.training.optim import build_optimizer, completion_order
+from pipeline.training.run import TABLE, Progress
 
 BATCH = 32
 STAGES = {
@@ -47,6 +51,8 @@ NUM_PHOTOGRAPHS, NUM_GLYPHS = 144, 2112
 """The numbers of images for the predictor stage: 2 and 33 batches of training images, and a few validation images."""
 STEPS_ON_GPU = 4
 """The number of steps in one measurement, because a GPU works asynchronously."""
+MIN_SECONDS = 3.0
+"""The minimum duration of one measurement in seconds, in whole epochs."""
 Step = Callable[[StepBatch], None]
 
 
@@ -92,7 +98,7 @@ def _table(config: str, what: str, folder: Path, runs: int, threads: int, notes:
 
         def side(logits: str) -> Side:
             arguments = {"config": config, "data": str(folder / f"data-{config}"), "logits": logits, "threads": threads}
-            return stack.enter_context(Side("benchmarks.overhead:predictor", arguments, threads))
+            return stack.enter_context(Side(f"{__name__}:predictor", arguments, threads))
 
         table, live = side("table"), side("live")
         row = compare(f"predictor stage, {what}, table against live", "images/s", table.measure, live.measure, runs)
@@ -107,6 +113,37 @@ def _cost_of(what: str, filled: float, row: Row) -> str:
         f"{what}: a crop of every image in the table is computed once, at {filled:.3g} images/s, which takes "
         f"{row.peer / filled:.2f} of an epoch of live training and pays off after {epochs:.1f} epochs"
     )
+
+
+def predictor(config: str, data: str, logits: Literal["table", "live"], threads: int) -> Iterator[float]:
+    """Yield the images/s of epochs of the predictor stage, with decoding. The first value is that of the table."""
+    from benchmarks.runs import opened_run  # as in `_predictor`
+
+    changed = [
+        f"data.folder={data}",
+        f"loader.num_threads={threads}",
+        "training.batch_size=64",
+        "training.precision=float32",
+        f"stages.predictor={{epochs: 1, alpha_gflops: 0.01, logits: {logits}}}",
+    ]
+    with (
+        TemporaryDirectory(prefix="bench-tables-") as folder,
+        opened_run(load_config(config, changed), Path(folder)) as run,
+    ):
+        stage = run.config.stages.predictor
+        assert stage is not None
+        work = prepare_stage(run, stage, 0, DivergenceMonitor(None), None)
+        filled = run.train.num_samples + run.validation.num_samples
+        epochs = (Progress("predictor", 0, 1, data_epoch, 0, run.train.num_batches) for data_epoch in count())
+        table_seconds = run.goodput.seconds[TABLE]
+        train_epoch(run, work, next(epochs))
+        yield filled / table_seconds if logits == "table" else 0.0
+        while True:
+            seconds, images = 0.0, 0
+            while seconds < MIN_SECONDS:
+                seconds += train_epoch(run, work, next(epochs))["train_epoch_seconds"]
+                images += run.train.num_samples
+            yield images / seconds
 
 
 def ours(
@@ -245,13 +282,13 @@ def _measured(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
     """Yield measurements of a step. The first value is not a steady one."""
     if batch.labels_N.is_cuda:
         yield from _measured_on_gpu(step, batch, value)
-    baseline = _megabytes("VmRSS")
+    baseline = memory_mb("VmRSS")
     while True:
         _forget_peak()
         start = time.perf_counter()
         step(batch)
         seconds = time.perf_counter() - start
-        yield len(batch) / seconds if value == "speed" else _megabytes("VmHWM") - baseline
+        yield len(batch) / seconds if value == "speed" else memory_mb("VmHWM") - baseline
 
 
 def _measured_on_gpu(step: Step, batch: StepBatch, value: str) -> Iterator[float]:
@@ -265,16 +302,10 @@ def _measured_on_gpu(step: Step, batch: StepBatch, value: str) -> Iterator[float
             step(batch)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = (torch.cuda.max_memory_allocated() - baseline) / 2**20
+        peak = (torch.cuda.max_memory_allocated() - baseline) / 1e6
         yield STEPS_ON_GPU * len(batch) / seconds if value == "speed" else peak
 
 
-def _megabytes(name: str) -> float:
-    """Return the memory of this process now (VmRSS), or its peak since `_forget_peak` (VmHWM), in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(name))
-    return int(kilobytes) / 1024
-
-
 def _forget_peak() -> None:
+    """Let the peak of this process's memory (VmHWM) start again."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import ROOT, progress
-from benchmarks.overhead import opened_run
-from benchmarks.policies import images_of, reached
+from benchmarks.policies import reached
+from benchmarks.runs import images_of, opened_run
 from datasets.beton import split_keys
 from pipeline.config.load import load_config
 from pipeline.evaluation.predictions import Predictions, collect_predictions
@@ -55,6 +55,11 @@ def train_run(config: str, folder: Path, device: str, fields: list[str]) -> None
         replace(found, extents_N=validation_extents(run.config)[found.indices_N]).save(folder / PREDICTIONS)
         np.save(folder / KEYS, split_keys(run.config.data.folder)[found.indices_N])
         (folder / COSTS).write_text(json.dumps(dataclasses.asdict(run.costs)))
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether a variant's run has left all its files."""
+    return all((folder / name).exists() for name in (COSTS, PREDICTIONS, KEYS))
 
 
 def stored_costs(folder: Path) -> Costs:
@@ -135,14 +140,20 @@ def main() -> None:
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # for the processes that this program starts
     args = parser.parse_args()
     if args.one:
-        return train_run(args.config, args.one, args.device, args.fields)
+        train_run(args.config, args.one, args.device, args.fields)
+    else:
+        compare_variants(args)
+
+
+def compare_variants(args: argparse.Namespace) -> None:
+    """Train the runs that are missing, each in its own process, and print the tables."""
     folders = {name: [args.folder / f"{name}-{seed}" for seed in range(args.seeds)] for name, _ in args.variant}
     cases = [
         (folder, [*args.fields, *shlex.split(fields), f"name={name}", f"seed={seed}"])
         for seed in range(args.seeds)
         for name, fields in args.variant
         for folder in [folders[name][seed]]
-        if not (folder / COSTS).exists()
+        if not is_trained(folder)
     ]
 
     def run(case: tuple[Path, list[str]]) -> None:
@@ -164,7 +175,6 @@ def main() -> None:
         print("|---" * 7 + "|")
         for folder in chain.from_iterable(folders.values()):
             print("\n".join(against_static(folder, budgets)))
-    return None
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ PAIRS: dict[int, list[Pair]] = {
 
 
 class FileReporter:
-    """Writes the last state, and a line for each step and epoch, to a folder; it is the loop's Reporter."""
+    """Write the last state, and a line for each step and epoch, to a folder, as the loop's Reporter."""
 
     def __init__(self, folder: Path, rank: int, dies_after: Pair | None):
         self.folder, self.rank, self.dies_after = folder, rank, dies_after
-        self._views = 0
+        self._crop_epochs = 0
 
     def step(self, progress: Progress, loss: Tensor) -> None:
         done = progress.epoch * progress.steps + progress.step
@@ -64,8 +64,8 @@ class FileReporter:
 
     def message(self, text: str) -> None:
         if text.startswith("logit table"):
-            self._views += 1
-            self._die_after((TABLE, self._views))
+            self._crop_epochs += 1
+            self._die_after((TABLE, self._crop_epochs))
 
     def keep(self, name: str, model: DRNet) -> None:
         pass

@@ -55,7 +55,7 @@ class Server:
 
 
 class Proxy:
-    """Stands between clients and a server and handles requests as `mode` says.
+    """Stand between clients and a server and handle requests as `mode` says.
 
     pass: forward and answer. refuse: answer 500 and forward nothing. lose: forward, but answer 500 to requests that
     create or store something. hold: forward once `release` is set, a slow server for tests that do not depend on time.

@@ -11,6 +11,7 @@ from pipeline.config.load import parse_config
 from pipeline.config.schema import Config
 from pipeline.search.records import Record, choice_letters
 from pipeline.search.space import Candidate, paper_candidates
+from tests.small import tree_of
 
 BACKBONE_GFLOPS = (0.004, 0.001)
 SPACE = {
@@ -26,21 +27,15 @@ STAGE = {"epochs": 2, "alpha_gflops": 0.0012, "eta": 1.0, "lr": 0.05}
 def config_of(folder: Path, **search: Any) -> Config:
     """Return a search for small predictors of a backbone at 48 and 32 px."""
     return parse_config(
-        {
-            "name": "run",
-            "data": {"dataset": "glyphs", "folder": str(folder / "data")},
-            "model": {
-                "backbone": "small_resnet",
-                "backbone_width": 0.5,
-                "resolutions": [48, 32],
-                "predictor": {"input_size": 24, "width": 0.125, "dropout": 0.0},
-            },
-            "training": {"batch_size": 20},
-            "stages": {"predictor": STAGE, "joint": STAGE | {"epochs": 1, "lr": 0.001}},
-            "search": {"space": SPACE, "num_trials": 3, "seeds": 2, "finalists": 1, "finetuned": 1, **search},
-            "cluster": {"num_workers": 1, "cpus_per_worker": 1, "storage": str(folder / "runs")},
-            "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}", "system_metrics": False},
-        }
+        tree_of(
+            folder,
+            model={"predictor": {"input_size": 24, "width": 0.125, "dropout": 0.0}},
+            training={"batch_size": 20},
+            stages={"predictor": STAGE, "joint": STAGE | {"epochs": 1, "lr": 0.001}},
+            search={"space": SPACE, "num_trials": 3, "seeds": 2, "finalists": 1, "finetuned": 1, **search},
+            cluster={"num_workers": 1, "cpus_per_worker": 1, "storage": str(folder / "runs")},
+            tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}", "system_metrics": False},
+        )
     )
 
 

@@ -21,7 +21,7 @@ FILES = [jpeg(60, 50, seed=seed) for seed in range(8)]
 def ask(
     port: int, body: bytes, kind: str = "image/jpeg", path: str = "/", token: str | None = TOKEN, method: str = "POST"
 ) -> tuple[int, dict[str, str], Any]:
-    """Send a request; returns status, headers and the parsed answer."""
+    """Send a request and return status, headers and the parsed answer."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         connection.request(method, path, body, {"Content-Type": kind, **authorization})

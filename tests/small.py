@@ -1,6 +1,10 @@
-"""A network and a batch small enough for exact comparisons."""
+"""A configuration, a network and a batch that are small enough for exact comparisons."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +14,27 @@ from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.training.objectives import StepBatch, gumbel_noise
 
 COSTS_R = torch.tensor([4.0, 2.0, 1.0])
+
+
+def tree_of(folder: Path, **changed: Any) -> dict[str, Any]:
+    """Return a small configuration on letters as a tree; `changed` as in `with_fields`."""
+    tree = {
+        "name": "run",
+        "data": {"dataset": "glyphs", "folder": str(folder / "data")},
+        "model": {
+            "backbone": "small_resnet",
+            "backbone_width": 0.5,
+            "resolutions": [48, 32],
+            "predictor": {"input_size": 24, "width": 0.25},
+        },
+    }
+    return with_fields(tree, changed)
+
+
+def with_fields(tree: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration's tree with changed fields. A section keeps its other fields."""
+    sections = {key: {**tree.get(key, {}), **value} for key, value in changed.items() if isinstance(value, dict)}
+    return {**tree, **changed, **sections}
 
 
 def small_model() -> DRNet:

@@ -16,6 +16,7 @@ from pipeline.models.drnet import DRNet, build_drnet, validation_crop
 from pipeline.training import distributed
 from pipeline.training.run import Run
 from tests.betons import photograph, write_images
+from tests.small import tree_of
 from tests.synthetic import Recorder, manifest_of
 
 NUM_TRAIN, NUM_VALIDATION, NUM_CLASSES = 29, 11, 7
@@ -34,18 +35,13 @@ def config_of(data: Path, **predictor: Any) -> Config:
     """Return a configuration of the predictor stage alone, three epochs; `predictor` changes the stage."""
     stage = {"epochs": 3, "alpha_gflops": 0.003, "eta": 1.0, "lr": 0.05, **predictor}
     return parse_config(
-        {
-            "name": "run",
-            "data": {"dataset": "imagefolder", "folder": str(data), "source": str(data.parent / "images")},
-            "model": {
-                "backbone": "small_resnet",
-                "backbone_width": 0.5,
-                "resolutions": [48, 32],
-                "predictor": {"input_size": 24, "width": 0.25, "dropout": 0.0},
-            },
-            "training": {"batch_size": 8},
-            "stages": {"predictor": stage},
-        }
+        tree_of(
+            data.parent,
+            data={"dataset": "imagefolder", "folder": str(data), "source": str(data.parent / "images")},
+            model={"predictor": {"input_size": 24, "width": 0.25, "dropout": 0.0}},
+            training={"batch_size": 8},
+            stages={"predictor": stage},
+        )
     )
 
 

@@ -252,7 +252,9 @@ def words_to_avoid() -> list[str]:
 
 
 def word_violations(name: str, text: str, words: Sequence[str]) -> list[str]:
-    """Return `name:line: words` for each of the words in a text, even across the lines of a comment."""
+    """Return `name:line: words` for each of the words in a text and in the names of its tests, even across the lines of
+    a comment."""
+    text = re.sub(r"\bdef test_\w+", lambda found: found[0].replace("_", " "), text)
     phrases = (r"\s+(?:#\s*)?".join(map(re.escape, word.split())) for word in words)
     pattern = re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
     return [
@@ -463,6 +465,7 @@ def test_a_word_to_avoid_is_found():
     assert len(words) > 15
     assert word_violations("a.py", f"x = 1  # {one.title()}\n", words) == [f"a.py:1: {one.title()}"]
     assert word_violations("a.py", f"\n# {first}\n# {second}", words) == [f"a.py:2: {first} # {second}"]
+    assert word_violations("a.py", f"\ndef test_it_{first}_{second}():", words) == [f"a.py:2: {two}"]
     assert word_violations("a.py", f"a{one} {one}s {first} {first} {one}_of", words) == []
 
 

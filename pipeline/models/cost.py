@@ -94,6 +94,12 @@ def measure_latency(model: DRNet, batch_size: int, precision: str = "float32") -
     return Latency(tuple(backbone), predictor, batch_size, precision, name, torch.get_num_threads(), torch.__version__)
 
 
+def seconds_per_call(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Return the median seconds of a call over `rounds` timings, after a warm-up."""
+    repeats = _repeats(run, device)
+    return statistics.median(_seconds(run, repeats, device) for _ in range(rounds))
+
+
 def _repeats(run: Callable[[], object], device: torch.device) -> int:
     """Warm up, and return how often to call `run` for one timing."""
     fastest = min(_seconds(run, 1, device) for _ in range(WARM_UP_ROUNDS))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from pipeline.cluster.preflight import Capacity, check_config, cluster_capacity,
 from pipeline.config.load import ConfigError
 from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config, SearchConfig
-from pipeline.models.cost import measure_costs
+from pipeline.models.cost import measure_costs, seconds_per_call
 from pipeline.models.drnet import build_drnet, place_model
 from pipeline.search.source import TrainedBackbone, backbone_problems, find_backbone, model_with_backbone
 from pipeline.search.space import (
@@ -41,7 +40,8 @@ STARTUP_SECONDS = 60.0
 """The start-up time of a Ray worker group in seconds, measured on two CPU cores."""
 BACKWARD = 3.0
 """The cost of a forward and a backward pass together, in forward passes."""
-WARM_UP, TIMED = 2, 5
+ROUNDS = 5
+"""The number of timings of which the estimate takes the median."""
 BACKBONE_IMAGES = 16
 
 
@@ -88,6 +88,11 @@ def check_search(config: Config) -> Checked:
 
 
 def _stage_problems(config: Config) -> Iterator[str]:
+    if config.cost != "flops":
+        yield (
+            f"cost is {config.cost}, but a search compares candidates by GFLOPs; set cost=flops, and give alpha_gflops "
+            "in the stages"
+        )
     if config.stages.predictor is None:
         yield "stages.predictor is missing; add it to say how candidates are trained"
     elif (stage := trial_stage(config)).warmup_epochs >= stage.epochs:
@@ -146,10 +151,16 @@ def _fit_problems(search: SearchConfig, nodes: Sequence[Capacity], needed: Mappi
     at_once, fitting = search.max_concurrent or 1, trials_fitting(nodes, needed)
     if at_once > fitting:
         each = ", ".join(f"{amount:g} {kind}s" for kind, amount in needed.items())
+        several, with_gpu = at_once > 1, "GPU" in needed
+        asked = (
+            f"search.max_concurrent asks for {at_once} trials at once with {each} each"
+            if several
+            else f"a trial needs {each}"
+        )
         yield (
-            f"{at_once} trial{'s' if at_once > 1 else ''} at once with {each} each, but there is room for {fitting} "
-            f"({room(nodes, 'GPU' in needed)}), because each must fit on one node; lower search.max_concurrent, "
-            f"search.cpus_per_trial{' or search.gpus_per_trial' if 'GPU' in needed else ''}, or add nodes"
+            f"{asked}, but there is room for {fitting} ({room(nodes, with_gpu)}), because a trial must fit on one "
+            f"node; lower {'search.max_concurrent or ' if several else ''}search.cpus_per_trial"
+            f"{' or search.gpus_per_trial' if with_gpu else ''}, or add nodes"
         )
 
 
@@ -210,15 +221,16 @@ def _lines(config: Config, checked: Checked, speed: Speed, work: SearchWork, at_
     first = len(paper_candidates(config)) + (search.num_trials if space.parameters else 0)
     repeated = (len(paper_candidates(config)) + (search.finalists if space.parameters else 0)) * (search.seeds - 1)
     yield f"trials: {first} with one seed, and {repeated} more for the finalists' other seeds: {first + repeated}"
-    seconds = work.trial_images * speed.predictor + work.evaluated_images * speed.predictor / BACKWARD
+    seconds = (work.trial_images + work.evaluated_images / BACKWARD) * speed.predictor_step
     cost = predictor_gflops(space.base)
     yield (
         f"one trial: {work.trial_images:,} images through the predictor, about {seconds:,.0f} s for one of {cost:.3g} "
         "GFLOPs (measured here; the time grows with the cost)"
     )
-    table = work.table_images * speed.backbone / at_once
+    table = work.table_images * speed.backbone_forward / at_once
     yield f"logit tables, once for all trials: {work.table_images:,} images through the backbone, about {table:,.0f} s"
-    joint = search.finetuned * work.joint_images * BACKWARD * (speed.backbone + speed.predictor) / at_once
+    joint_step = BACKWARD * speed.backbone_forward + speed.predictor_step
+    joint = search.finetuned * work.joint_images * joint_step / at_once
     if search.finetuned:
         yield f"finetuning of {search.finetuned} candidates: about {joint:,.0f} s"
     total = table + seconds * (first + repeated) / at_once + joint + STARTUP_SECONDS * (2 + search.finetuned)
@@ -246,17 +258,18 @@ def search_work(config: Config, manifest: Manifest) -> SearchWork:
     return SearchWork(
         table_images=num_crops(config) * train + validation,
         trial_images=stage.epochs * train,
-        evaluated_images=2 * validation,
+        evaluated_images=((stage.epochs if config.search.objective == "budget" else 1) + 1) * validation,
         joint_images=joint.epochs * train if joint else 0,
     )
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per image on one trial's share of a machine. The backbone runs at all resolutions, without gradient."""
+    """Seconds per image on one trial's share of a machine: a training step of the predictor, and the backbone at all
+    resolutions without gradient."""
 
-    predictor: float
-    backbone: float
+    predictor_step: float
+    backbone_forward: float
 
 
 def measure_speed(config: Config, candidate: Candidate, num_classes: int, num_threads: int) -> Speed:
@@ -290,23 +303,6 @@ def measure_speed(config: Config, candidate: Candidate, num_classes: int, num_th
     images = {side: pixels.to(device) for side, pixels in shapes}
     forward = Forward(model, config.training.precision)
     return Speed(
-        predictor=_seconds(step) / size,
-        backbone=_seconds(lambda: forward.frozen_backbone(images)) / BACKBONE_IMAGES,
+        predictor_step=seconds_per_call(step, device, ROUNDS) / size,
+        backbone_forward=seconds_per_call(lambda: forward.frozen_backbone(images), device, ROUNDS) / BACKBONE_IMAGES,
     )
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the mean seconds of one call, after a warm-up."""
-    for _ in range(WARM_UP):
-        work()
-    _wait()
-    started = time.perf_counter()
-    for _ in range(TIMED):
-        work()
-    _wait()
-    return (time.perf_counter() - started) / TIMED
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -41,7 +41,7 @@ from pipeline.models.drnet import DRNet, build_configured, place_model
 from pipeline.policies.calibrate import Budget, Calibration, calibrate
 from pipeline.policies.route import Images
 from pipeline.search.checks import Checked, check_search, check_trials_fit, trial_resources, with_run_precision
-from pipeline.search.front import Summary, budget_alias, choose, spread, summarize
+from pipeline.search.front import Summary, budget_alias, choose_item, spread, summarize
 from pipeline.search.records import Record, SearchFolder, context_digest
 from pipeline.search.report import Finetuned, build_search_report, write_search_report
 from pipeline.search.source import model_with_backbone
@@ -267,15 +267,20 @@ def _track(logger: RunLogger, record: Record) -> None:
 def finetune(
     settings: SearchSettings, summaries: Mapping[Candidate, Summary], correct_NR: np.ndarray
 ) -> list[Finetuned]:
-    """Finetune the best finalists with their backbone, each in its own run, cheapest first."""
+    """Finetune the best finalists with their backbone, each in its own run, cheapest first.
+
+    With a budget, the finalist that the budget chooses is one of them, in place of the cheapest if necessary.
+    """
     search = settings.config.search
     finalists = [summary for summary in summaries.values() if summary.num_seeds == search.seeds and completed(summary)]
     selected = spread(finalists, lambda summary: summary.point, search.finetuned)
     lowest = _lowest_accuracy(settings.config, correct_NR)
-    best = choose(finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest)
+    best = choose_item(
+        finalists, lambda summary: summary.point, budget_gflops=search.budget_gflops, lowest_accuracy=lowest
+    )
     has_budget = search.budget_gflops is not None or lowest is not None
     if best is not None and has_budget and selected and best not in selected:
-        selected[0] = best
+        selected = sorted([best, *selected[1:]], key=lambda summary: summary.gflops)
     return [_finetune_one(settings, summary) for summary in selected]
 
 
@@ -329,7 +334,7 @@ def policy_of(config: Config) -> PolicyConfig:
     With both limits, the run takes the most accurate policy within the budget, and the search checks the other limit.
     """
     search = config.search
-    if search.budget_gflops is not None and config.cost == "flops":
+    if search.budget_gflops is not None:
         return config.policy.model_copy(update={"budget_gflops": search.budget_gflops, "max_accuracy_drop": None})
     if search.max_accuracy_drop is not None:
         return config.policy.model_copy(update={"max_accuracy_drop": search.max_accuracy_drop})
@@ -355,7 +360,7 @@ def choose_finetuned(config: Config, finetuned: Sequence[Finetuned], correct_NR:
     budget, lowest = config.search.budget_gflops, _lowest_accuracy(config, correct_NR)
     if budget is None and lowest is None:
         return None
-    return choose(
+    return choose_item(
         [item for item in finetuned if item.report is not None],
         lambda item: item.point,
         budget_gflops=budget,

@@ -25,6 +25,9 @@ from pipeline.evaluation.style import (
     to_png,
 )
 from pipeline.evaluation.tables import cost_words
+from pipeline.search.front import NUM_RESAMPLES
+
+FIGURES = ("front", "importance")
 
 
 def draw_search_figures(report: Mapping[str, Any], theme: Theme) -> dict[str, bytes]:
@@ -145,7 +148,7 @@ def _labels(axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], th
 
 
 def draw_importance(report: Mapping[str, Any], theme: Theme) -> Figure:
-    """Draw each parameter's share of the variance of accuracy and of cost, as bars with intervals."""
+    """Draw each parameter's share of the variance of accuracy and of cost, as bars with the range of the resamples."""
     rows = report["importance"][::-1]
     figure = new_figure(8.2, 1.5 + 0.42 * len(rows), theme)
     height = figure.get_figheight()
@@ -160,7 +163,6 @@ def draw_importance(report: Mapping[str, Any], theme: Theme) -> Figure:
         axes.set_yticks(range(len(rows)), [row["parameter"] for row in rows] if place == 0 else [""] * len(rows))
         axes.set_xlim(left=0)
         title(axes, what, theme)
-    heading(
-        figure, "Which parameters matter", "functional ANOVA over the first seed's trials; bars: 95 % intervals", theme
-    )
+    about = f"functional ANOVA over the first seed's trials; lines: range of {NUM_RESAMPLES} bootstrap resamples"
+    heading(figure, "Which parameters matter", about, theme)
     return figure

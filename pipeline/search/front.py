@@ -12,12 +12,13 @@ import numpy as np
 import optuna
 
 from pipeline.config.schema import SearchConfig
-from pipeline.evaluation.statistics import CONFIDENCE, Estimate, accuracy, mean_over_seeds
+from pipeline.evaluation.statistics import Estimate, accuracy, mean_over_seeds
 from pipeline.search.records import Record, by_candidate
 from pipeline.search.space import Candidate, Range, Space
 
 MIN_TRIALS = 10
-RESAMPLES = 20
+NUM_RESAMPLES = 20
+"""The number of bootstrap resamples of the trials. They are too few for quantiles, so their range is reported."""
 TARGETS = ("accuracy", "gflops")
 Item = TypeVar("Item")
 Point = tuple[float, float]
@@ -29,12 +30,12 @@ class Summary:
     """The results of a candidate over its seeds. Every record has a result.
 
     Attributes:
-        right_SN: whether the routed answer is correct, by seed and image, bool.
+        correct_SN: whether the routed answer is correct, by seed and image, bool.
     """
 
     candidate: Candidate
     records: tuple[Record, ...]
-    right_SN: np.ndarray
+    correct_SN: np.ndarray
 
     @property
     def num_seeds(self) -> int:
@@ -45,8 +46,8 @@ class Summary:
     def accuracy(self) -> Estimate:
         """The mean over the seeds. The interval covers images and seeds, or is Wilson's interval for one seed."""
         if self.num_seeds == 1:
-            return accuracy(int(self.right_SN.sum()), self.right_SN.shape[1])
-        return mean_over_seeds(self.right_SN.astype(np.float64))
+            return accuracy(int(self.correct_SN.sum()), self.correct_SN.shape[1])
+        return mean_over_seeds(self.correct_SN.astype(np.float64))
 
     @cached_property
     def gflops(self) -> float:
@@ -82,7 +83,7 @@ class Summary:
 
     def _rows(self, seeds: Sequence[int]) -> np.ndarray:
         places = {record.seed: row for row, record in enumerate(self.records)}
-        return self.right_SN[[places[seed] for seed in seeds]]
+        return self.correct_SN[[places[seed] for seed in seeds]]
 
 
 def summarize(records: Sequence[Record], correct_NR: np.ndarray) -> dict[Candidate, Summary]:
@@ -147,7 +148,7 @@ def spread(items: Sequence[Item], point: Callable[[Item], Point], count: int) ->
     return sorted(chosen, key=lambda item: point(item)[1])
 
 
-def choose(
+def choose_item(
     items: Sequence[Item],
     point: Callable[[Item], Point],
     *,
@@ -187,31 +188,30 @@ def budget_alias(search: SearchConfig) -> str:
     return "-".join(parts).replace(".", "-")
 
 
-def parameter_importance(records: Sequence[Record], space: Space, seed: int = 0) -> list[dict[str, Any]]:
+def parameter_importance(records: Sequence[Record], space: Space) -> list[dict[str, Any]]:
     """Return each parameter's share of the variance of accuracy and of cost, by fANOVA (Hutter et al., ICML 2014).
 
     Args:
         records: trials of one seed.
 
     Returns:
-        For each parameter, `parameter` and, for accuracy and gflops, `mean`, `low` and `high` over bootstrap resamples
-        of the trials; the most important for accuracy first. Empty with fewer than MIN_TRIALS trials.
+        For each parameter, `parameter` and, for accuracy and gflops, the `mean` and the range `low` to `high` over
+        NUM_RESAMPLES bootstrap resamples of the trials; the most important for accuracy first. Empty with fewer than
+        MIN_TRIALS trials.
     """
     usable = [record for record in records if record.has_result and space.sampled(record.candidate) is not None]
     varied = [key for key, parameter in space.parameters.items() if _varies(parameter)]
     if len(usable) < MIN_TRIALS or not varied:
         return []
-    generator = np.random.default_rng(seed)
-    draws = [generator.integers(len(usable), size=len(usable)) for _ in range(RESAMPLES)]
+    generator = np.random.default_rng(0)
+    draws = [generator.integers(len(usable), size=len(usable)) for _ in range(NUM_RESAMPLES)]
     samples = [[_importance([usable[n] for n in draw], space, varied, target) for target in TARGETS] for draw in draws]
-    low, high = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
     rows: list[dict[str, Any]] = []
     for key in varied:
         row: dict[str, Any] = {"parameter": key}
         for place, target in enumerate(TARGETS):
             values = np.array([sample[place][key] for sample in samples])
-            ends = np.quantile(values, [low, high])
-            row[target] = {"mean": float(values.mean()), "low": float(ends[0]), "high": float(ends[1])}
+            row[target] = {"mean": float(values.mean()), "low": float(values.min()), "high": float(values.max())}
         rows.append(row)
     return sorted(rows, key=lambda row: -row["accuracy"]["mean"])
 

@@ -94,6 +94,7 @@ class Record:
         choices: one letter for each image of the validation beton, `a` for the first resolution; empty if unfinished.
         seconds: duration of the trial.
         images_per_second: training speed.
+        epochs: number of epochs that were trained.
     """
 
     context: str
@@ -146,13 +147,17 @@ class Records:
         return self._load(path) if path.exists() else None
 
     def write(self, record: Record, predictor: Mapping[str, Tensor] | None = None) -> None:
-        """Write a trial. Its weights are written first, so that every record has its weights."""
+        """Write a trial. Weights are written before the record, so a finished trial's record never lacks them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if predictor is not None:
             with whole_file(self.weights(record)) as file:
                 torch.save(dict(predictor), file)
         tree = {"format": FORMAT, **asdict(record), "candidate": record.candidate.described()}
         write_whole(self._path(record.key), json.dumps(tree))
+
+    def remove(self, context: str, candidate: Candidate, seed: int) -> None:
+        """Remove the record of one trial, if there is one."""
+        self._path(trial_key(context, candidate, seed)).unlink(missing_ok=True)
 
     def weights(self, record: Record) -> Path:
         """Return the path of a trial's predictor."""

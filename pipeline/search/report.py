@@ -43,8 +43,17 @@ from pipeline.evaluation.tables import (
 from pipeline.models.cost import Costs
 from pipeline.policies.calibrate import Calibration
 from pipeline.policies.route import Routed
-from pipeline.search.figures import draw_search_figures
-from pipeline.search.front import Point, Summary, choose, dominates, parameter_importance, pareto, summarize
+from pipeline.search.figures import FIGURES, draw_search_figures
+from pipeline.search.front import (
+    NUM_RESAMPLES,
+    Point,
+    Summary,
+    choose_item,
+    dominates,
+    parameter_importance,
+    pareto,
+    summarize,
+)
 from pipeline.search.records import Record
 from pipeline.search.space import RECIPE_KEYS, Candidate, Space, paper_candidates
 
@@ -162,8 +171,8 @@ def _trial(record: Record, papers: Mapping[Candidate, int], correct_NR: np.ndarr
     row |= {"paper": papers.get(candidate), "top1": record.accuracy, "top1_low": None, "top1_high": None}
     if not record.has_result:
         return row | {"mean_gflops": record.gflops, "mean_cost": record.gflops}
-    right = int(correct_NR[np.arange(N), record.chosen_N].sum())
-    result = result_row(record.key, "routed", candidate.network, N, accuracy(right, N), "wilson")
+    num_correct = int(correct_NR[np.arange(N), record.chosen_N].sum())
+    result = result_row(record.key, "routed", candidate.network, N, accuracy(num_correct, N), "wilson")
     return row | result | _routed_cost(record.shares, record.predictor_gflops, costs)
 
 
@@ -264,18 +273,18 @@ def _predictor(
     answered = [routed.correct_N(stated_NR) for routed in cascades]
     spent = [float(routed.gflops_N(costs).mean()) for routed in cascades]
     whole: list[dict[str, Any]] = [
-        {"label": label, "top1": float(right_N.mean()), "mean_gflops": cost}
-        for label, right_N, cost in zip((_label(routed, costs) for routed in cascades), answered, spent, strict=True)
+        {"label": label, "top1": float(correct_N.mean()), "mean_gflops": cost}
+        for label, correct_N, cost in zip((_label(routed, costs) for routed in cascades), answered, spent, strict=True)
     ]
     points: list[dict[str, Any]] = []
     for summary in full:
-        right_SN, name = summary.right_SN[:, calibration.stated], names[summary.candidate]
-        whole.append({"label": name, "top1": float(right_SN.mean()), "mean_gflops": summary.gflops})
+        correct_SN, name = summary.correct_SN[:, calibration.stated], names[summary.candidate]
+        whole.append({"label": name, "top1": float(correct_SN.mean()), "mean_gflops": summary.gflops})
         place = int(np.searchsorted(calibration.costs_C, summary.gflops, side="right")) - 1
         if place < 0:
             continue
         other_N = best_without(stated_NR, backbone_R, answered[place], summary.gflops, np.ones(len(stated_NR)))
-        gain = mean_over_seeds(right_SN - other_N, tests=len(full))
+        gain = mean_over_seeds(correct_SN - other_N, tests=len(full))
         points.append(gain_point(name, summary.gflops, summary.gflops, gain))
     found = gains(points)
     return {"predictor": found, "policies": pareto(whole, lambda row: (row["top1"], row["mean_gflops"]))}
@@ -306,7 +315,6 @@ def _finetuned(item: Finetuned, names: Mapping[Candidate, str]) -> dict[str, Any
         **row,
         **item.report["headline"],
         "label": f"{name}, finetuned",
-        "mean_cost": item.report["headline"]["mean_gflops"],  # the run's own unit may be milliseconds
         "predictor_gflops": item.report["costs"]["predictor_gflops"],
         "verdict": item.report["verdict"],
     }
@@ -319,6 +327,9 @@ def write_search_report(folder: Path, report: Mapping[str, Any]) -> None:
     files["report.md"] = render_search(report, files).encode()
     files["report.json"] = text.encode()
     folder.mkdir(parents=True, exist_ok=True)
+    for figure in FIGURES:
+        if f"{figure}.png" not in files:
+            (folder / f"{figure}.png").unlink(missing_ok=True)
     for name, content in files.items():
         write_whole(folder / name, content)
 
@@ -371,16 +382,17 @@ def _outcome(report: Mapping[str, Any]) -> str:
     """Return one sentence: the model to deploy, or how the front compares with the paper's four."""
     chosen = report["chosen"]
     if chosen is not None:
-        found = (
-            f"{chosen['name']} ({chosen['network']}), finetuned: {percent(chosen['top1'], DIGITS)} (95 % CI "
-            f"{interval(chosen, DIGITS)}) at {gflops(chosen['mean_gflops'])} GFLOPs."
+        model = f"{chosen['name']} ({chosen['network']})"
+        reaches = (
+            f"reaches {percent(chosen['top1'], DIGITS)} (95 % CI {interval(chosen, DIGITS)}) at "
+            f"{gflops(chosen['mean_gflops'])} GFLOPs."
         )
         static = _dominating_static(report, chosen)
         if static is None:
-            return found
+            return f"Deploy {model}, finetuned: it {reaches}"
         return (
             f"Static wins: {static['label']} of the searched backbone has {_estimate(static)} at "
-            f"{gflops(static['mean_gflops'])} GFLOPs. The best finetuned model is {found}"
+            f"{gflops(static['mean_gflops'])} GFLOPs. The best finetuned model, {model}, {reaches}"
         )
     asked = _asked(report)
     if asked and report["finetuned"]:
@@ -390,13 +402,15 @@ def _outcome(report: Mapping[str, Any]) -> str:
     beaten = [str(row["paper"]) for row in report["against_paper"] if row["dominated_by"]]
     if not beaten:
         return "No finalist dominates any of the paper's four."
-    return f"Dominated by a finalist: number {', '.join(beaten)} of the paper's four."
+    if len(beaten) == 1:
+        return f"A finalist dominates number {beaten[0]} of the paper's four."
+    return f"Finalists dominate numbers {', '.join(beaten[:-1])} and {beaten[-1]} of the paper's four."
 
 
 def _dominating_static(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the most accurate static resolution that costs no more than the chosen model and is no less accurate."""
     rows, budget = report["held_out_rows"], chosen["mean_gflops"]
-    best = choose(rows, lambda row: (row["top1"], row["mean_gflops"]), budget_gflops=budget)
+    best = choose_item(rows, lambda row: (row["top1"], row["mean_gflops"]), budget_gflops=budget)
     return best if best is not None and best["top1"] >= chosen["top1"] else None
 
 
@@ -419,7 +433,7 @@ def _details(report: Mapping[str, Any]) -> list[str]:
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     best = max(_statics(report), key=lambda row: row["top1"])
     lines = [
-        f"- {len(report['trials'])} trials ({outcomes}), {seconds:,.0f} s in total.",
+        f"- {len(report['trials'])} trials ({outcomes}), {seconds:,.0f} s of training in all of them together.",
         f"- Best static resolution: {best['label']}, {_estimate(best)}, {gflops(best['mean_gflops'])} GFLOPs.",
     ]
     if report["chosen"] is not None:
@@ -432,10 +446,11 @@ def _estimate(row: Mapping[str, Any]) -> str:
 
 
 def _compared_note(report: Mapping[str, Any]) -> str:
-    seeds = f"{report['num_seeds']} seed{'s' if report['num_seeds'] > 1 else ''}"
+    several = report["num_seeds"] > 1
     return (
-        f"Each with {seeds} on the frozen backbone, in the form of the supplement's Table 1; totals are measured. "
-        "Intervals cover images and seeds."
+        f"Each predictor was trained with {report['num_seeds']} seed{'s' if several else ''} on the frozen backbone. "
+        "The columns are those of the supplement's Table 1; totals are measured. Intervals cover "
+        f"{'images and seeds' if several else 'images'}."
     )
 
 
@@ -527,7 +542,8 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "The first seed selected the finalists on the same images, so their results for it are too good.",
         "Random: images assigned to resolutions at random, with the same shares. Oracle: the cheapest correct "
         "resolution, without a predictor.",
-        "Importance: functional ANOVA over the trials of the first seed, with bootstrap intervals over the trials.",
+        "Importance: functional ANOVA over the trials of the first seed, with the range over "
+        f"{NUM_RESAMPLES} bootstrap resamples of the trials.",
     ]
 
 

@@ -139,10 +139,11 @@ def backbone_problems(trained: TrainedBackbone, config: Config, manifest: Manife
             f"the backbone of {trained.origin} has the resolutions {list(trained.resolutions)}, but "
             f"model.resolutions is {list(ours.resolutions)}; make them the same, or train a backbone for these"
         )
-    if trained.architecture not in (None, (ours.backbone, ours.backbone_width)):
+    if trained.architecture is not None and trained.architecture != (ours.backbone, ours.backbone_width):
+        backbone, width = trained.architecture
         yield (
-            f"the backbone of {trained.origin} is {trained.architecture}, but model.backbone and backbone_width are "
-            f"{(ours.backbone, ours.backbone_width)}; make them the same"
+            f"the backbone of {trained.origin} is {backbone} with width {width:g}, but model.backbone is "
+            f"{ours.backbone} with backbone_width {ours.backbone_width:g}; make them the same"
         )
     if trained.classes is not None and list(trained.classes) != list(manifest.classes):
         yield (

@@ -29,7 +29,9 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
 WIDTH_STEP = 1 / 16
 """The step between widths: 8 of the second stage's 128 channels. Channel counts are rounded to multiples of 8."""
 RECIPE_FACTOR = 3.0
+"""By default eta, tau and lr are searched from the configuration's value divided by this to that value times this."""
 ALPHA_SHARES = (0.15, 0.85)
+"""The default ends of alpha_gflops: how far from the cheapest to the most expensive resolution's cost."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,11 @@ def _range_problems(space: Space) -> Iterator[str]:
             yield f"{name} has a choice without a stage; give one to four block counts in each"
         elif isinstance(parameter, Range) and parameter.low > parameter.high:
             yield f"{name} is {parameter}; give the lower value first"
+        elif isinstance(parameter, Range) and parameter.low <= 0:
+            yield (
+                f"{name} is {parameter}, but it is searched on a logarithmic scale; give {name} with values above 0, "
+                f"or a stages.predictor.{key} above 0"
+            )
 
 
 def predictor_gflops(candidate: Candidate) -> float:

@@ -147,6 +147,8 @@ class TrialSearcher(Searcher):
             trial = RunningTrial(*repeats[0])
         if trial is None:
             return None if self._running else Searcher.FINISHED
+        # A record that is here says how an earlier attempt failed, which is not the reason if this one fails.
+        self._settings.records.remove(self._settings.context, trial.candidate, trial.seed)
         self._running[trial_id] = trial
         return {"candidate": trial.candidate.described(), "seed": trial.seed, "to_the_end": trial.drawn is None}
 
@@ -194,7 +196,8 @@ class TrialSearcher(Searcher):
         record = Record(self._settings.context, trial.candidate, trial.seed, outcome="failed")
         if error or not result or result.get(ACCURACY) is None:
             tries = self._settings.config.search.max_failures + 1
-            return replace(record, reason=f"its process died {tries} times; the usual cause is too little memory")
+            times = f"{tries} time{'s' if tries > 1 else ''}"
+            return replace(record, reason=f"its process died {times}; the usual cause is too little memory")
         return replace(
             record,
             outcome="stopped",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from pipeline.tracking.runs import (
 from pipeline.tracking.store import REJECTED, TrackingError, connect, now_ms
 
 JOURNAL_FILE, NODE_JOURNALS = "journal.jsonl", "journal-*.jsonl"
+_RECORDS_AT_ONCE = 200
 Record = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +57,8 @@ class Journal:
         with self.path.open("a+b", buffering=0) as file:
             if self._ends_torn(file):
                 line = b"\n" + line
-            file.write(line)
+            if (written := file.write(line)) != len(line):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written", str(self.path))
             os.fsync(file.fileno())
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Record]]:
@@ -149,9 +152,6 @@ def artifacts_record(path: str, artifact_path: str | None) -> Record:
 def status_record(status: str) -> Record:
     """Return the record of the end of the run: FINISHED, FAILED or KILLED."""
     return {"kind": "status", "status": status, "time_ms": now_ms()}
-
-
-_RECORDS_AT_ONCE = 200
 
 
 class Delivery:

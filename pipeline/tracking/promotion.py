@@ -84,11 +84,11 @@ def weigh(client: MlflowClient, name: str, alias: str, number: str, bounds: Boun
         found = compare_answers(challenger, _answers(name, champion))
     except ValueError as error:
         raise TrackingError(f"versions {number} and {champion} of {name}: {error}") from None
-    said = objections(found, bounds) + static_objections(challenger, bounds)
+    reasons = objections(found, bounds) + static_objections(challenger, bounds)
     best, against = _best_former(client, name, alias, challenger, number)
     if against is not None and against.champion_top1 > found.champion_top1:
-        said += former_objections(against, bounds, best)
-    return Decision(name, alias, number, champion, found, said)
+        reasons += former_objections(against, bounds, best)
+    return Decision(name, alias, number, champion, found, reasons)
 
 
 def _best_former(
@@ -99,7 +99,7 @@ def _best_former(
     Versions that were rolled back, deleted, or evaluated on other images do not count. If none is left, the version is
     empty and the comparison None.
     """
-    *formers, _ = standing(history(client, name, alias))
+    *formers, _ = rollback_stack(history(client, name, alias))
     existing = {str(found.version): found for found in client.search_model_versions(f"name = '{name}'")}
     versions = [version for version in dict.fromkeys(formers) if version in existing and version != number]
     # Sorted by the accuracy in the tags, the first version that was evaluated on the challenger's images is the best.
@@ -133,7 +133,7 @@ def roll_back(config: Config) -> tuple[str, str]:
         if current is None:
             raise TrackingError(f"no version of {name} has the alias {alias!r}, so there is nothing to roll back")
         existing = {str(found.version) for found in client.search_model_versions(f"name = '{name}'")}
-        *earlier, _ = standing(history(client, name, alias))
+        *earlier, _ = rollback_stack(history(client, name, alias))
         earlier = [number for number in earlier if number in existing and number != current]
         if not earlier:
             raise TrackingError(
@@ -156,8 +156,8 @@ def move(client: MlflowClient, name: str, alias: str, expected: str | None, numb
     """Add the move to the history and point the alias at a version.
 
     If the alias cannot be moved, the history is restored. MLflow has no compare-and-swap, so the alias is read right
-    before and right after. If two processes move it at once, at least the one whose version does not stay gets an
-    error.
+    before and right after. If two processes move it at the same time, at least the process whose version does not keep
+    the alias gets an error.
 
     Args:
         expected: the version that should have the alias now; None if none should.
@@ -212,14 +212,19 @@ def _save_history(client: MlflowClient, name: str, alias: str, entries: Sequence
     client.set_registered_model_tag(name, _history_tag(alias), text)
 
 
-def standing(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the versions that rollbacks step through, the current one last. A rollback removes all later versions."""
+def rollback_stack(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the versions that rollbacks step through, the current one last. A rollback removes all later versions.
+
+    The history may lack the version that a rollback returned to, because its oldest moves are removed. Then only that
+    version is left.
+    """
     stack: list[str] = []
     for entry in entries:
         version = entry["version"]
-        if entry["how"] == ROLLED_BACK and version in stack:
-            while stack[-1] != version:
+        if entry["how"] == ROLLED_BACK:
+            while stack and stack[-1] != version:
                 stack.pop()
+            stack = stack or [version]
         elif not stack or stack[-1] != version:
             stack.append(version)
     return stack
@@ -232,7 +237,7 @@ def alias_version(client: MlflowClient, name: str, alias: str) -> str | None:
 
 
 def _answers(name: str, number: str) -> Answers:
-    """Download a version's answers. Raise ValueError if it has none, or the registry's own errors."""
+    """Download a version's answers. Raise ValueError if the version has none. Errors of the registry pass through."""
     version = f"models:/{name}/{number}"
     if ANSWERS_FILE not in {found.path for found in mlflow.artifacts.list_artifacts(artifact_uri=version)}:
         raise ValueError(

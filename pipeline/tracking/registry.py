@@ -32,6 +32,7 @@ from pipeline.training.checkpoint import load_model
 DIGEST_TAG = "content_digest"
 MODEL_FILE = "model.pt"
 """The artifact of a version with its trained network, from which other runs can start."""
+_ADVICE = "set MLFLOW_TRACKING_URI or tracking.uri to use another registry"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def register_model(config: Config, folder: Path, model_file: Path, report_file: 
         report_file: the run's report.json.
 
     Raises:
-        ValueError: the run has not finished, its predictor was never trained, or report and predictions do not match.
+        ValueError: the run has not finished, or its report and its answers do not match.
         TrackingError: the server cannot be reached, or refuses the request.
     """
     answers_file = report_file.with_name(ANSWERS_FILE)
@@ -175,9 +176,6 @@ def _refuse_unfinished(config: Config, missing: Sequence[Path]) -> None:
             f"the run {config.name} has not finished: {' and '.join(str(path) for path in missing)} missing; "
             "finish it (python -m jobs.train with the same configuration) or choose another run"
         )
-
-
-_ADVICE = "set MLFLOW_TRACKING_URI or tracking.uri to use another registry"
 
 
 @dataclass(frozen=True)

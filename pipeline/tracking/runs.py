@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DESCRIPTION_FILE = "tracking.json"
 KEY_TAG, STAGE_TAG, DESCRIBED_TAG = "drnet.run_key", "drnet.stage", "drnet.described"
 PARENT_TAG, COMMIT_TAG, DIRTY_TAG = "mlflow.parentRunId", "mlflow.source.git.commit", "drnet.git_dirty"
+_PAGE = 1000
+"""The number of runs that one request returns."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,7 @@ def find_or_create_run(client: MlflowClient, uri: str, description: Description)
 
 
 def find_run(client: MlflowClient, uri: str, description: Description) -> str:
-    """Return the id of the run, once it is fully described: `find_or_create_run` never deletes such a run as a
-    duplicate.
+    """Return the id of the run if it is fully described. (`find_or_create_run` could delete any other as a duplicate.)
 
     Raises:
         TrackingError: the run does not exist yet, or the experiment was deleted.
@@ -164,7 +165,14 @@ def find_or_create_stage(client: MlflowClient, run_id: str, stage: str, started_
 def children(client: MlflowClient, run_id: str) -> list[Any]:
     """Return the child runs, one for each stage."""
     experiment = client.get_run(run_id).info.experiment_id
-    return list(client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{run_id}'"))
+    found, token = [], None
+    while True:
+        page = client.search_runs(
+            [experiment], f"tags.`{PARENT_TAG}` = '{run_id}'", max_results=_PAGE, page_token=token
+        )
+        found += page
+        if not (token := page.token):
+            return found
 
 
 def git_tags(folder: Path) -> dict[str, str]:

@@ -34,7 +34,9 @@ DRIVERS = {
 DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", *DATABASES, "http", "https", "databricks")
 CONNECT_SECONDS = 10
+"""How long to wait for a database to answer."""
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+"""MLflow's error codes for a record that it will never accept."""
 _FORMS = "give http://HOST:PORT, sqlite:///FILE or postgresql://... in tracking.uri or MLFLOW_TRACKING_URI"
 
 
@@ -179,7 +181,7 @@ def connect(uri: str) -> MlflowClient:
     created.
 
     Raises:
-        TrackingError: the address is no database that MLflow can use, so a later attempt would fail too.
+        TrackingError: the address is not a database that MLflow can use, so a later attempt would fail too.
         Exception: any other error of the database's driver, of MLflow, or of the file system.
     """
     if (file := sqlite_file(uri)) is not None:

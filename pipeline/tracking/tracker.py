@@ -66,7 +66,7 @@ def open_run(config: Config, folder: Path, manifest: Manifest) -> RunHandle:
     uri = tracking_uri(config)
     describe_run(config, folder, manifest)
     Journal(folder).append(opened_record())
-    return _send_now(uri, folder)
+    return _send_now(uri, folder, "Training continues. ")
 
 
 def close_run(handle: RunHandle, status: str, artifacts: Path | None = None) -> None:
@@ -112,7 +112,8 @@ def replay(config: Config, folder: Path) -> RunHandle:
     return _send_now(tracking_uri(config), folder)
 
 
-def _send_now(uri: str, folder: Path) -> RunHandle:
+def _send_now(uri: str, folder: Path, consequence: str = "") -> RunHandle:
+    """Send what a run folder's journals contain. If that fails, log one warning, with the consequence for the user."""
     delivery = Delivery(uri, folder)
     nodes = [Delivery(uri, folder, name=path.name) for path in sorted(folder.glob(NODE_JOURNALS))]
     try:
@@ -122,10 +123,11 @@ def _send_now(uri: str, folder: Path) -> RunHandle:
             node.send()
     except TrackingError:
         raise
-    except Exception as error:  # any error of a client or file system: training continues without MLflow
+    except Exception as error:  # any error of a client or file system, because everything works without MLflow
         _logger.warning(
-            "%s Training continues: %d records wait in %s and are sent when it answers.",
+            "%s %s%d records wait in %s. They are sent when it answers.",
             explanation(error, uri),
+            consequence,
             sum(each.num_pending for each in (delivery, *nodes)),
             folder,
         )

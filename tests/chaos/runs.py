@@ -25,6 +25,7 @@ from pipeline.config.schema import Config
 from pipeline.tracking.journal import Journal, metric_values
 from pipeline.training.checkpoint import load_model
 from tests.conftest import ROOT
+from tests.small import tree_of, with_fields
 from tests.synthetic import without_timings
 
 NUM_TRAIN, BATCH, CHECKPOINT_STEPS = 203, 20, 4
@@ -34,23 +35,15 @@ STEPS = -(-NUM_TRAIN // BATCH)
 def config_of(folder: Path, name: str, **changed: Any) -> Config:
     """Configure two workers, three stages and a checkpoint every few steps; `changed` overrides fields."""
     routed = {"epochs": 2, "alpha_gflops": 0.0012, "lr": 0.01}
-    tree: dict[str, Any] = {
-        "name": name,
-        "data": {"dataset": "glyphs", "folder": str(folder / "data")},
-        "model": {
-            "backbone": "small_resnet",
-            "backbone_width": 0.5,
-            "resolutions": [48, 32],
-            "predictor": {"input_size": 24, "width": 0.25},
-        },
-        "training": {"batch_size": BATCH, "checkpoint_steps": CHECKPOINT_STEPS, "precision": "auto"},
-        "stages": {"backbone": {"epochs": 3, "lr": 0.02}, "predictor": routed, "joint": routed},
-        "cluster": {"num_workers": 2, "cpus_per_worker": 1, "storage": str(folder / "runs"), "max_failures": 8},
-        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-    }
-    for key, value in changed.items():
-        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
-    return parse_config(tree)
+    tree = tree_of(
+        folder,
+        name=name,
+        training={"batch_size": BATCH, "checkpoint_steps": CHECKPOINT_STEPS, "precision": "auto"},
+        stages={"backbone": {"epochs": 3, "lr": 0.02}, "predictor": routed, "joint": routed},
+        cluster={"num_workers": 2, "cpus_per_worker": 1, "storage": str(folder / "runs"), "max_failures": 8},
+        tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    )
+    return parse_config(with_fields(tree, changed))
 
 
 class Driver:
@@ -132,7 +125,7 @@ Condition = Callable[[], bool]
 
 
 class Saboteur:
-    """Performs acts in order while a run trains, each as soon as its condition holds.
+    """Perform acts in order while a run trains, each as soon as its condition holds.
 
     It checks every few milliseconds, so only the exact step varies. An act that did not happen is an error at the end.
     """

@@ -54,7 +54,7 @@ States = dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]]
 
 
 def part_of(rank: int, world_size: int, num_slices: int) -> StepBatch:
-    """Returns a rank's part of the batch of 5."""
+    """Return a rank's part of the batch of 5."""
     whole, mine = batch_of(5), torch.tensor(PARTS[world_size][rank], dtype=torch.long)
     images = {side: images[mine] for side, images in whole.images.items()}
     return StepBatch(images, whole.labels_N[mine], whole.gumbel_NR[mine], global_size=5, num_slices=num_slices)
@@ -88,7 +88,7 @@ def steps_of(rank: int, world_size: int, norm: str) -> States:
 
 
 def messages_of(rank: int, world_size: int) -> dict[str, list[int]]:
-    """Returns how many messages have left whenever a backward pass reaches the first layer.
+    """Return how many messages have left whenever a backward pass reaches the first layer.
 
     There, the last pass waits until all ranks have the sum of the first message.
     """
@@ -116,7 +116,7 @@ def messages_of(rank: int, world_size: int) -> dict[str, list[int]]:
 
 
 def rounded_of(rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
-    """Returns gradients of an early and a late parameter before and after they are summed as bfloat16."""
+    """Return gradients of an early and a late parameter before and after they are summed as bfloat16."""
     torch.manual_seed(rank)
     early, late = (nn.Parameter(torch.zeros(33)) for _ in range(2))
     gradients = [torch.randn(33), torch.randn(33)]
@@ -127,7 +127,7 @@ def rounded_of(rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
 
 
 def divergence_of(rank: int, world_size: int) -> str:
-    """Returns a rank's error when the loss of the last rank is NaN in the second step."""
+    """Return a rank's error when the loss of the last rank is NaN in the second step."""
     watch = DivergenceMonitor(max_loss=None, last_checkpoint="checkpoint_x")
     for step in (1, 2, 3):
         loss = torch.tensor(math.nan if (step, rank) == (2, world_size - 1) else 1.0)
@@ -142,7 +142,7 @@ def divergence_of(rank: int, world_size: int) -> str:
 
 
 def costs_on(folder: str) -> list[float]:
-    """Returns the milliseconds that this rank trains with; one rank measures them."""
+    """Return the milliseconds that this rank trains with; one rank measures them."""
     tree = {"name": "ranks", "cost": "milliseconds", "cost_batch_size": 2, "stages": {"backbone": {"epochs": 1}}}
     config = parse_config(tree | {"data": {"dataset": "glyphs", "folder": folder}})
     costs = costs_of_run(small_model(), config, Path(folder) / "latency.json", resumed=False)
@@ -150,7 +150,7 @@ def costs_on(folder: str) -> list[float]:
 
 
 def precision_on(rank: int, folder: str) -> list[str]:
-    """Returns the precision that this rank trains with, and the one it resumes with; rank 1's CPU lacks bfloat16."""
+    """Return the precision that this rank trains with, and the one it resumes with; rank 1's CPU lacks bfloat16."""
     tree = {"name": "ranks", "training": {"precision": "auto"}, "stages": {"backbone": {"epochs": 1}}}
     config = parse_config(tree | {"data": {"dataset": "glyphs", "folder": folder}})
     chosen, cpuinfo = [], Path(folder) / f"cpuinfo-{rank}"
@@ -162,7 +162,7 @@ def precision_on(rank: int, folder: str) -> list[str]:
 
 
 def damage_on(rank: int, folder: str) -> str:
-    """Returns a rank's error when only rank 0 finds the checkpoint in its storage."""
+    """Return a rank's error when only rank 0 finds the checkpoint in its storage."""
     storage = Path(folder) / f"storage-{rank}"
     storage.mkdir()
     if rank == 0:
@@ -192,7 +192,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def _plain(name: str) -> str:
-    """Returns the model's name for an entry of the moving average."""
+    """Return the model's name for an entry of the moving average."""
     return name.removeprefix("averaged.")
 
 

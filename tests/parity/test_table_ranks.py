@@ -29,7 +29,7 @@ def train_predictor(data: Path, tables: Path) -> tuple[dict[str, Tensor], list[d
 
 
 def refusal_of(data: Path, tables: Path) -> str:
-    """Returns the error for a backbone whose logits do not fit float16."""
+    """Return the error for a backbone whose logits do not fit float16."""
     run, _ = run_of(config_of(data), tables)
     with torch.no_grad():
         run.model.backbone.network.fc.bias.fill_(1e5)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks.backbones import CONTRACT, REFUSED, SIDES, measure, private_keys
+from benchmarks.backbones import CONTRACT, REFUSED, SIDES, _difference, measure, private_keys
 from pipeline.models.backbone import build_backbone
 from pipeline.models.cost import count_macs
 from pipeline.models.dry_run import meta_images
@@ -34,6 +34,12 @@ def test_the_contract(name: str) -> None:
     assert found.exported_difference < 1e-3
     assert len(found.gflops) == len(SIDES)
     assert found.gflops[0] > found.gflops[1] > found.gflops[2] > 0
+
+
+def test_a_value_that_is_not_finite_is_an_infinite_difference() -> None:
+    zero, nan = torch.zeros(2), torch.tensor([0.0, torch.nan])
+    assert _difference([zero, zero], [zero, zero]) == 0
+    assert _difference([zero, nan], [zero, zero]) == _difference([nan, zero], [zero, zero]) == torch.inf
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -106,7 +106,7 @@ def ended_by(number: signal.Signals, config: Config, file: Path, address: str) -
 
 
 @pytest.mark.chaos
-def test_an_interrupted_search_says_how_to_go_on(config: Config, ray_cluster: str, tmp_path: Path) -> None:
+def test_an_interrupted_search_says_how_to_resume(config: Config, ray_cluster: str, tmp_path: Path) -> None:
     code, output = ended_by(signal.SIGTERM, renamed(config, "stopped"), tmp_path / "search.yaml", ray_cluster)
     assert code == 130, output
     assert output.endswith("interrupted; rerun the same command to run the remaining trials\n"), output

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,8 @@ from datasets.prepare.prepare import prepare
 from datasets.sources.glyphs import GlyphSettings
 from pipeline.cluster.signals import WAIT_VARIABLE
 from pipeline.training.checkpoint import load_model
+from tests.small import tree_of
+from tests.unit.tracking_fixtures import free_ports
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -76,18 +76,6 @@ def until(done: Callable[[], bool]) -> None:
             return
         never.wait(0.2)
     pytest.fail(f"nothing after {SECONDS} s")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return unused ports below the range that the system assigns, which other Ray clusters use."""
-    found: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 1_000):
-        with socket.socket() as each:
-            if each.connect_ex(("127.0.0.1", port)):
-                found.append(port)
-        if len(found) == count:
-            break
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -154,19 +142,13 @@ def connected(address: str) -> JobSubmissionClient:
 def config(tmp_path: Path) -> Path:
     """Prepare data, and write the configuration of a run that takes seconds."""
     routed = {"epochs": 1, "alpha_gflops": 0.0012, "lr": 0.01}
-    tree = {
-        "name": "letters",
-        "data": {"dataset": "glyphs", "folder": str(tmp_path / "data")},
-        "model": {
-            "backbone": "small_resnet",
-            "backbone_width": 0.5,
-            "resolutions": [48, 32],
-            "predictor": {"input_size": 24, "width": 0.25},
-        },
-        "training": {"batch_size": 20, "checkpoint_steps": 5},
-        "stages": {"backbone": {"epochs": 3, "lr": 0.02}, "joint": routed},
-        "cluster": {"num_workers": 2, "cpus_per_worker": 1, "storage": str(tmp_path / "runs")},
-    }
+    tree = tree_of(
+        tmp_path,
+        name="letters",
+        training={"batch_size": 20, "checkpoint_steps": 5},
+        stages={"backbone": {"epochs": 3, "lr": 0.02}, "joint": routed},
+        cluster={"num_workers": 2, "cpus_per_worker": 1, "storage": str(tmp_path / "runs")},
+    )
     config = tmp_path / "letters.yaml"
     config.write_text(yaml.safe_dump(tree))
     prepare("glyphs", tmp_path / "data", glyphs=GlyphSettings(400, 50, 64), num_processes=1)

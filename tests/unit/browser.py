@@ -26,7 +26,7 @@ class Page:
         self._number = 0
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Call a method of the protocol; returns its result."""
+        """Call a method of the protocol and return its result."""
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": params})
         while True:
@@ -36,7 +36,7 @@ class Page:
                 return answer["result"]
 
     async def value(self, expression: str) -> Any:
-        """Returns the value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         result = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")

@@ -57,7 +57,7 @@ CONTEXT = {"dataset": "glyphs", "git_commit": "abc123", "created": "2026-01-02T0
 def evaluation_of(predictions: Predictions, costs: Costs = COSTS) -> Evaluation:
     """Return an evaluation in which the predictor's own choice is the policy and every image is stated.
 
-    The tests say which image goes where. Which policy a budget chooses is another test's matter.
+    The tests say which image goes where. Other tests check which policy a budget chooses.
     """
     N = predictions.num_images
     evaluation = Evaluation(predictions, costs, np.arange(N, dtype=np.uint64))

@@ -23,7 +23,7 @@ DISTILLATION = BackboneStage(epochs=1, distillation="learned")
 
 
 def routed(count: int, step: int) -> StepBatch:
-    """Returns a batch whose images go to random resolutions, different in every step."""
+    """Return a batch whose images go to random resolutions, different in every step."""
     generator = torch.Generator().manual_seed(step)
     return dataclasses.replace(batch_of(count), gumbel_NR=3 * torch.randn(count, 3, generator=generator))
 

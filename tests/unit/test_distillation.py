@@ -130,7 +130,7 @@ def test_divergence_is_that_of_the_definition_and_zero_for_equal_logits() -> Non
 
 
 class PeakBytes(TorchDispatchMode):
-    """Returns the peak bytes of tensors that operators create."""
+    """Measure the peak bytes of tensors that operators create."""
 
     def __init__(self) -> None:
         super().__init__()

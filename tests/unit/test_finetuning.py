@@ -196,7 +196,7 @@ def test_all_layers_cannot_be_frozen() -> None:
 
 
 def head_reference(model: DRNet, stage: BackboneStage) -> tuple[Tensor, Tensor]:
-    """Returns weight and bias after two steps of softmax regression on the features of the network in eval mode."""
+    """Return weight and bias after two steps of softmax regression on the features of the network in eval mode."""
     model, batch = copy.deepcopy(model).eval(), batch_of(16)
     head = model.backbone.network.fc
     weight, bias = head.weight.detach().double(), head.bias.detach().double()

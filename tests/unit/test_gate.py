@@ -19,7 +19,7 @@ from pipeline.evaluation.gate import (
 
 
 def answers(num_images: int, wrong: range, gflops: float = 1.0, digest: str = "d1") -> Answers:
-    """Returns answers that are correct except for the images of `wrong`."""
+    """Return answers that are correct except for the images of `wrong`."""
     return Answers(digest, np.arange(num_images), ~np.isin(np.arange(num_images), wrong), gflops)
 
 

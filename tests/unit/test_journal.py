@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 import threading
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_truncated_line_loses_no_other_line(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert [record for _, record in journal.read()] == [first, second]
     assert "damaged line" in caplog.text
+
+
+def test_a_record_that_is_written_only_in_part_is_an_error(tmp_path):
+    journal, record = Journal(tmp_path), artifacts_record("report", "report")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="only 10 of"):
+            journal.append(record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append(record)
+    assert [found for _, found in journal.read()] == [record]
 
 
 def test_lines_of_two_writers_do_not_mix(tmp_path):

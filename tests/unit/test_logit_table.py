@@ -278,7 +278,7 @@ def test_training_on_the_table_is_live_training_up_to_rounding(config: Config, n
         table_run.model.state_dict().items(), live_run.model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-4, msg=name)
-    whole = [line for line in table.messages if f"{NUM_TRAIN} images" in line]
+    whole = [line for line in table.messages if f"  {NUM_TRAIN} images  " in line]
     assert len(whole) == len(list(tmp_path.rglob("crops-*"))) - 1 == (num_crops or 3)
 
 

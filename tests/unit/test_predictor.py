@@ -84,7 +84,7 @@ def test_unknown_architecture_is_refused():
 
 
 def paper_predictor(architecture: int, num_resolutions: int) -> Predictor:
-    """Returns the supplement's four predictors, written by hand, at a quarter of their width."""
+    """Return the supplement's four predictors, written by hand, at a quarter of their width."""
 
     def convolution(inputs: int, stride: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, 16, 7, stride, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()]

@@ -27,7 +27,7 @@ from pipeline.tracking.promotion import (
     move,
     promote,
     roll_back,
-    standing,
+    rollback_stack,
     weigh,
 )
 from pipeline.tracking.registry import open_model, register_model
@@ -59,7 +59,7 @@ class Registry:
             evaluated(report, ~np.isin(np.arange(N), wrong), gflops)
 
     def with_alias(self, alias: str, *versions: str) -> Config:
-        """Returns a configuration with its own alias, which `versions` got one after another."""
+        """Return a configuration with its own alias, which `versions` got one after another."""
         before = None
         for number in versions:
             move(self.client, "drnet", alias, before, number, FIRST if before is None else PROMOTED, "for the test")
@@ -227,12 +227,13 @@ def test_an_alias_that_does_not_exist_cannot_be_promoted_or_rolled_back(registry
         ([("1", FIRST), ("2", PROMOTED), ("1", PROMOTED)], ["1", "2", "1"]),
         ([("1", FIRST), ("2", PROMOTED), ("3", PROMOTED), ("1", ROLLED_BACK)], ["1"]),
         ([("1", FIRST), ("2", PROMOTED), ("1", ROLLED_BACK), ("3", PROMOTED)], ["1", "3"]),
+        ([("1", FIRST), ("2", PROMOTED), ("1", PROMOTED), ("3", PROMOTED), ("1", ROLLED_BACK)], ["1", "2", "1"]),
         # The history has a maximum length, so the version that was rolled back to may no longer be in it.
-        ([("5", PROMOTED), ("4", ROLLED_BACK)], ["5", "4"]),
+        ([("5", PROMOTED), ("4", ROLLED_BACK)], ["4"]),
     ],
 )
 def test_a_rollback_undoes_what_came_after(moves, expected):
-    assert standing([{"version": version, "how": how} for version, how in moves]) == expected
+    assert rollback_stack([{"version": version, "how": how} for version, how in moves]) == expected
 
 
 def ran(monkeypatch, registry: Registry, tmp_path: Path, *arguments: str) -> str | int | None:

@@ -276,7 +276,7 @@ def written(folder: Path, **changed) -> dict:
 
 
 class Page(HTMLParser):
-    """Parses a page: the addresses that a browser would load, and the tags still open at the end."""
+    """Parse a page: the addresses that a browser would load, and the tags still open at the end."""
 
     VOID = ("meta", "img", "source", "br")
 

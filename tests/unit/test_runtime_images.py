@@ -46,12 +46,12 @@ BAD = {
 
 
 def decode(file: bytes) -> Image.Image:
-    """Returns the whole image, decoded at full size."""
+    """Return the whole image, decoded at full size."""
     return Picture(file, 1.0, 100_000)._decode(ExitStack()).image
 
 
 def center_crops(image: object, sides: tuple[int, ...], fraction: float) -> dict[int, NDArray[np.uint8]]:
-    """Returns the crop at each side."""
+    """Return the crop at each side."""
     return {side: Picture(image, fraction, max(sides)).crop(side) for side in sides}
 
 

@@ -12,7 +12,7 @@ from pipeline.evaluation.statistics import mean_over_seeds
 from pipeline.search.front import (
     budget_alias,
     budget_score,
-    choose,
+    choose_item,
     dominates,
     hypervolume,
     pareto,
@@ -62,12 +62,12 @@ def test_a_spread_keeps_the_knee_first_and_then_the_most_accurate():
 
 def test_the_choice_by_budget_and_by_accuracy():
     points = [(0.90, 1.0), (0.95, 2.0), (0.96, 3.0), (0.96, 2.9)]
-    assert choose(points, itself, budget_gflops=2.5) == (0.95, 2.0)
-    assert choose(points, itself, budget_gflops=9.0) == (0.96, 2.9), "the cheapest of equally accurate ones"
-    assert choose(points, itself, lowest_accuracy=0.955) == (0.96, 2.9)
-    assert choose(points, itself, budget_gflops=2.5, lowest_accuracy=0.90) == (0.90, 1.0)
-    assert choose(points, itself, budget_gflops=0.5) is None
-    assert choose([], itself) is None
+    assert choose_item(points, itself, budget_gflops=2.5) == (0.95, 2.0)
+    assert choose_item(points, itself, budget_gflops=9.0) == (0.96, 2.9), "the cheapest of equally accurate ones"
+    assert choose_item(points, itself, lowest_accuracy=0.955) == (0.96, 2.9)
+    assert choose_item(points, itself, budget_gflops=2.5, lowest_accuracy=0.90) == (0.90, 1.0)
+    assert choose_item(points, itself, budget_gflops=0.5) is None
+    assert choose_item([], itself) is None
 
 
 def test_each_percent_above_a_budget_costs_a_point():
@@ -109,7 +109,7 @@ def test_a_summary_covers_all_seeds_and_a_difference_the_shared_ones():
     assert found[first].gflops == pytest.approx(np.mean([record.gflops for record in records[:2]]))
     difference = found[first].minus(found[second])
     assert difference.value == pytest.approx(
-        np.mean([found[first].right_SN[n].mean() - found[second].right_SN[n].mean() for n in range(2)])
+        np.mean([found[first].correct_SN[n].mean() - found[second].correct_SN[n].mean() for n in range(2)])
     )
     assert difference.low < difference.value < difference.high
     equal = found[first].minus(found[first])

@@ -24,7 +24,15 @@ from pipeline.config.run_folder import RunFolder
 from pipeline.config.schema import Config
 from pipeline.evaluation.predictions import collect_predictions
 from pipeline.models.drnet import build_drnet
-from pipeline.search.checks import check_search, describe_search, trial_resources, trials_at_once, trials_fitting
+from pipeline.search import driver
+from pipeline.search.checks import (
+    check_search,
+    describe_search,
+    search_work,
+    trial_resources,
+    trials_at_once,
+    trials_fitting,
+)
 from pipeline.search.driver import finetune, finetuned_config, start_file
 from pipeline.search.front import summarize
 from pipeline.search.records import Record, SearchFolder
@@ -184,6 +192,16 @@ def test_a_trial_whose_process_died_is_recorded_and_tried_again_after_a_restart(
     assert set(run_to_the_end(searcher_of(settings), settings, finished)) == {(first, 0), (first, 1)}
 
 
+def test_a_process_that_dies_is_not_explained_by_the_error_of_an_earlier_attempt(tmp_path: Path) -> None:
+    settings, records = settings_of(tmp_path), []
+    first = paper_candidates(settings.config)[1]
+    settings.records.write(record_of(first, outcome="failed", reason="an earlier error", accuracy=None, gflops=None))
+    searcher = searcher_of(settings, records)
+    run_to_the_end(searcher, settings, lambda one, seed: None if one == first else finished(one, seed))
+    (died,) = [record for record in records if record.outcome == "failed" and record.seed == 0]
+    assert "its process died" in (died.reason or "")
+
+
 def test_a_diverged_trial_is_not_repeated_and_the_sampler_ignores_it(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
 
@@ -261,7 +279,10 @@ def test_a_valid_search_passes_its_checks(trained: Config) -> None:
 def test_all_problems_are_reported_together(trained: Config, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"budget_gflops": 1e-6, "objective": "budget", "grace_epochs": 3, "cpus_per_trial": 10_000}
     wrong = with_search(trained, backbone=str(tmp_path), **asked)
-    wrong = wrong.model_copy(update={"stages": wrong.stages.model_copy(update={"joint": None})})
+    assert wrong.stages.predictor is not None
+    predictor = wrong.stages.predictor.model_copy(update={"alpha_gflops": None, "alpha_milliseconds": 1.0})
+    stages = wrong.stages.model_copy(update={"joint": None, "predictor": predictor})
+    wrong = wrong.model_copy(update={"stages": stages, "cost": "milliseconds"})
     with pytest.raises(ConfigError) as caught:
         check_search(wrong)
     found = "\n".join(caught.value.problems)
@@ -269,7 +290,8 @@ def test_all_problems_are_reported_together(trained: Config, tmp_path: Path) -> 
         "stages.joint is missing",
         "no trained model",
         "budget_gflops is 1e-06",
-        "1 trial at once with 10000 CPUs each, but there is room for 0 (",
+        "a trial needs 10000 CPUs, but there is room for 0 (",
+        "cost is milliseconds, but a search compares candidates by GFLOPs",
         "search.grace_epochs 3 must be at most 2",
     ):
         assert expected in found
@@ -364,6 +386,25 @@ def test_a_problem_of_the_cluster_or_the_data_ends_the_search(trained: Config, t
     settings = replace(settings, config=settings.config.model_copy(update={"data": data}))
     with pytest.raises(ConfigError, match=r"data\.folder: "):
         finetune(settings, summarize([record], correct_of()), correct_of())
+
+
+def test_the_finetuned_candidates_with_the_one_that_the_budget_chooses_are_ordered_by_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the third of four candidates are selected, and the budget chooses the third."""
+    settings = settings_of(tmp_path, seeds=1, finetuned=3, budget_gflops=0.0039)
+    candidates, correct_NR = list(paper_candidates(settings.config).values()), correct_of()
+    records = [record_of(candidate, share) for candidate, share in zip(candidates, (0.0, 0.5, 0.9, 1.0), strict=True)]
+    summaries = summarize(records, correct_NR)
+    monkeypatch.setattr(driver, "_finetune_one", lambda _, summary: summary.candidate)
+    assert finetune(settings, summaries, correct_NR) == candidates[1:]
+
+
+def test_a_trial_that_is_evaluated_after_every_epoch_evaluates_more_images(trained: Config) -> None:
+    manifest = load_manifest(trained.data.folder)
+    assert search_work(trained, manifest).evaluated_images == 2 * 20
+    stopped = with_search(trained, objective="budget", epochs=5)
+    assert search_work(stopped, manifest).evaluated_images == 6 * 20
 
 
 def test_the_scarcest_resource_limits_the_trials_at_once() -> None:

@@ -28,7 +28,7 @@ CONFIG = config_of(Path(), preset="full", seeds=2)
 SPACE_OF = space_of(CONFIG, BACKBONE_GFLOPS)
 HEADLINE = result_row("routed", "routed", "routed", 200, Estimate(0.88, 0.83, 0.92), "wilson")
 TUNED = {
-    "headline": HEADLINE | {"mean_gflops": 0.0025, "mean_cost": 4.2},
+    "headline": HEADLINE | {"mean_gflops": 0.0025, "mean_cost": 0.0025},
     "costs": {"predictor_gflops": 0.0001},
     "verdict": "fine",
 }
@@ -111,7 +111,7 @@ def test_a_finalist_that_is_better_and_cheaper_dominates() -> None:
     report = report_of(found, chosen=None, finetuned=[])
     assert [row["dominated_by"] for row in report["against_paper"]] == ["A"] * 4
     assert all(row["low_points"] > 0 and row["gflops_ratio"] < 1 for row in report["against_paper"])
-    assert verdict(report) == "Dominated by a finalist: number 1, 2, 3, 4 of the paper's four."
+    assert verdict(report) == "Finalists dominate numbers 1, 2, 3 and 4 of the paper's four."
 
 
 def test_files_are_written_and_figures_can_be_opened(tmp_path: Path) -> None:
@@ -121,9 +121,8 @@ def test_files_are_written_and_figures_can_be_opened(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     text = (tmp_path / "report" / "report.md").read_text()
     assert "training diverged \\| at &lt;once>" in text
-    assert report["chosen"]["mean_cost"] == 0.0025, "GFLOPs, whatever unit the run's report uses"
     assert "| paper 3 |" in text
-    assert text.startswith("# Search: run\n\n**A (")
+    assert text.startswith("# Search: run\n\n**Deploy A (")
     for name, picture in draw_search_figures(report, DARK).items():
         assert f"({name}.png)" in text
         assert min(Image.open(io.BytesIO(picture)).size) > 300
@@ -133,6 +132,8 @@ def test_files_are_written_and_figures_can_be_opened(tmp_path: Path) -> None:
         "front.png",
         "importance.png",
     }
+    write_search_report(tmp_path / "report", report | {"importance": []})
+    assert not (tmp_path / "report" / "importance.png").exists()
 
 
 def test_a_choice_that_a_static_resolution_dominates_is_reported_first(report: dict[str, Any]) -> None:

@@ -119,6 +119,15 @@ def test_an_empty_or_contradictory_space_is_reported(changed: dict[str, Any], ex
     assert expected in problems_of(space=SPACE | changed)
 
 
+def test_a_value_of_0_cannot_be_searched_on_a_logarithmic_scale():
+    config = config_of(Path(), preset="full")
+    predictor = config.stages.predictor.model_copy(update={"eta": 0.0})
+    config = config.model_copy(update={"stages": config.stages.model_copy(update={"predictor": predictor})})
+    (problem,) = space_problems(config, space_of(config, BACKBONE_GFLOPS), BACKBONE_GFLOPS)
+    assert problem.startswith("search.space.eta is 0 to 0, but it is searched on a logarithmic scale")
+    assert problem.endswith("or a stages.predictor.eta above 0")
+
+
 def test_all_problems_of_a_space_are_reported_together():
     found = problems_of(space=SPACE | {"kernel": [], "width": [0.5, 0.25]})
     assert "kernel is empty" in found

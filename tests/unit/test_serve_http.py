@@ -39,7 +39,7 @@ TEXT = base64.b64encode(b"image").decode()
 def request(
     body: list[bytes] | None = None, query: str = "", headers: dict[str, str] | None = None, max_bytes: int = 100
 ) -> LimitedRequest:
-    """Returns a request whose body arrives in these chunks; reading beyond them is an error."""
+    """Return a request whose body arrives in these chunks; reading beyond them is an error."""
     chunks = list(body or [b""])
 
     async def receive() -> dict:

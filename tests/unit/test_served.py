@@ -73,7 +73,7 @@ def model(store, monkeypatch):
 
 
 def documented(language: str) -> list[str]:
-    """Returns the page's code blocks in a language."""
+    """Return the page's code blocks in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -234,7 +234,7 @@ def test_500_malformed_requests_answer_the_sound_image_and_never_with_status_500
 
 
 def sent(port: int, body: bytes, content_type: str) -> tuple[int, bytes]:
-    """Send a request; returns the status and the answer."""
+    """Send a request and return the status and the answer."""
     url = f"http://127.0.0.1:{port}/invocations"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": content_type})) as answer:

@@ -24,7 +24,7 @@ from datasets.sources.index import (
 from tests.unit.pictures import jpeg, write_class_folders
 
 PERMISSIONS_HOLD = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
-"""Starts a command that may only read and write what permissions allow, also as root."""
+"""Start a command that may only read and write what permissions allow, also as root."""
 
 
 def refs(num_classes: int, per_class: int) -> list[ImageRef]:

@@ -14,7 +14,7 @@ from pipeline.config.fields import sqlite_address, sqlite_path
 from pipeline.tracking import store
 from pipeline.tracking.registry import open_model, register_model
 from pipeline.tracking.store import TrackingError, connect, server_problem, tracking_uri
-from pipeline.tracking.tracker import open_run
+from pipeline.tracking.tracker import close_run, open_run
 from tests.unit.tracking_fixtures import finish_run, free_port, fresh_store, make_config, make_manifest, make_model
 
 ODD_NAMES = ("a%20b?x", "h#x sp ace", "50% ü;+&=@:")
@@ -143,7 +143,11 @@ def test_a_database_that_does_not_answer_is_reported_at_once(tmp_path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     handle = open_run(make_config(tmp_path), tmp_path / "run", make_manifest())
     assert handle.run_id is None
-    assert "Training continues: 1 records wait" in caplog.text
+    assert "Training continues. 1 records wait" in caplog.text
+    caplog.clear()
+    close_run(handle, "FINISHED")
+    assert " 2 records wait in" in caplog.text
+    assert "Training continues" not in caplog.text
     problem = str(server_problem(uri))
     assert "onnection refused" in problem
     assert "secret" not in problem + caplog.text

@@ -128,6 +128,15 @@ def test_a_stages_run_ends_when_the_next_stage_begins(opened):
     assert client.get_run(opened.run_id).data.metrics == {"best": 0.9}
 
 
+def test_a_run_with_more_stages_than_a_request_returns_has_each_once(opened, monkeypatch):
+    monkeypatch.setattr(runs, "_PAGE", 2)
+    stages = [f"trial {number}" for number in range(5)]
+    log(opened, *((stage, {"loss": 1.0}, 1) for stage in stages))
+    log(opened, *((stage, {"loss": 0.5}, 2) for stage in stages))
+    assert len(runs_of(opened.uri)) == 1 + len(stages)
+    assert stage_ids(opened).keys() == set(stages)
+
+
 def test_a_closed_run_has_its_report_and_a_resumed_one_is_running(opened, tmp_path, folder):
     client = MlflowClient(opened.uri)
     report = folder / "report"

@@ -44,7 +44,7 @@ prepare("imagefolder", Path(out), source=Path(source), **options)
 
 
 class Counted:
-    """Converts in this process; `chunks` limits their number; `before` and `after` are called around the first."""
+    """Convert in this process; `chunks` limits their number; `before` and `after` are called around the first."""
 
     def __init__(self, before: Callable[[], object] = int, after: Callable[[], object] = int):
         self.chunks, self.before, self.after = 0, before, after

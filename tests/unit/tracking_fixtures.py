@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import socket
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from pipeline.models.drnet import DRNet, build_drnet
 from pipeline.tracking.registry import register_model
 from pipeline.tracking.tracker import close_run, open_run
 from pipeline.training.checkpoint import save_model
+from tests.small import tree_of, with_fields
 
 
 def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
@@ -38,22 +39,14 @@ def fresh_store(tmp_path: Path, factory: pytest.TempPathFactory) -> str:
 
 def make_config(tmp_path: Path, **sections: dict) -> Config:
     """Return a small configuration with all three stages; `sections` override it."""
-    tree: dict[str, Any] = {
-        "name": "small",
-        "data": {"dataset": "glyphs", "folder": str(tmp_path / "data")},
-        "model": {
-            "backbone": "small_resnet",
-            "backbone_width": 0.25,
-            "resolutions": [48, 32],
-            "predictor": {"input_size": 32, "width": 0.125},
-        },
-        "stages": {
-            "backbone": {"epochs": 2},
-            "predictor": {"epochs": 1, "alpha_gflops": 0.01},
-            "joint": {"epochs": 1, "alpha_gflops": 0.01},
-        },
-    }
-    return parse_config(tree | {key: tree.get(key, {}) | section for key, section in sections.items()})
+    routed = {"epochs": 1, "alpha_gflops": 0.01}
+    tree = tree_of(
+        tmp_path,
+        name="small",
+        model={"backbone_width": 0.25, "predictor": {"input_size": 32, "width": 0.125}},
+        stages={"backbone": {"epochs": 2}, "predictor": routed, "joint": routed},
+    )
+    return parse_config(with_fields(tree, sections))
 
 
 def make_manifest() -> Manifest:
@@ -150,9 +143,19 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return unused ports below the range that the system assigns, which Ray clusters use."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
+        with closing(socket.socket()) as each:
+            if each.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def registered_store(tmp_path_factory: pytest.TempPathFactory) -> str:

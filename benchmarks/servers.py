@@ -89,13 +89,13 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def measure(self) -> float:
-        """Return images/s over REQUESTS requests."""
+    def measure(self, requests: int = REQUESTS) -> float:
+        """Return images/s over a number of requests."""
         numbers, started = itertools.count(), time.perf_counter()
 
         def client() -> None:
             with closing(Client(self)) as connection:
-                while (number := next(numbers)) < REQUESTS:
+                while (number := next(numbers)) < requests:
                     connection.ask(number)
 
         clients = [threading.Thread(target=client) for _ in range(NUM_CLIENTS)]
@@ -103,7 +103,7 @@ class Server:
             each.start()
         for each in clients:
             each.join()
-        return REQUESTS / (time.perf_counter() - started)
+        return requests / (time.perf_counter() - started)
 
     def summary(self) -> str:
         """Return the latencies as one line of text."""
@@ -122,11 +122,16 @@ class Server:
 class RayServer(Server):
     """`python -m jobs.serve` on loopback, with one single-threaded replica per CPU.
 
-    `model` is the folder of an MLflow model, next to its SQLite registry `registry.db`, in which it is version 1.
+    Args:
+        model: folder of an MLflow model, next to its SQLite registry `registry.db`, in which it is version 1.
+        options: further settings of the serving section, such as max_queued_requests=64.
     """
 
     path, health, content_type = "/", "/healthz", "image/jpeg"
-    options: tuple[str, ...] = ()
+
+    def __init__(self, model: Path, files: Sequence[bytes], threads: int, options: Sequence[str] = ()):
+        self.options = options
+        super().__init__(model, files, threads)
 
     def command(self, model: Path, threads: int) -> list[str]:
         registry = f"MLFLOW_TRACKING_URI=sqlite:///{model.with_name('registry.db')}"
