@@ -60,8 +60,8 @@ def exceeded(images: Images, drop: float) -> tuple[float, float]:
     for seed in range(DROP_SPLITS):
         keys_N = np.random.default_rng(seed).integers(2**63, size=len(images)).astype(np.uint64)
         found = calibrate(images, keys_N, Budget(max_drop=drop), Split(cross_fit_below=0))
-        best = np.delete(images.correct_NR, found.stated, axis=0).mean(axis=0).argmax()
-        correct_NR = images.correct_NR[found.stated]
+        best = np.delete(images.correct_NR, found.held_out, axis=0).mean(axis=0).argmax()
+        correct_NR = images.correct_NR[found.held_out]
         held_out += correct_NR[:, best].mean() - found.routed[ALL].correct_N(correct_NR).mean() > drop
         routed = route(found.chosen.policy, images)
         everywhere += images.correct_NR[:, best].mean() - routed.correct_N(images.correct_NR).mean() > drop

@@ -43,15 +43,14 @@ def pairs(runs: Sequence[Path], against: Sequence[Path]) -> str:
         ValueError: the numbers of runs differ, a run has no answers, or a pair has no images in common.
     """
     from pipeline.config.run_folder import RunFolder
-    from pipeline.evaluation.gate import Answers
-    from pipeline.evaluation.report import ANSWERS
+    from pipeline.evaluation.gate import ANSWERS_FILE, Answers
     from pipeline.evaluation.seeds import pairs_markdown
 
     if len(runs) != len(against):
         raise ValueError(
             f"{len(runs)} runs and {len(against)} after --against. Give the same number, in the order of their seeds"
         )
-    files = [RunFolder(run).report / ANSWERS for run in (*runs, *against)]
+    files = [RunFolder(run).report / ANSWERS_FILE for run in (*runs, *against)]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise ValueError(f"{', '.join(missing)} missing. Write the reports again with jobs.calibrate")
     found = [Answers.load(file) for file in files]

@@ -33,7 +33,7 @@ BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
-class Stated:
+class HeldOut:
     """The results on N held-out images. No policy was fitted on them.
 
     Attributes:
@@ -91,7 +91,7 @@ class Stated:
         return found
 
 
-def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def table_rows(held_out: HeldOut, labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the rows of the report's table.
 
     Each has `id`, `kind`, `label`, `resolution`, `n`, `top1`, `top1_low`, `top1_high`, `interval` (its method),
@@ -107,64 +107,67 @@ def table_rows(stated: Stated, labels: Mapping[str, str]) -> list[dict[str, Any]
     Args:
         labels: maps each kind of policy, and ALL, to its label.
     """
-    N, R = stated.correct_NR.shape
-    costs = stated.costs
-    rows = static_rows(stated.correct_NR, costs, stated.labels_N)
-    if stated.other_NR is not None:
+    N, R = held_out.correct_NR.shape
+    costs = held_out.costs
+    rows = static_rows(held_out.correct_NR, costs, held_out.labels_N)
+    if held_out.other_NR is not None:
         rows += [
             row
             | {
                 "id": row["id"].replace("static", "other"),
                 "kind": "other",
-                "label": f"{row['label']} {stated.other_name}",
+                "label": f"{row['label']} {held_out.other_name}",
             }
-            for row in static_rows(stated.other_NR, costs, stated.labels_N)
+            for row in static_rows(held_out.other_NR, costs, held_out.labels_N)
         ]
-    if not stated.is_routed:
+    if not held_out.is_routed:
         return rows
-    for kind, routed in stated.routed.items():
+    for kind, routed in held_out.routed.items():
         name, what = ("routed", "routed") if kind == ALL else (f"policy-{kind}", "policy")
-        row = answered_row(name, what, labels[kind], routed.correct_N(stated.correct_NR), stated.labels_N)
+        row = answered_row(name, what, labels[kind], routed.correct_N(held_out.correct_NR), held_out.labels_N)
         rows.append(row | _routed_cost(routed, costs) | {"policy": kind if kind != ALL else None})
-    routed = stated.routed[ALL]
-    spent, weights_N = _routed_cost(routed, costs), class_weights(stated.labels_N)
-    resampled, shares_R = _Resampled.of(stated, np.ones(N)), shares(routed.last_N, R)
-    random = percentile_interval(stated.correct_NR.mean(axis=0) @ shares_R, resampled.random_B)
-    at, (static_costs, accuracies) = np.array([spent["mean_cost"]]), _static_points(stated, np.ones(N))
+    routed = held_out.routed[ALL]
+    spent, weights_N = _routed_cost(routed, costs), class_weights(held_out.labels_N)
+    resampled, shares_R = _Resampled.of(held_out, np.ones(N)), shares(routed.last_N, R)
+    random = percentile_interval(held_out.correct_NR.mean(axis=0) @ shares_R, resampled.random_B)
+    at = np.array([spent["mean_cost"]])
+    static_costs, accuracies = _static_points(held_out, np.ones(N))
     best, mixture = envelope(static_costs, accuracies[None], at)
     line = percentile_interval(best[0], resampled.envelope_B)
-    balanced_line, _ = envelope(static_costs, _static_points(stated, weights_N)[1][None], at)
+    balanced_line, _ = envelope(static_costs, _static_points(held_out, weights_N)[1][None], at)
     lower, upper, weight = (values[0] for values in mixture)
-    names = [label for _, label, _, _ in stated.static_columns()]
+    names = [label for _, label, _, _ in held_out.static_columns()]
     first, *rest = dict.fromkeys(names[j] for j, share in ((lower, 1 - weight), (upper, weight)) if share > 1e-6)
     label = f"envelope, {first} to {rest[0].removeprefix('static ')}" if rest else first
-    cost = [(1 - weight) * values[lower] + weight * values[upper] for values in (static_costs, _static_gflops(stated))]
+    cost = [
+        (1 - weight) * values[lower] + weight * values[upper] for values in (static_costs, _static_gflops(held_out))
+    ]
     return [
         *rows,
         result_row("random", "random", "random, same shares", N, random, "bootstrap")
         | spent
-        | {"shares": shares_R.tolist(), "balanced_top1": float(weights_N @ stated.correct_NR @ shares_R / N)},
+        | {"shares": shares_R.tolist(), "balanced_top1": float(weights_N @ held_out.correct_NR @ shares_R / N)},
         result_row("envelope", "envelope", label, N, line, "bootstrap")
         | _cost(*cost, np.zeros(R))
         | {"balanced_top1": float(balanced_line[0])},
-        oracle_row(stated.correct_NR, stated.oracle_N, costs, stated.labels_N),
-        *_placebo_rows(stated),
+        oracle_row(held_out.correct_NR, held_out.oracle_N, costs, held_out.labels_N),
+        *_placebo_rows(held_out),
     ]
 
 
-def _placebo_rows(stated: Stated) -> list[dict[str, Any]]:
+def _placebo_rows(held_out: HeldOut) -> list[dict[str, Any]]:
     """Return the row of kind `placebo`. It costs one pass at the largest resolution, as if the best crop were known."""
-    shifted_NV = stated.placebo_NV
+    shifted_NV = held_out.placebo_NV
     if shifted_NV is None or shifted_NV.shape[1] == 0:
         return []
-    largest, num_crops = int(np.argmax(stated.costs.resolutions)), shifted_NV.shape[1] + 1
-    label = f"placebo oracle, {num_crops} crops at {stated.costs.resolutions[largest]} px"
-    correct_N = stated.correct_NR[:, largest] | shifted_NV.any(axis=1)
-    row = answered_row("placebo", "placebo", label, correct_N, stated.labels_N)
-    return [row | mean_costs(np.eye(len(stated.costs.resolutions))[largest], stated.costs, with_predictor=False)]
+    largest, num_crops = int(np.argmax(held_out.costs.resolutions)), shifted_NV.shape[1] + 1
+    label = f"placebo oracle, {num_crops} crops at {held_out.costs.resolutions[largest]} px"
+    correct_N = held_out.correct_NR[:, largest] | shifted_NV.any(axis=1)
+    row = answered_row("placebo", "placebo", label, correct_N, held_out.labels_N)
+    return [row | mean_costs(np.eye(len(held_out.costs.resolutions))[largest], held_out.costs, with_predictor=False)]
 
 
-def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def compare(held_out: HeldOut, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the difference of the routed network and every other row on the same images, by the other row's id.
 
     Each has `difference_points`, `low_points`, `high_points`, `interval` (its method), `cost_ratio` and `gflops_ratio`
@@ -172,22 +175,22 @@ def compare(stated: Stated, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict
     `only_other_right` and `mcnemar_p` (exact, two-sided). These are null for the two mixtures. For balanced accuracy
     there is no such test.
     """
-    by_id, key = {row["id"]: row for row in rows}, stated.top1_key
-    routed, resampled = by_id["routed"], _Resampled.of(stated, stated.weights_N)
-    routed_N = stated.routed[ALL].correct_N(stated.correct_NR)
-    answers = {name: correct_N for name, _, _, correct_N in stated.static_columns()}
+    by_id, key = {row["id"]: row for row in rows}, held_out.top1_key
+    routed, resampled = by_id["routed"], _Resampled.of(held_out, held_out.weights_N)
+    routed_N = held_out.routed[ALL].correct_N(held_out.correct_NR)
+    answers = {name: correct_N for name, _, _, correct_N in held_out.static_columns()}
     answers |= {
-        f"policy-{kind}": other.correct_N(stated.correct_NR) for kind, other in stated.routed.items() if kind != ALL
+        f"policy-{kind}": other.correct_N(held_out.correct_NR) for kind, other in held_out.routed.items() if kind != ALL
     }
-    answers["oracle"] = _at(stated.correct_NR, stated.oracle_N)
+    answers["oracle"] = _at(held_out.correct_NR, held_out.oracle_N)
     found: dict[str, dict[str, Any]] = {}
     for other, other_N in answers.items():
         only_routed, only_other = int((routed_N & ~other_N).sum()), int((~routed_N & other_N).sum())
-        difference = paired_difference(*discordant(routed_N, other_N, stated.weights_N))
+        difference = paired_difference(*discordant(routed_N, other_N, held_out.weights_N))
         found[other] = difference_row(difference, "bonett-price", routed, by_id[other]) | {
             "only_routed_right": only_routed,
             "only_other_right": only_other,
-            "mcnemar_p": None if stated.balanced else mcnemar_p(only_routed, only_other),
+            "mcnemar_p": None if held_out.balanced else mcnemar_p(only_routed, only_other),
         }
     for other, other_B in (("random", resampled.random_B), ("envelope", resampled.envelope_B)):
         gain = percentile_interval(routed[key] - by_id[other][key], resampled.routed_B - other_B)
@@ -210,7 +213,7 @@ def curve_points(curve: Sequence[Routed], correct_NR: np.ndarray, costs: Costs) 
     return [point for place, point in enumerate(points) if place == 0 or point != points[place - 1]]
 
 
-def predictor_gains(stated: Stated, curves: Mapping[str, Sequence[Routed]], costs_C: np.ndarray) -> dict[str, Any]:
+def predictor_gains(held_out: HeldOut, curves: Mapping[str, Sequence[Routed]], costs_C: np.ndarray) -> dict[str, Any]:
     """Return at which costs a policy with a predictor is more accurate than every policy without one that costs no
     more.
 
@@ -221,18 +224,18 @@ def predictor_gains(stated: Stated, curves: Mapping[str, Sequence[Routed]], cost
     """
     kinds = [kind for kind in ("predictor", "predictor+cascade") if kind in curves]
     tests, points = max(1, len(kinds) * len(costs_C)), []
-    static_costs, _ = _static_points(stated, stated.weights_N)
-    statics_NS = np.column_stack([correct_N for *_, correct_N in stated.static_columns()])
+    static_costs, _ = _static_points(held_out, held_out.weights_N)
+    statics_NS = np.column_stack([correct_N for *_, correct_N in held_out.static_columns()])
     for place, highest in enumerate(costs_C):
-        cascade_N = curves["cascade"][place].correct_N(stated.correct_NR)
+        cascade_N = curves["cascade"][place].correct_N(held_out.correct_NR)
         found = []
         for kind in kinds:
             routed = curves[kind][place]
             if not routed.predictor_N.any():
                 continue
-            cost = _routed_cost(routed, stated.costs)["mean_cost"]
-            other_N = best_without(statics_NS, static_costs, cascade_N, cost, stated.weights_N)
-            values_N = stated.weights_N * (routed.correct_N(stated.correct_NR) - other_N)
+            cost = _routed_cost(routed, held_out.costs)["mean_cost"]
+            other_N = best_without(statics_NS, static_costs, cascade_N, cost, held_out.weights_N)
+            values_N = held_out.weights_N * (routed.correct_N(held_out.correct_NR) - other_N)
             found.append(gain_point(kind, float(highest), cost, mean_over_seeds(values_N[None], tests)))
         points += [max(found, key=lambda point: point["low_points"])] if found else []
     return gains(points)
@@ -278,22 +281,22 @@ def gains(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"points": list(points), "pays_from": min(pays, default=None), "pays_to": max(pays, default=None)}
 
 
-def class_table(stated: Stated, classes: Sequence[str]) -> list[dict[str, Any]]:
+def class_table(held_out: HeldOut, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return, for each class with an image, `name`, `n`, `static_top1` (per resolution), `routed_top1` and `shares`."""
     found = []
-    routed_N = stated.routed[ALL].correct_N(stated.correct_NR) if stated.is_routed else None
-    for label in np.unique(stated.labels_N):
-        inside_N = stated.labels_N == label
+    routed_N = held_out.routed[ALL].correct_N(held_out.correct_NR) if held_out.is_routed else None
+    for label in np.unique(held_out.labels_N):
+        inside_N = held_out.labels_N == label
         row = {
             "name": classes[label],
             "n": int(inside_N.sum()),
-            "static_top1": stated.correct_NR[inside_N].mean(axis=0).tolist(),
+            "static_top1": held_out.correct_NR[inside_N].mean(axis=0).tolist(),
         }
         if routed_N is not None:
-            last_N = stated.routed[ALL].last_N[inside_N]
+            last_N = held_out.routed[ALL].last_N[inside_N]
             row |= {
                 "routed_top1": float(routed_N[inside_N].mean()),
-                "shares": shares(last_N, stated.correct_NR.shape[1]).tolist(),
+                "shares": shares(last_N, held_out.correct_NR.shape[1]).tolist(),
             }
         found.append(row)
     return found
@@ -308,13 +311,13 @@ class _Resampled:
     envelope_B: np.ndarray
 
     @classmethod
-    def of(cls, stated: Stated, weights_N: np.ndarray) -> _Resampled:
-        R, routed = len(stated.costs.resolutions), stated.routed[ALL]
-        statics = np.column_stack([correct_N for *_, correct_N in stated.static_columns()])
+    def of(cls, held_out: HeldOut, weights_N: np.ndarray) -> _Resampled:
+        R, routed = len(held_out.costs.resolutions), held_out.routed[ALL]
+        statics = np.column_stack([correct_N for *_, correct_N in held_out.static_columns()])
         columns = [
-            weights_N[:, None] * np.column_stack([statics, routed.correct_N(stated.correct_NR)]),
+            weights_N[:, None] * np.column_stack([statics, routed.correct_N(held_out.correct_NR)]),
             np.eye(R)[routed.last_N],
-            routed.cost_N(stated.costs),
+            routed.cost_N(held_out.costs),
             weights_N,
         ]
         means_BC = bootstrap_means(np.column_stack(columns).astype(np.float64), BOOTSTRAP_SEED)
@@ -323,18 +326,18 @@ class _Resampled:
         static_BS, routed_B, cost_B = means_BC[:, :num_static], means_BC[:, num_static], means_BC[:, -2]
         shares_BR = means_BC[:, num_static + 1 : -2]
         random_B = (shares_BR * static_BS[:, :R]).sum(axis=1)
-        return cls(routed_B, random_B, envelope(_static_points(stated, weights_N)[0], static_BS, cost_B)[0])
+        return cls(routed_B, random_B, envelope(_static_points(held_out, weights_N)[0], static_BS, cost_B)[0])
 
 
-def _static_points(stated: Stated, weights_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _static_points(held_out: HeldOut, weights_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the costs and weighted accuracies of all static networks, (S,) each."""
-    columns = stated.static_columns()
-    costs_S = np.array([stated.costs.backbone[index] for _, _, index, _ in columns])
+    columns = held_out.static_columns()
+    costs_S = np.array([held_out.costs.backbone[index] for _, _, index, _ in columns])
     return costs_S, np.array([weights_N @ correct_N / weights_N.sum() for *_, correct_N in columns])
 
 
-def _static_gflops(stated: Stated) -> np.ndarray:
-    return np.array([stated.costs.backbone_gflops[index] for _, _, index, _ in stated.static_columns()])
+def _static_gflops(held_out: HeldOut) -> np.ndarray:
+    return np.array([held_out.costs.backbone_gflops[index] for _, _, index, _ in held_out.static_columns()])
 
 
 def _at(correct_NR: np.ndarray, choice_N: np.ndarray) -> np.ndarray:

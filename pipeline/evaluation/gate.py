@@ -15,6 +15,8 @@ from pipeline.evaluation.tables import gflops, p_value, percent
 from pipeline.policies.calibrate import drop_bound
 
 FORMAT = 1
+ANSWERS_FILE = "answers.npz"
+"""The file beside a report or a registered model: which held-out images its policy classifies correctly."""
 NOT_WORSE_MARGIN = 1.0
 """The loss, in points of top-1, that the interval must exclude if the user gives no bound."""
 _ARRAYS = ("indices_N", "right_N", "static_right_NR", "static_gflops_R")

@@ -16,7 +16,7 @@ from datasets.files import write_whole
 from pipeline.evaluation.budget import budget_curve
 from pipeline.evaluation.comparison import (
     BOOTSTRAP_SEED,
-    Stated,
+    HeldOut,
     class_table,
     compare,
     curve_points,
@@ -24,7 +24,7 @@ from pipeline.evaluation.comparison import (
     table_rows,
 )
 from pipeline.evaluation.figures import Tile, draw_figures, draw_gallery, pick_tiles
-from pipeline.evaluation.gate import Answers
+from pipeline.evaluation.gate import ANSWERS_FILE, Answers
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.render import render_html, render_markdown
 from pipeline.evaluation.statistics import COLLAPSED_SHARE, CONFIDENCE, RESAMPLES, by_attribute, class_weights
@@ -222,8 +222,6 @@ def _p(value: float) -> str:
 
 
 SCHEMA_VERSION = 3
-ANSWERS = "answers.npz"
-"""The file next to report.json that records which held-out images the deployed policy classifies correctly."""
 FIGURES = ("tradeoff", "budget", "shares", "attribute", "gallery")
 STATIC_KINDS = ("static", "other")
 """The kinds of rows that are static networks."""
@@ -312,28 +310,28 @@ def build_report(
     if problems:
         raise ValueError(f"cannot build a report: {'; '.join(problems)}")
     calibration = evaluation.calibration
-    stated_M = np.arange(predictions.num_images) if calibration is None else calibration.stated
-    stated = Stated(
-        predictions.labels_N[stated_M],
-        predictions.correct_NR[stated_M],
-        None if evaluation.other is None else evaluation.other.correct_NR[stated_M],
+    held_out_M = np.arange(predictions.num_images) if calibration is None else calibration.held_out
+    held_out = HeldOut(
+        predictions.labels_N[held_out_M],
+        predictions.correct_NR[held_out_M],
+        None if evaluation.other is None else evaluation.other.correct_NR[held_out_M],
         evaluation.other_name,
         {} if calibration is None else calibration.routed,
         costs,
-        predictions.shifted_correct_NV[stated_M],
+        predictions.shifted_correct_NV[held_out_M],
         evaluation.balanced,
     )
     labels = {} if calibration is None else _labels(calibration, costs)
-    rows = table_rows(stated, labels)
-    statics, key = [row for row in rows if row["kind"] in STATIC_KINDS], stated.top1_key
-    last_N = stated.routed[ALL].last_N if stated.is_routed else np.zeros(len(stated_M), np.int64)
+    rows = table_rows(held_out, labels)
+    statics, key = [row for row in rows if row["kind"] in STATIC_KINDS], held_out.top1_key
+    last_N = held_out.routed[ALL].last_N if held_out.is_routed else np.zeros(len(held_out_M), np.int64)
     report = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
         "created": context.get("created"),
         "git_commit": context.get("git_commit"),
         "dataset": context.get("dataset"),
-        "n": len(stated_M),
+        "n": len(held_out_M),
         "num_classes": len(classes),
         "classes": list(classes),
         "resolutions": list(costs.resolutions),
@@ -343,27 +341,27 @@ def build_report(
             "predictor_gflops": costs.predictor_gflops,
             "latency": None if costs.latency is None else _latency(costs.latency),
         },
-        "headline": next(row for row in rows if row["kind"] == ("routed" if stated.is_routed else "static")),
+        "headline": next(row for row in rows if row["kind"] == ("routed" if held_out.is_routed else "static")),
         "best_static": max(statics, key=lambda row: (row[key], -row["mean_cost"]))["id"],
         "compared_by": key,
         "rows": rows,
-        "comparisons": compare(stated, rows) if stated.is_routed else None,
-        "policies": None if calibration is None else _policies(calibration, evaluation, stated),
-        "predictor": predictor_gains(stated, calibration.curves, calibration.costs_C)
+        "comparisons": compare(held_out, rows) if held_out.is_routed else None,
+        "policies": None if calibration is None else _policies(calibration, evaluation, held_out),
+        "predictor": predictor_gains(held_out, calibration.curves, calibration.costs_C)
         if calibration is not None and evaluation.has_predictor
         else None,
-        "budget_curve": budget_curve(predictions.predictor_logits_NR[stated_M], stated.correct_NR, costs)
-        if stated.is_routed and evaluation.has_predictor
+        "budget_curve": budget_curve(predictions.predictor_logits_NR[held_out_M], held_out.correct_NR, costs)
+        if held_out.is_routed and evaluation.has_predictor
         else [],
-        "routing": _routing(stated.correct_NR, last_N, stated.oracle_N) if stated.is_routed else None,
-        "by_class": class_table(stated, classes),
+        "routing": _routing(held_out.correct_NR, last_N, held_out.oracle_N) if held_out.is_routed else None,
+        "by_class": class_table(held_out, classes),
         "attributes": {
             attribute: by_attribute(
-                np.asarray(values, np.float64)[predictions.indices_N[stated_M]], stated.correct_NR, last_N, costs
+                np.asarray(values, np.float64)[predictions.indices_N[held_out_M]], held_out.correct_NR, last_N, costs
             )
             for attribute, values in attributes.items()
         },
-        "majority_class_top1": float(np.bincount(stated.labels_N).max() / len(stated_M)),
+        "majority_class_top1": float(np.bincount(held_out.labels_N).max() / len(held_out_M)),
         "references": [
             {"label": str(found["label"]), "top1": float(found["top1"]), "note": str(found.get("note", ""))}
             for found in context.get("references", ())
@@ -385,7 +383,7 @@ def described(policy: Policy, resolutions: Sequence[int]) -> str:
     return f"{policy.kind} {sides} px{' without enlarging' if policy.stops_exhausted else ''}"
 
 
-def _policies(calibration: Calibration, evaluation: Evaluation, stated: Stated) -> dict[str, Any]:
+def _policies(calibration: Calibration, evaluation: Evaluation, held_out: HeldOut) -> dict[str, Any]:
     """Return how policies were chosen.
 
     Keys: `budget` (`cost`, `max_drop`), `num_select` (images that each policy was fitted on), `folds` (null for two
@@ -393,7 +391,7 @@ def _policies(calibration: Calibration, evaluation: Evaluation, stated: Stated) 
     `accuracy` on the images of the fit; `gflops` is its mean cost on the held-out images), and `curves` (maps a kind to
     `comparison.curve_points` on the held-out images).
     """
-    resolutions, images = evaluation.costs.resolutions, evaluation.images.rows(calibration.stated)
+    resolutions, images = evaluation.costs.resolutions, evaluation.images.rows(calibration.held_out)
 
     def plain(point: FittedPolicy) -> dict[str, Any]:
         named = {"kind": point.policy.kind, "label": described(point.policy, resolutions)}
@@ -408,7 +406,7 @@ def _policies(calibration: Calibration, evaluation: Evaluation, stated: Stated) 
         "chosen": plain(calibration.chosen),
         "front": [plain(point) for point in calibration.fronts[ALL]],
         "curves": {
-            kind: curve_points(curve, stated.correct_NR, evaluation.costs)
+            kind: curve_points(curve, held_out.correct_NR, evaluation.costs)
             for kind, curve in calibration.curves.items()
             if kind != "static"
         },
@@ -457,7 +455,7 @@ def write_report(
     for figure in FIGURES:
         if f"{figure}.png" not in files:
             (folder / f"{figure}.png").unlink(missing_ok=True)
-    _answers(evaluation, context, report).save(folder / ANSWERS)
+    _answers(evaluation, context, report).save(folder / ANSWERS_FILE)
     for file, content in files.items():
         write_whole(folder / file, content)
     return report
@@ -466,8 +464,8 @@ def write_report(
 def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping[str, Any]) -> Answers:
     """Return which held-out images the deployed policy classifies correctly, for the gate between registered models."""
     predictions, calibration = evaluation.predictions, evaluation.calibration
-    stated_M = np.arange(predictions.num_images) if calibration is None else calibration.stated
-    indices_N, correct_NR = predictions.indices_N[stated_M], predictions.correct_NR[stated_M]
+    held_out_M = np.arange(predictions.num_images) if calibration is None else calibration.held_out
+    indices_N, correct_NR = predictions.indices_N[held_out_M], predictions.correct_NR[held_out_M]
     correct_N = correct_NR[:, 0] if calibration is None else calibration.routed[ALL].correct_N(correct_NR)
     order_N = np.argsort(indices_N)
     return Answers(
@@ -485,7 +483,7 @@ def _tiles(evaluation: Evaluation, classes: Sequence[str], read_image: Callable[
     predictions, calibration = evaluation.predictions, evaluation.calibration
     if calibration is None:
         return pick_tiles(predictions, np.zeros(predictions.num_images, np.int64), classes, read_image)
-    return pick_tiles(predictions.rows(calibration.stated), calibration.routed[ALL].last_N, classes, read_image)
+    return pick_tiles(predictions.rows(calibration.held_out), calibration.routed[ALL].last_N, classes, read_image)
 
 
 def to_json(report: Mapping[str, Any]) -> str:

@@ -113,7 +113,7 @@ class Calibration:
         fronts: maps a kind, or ALL, to the Pareto front of its policies, fitted on all images that may be used to
             choose.
         chosen: the policy that the budget chooses: one of `fronts[ALL]`, or the best static resolution.
-        stated: rows of the held-out images, ascending, int64.
+        held_out: rows of the held-out images, ascending, int64.
         routed: maps ALL to the decisions of the chosen policy on the held-out images, and each kind to those of its
             most accurate policy that costs no more than the chosen one. Kinds without such a policy are absent. With
             folds, ALL has for each fold the decisions of the most accurate policy of at most that cost, fitted on the
@@ -126,7 +126,7 @@ class Calibration:
 
     fronts: Mapping[str, list[FittedPolicy]]
     chosen: FittedPolicy
-    stated: np.ndarray
+    held_out: np.ndarray
     routed: Mapping[str, Routed]
     curves: Mapping[str, list[Routed]]
     num_select: int
@@ -166,9 +166,9 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
     chosen = choose(fronts[ALL], budget, images.rows(fit))
     kinds = [kind for kind in fronts if cheaper(fronts[kind], chosen.cost)]
     applied = [images.rows(apply) for _, apply in parts]
-    stated = np.concatenate([apply for _, apply in parts])
-    order = np.argsort(stated)
-    stated = stated[order]
+    held_out = np.concatenate([apply for _, apply in parts])
+    order = np.argsort(held_out)
+    held_out = held_out[order]
 
     def at(kind: str, cost: float) -> Routed:
         """Apply each part's most accurate policy of at most this cost to the rows of the part."""
@@ -179,11 +179,11 @@ def calibrate(images: Images, keys_N: np.ndarray, budget: Budget, split: Split) 
 
     grid = _cost_limits(images.costs)
     has_one_policy = len(parts) == 1 or chosen.policy.kind == "static"  # a static policy has no fitted thresholds
-    exact = {ALL: route(chosen.policy, images.rows(stated))} if has_one_policy else {}
+    exact = {ALL: route(chosen.policy, images.rows(held_out))} if has_one_policy else {}
     return Calibration(
         fronts=fronts,
         chosen=chosen,
-        stated=stated,
+        held_out=held_out,
         routed={kind: at(kind, chosen.cost) for kind in kinds} | exact,
         curves={kind: [at(kind, cost) for cost in grid] for kind in fronts if fronts[kind]},
         num_select=round(float(np.mean([len(rows) for rows, _ in parts]))),

@@ -102,7 +102,7 @@ def search_run(config: Config) -> SearchResult:
         calibration = calibrate(images, split_keys(config.data.folder), Budget(), split_of(config))
         finetuned = finetune(settings, summarize(records, correct_NR), correct_NR)
         # The reports of the finetuned runs are about these images.
-        chosen = choose_finetuned(config, finetuned, correct_NR[calibration.stated])
+        chosen = choose_finetuned(config, finetuned, correct_NR[calibration.held_out])
         report = _report(settings, checked, records, correct_NR, calibration, finetuned, chosen)
     return SearchResult(folder, report, chosen)
 

@@ -137,7 +137,7 @@ def build_search_report(
             *static_rows(correct_NR, costs),
             oracle_row(correct_NR, oracle_choice(correct_NR, backbone_gflops), costs),
         ],
-        "held_out_rows": static_rows(correct_NR if calibration is None else correct_NR[calibration.stated], costs),
+        "held_out_rows": static_rows(correct_NR if calibration is None else correct_NR[calibration.held_out], costs),
         "trials": [_trial(record, papers, correct_NR, costs) for record in sorted(records, key=_cost)],
         "front": [record.key for record in _first_front(first)],
         "compared": [
@@ -268,9 +268,9 @@ def _predictor(
     """
     if calibration is None:
         return {"predictor": None, "policies": []}
-    stated_NR, cascades = correct_NR[calibration.stated], calibration.curves["cascade"]
+    held_out_NR, cascades = correct_NR[calibration.held_out], calibration.curves["cascade"]
     backbone_R = np.asarray(costs.backbone_gflops)
-    answered = [routed.correct_N(stated_NR) for routed in cascades]
+    answered = [routed.correct_N(held_out_NR) for routed in cascades]
     spent = [float(routed.gflops_N(costs).mean()) for routed in cascades]
     whole: list[dict[str, Any]] = [
         {"label": label, "top1": float(correct_N.mean()), "mean_gflops": cost}
@@ -278,12 +278,12 @@ def _predictor(
     ]
     points: list[dict[str, Any]] = []
     for summary in full:
-        correct_SN, name = summary.correct_SN[:, calibration.stated], names[summary.candidate]
+        correct_SN, name = summary.correct_SN[:, calibration.held_out], names[summary.candidate]
         whole.append({"label": name, "top1": float(correct_SN.mean()), "mean_gflops": summary.gflops})
         place = int(np.searchsorted(calibration.costs_C, summary.gflops, side="right")) - 1
         if place < 0:
             continue
-        other_N = best_without(stated_NR, backbone_R, answered[place], summary.gflops, np.ones(len(stated_NR)))
+        other_N = best_without(held_out_NR, backbone_R, answered[place], summary.gflops, np.ones(len(held_out_NR)))
         gain = mean_over_seeds(correct_SN - other_N, tests=len(full))
         points.append(gain_point(name, summary.gflops, summary.gflops, gain))
     found = gains(points)

@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 
 from pipeline.config.schema import Config
 from pipeline.evaluation.gate import (
+    ANSWERS_FILE,
     Answers,
     Bounds,
     Comparison,
@@ -27,8 +28,6 @@ from pipeline.evaluation.gate import (
 )
 from pipeline.tracking.store import TrackingError, connect, explained, now_ms, tracking_uri
 
-ANSWERS_FILE = "answers.npz"
-"""The artifact of a version that records which validation images it classifies correctly."""
 FIRST, PROMOTED, ROLLED_BACK, OUTSIDE = "first", "promoted", "rolled back", "moved outside"
 MAX_HISTORY = 5000
 """The most characters that a registered model's tag can have in MLflow's tables in PostgreSQL and MySQL."""

@@ -19,11 +19,11 @@ from mlflow.exceptions import MlflowException
 
 from datasets.remote import redacted
 from pipeline.config.schema import Config
-from pipeline.evaluation.gate import Answers
+from pipeline.evaluation.gate import ANSWERS_FILE, Answers
 from pipeline.serving import pyfunc
 from pipeline.serving.export import fitted_policies
 from pipeline.serving.package import code_files, save_pyfunc
-from pipeline.tracking.promotion import ANSWERS_FILE, give_first
+from pipeline.tracking.promotion import give_first
 from pipeline.tracking.runs import COMMIT_TAG, Description
 from pipeline.tracking.store import TrackingError, connect, explained, sqlite_file, tracking_uri
 from pipeline.tracking.tracker import replay

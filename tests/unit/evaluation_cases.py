@@ -55,7 +55,7 @@ CONTEXT = {"dataset": "glyphs", "git_commit": "abc123", "created": "2026-01-02T0
 
 
 def evaluation_of(predictions: Predictions, costs: Costs = COSTS) -> Evaluation:
-    """Return an evaluation in which the predictor's own choice is the policy and every image is stated.
+    """Return an evaluation in which the predictor's own choice is the policy and every image is held out.
 
     The tests say which image goes where. Other tests check which policy a budget chooses.
     """

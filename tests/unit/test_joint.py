@@ -111,15 +111,15 @@ def test_with_a_budget_only_the_accuracy_at_its_cost_counts() -> None:
 
 def test_only_images_for_choosing_are_compared_and_never_by_policies_fitted_on_them() -> None:
     split = Split(cross_fit_below=0)
-    (select, stated), *_ = split.parts(KEYS_N)
+    (select, held_out), *_ = split.parts(KEYS_N)
     folds = split.choosing_folds(KEYS_N)
     assert len(folds) == split.folds
     assert sorted(np.concatenate([apply for _, apply in folds])) == sorted(select)
     for fit, apply in folds:
-        assert not set(fit) & (set(apply) | set(stated))
+        assert not set(fit) & (set(apply) | set(held_out))
     good, bad = random_predictions(4), random_predictions(4, top1_R=(0.1, 0.1, 0.1))
     logits_NRK = good.logits_NRK.copy()
-    logits_NRK[stated] = bad.logits_NRK[stated]
+    logits_NRK[held_out] = bad.logits_NRK[held_out]
     mixed = replace(good, logits_NRK=logits_NRK)
     found = compared(good, mixed, split=split)
     assert found.accuracy_before == found.accuracy_after

@@ -165,8 +165,8 @@ def test_a_front_rises_above_the_line_between_the_static_resolutions() -> None:
 
 def test_images_stay_on_their_side_whatever_other_images_there_are() -> None:
     keys_N = np.random.default_rng(0).integers(2**63, size=5000).astype(np.uint64)
-    ((select, stated),) = Split().parts(keys_N)
-    assert sorted([*select, *stated]) == list(range(5000))
+    ((select, held_out),) = Split().parts(keys_N)
+    assert sorted([*select, *held_out]) == list(range(5000))
     assert 0.47 < len(select) / 5000 < 0.53
     ((fewer, _),) = Split().parts(keys_N[:2000])
     assert fewer.tolist() == select[select < 2000].tolist()
@@ -186,9 +186,9 @@ def test_what_is_stated_comes_from_images_that_were_not_fitted_on(cross_fit_belo
     found = calibrate(images, keys_N, Budget(cost=3.0), split)
     assert found.folds == (5 if cross_fit_below else None)
     expected = np.concatenate([apply for _, apply in split.parts(keys_N)])
-    assert found.stated.tolist() == sorted(expected)
+    assert found.held_out.tolist() == sorted(expected)
     assert {*found.fronts} == {*KINDS, ALL}
-    correct_NR = images.correct_NR[found.stated]
+    correct_NR = images.correct_NR[found.held_out]
     assert found.chosen.cost <= 3.0
     assert found.routed[ALL].cost_N(COSTS).mean() == pytest.approx(found.chosen.cost, rel=0.1)
     accuracy = {kind: routed.correct_N(correct_NR).mean() for kind, routed in found.routed.items()}
@@ -200,7 +200,7 @@ def test_an_allowed_drop_is_kept_on_other_images() -> None:
     images, violated = images_of(2000), 0
     for seed in range(12):
         found = calibrate(images, np.arange(2000, dtype=np.uint64), Budget(max_drop=0.02), Split(seed=seed))
-        correct_NR = images.correct_NR[found.stated]
+        correct_NR = images.correct_NR[found.held_out]
         violated += correct_NR[:, 0].mean() - found.routed[ALL].correct_N(correct_NR).mean() > 0.02
     assert violated <= 2
 
@@ -230,7 +230,7 @@ def test_without_a_policy_within_the_drop_the_best_static_resolution_is_chosen()
     found = calibrate(images, np.arange(500, dtype=np.uint64), Budget(max_drop=0.0), Split())
     assert found.folds == 5
     assert found.chosen.policy == static_policy(0)
-    assert found.routed[ALL].cost_N(COSTS).tolist() == [8.0] * 500, "what is stated is about the chosen policy"
+    assert found.routed[ALL].cost_N(COSTS).tolist() == [8.0] * 500
 
 
 @pytest.mark.parametrize(("predictor", "resolutions", "missing"), [(False, 3, 2), (True, 3, 0), (True, 5, 1)])

@@ -150,7 +150,7 @@ def test_a_choice_that_a_static_resolution_dominates_is_reported_first(report: d
 def test_a_choice_is_compared_with_static_resolutions_on_its_own_images() -> None:
     """The finetuned runs report on the half of the images that no policy is chosen on."""
     halves = calibrate(images_of(0.3), KEYS_N, Budget(), Split(cross_fit_below=100))
-    own = correct_of()[halves.stated].mean(axis=0)[0]
+    own = correct_of()[halves.held_out].mean(axis=0)[0]
     every = correct_of().mean(axis=0)[0]
     assert own < every
     chosen = {**TUNED, "headline": HEADLINE | {"top1": (own + every) / 2, "mean_gflops": BACKBONE_GFLOPS[0]}}

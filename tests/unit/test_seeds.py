@@ -78,12 +78,12 @@ def test_reports_of_different_runs_are_rejected():
         summarize_seeds([single])
 
 
-def answers_of(wrong: range, stated: range = range(1000), gflops: float = 1.0, digest: str = "d") -> Answers:
-    return Answers(digest, np.asarray(stated), ~np.isin(np.asarray(stated), wrong), gflops)
+def answers_of(wrong: range, held_out: range = range(1000), gflops: float = 1.0, digest: str = "d") -> Answers:
+    return Answers(digest, np.asarray(held_out), ~np.isin(np.asarray(held_out), wrong), gflops)
 
 
 def test_runs_of_other_resolutions_are_compared_on_the_images_that_both_are_stated_on():
-    """The first run is stated on a half; what the static one gets wrong on the other half does not count."""
+    """The first run reports on a half; what the static one gets wrong on the other half does not count."""
     routed, static = answers_of(range(0), range(500), 0.4), answers_of(range(490, 800), gflops=0.5)
     other = answers_of(range(480, 800), gflops=0.5)
     lines = pairs_markdown([("a", routed, "b", static), ("a1", routed, "b1", other)]).splitlines()

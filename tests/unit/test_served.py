@@ -45,7 +45,7 @@ def environment(store) -> dict[str, str]:
 def port(environment, tmp_path_factory):
     """The port of a server that the documented command started."""
     number, folder = free_port(), tmp_path_factory.mktemp("served")
-    command = documented("bash")[0].replace(DOCUMENTED_PORT, str(number))
+    command = documented("bash")[0].replace(DOCUMENTED_PORT, str(number)).replace("drnet-glyphs", "drnet")
     with (folder / "serve.log").open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", command], stdout=output, stderr=output, cwd=folder, env=environment, start_new_session=True

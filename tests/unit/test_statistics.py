@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.budget import biased_choice, budget_curve
-from pipeline.evaluation.comparison import Stated, compare, predictor_gains, table_rows
+from pipeline.evaluation.comparison import HeldOut, compare, predictor_gains, table_rows
 from pipeline.evaluation.statistics import (
     MAX_BINS,
     accuracy,
@@ -169,10 +169,10 @@ def rows_of(correct_NR: np.ndarray, chosen_N: np.ndarray, costs: Costs, **change
     ran_NR = chosen_N[:, None] == np.arange(correct_NR.shape[1])
     routed = {ALL: Routed(ran_NR, chosen_N, np.ones(len(chosen_N), bool))}
     labels_N = np.arange(len(chosen_N)) % 4
-    stated = Stated(labels_N, correct_NR, None, "before joint", routed, costs)
-    stated = dataclasses.replace(stated, **changed)
-    rows = table_rows(stated, {ALL: "routed"} | {kind: kind for kind in stated.routed if kind != ALL})
-    return {row["id"]: row for row in rows}, compare(stated, rows)
+    held_out = HeldOut(labels_N, correct_NR, None, "before joint", routed, costs)
+    held_out = dataclasses.replace(held_out, **changed)
+    rows = table_rows(held_out, {ALL: "routed"} | {kind: kind for kind in held_out.routed if kind != ALL})
+    return {row["id"]: row for row in rows}, compare(held_out, rows)
 
 
 def test_every_row_equals_a_loop_over_the_images():
@@ -257,7 +257,7 @@ def test_a_cascade_pays_for_every_pass():
 def test_one_resolution_has_its_static_row_alone():
     costs = Costs((96,), (0.9,), 0.03)
     correct_N1, zeros = np.array([[True], [False]]), np.zeros(2, np.int64)
-    rows = table_rows(Stated(zeros, correct_N1, None, "", {}, costs), {})
+    rows = table_rows(HeldOut(zeros, correct_N1, None, "", {}, costs), {})
     assert [(row["id"], row["top1"], row["mean_gflops"]) for row in rows] == [("static-96", 0.5, 0.9)]
 
 
@@ -395,11 +395,11 @@ def test_a_placebo_oracle_has_the_luck_of_as_many_crops():
 
 def test_a_predictor_pays_where_it_is_proven_better_than_every_cascade():
     correct_NR, chosen_N, _ = easy_and_hard(600)
-    stated = Stated(np.zeros(600, np.int64), correct_NR, None, "", {}, COSTS)
+    held_out = HeldOut(np.zeros(600, np.int64), correct_NR, None, "", {}, COSTS)
     good = Routed(chosen_N[:, None] == np.arange(3), chosen_N, np.ones(600, bool))
     bad = [Routed(np.eye(3, dtype=bool)[[j] * 600], np.full(600, j), np.zeros(600, bool)) for j in (2, 1, 0)]
     curves, costs_C = {"cascade": bad, "predictor": [bad[0], good, good]}, np.array([0.1, 0.4, 0.9])
-    found = predictor_gains(stated, curves, costs_C)
+    found = predictor_gains(held_out, curves, costs_C)
     # At 0.1 no predictor runs. At 0.9 a cascade is as accurate.
     assert [point["highest_cost"] for point in found["points"]] == [0.4, 0.9]
     assert (found["pays_from"], found["pays_to"]) == (0.4, 0.4)
@@ -409,7 +409,7 @@ def test_a_predictor_pays_where_it_is_proven_better_than_every_cascade():
     assert gain["difference_points"] == pytest.approx(100 * (right_N.mean() - best[0]))
     one = paired_difference(*discordant(right_N, correct_NR[:, 1]))
     assert gain["high_points"] - gain["low_points"] > 100 * (one.high - one.low), "two intervals hold at once"
-    assert predictor_gains(stated, curves | {"predictor": bad}, costs_C)["points"] == []
+    assert predictor_gains(held_out, curves | {"predictor": bad}, costs_C)["points"] == []
 
 
 def test_a_predictor_that_tosses_a_coin_does_not_pay():
@@ -418,7 +418,7 @@ def test_a_predictor_that_tosses_a_coin_does_not_pay():
     coin_N = np.random.default_rng(0).integers(0, 2, 3000)
     coin = Routed(coin_N[:, None] == np.arange(3), coin_N, np.ones(3000, bool))
     cheap = Routed(np.eye(3, dtype=bool)[[2] * 3000], np.full(3000, 2), np.zeros(3000, bool))
-    stated = Stated(np.zeros(3000, np.int64), correct_NR, None, "", {}, COSTS)
+    held_out = HeldOut(np.zeros(3000, np.int64), correct_NR, None, "", {}, COSTS)
     assert coin.correct_N(correct_NR).mean() > correct_NR[:, 2].mean() + 0.1
-    found = predictor_gains(stated, {"cascade": [cheap], "predictor": [coin]}, np.array([0.7]))
+    found = predictor_gains(held_out, {"cascade": [cheap], "predictor": [coin]}, np.array([0.7]))
     assert found["pays_from"] is None
