@@ -7,8 +7,9 @@ on the images that it was fitted on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from pipeline.serving.runtime.policy import (
     static_policy,
 )
 
+Item = TypeVar("Item")
 KINDS = ("static", "cascade", "predictor", "predictor+cascade")
 ALL = "all"
 """The key of the front over all kinds together."""
@@ -117,20 +119,27 @@ def _kind_fronts(images: Images, kinds: Sequence[str]) -> dict[str, list[FittedP
     worth_NR = images.weights_N[:, None] * expected_correctness(images)
     order = tuple(int(index) for index in np.argsort(images.costs.backbone, kind="stable"))
     fitting = _Fitting(images, worth_NR, order)
-    return {kind: front(list(_candidates(fitting, kind))) for kind in kinds}
+    return {kind: _front(_candidates(fitting, kind)) for kind in kinds}
 
 
 def _merged(fronts: Mapping[str, Sequence[FittedPolicy]], kinds: Iterable[str]) -> list[FittedPolicy]:
-    return thin(front([point for kind in kinds for point in fronts[kind]]))
+    return thin(_front(point for kind in kinds for point in fronts[kind]))
 
 
-def front(points: Sequence[FittedPolicy]) -> list[FittedPolicy]:
-    """Return the Pareto front of the points, cheapest first: no other point beats one of them in both cost and
-    accuracy."""
-    kept: list[FittedPolicy] = []
-    for point in sorted(points, key=lambda point: (point.cost, -point.accuracy)):
-        if not kept or point.accuracy > kept[-1].accuracy:
-            kept.append(point)
+def _front(points: Iterable[FittedPolicy]) -> list[FittedPolicy]:
+    return pareto(points, lambda point: (point.accuracy, point.cost))
+
+
+def pareto(items: Iterable[Item], point: Callable[[Item], tuple[float, float]]) -> list[Item]:
+    """Return the Pareto front, cheapest first: no other item beats one of them in both cost and accuracy.
+
+    Args:
+        point: returns an item's accuracy and cost.
+    """
+    kept: list[Item] = []
+    for item in sorted(items, key=lambda item: (point(item)[1], -point(item)[0])):
+        if not kept or point(item)[0] > point(kept[-1])[0]:
+            kept.append(item)
     return kept
 
 

@@ -13,6 +13,7 @@ import optuna
 
 from pipeline.config.schema import SearchConfig
 from pipeline.evaluation.statistics import Estimate, accuracy, mean_over_seeds
+from pipeline.policies.fit import pareto
 from pipeline.search.records import Record, by_candidate
 from pipeline.search.space import Candidate, Range, Space
 
@@ -97,15 +98,6 @@ def summarize(records: Sequence[Record], correct_NR: np.ndarray) -> dict[Candida
         candidate: Summary(candidate, tuple(found), np.stack([correct_NR[rows_N, record.chosen_N] for record in found]))
         for candidate, found in by_candidate(record for record in records if record.has_result).items()
     }
-
-
-def pareto(items: Sequence[Item], point: Callable[[Item], Point]) -> list[Item]:
-    """Return the items of the Pareto front, cheapest first: no other item dominates them (see `dominates`)."""
-    front: list[Item] = []
-    for item in sorted(items, key=lambda item: (point(item)[1], -point(item)[0])):
-        if not front or point(item)[0] > point(front[-1])[0]:
-            front.append(item)
-    return front
 
 
 def dominates(first: Point, second: Point) -> bool:

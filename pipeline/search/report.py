@@ -42,6 +42,7 @@ from pipeline.evaluation.tables import (
 )
 from pipeline.models.cost import Costs
 from pipeline.policies.calibrate import Calibration
+from pipeline.policies.fit import pareto
 from pipeline.policies.route import Routed
 from pipeline.search.figures import FIGURES, draw_search_figures
 from pipeline.search.front import (
@@ -51,7 +52,6 @@ from pipeline.search.front import (
     choose_item,
     dominates,
     parameter_importance,
-    pareto,
     summarize,
 )
 from pipeline.search.records import Record

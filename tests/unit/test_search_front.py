@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.evaluation.statistics import mean_over_seeds
+from pipeline.policies.fit import pareto
 from pipeline.search.front import (
     budget_alias,
     budget_score,
     choose_item,
     dominates,
     hypervolume,
-    pareto,
     spread,
     summarize,
 )
