@@ -94,7 +94,7 @@ def test_curl_as_documented(port, photo, model, environment, tmp_path):
 
 
 def test_python_as_documented(port, photo, model, environment, tmp_path):
-    over_http, in_process = documented("python")
+    over_http, in_process, _ = documented("python")
     lines = ran(
         [sys.executable, "-c", over_http.replace(DOCUMENTED_PORT, str(port))], tmp_path, environment
     ).splitlines()
