@@ -58,7 +58,7 @@ def test_workers_killed_in_every_stage_do_not_change_the_result(
     assert len(losses) == len(acts)
     assert len(seen) == len(acts), "each was reported once"
     for (*_, number), line in zip(faults, seen, strict=True):
-        assert f"of {number.name}" in line or f"by {number.name}" in line
+        assert f"with {number.name}" in line or f"by {number.name}" in line
     for fault, (seconds, steps, name), line in zip(acts, losses, seen, strict=True):
         record(Row(fault, f"`{line}`, then `resuming from {name}`", "same result", seconds, steps))
 

@@ -148,7 +148,7 @@ def test_a_stage_starts_from_another_runs_model_and_the_data_from_its_address(
     changed: dict[str, Any] = {"model": {"resolutions": [64, 48, 32]}, "loader": {"validation_crop": 0.5}}
     wrong = config_of(folder, "wrong", stages=only(predictor=start), **changed)
     with pytest.raises(
-        ConfigError, match=r"(?s)model\.resolutions.*center crop of .* set loader\.validation_crop="
+        ConfigError, match=r"(?s)model\.resolutions.*center crop of .* Set loader\.validation_crop="
     ) as raised:
         train_run(wrong)
     assert "this run uses 0.5" in str(raised.value)
