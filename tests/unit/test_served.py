@@ -98,7 +98,7 @@ def test_python_as_documented(port, photo, model, environment, tmp_path):
     lines = ran(
         [sys.executable, "-c", over_http.replace(DOCUMENTED_PORT, str(port))], tmp_path, environment
     ).splitlines()
-    (expected,) = model.predict(pd.DataFrame({"image": [photo]}), params={"budget_gflops": 1.5}).to_dict("records")
+    (expected,) = model.predict(pd.DataFrame({"image": [photo]}), params={"budget_gflops": 0.01}).to_dict("records")
     label, _, resolutions, gflops = ast.literal_eval(lines[0])
     assert (label, resolutions) == (expected["label"], expected["resolutions"])
     assert gflops == pytest.approx(expected["gflops"])
