@@ -45,7 +45,7 @@ def environment(store) -> dict[str, str]:
 def port(environment, tmp_path_factory):
     """The port of a server that the documented command started."""
     number, folder = free_port(), tmp_path_factory.mktemp("served")
-    command = documented("bash")[0].replace(DOCUMENTED_PORT, str(number)).replace("drnet-glyphs", "drnet")
+    command = documented("bash")[0].replace(DOCUMENTED_PORT, str(number))
     with (folder / "serve.log").open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", command], stdout=output, stderr=output, cwd=folder, env=environment, start_new_session=True
@@ -73,8 +73,9 @@ def model(store, monkeypatch):
 
 
 def documented(language: str) -> list[str]:
-    """Return the page's code blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    """Return the page's code blocks in a language. They name the registered model of these tests, not the demo's."""
+    page = PAGE.read_text().replace("drnet-glyphs", "drnet")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 def ran(command: list[str], folder: Path, environment: dict[str, str]) -> str:
