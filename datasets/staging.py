@@ -31,7 +31,7 @@ from datasets.remote import CHUNK_BYTES, RemoteFolder, open_remote
 STAGED = "staged.txt"
 SECONDS_BETWEEN_LINES = 5.0
 
-Tell = Callable[[str], None]
+Show = Callable[[str], None]
 
 
 def remote_manifest(uri: str) -> Manifest:
@@ -44,7 +44,7 @@ def remote_manifest(uri: str) -> Manifest:
     return _read_manifest(open_remote(uri))[1]
 
 
-def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, tell: Tell = print) -> Manifest:
+def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, show: Show = print) -> Manifest:
     """Download the betons of `splits` from an address into `folder`, unless they are already there.
 
     One process downloads, and others wait for it and use its files. A beton gets its final name after its SHA-256 has
@@ -52,7 +52,7 @@ def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, 
     address is downloaded again.
 
     Args:
-        tell: called with a line about each step and, every few seconds, about the progress.
+        show: called with a line about each step and, every few seconds, about the progress.
 
     Raises:
         BetonError: there is no prepared folder, the data does not match its manifest (it changed during the download,
@@ -64,17 +64,17 @@ def download_dataset(uri: str, folder: Path, *, splits: Sequence[str] = SPLITS, 
     if held := _held(folder, manifest, splits):
         return held
     with exclusive(
-        folder, waiting=lambda: tell(f"{shown_name(folder)}: waiting for another process that writes to it")
+        folder, waiting=lambda: show(f"{shown_name(folder)}: waiting for another process that writes to it")
     ):
         text, manifest = _read_manifest(remote)  # read it again, because it may have changed during the wait
         if held := _held(folder, manifest, splits):
             return held
         _require_replaceable(folder, manifest, remote)
-        _download_missing(remote, folder, text, manifest, splits, tell)
+        _download_missing(remote, folder, text, manifest, splits, show)
         return verify_betons(folder, splits=splits)
 
 
-def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
+def upload(folder: Path, uri: str, *, show: Show = print) -> Manifest:
     """Upload a prepared folder: first the betons, then the manifest, which never exists without them.
 
     Raises:
@@ -92,9 +92,9 @@ def upload(folder: Path, uri: str, *, tell: Tell = print) -> Manifest:
                 "upload to another address, or remove the data there"
             )
         if all(remote.size(split.file) == split.size_bytes for split in splits):
-            tell(f"{remote} already has this data; nothing to do")
+            show(f"{remote} already has this data; nothing to do")
             return manifest
-    progress = _Progress(f"uploading {shown_name(folder)}", sum(split.size_bytes for split in splits), tell)
+    progress = _Progress(f"uploading {shown_name(folder)}", sum(split.size_bytes for split in splits), show)
     for split in splits:
         sha256 = hashlib.sha256()
         remote.write(split.file, _read_file(folder / split.file, sha256, progress))
@@ -163,7 +163,7 @@ def _require_replaceable(folder: Path, manifest: Manifest, remote: RemoteFolder)
 
 
 def _download_missing(
-    remote: RemoteFolder, folder: Path, text: str, manifest: Manifest, splits: Sequence[str], tell: Tell
+    remote: RemoteFolder, folder: Path, text: str, manifest: Manifest, splits: Sequence[str], show: Show
 ) -> None:
     before = load_manifest(folder) if (folder / MANIFEST).exists() else None
     absent = [name for name in manifest.splits if not _is_in_place(folder, name, before, manifest.splits[name])]
@@ -174,10 +174,10 @@ def _download_missing(
         if path not in resumable:
             path.unlink()  # from data that is no longer at the address
     if before and before.digest != manifest.digest:
-        tell(f"{remote} has changed since it was downloaded (digest {before.digest}, now {manifest.digest})")
-    progress = _Progress(f"downloading to {shown_name(folder)}", _bytes_to_read(remote, folder, wanted, partials), tell)
+        show(f"{remote} has changed since it was downloaded (digest {before.digest}, now {manifest.digest})")
+    progress = _Progress(f"downloading to {shown_name(folder)}", _bytes_to_read(remote, folder, wanted, partials), show)
     for name, split in wanted.items():
-        _download(remote, split, partials[name], progress, tell)
+        _download(remote, split, partials[name], progress, show)
 
     # The rest is quick. A process that dies here leaves no manifest, so the next process compares all bytes.
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -229,16 +229,16 @@ def _bytes_to_read(remote: RemoteFolder, folder: Path, wanted: dict[str, Split],
     return left
 
 
-def _download(remote: RemoteFolder, split: Split, partial: Path, progress: _Progress, tell: Tell) -> None:
+def _download(remote: RemoteFolder, split: Split, partial: Path, progress: _Progress, show: Show) -> None:
     """Complete the partial file and compare its hash. If resumed content does not match, start over once."""
     if partial.exists() and partial.stat().st_size > split.size_bytes:
         partial.unlink()
     kept = partial.stat().st_size if partial.exists() else 0
     if kept:
-        tell(f"{split.file}: resuming after {shown_bytes(kept)}")
+        show(f"{split.file}: resuming after {shown_bytes(kept)}")
     found = _complete(remote, split, partial, progress)
     if found != split.sha256 and kept:
-        tell(f"{split.file}: the partial download does not match; starting over")
+        show(f"{split.file}: the partial download does not match; starting over")
         partial.unlink()
         progress.total += kept
         found = _complete(remote, split, partial, progress)
@@ -277,11 +277,11 @@ def _read_file(path: Path, sha256, progress: _Progress) -> Iterator[bytes]:
 class _Progress:
     """Report the progress of a transfer of `total` bytes as a line every few seconds: there may be no terminal."""
 
-    def __init__(self, what: str, total: int, tell: Tell):
-        self.what, self.total, self.tell = what, total, tell
+    def __init__(self, what: str, total: int, show: Show):
+        self.what, self.total, self.show = what, total, show
         self.done, self.start = 0, time.monotonic()
         self.last_line = self.start
-        tell(f"{what}: {shown_bytes(total)}")
+        show(f"{what}: {shown_bytes(total)}")
 
     def advance(self, count: int) -> None:
         """Count bytes that were transferred, and report them every few seconds."""
@@ -291,11 +291,11 @@ class _Progress:
             self.last_line = now
             left = (self.total - self.done) / self._speed()
             rate = f"{shown_bytes(self._speed())}/s, {left:,.0f} s left"
-            self.tell(f"{self.what}: {shown_bytes(self.done)} of {shown_bytes(self.total)}, {rate}")
+            self.show(f"{self.what}: {shown_bytes(self.done)} of {shown_bytes(self.total)}, {rate}")
 
     def finish(self, result: str) -> None:
         """Report the result, with the number of bytes and the seconds."""
-        self.tell(f"{result}: {shown_bytes(self.done)} in {time.monotonic() - self.start:.1f} s")
+        self.show(f"{result}: {shown_bytes(self.done)} in {time.monotonic() - self.start:.1f} s")
 
     def _speed(self) -> float:
         return self.done / max(time.monotonic() - self.start, 1e-9)

@@ -136,7 +136,7 @@ def data_of_node(data: DataConfig, digest: str, show: Callable[[str], None]) -> 
         ValueError: the data cannot be downloaded, or differs from the driver's.
         OSError: the address cannot be read, or the disk is full.
     """
-    manifest = download_dataset(data.uri, data.folder, tell=show) if data.uri else load_manifest(data.folder)
+    manifest = download_dataset(data.uri, data.folder, show=show) if data.uri else load_manifest(data.folder)
     if manifest.digest != digest:
         raise ValueError(
             f"{data.folder} on {platform.node()} has other data (digest {manifest.digest}) than the driver's "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets.beton import file_sha256
 from datasets.files import value_differences, write_whole
+from pipeline.config.load import refuse_changes
 from pipeline.config.schema import Config
 
 
@@ -126,12 +127,11 @@ def refuse_other_inputs(folder: RunFolder, inputs: dict[str, str]) -> None:
     """Raise ValueError if the run in `folder` started from other data or files."""
     if not folder.inputs.exists():
         return
-    if changed := value_differences(json.loads(folder.inputs.read_text()), inputs):
-        listing = "\n".join(f"  - {line}" for line in changed)
-        raise ValueError(
-            f"the run {folder.path.name} started from other data or files:\n{listing}\n"
-            f"Restore them, choose another name (name=...), or remove {folder.path}."
-        )
+    refuse_changes(
+        value_differences(json.loads(folder.inputs.read_text()), inputs),
+        f"the run {folder.path.name} started from other data or files",
+        f"Restore them, choose another name (name=...), or remove {folder.path}.",
+    )
 
 
 def keep_inputs(folder: RunFolder, inputs: dict[str, str]) -> None:

@@ -270,6 +270,11 @@ class Evaluation:
             return None
         return calibrate(self.images, self.keys_N, self.budget, self.split)
 
+    @property
+    def held_out_M(self) -> np.ndarray:
+        """The rows of the images that results are reported on: with one resolution, of all images."""
+        return np.arange(self.predictions.num_images) if self.calibration is None else self.calibration.held_out
+
 
 def build_report(
     evaluation: Evaluation,
@@ -310,7 +315,7 @@ def build_report(
     if problems:
         raise ValueError(f"cannot build a report: {'; '.join(problems)}")
     calibration = evaluation.calibration
-    held_out_M = np.arange(predictions.num_images) if calibration is None else calibration.held_out
+    held_out_M = evaluation.held_out_M
     held_out = HeldOut(
         predictions.labels_N[held_out_M],
         predictions.correct_NR[held_out_M],
@@ -464,7 +469,7 @@ def write_report(
 def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping[str, Any]) -> Answers:
     """Return which held-out images the deployed policy classifies correctly, for the gate between registered models."""
     predictions, calibration = evaluation.predictions, evaluation.calibration
-    held_out_M = np.arange(predictions.num_images) if calibration is None else calibration.held_out
+    held_out_M = evaluation.held_out_M
     indices_N, correct_NR = predictions.indices_N[held_out_M], predictions.correct_NR[held_out_M]
     correct_N = correct_NR[:, 0] if calibration is None else calibration.routed[ALL].correct_N(correct_NR)
     order_N = np.argsort(indices_N)
@@ -480,10 +485,9 @@ def _answers(evaluation: Evaluation, context: Mapping[str, Any], report: Mapping
 
 def _tiles(evaluation: Evaluation, classes: Sequence[str], read_image: Callable[[int], bytes]) -> list[list[Tile]]:
     """Return the gallery's images: held-out images, grouped by the resolution whose answer counts."""
-    predictions, calibration = evaluation.predictions, evaluation.calibration
-    if calibration is None:
-        return pick_tiles(predictions, np.zeros(predictions.num_images, np.int64), classes, read_image)
-    return pick_tiles(predictions.rows(calibration.held_out), calibration.routed[ALL].last_N, classes, read_image)
+    calibration, shown = evaluation.calibration, evaluation.predictions.rows(evaluation.held_out_M)
+    last_N = np.zeros(shown.num_images, np.int64) if calibration is None else calibration.routed[ALL].last_N
+    return pick_tiles(shown, last_N, classes, read_image)
 
 
 def to_json(report: Mapping[str, Any]) -> str:

@@ -159,8 +159,8 @@ def _fill_worker(settings: SearchSettings) -> None:
     """Compute this rank's part of the tables."""
     config, context = settings.config, ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
-    tell = event_writer(settings.folder.path if rank == 0 else None)
-    manifest = data_of_node(config.data, settings.data_digest, tell)
+    show = event_writer(settings.folder.path if rank == 0 else None)
+    manifest = data_of_node(config.data, settings.data_digest, show)
     model = load_model(settings.folder.backbone).model
     model = place_model(model, device, channels_last=config.training.channels_last)
     settings.folder.tables.mkdir(exist_ok=True)
@@ -168,7 +168,7 @@ def _fill_worker(settings: SearchSettings) -> None:
         key = TableKey.of(model, config, manifest, split)
         loader = open_loader(config, split, input_sizes(config), num_threads=torch.get_num_threads())
         backbone_logits = Forward(model, key.precision).frozen_backbone
-        fill_table(settings.folder.tables, key, crop_epochs, loader, backbone_logits, device=device, show=tell)
+        fill_table(settings.folder.tables, key, crop_epochs, loader, backbone_logits, device=device, show=show)
 
 
 def _validation_images(settings: SearchSettings, checked: Checked) -> Images:

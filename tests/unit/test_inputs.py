@@ -18,6 +18,7 @@ from pipeline.config.run_folder import RunFolder, keep_inputs, refuse_other_inpu
 from pipeline.config.schema import Config
 from pipeline.models.drnet import build_drnet
 from pipeline.training.checkpoint import save_model
+from tests.small import tree_of, with_fields
 
 
 def prepare_glyphs(folder: Path, seed: int) -> None:
@@ -25,22 +26,14 @@ def prepare_glyphs(folder: Path, seed: int) -> None:
 
 
 def config_of(folder: Path, **changed: Any) -> Config:
-    tree = {
-        "name": "run",
-        "data": {"dataset": "glyphs", "folder": str(folder / "data")},
-        "model": {
-            "backbone": "small_resnet",
-            "backbone_width": 0.25,
-            "resolutions": [32],
-            "predictor": {"input_size": 24},
-        },
-        "training": {"batch_size": 10},
-        "stages": {"backbone": {"epochs": 1}},
-        "cluster": {"storage": str(folder / "runs"), "cpus_per_worker": 1},
-    }
-    return parse_config(
-        {key: tree.get(key, {}) | changed.pop(key, {}) if key != "name" else "run" for key in tree} | changed
+    tree = tree_of(
+        folder,
+        model={"backbone_width": 0.25, "resolutions": [32], "predictor": {"input_size": 24}},
+        training={"batch_size": 10},
+        stages={"backbone": {"epochs": 1}},
+        cluster={"storage": str(folder / "runs"), "cpus_per_worker": 1},
     )
+    return parse_config(with_fields(tree, changed))
 
 
 def write_model(path: Path, config: Config, scale: float) -> None:

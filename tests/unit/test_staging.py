@@ -31,13 +31,13 @@ import sys
 from pathlib import Path
 from datasets import staging
 
-def tell(line):
+def show(line):
     print(line, flush=True)
     if sys.argv[3] in line:
         sys.stdin.read()
 
 staging.SECONDS_BETWEEN_LINES = 0
-staging.download_dataset(sys.argv[1], Path(sys.argv[2]), tell=tell)
+staging.download_dataset(sys.argv[1], Path(sys.argv[2]), show=show)
 """
 
 
@@ -128,17 +128,17 @@ def test_an_uploaded_and_downloaded_folder_equals_the_prepared_one(
     uri = there.as_uri() if kind == "file" else request.getfixturevalue("s3").address("deep/remote")
     lines: list[str] = []
 
-    manifest = upload(prepared[0], uri, tell=lines.append)
+    manifest = upload(prepared[0], uri, show=lines.append)
     assert remote_manifest(uri) == manifest
-    assert download_dataset(uri, node, tell=lines.append) == manifest
+    assert download_dataset(uri, node, show=lines.append) == manifest
 
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
     assert sorted(contents(node)) == sorted([*FILES, STAGED])
     assert verify_betons(node, full=True) == manifest
     assert [line for line in lines if line.startswith(f"downloading to {node}: 33.")]
     lines.clear()
-    assert download_dataset(uri, node, tell=lines.append) == manifest
-    assert upload(prepared[0], uri, tell=lines.append) == manifest
+    assert download_dataset(uri, node, show=lines.append) == manifest
+    assert upload(prepared[0], uri, show=lines.append) == manifest
     assert lines == [f"{uri} already has this data; nothing to do"]
 
 
@@ -148,7 +148,7 @@ def test_concurrent_processes_download_once(
     uri = s3.address("at-once")
     upload(prepared[0], uri)
     s3.requests()
-    download_dataset(uri, tmp_path / "alone", tell=lambda line: None)
+    download_dataset(uri, tmp_path / "alone", show=lambda line: None)
     alone = [line for line in s3.requests() if "GET /bucket/at-once/" in line and ".beton" in line]
 
     first = child(uri, node, pause=" left")
@@ -178,7 +178,7 @@ def test_a_killed_download_resumes(remote: Path, prepared: tuple[Path, Path], no
 
     overwrite(remote / "train.beton", end=CHUNK_BYTES)  # what is already here is not read again
     lines: list[str] = []
-    download_dataset(remote.as_uri(), node, tell=lines.append)
+    download_dataset(remote.as_uri(), node, show=lines.append)
 
     assert "train.beton: resuming after 8.4 MB" in lines
     assert betons_and_manifest(node) == betons_and_manifest(prepared[0])
@@ -195,7 +195,7 @@ def test_a_process_that_waited_uses_the_current_data(remote: Path, prepared: tup
             put(prepared[1], remote)
             os.close(other)
 
-    assert download_dataset(remote.as_uri(), node, tell=change) == load_manifest(prepared[1])
+    assert download_dataset(remote.as_uri(), node, show=change) == load_manifest(prepared[1])
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
 
 
@@ -270,7 +270,7 @@ def test_a_beton_that_changes_while_it_is_read_is_refused(
             put(prepared[1], remote)
 
     with pytest.raises(BetonError, match="it changed while it was read"):
-        download_dataset(remote.as_uri(), node, tell=change)
+        download_dataset(remote.as_uri(), node, show=change)
     assert contents(node) == {}
 
     download_dataset(remote.as_uri(), node)
@@ -332,7 +332,7 @@ def test_changed_data_is_downloaded_again_and_reported(remote: Path, prepared: t
     put(prepared[1], remote)
     lines: list[str] = []
 
-    download_dataset(remote.as_uri(), node, tell=lines.append)
+    download_dataset(remote.as_uri(), node, show=lines.append)
 
     assert lines[0].endswith(f"has changed since it was downloaded (digest {before}, now {after})")
     assert betons_and_manifest(node) == betons_and_manifest(prepared[1])
@@ -356,7 +356,7 @@ def test_the_download_of_one_split_keeps_the_interrupted_download_of_the_other(r
     (node / partial(remote, TRAIN).name).write_bytes((remote / "train.beton").read_bytes()[:CHUNK_BYTES])
     download_dataset(remote.as_uri(), node, splits=[VALIDATION])
     lines: list[str] = []
-    download_dataset(remote.as_uri(), node, tell=lines.append)
+    download_dataset(remote.as_uri(), node, show=lines.append)
     assert "train.beton: resuming after 8.4 MB" in lines
 
 
@@ -386,7 +386,7 @@ def test_downloaded_data_that_was_prepared_again_is_not_replaced(
 def test_the_same_data_prepared_here_is_used(remote: Path, prepared: tuple[Path, Path], node: Path) -> None:
     put(prepared[0], node)
     lines: list[str] = []
-    download_dataset(remote.as_uri(), node, tell=lines.append)
+    download_dataset(remote.as_uri(), node, show=lines.append)
     assert lines == []
     assert sorted(contents(node)) == FILES
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import threading
 import time
@@ -21,6 +21,7 @@ from .images import BadImageError, Picture
 from .policy import STOP, Policy, can_stop, confidence, next_resolution
 from .programs import Program, RoutedNetwork, images_at_once
 
+log = logging.getLogger(__name__)
 _Item = tuple[float, Tensor, Future[Tensor]]
 
 
@@ -108,8 +109,10 @@ class ProgramQueue:
                 for future, row in zip(futures, rows, strict=True):
                     future.set_result(row)
             if self._ran:
-                with contextlib.suppress(Exception):  # without this thread, every later result would wait forever
+                try:
                     self._ran(program, len(images), len(self._waiting[program]))
+                except Exception:  # without this thread, every later result would wait forever
+                    log.exception("a batch was answered, but could not be counted")
 
     def _next_batch(self) -> tuple[int, list[Tensor], list[Future[Tensor]]] | None:
         """Wait for a batch. Return None when the queue is closed and empty."""
